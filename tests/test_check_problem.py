@@ -1,0 +1,168 @@
+"""`check_problem` tells right from wrong in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engine_problems import FEATURES, TOKENS, Transformer, data, double, make_problem
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from tune_hypergrad.hypergradients import OPTIMIZERS, check_problem
+
+
+class HalfTanh(torch.autograd.Function):
+    """Right backward, whose own derivative is missing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.detach().tanh() ** 2)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * (1 - x.detach().tanh() ** 2)
+
+
+class Opaque(torch.autograd.Function):
+    """Leaves torch: neither mode can follow it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("this backward is not differentiable\nand says so at length")
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.tanh() ** 2)
+
+
+class Activation(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(4, 6), nn.Linear(6, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_good_problem_in_single_precision(optimizer: str) -> None:
+    check = check_problem(make_problem(dtype=torch.float32), optimizer=optimizer)
+    assert check.ok, check
+    assert check.message.startswith("hypergradients agree with finite differences (relative error: forward")
+    assert set(check.errors) == {"forward", "reverse"} and max(check.errors.values()) < 1e-6
+    assert str(check) == check.message and "\n" not in check.message
+
+
+@pytest.mark.parametrize("architecture", ["batch_norm", "dropout", "attention", "lstm", "two_inputs"])
+def test_good_architectures(architecture: str) -> None:
+    assert check_problem(make_problem(architecture)).ok
+
+
+def test_a_transformer_with_values_of_ones_own() -> None:
+    values = {"lr": torch.tensor([0.01, 0.02]), "beta1": double(0.9)}
+    check = check_problem(make_problem(Transformer, TOKENS, dtype=torch.float32), values, optimizer="adam")
+    assert check.ok, check
+
+
+def assert_not_ok(problem: Any, message: str, **arguments: Any) -> None:
+    check = check_problem(problem, **arguments)
+    assert not check.ok
+    assert message in check.message
+    assert "\n" not in check.message
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x * x.detach().tanh(), HalfTanh.apply], ids=["detach", "double backward"]
+)
+def test_wrong_second_derivatives_are_found(function: Callable[[Tensor], Tensor]) -> None:
+    assert_not_ok(make_problem(lambda: Activation(function)), "hypergradients differ from finite differences: ")
+
+
+def test_what_neither_mode_can_differentiate() -> None:
+    problem = make_problem(lambda: Activation(Opaque.apply))
+    assert_not_ok(problem, "reverse mode does not work on this model (this backward is not differentiable)")
+    assert_not_ok(
+        problem, "forward mode does not work on this model (In order to use an autograd.Function with functorch"
+    )
+
+
+def test_one_mode_is_enough() -> None:
+    """A function without a `torch.func` rule, right in reverse mode."""
+
+    class Tanh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.tanh()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return gradient * (1 - x.tanh() ** 2)
+
+    check = check_problem(make_problem(lambda: Activation(Tanh.apply)))
+    assert check.ok and set(check.errors) == {"reverse"}
+    assert "forward mode does not work on this model" in check.message
+
+
+def test_weight_norm() -> None:
+    problem = make_problem(lambda: parametrizations.weight_norm(nn.Linear(4, 3)))
+    assert_not_ok(problem, "uses weight_norm, whose second derivative is silently wrong in torch")
+
+
+def failing_later() -> nn.Module:
+    calls = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(x)
+        if len(calls) > 4:
+            raise ValueError("a fifth call")
+        return x
+
+    return Activation(function)
+
+
+@pytest.mark.parametrize(
+    ("factory", "kind", "message"),
+    [
+        (lambda: nn.Linear(5, 3), FEATURES, "the model's forward on a train batch of shape (4, 4) fails: RuntimeError"),
+        (lambda: nn.Linear(4, 2), FEATURES, "loss on a train batch fails: IndexError"),
+        (failing_later, FEATURES, "a fifth call"),
+    ],
+)
+def test_what_does_not_train_is_not_raised(factory: Callable[[], nn.Module], kind: str, message: str) -> None:
+    problem = make_problem(factory, kind, train=(data()[0], torch.arange(12) % 3))
+    assert_not_ok(problem, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hyperparameters": {"beta1": double(0.9)}}, "unknown hyperparameter 'beta1'"),
+        ({"hyperparameters": {"lr": 0.1}}, "'lr' is a float"),
+        ({"hyperparameters": {"lr": torch.ones(4)}}, "'lr' has shape [4]"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_wrong_arguments_are_not_raised(arguments: dict[str, Any], message: str) -> None:
+    assert_not_ok(make_problem(), message, **arguments)

@@ -1,0 +1,136 @@
+"""Fused batch normalisation against torch's own, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from tune_hypergrad.hypergradients.fused_batch_norm import FusedBatchNorm
+
+COLUMNS, CHANNELS = 3, 4
+SHAPES = [(6, CHANNELS), (5, CHANNELS, 7), (3, CHANNELS, 4, 5), (2, CHANNELS, 3, 2, 2)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def fixed(*shape: int, seed: int) -> Tensor:
+    """Values without a generator, which vmap refuses."""
+    count = torch.Size(shape).numel()
+    return torch.sin(torch.arange(1, count + 1, dtype=torch.float64) * (seed + 0.37)).reshape(shape)
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def with_statistics(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A loss through batch normalisation, and the running statistics after it."""
+    x, weight, bias = inputs
+    running = (fixed(CHANNELS, seed=7), fixed(CHANNELS, seed=8).square())
+    y = F.batch_norm(x, *running, weight, bias, True, 0.3, 1e-3)
+    return (y.tanh() * fixed(*x.shape, seed=9)).sum(), running
+
+
+def without_parameters(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y = F.batch_norm(inputs[0], None, None, training=True)
+    return (y.tanh() * fixed(*y.shape, seed=9)).sum(), ()
+
+
+def in_evaluation(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    x, weight, bias = inputs
+    y = F.batch_norm(x, fixed(CHANNELS, seed=7), fixed(CHANNELS, seed=8).square(), weight, bias, False)
+    return (y.tanh() * fixed(*y.shape, seed=9)).sum(), ()
+
+
+LOSSES = (with_statistics, without_parameters, in_evaluation)
+
+
+def inputs_and_tangents(shape: tuple[int, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    shapes = (shape, (CHANNELS,), (CHANNELS,))
+    inputs = tuple(random(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    return inputs, tuple(random(COLUMNS, *shape, seed=10 + seed) for seed, shape in enumerate(shapes))
+
+
+def gradients_of(loss: Callable[..., Any], argnums: tuple[int, ...] = (0, 1, 2)) -> Callable[..., Any]:
+    return grad(loss, argnums, has_aux=True)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_and_running_statistics(shape: tuple[int, ...], loss: Callable[..., Any]) -> None:
+    inputs, _ = inputs_and_tangents(shape)
+    expected = gradients_of(loss)(*inputs)
+    with FusedBatchNorm():
+        close(gradients_of(loss)(*inputs), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tangents_of_the_loss(shape: tuple[int, ...], loss: Callable[..., Any]) -> None:
+    inputs, tangents = inputs_and_tangents(shape)
+    one = tuple(tangent[0] for tangent in tangents)
+    expected = jvp(lambda *x: loss(*x)[0], inputs, one)
+    with FusedBatchNorm():
+        close(jvp(lambda *x: loss(*x)[0], inputs, one), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batched_hessian_products(shape: tuple[int, ...], loss: Callable[..., Any]) -> None:
+    inputs, tangents = inputs_and_tangents(shape)
+
+    def product(*tangents: Tensor) -> Any:
+        return jvp(gradients_of(loss), inputs, tangents, has_aux=True)
+
+    _, expected, _ = vmap(product, out_dims=(None, 0, None))(*tangents)
+    by_columns = [product(*column)[1] for column in zip(*tangents, strict=True)]
+    with FusedBatchNorm():
+        _, actual, _ = vmap(product, out_dims=(None, 0, None))(*tangents)
+        one_by_one = [product(*column)[1] for column in zip(*tangents, strict=True)]
+    close(actual, expected)
+    close(one_by_one, by_columns)
+
+
+def test_agrees_with_double_backward() -> None:
+    inputs, tangents = inputs_and_tangents(SHAPES[2])
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    gradients = torch.autograd.grad(with_statistics(*leaves)[0], leaves, create_graph=True)
+    expected = torch.autograd.grad(gradients, leaves, [tangent[0] for tangent in tangents])
+    with FusedBatchNorm():
+        _, actual, _ = jvp(gradients_of(with_statistics), inputs, tuple(t[0] for t in tangents), has_aux=True)
+    close(actual, expected)
+
+
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1)])
+def test_inputs_that_stand_still(moving: tuple[int, ...]) -> None:
+    """Frozen weights, or a normalisation right after the data."""
+    inputs, tangents = inputs_and_tangents(SHAPES[2])
+
+    def product(*tangents: Tensor) -> Any:
+        def gradients(*moved: Tensor) -> Any:
+            point = list(inputs)
+            for position, tensor in zip(moving, moved, strict=True):
+                point[position] = tensor
+            return gradients_of(with_statistics, moving)(*point)
+
+        return jvp(gradients, tuple(inputs[position] for position in moving), tangents, has_aux=True)[1]
+
+    columns = [tangents[position] for position in moving]
+    expected = vmap(product)(*columns)
+    with FusedBatchNorm():
+        close(vmap(product)(*columns), expected)
+
+
+def test_one_value_per_channel_fails_as_in_torch() -> None:
+    for mode in (nullcontext(), FusedBatchNorm()):
+        with mode, pytest.raises(ValueError, match="more than 1 value per channel"):
+            F.batch_norm(random(1, CHANNELS), None, None, training=True)

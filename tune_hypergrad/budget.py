@@ -1,0 +1,122 @@
+"""What training has cost, in units that every method shares, and limits on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from tune_hypergrad.errors import InputError
+
+GRADIENTS_PER = {
+    "step": 1.0,
+    "hessian_column": 1.5,
+    "adjoint_step": 2.5,
+    "evaluation": 0.35,
+    "val_gradient": 1.0,
+}
+"""Cost in gradient evaluations, one being a forward and backward pass over one training batch.
+
+Rounded medians of `benchmarks/hypergradient_cost.py` (CPU, one thread). `step` is a training step. `hessian_column`
+is what each further tangent column adds to a step of forward mode; `adjoint_step` is one step of the reverse pass.
+`evaluation` (forward pass only) and `val_gradient` are per as many examples as a training batch has.
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What has been spent; costs add up."""
+
+    steps: int = 0
+    """Inner optimizer steps taken, recomputed ones included."""
+    examples: int = 0
+    """Training examples those steps processed."""
+    gradients: float = 0.0
+    """Gradient evaluations: everything computed, by the ratios in `GRADIENTS_PER`."""
+    device_seconds: float = 0.0
+    """Seconds of work times the devices granted (GPUs, else CPUs)."""
+    wall_seconds: float = 0.0
+    """Seconds of work by the clock."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def as_result(self) -> dict[str, float]:
+        """Flat scalars for a Ray result: `cost/steps`, `cost/examples`, ..."""
+        return {f"cost/{name}": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_result(cls, result: Mapping[str, Any]) -> Cost:
+        """The cost that a result carries, flat (`cost/steps`) or nested (`cost: {steps: ...}`); zero where absent."""
+        nested = result.get("cost", {})
+        return cls(*(result.get(f"cost/{f.name}", nested.get(f.name, 0)) for f in fields(cls)))
+
+
+UNITS = tuple(f.name for f in fields(Cost))
+
+_SUFFIXES = {
+    "g": ("gradients", 1.0),
+    "s": ("device_seconds", 1.0),
+    "m": ("device_seconds", 60.0),
+    "h": ("device_seconds", 3600.0),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on one unit of cost."""
+
+    amount: float
+    """How much may be spent, in `unit`."""
+    unit: str = "gradients"
+    """One of `UNITS`."""
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise InputError(f"unknown budget unit {self.unit!r}: choose one of {', '.join(UNITS)}")
+        if not 0 < self.amount < float("inf"):
+            raise InputError(f"the budget is {self.amount:g} {self.unit}: it must be above zero and finite")
+
+    @classmethod
+    def parse(cls, text: str, *, steps_per_epoch: int) -> Budget:
+        """Read a budget as a person writes it.
+
+        `20e` is as many gradient evaluations as 20 epochs of plain training have steps; `5000g` (or `5000`) are
+        gradient evaluations; `90s`, `30m` and `2h` are device-seconds, -minutes and -hours.
+
+        Raises:
+            InputError: it is not such a text, or not above zero.
+        """
+        number, suffix = (text[:-1], text[-1]) if text[-1:].isalpha() else (text, "g")
+        try:
+            amount = float(number)
+        except ValueError:
+            amount = float("nan")
+        if amount != amount or suffix not in ("e", *_SUFFIXES):
+            raise InputError(
+                f"budget {text!r} is not understood: write 20e (epochs of plain training), 5000g (gradients), "
+                "90s, 30m or 2h"
+            )
+        if suffix == "e":
+            return cls(amount * steps_per_epoch, "gradients")
+        unit, factor = _SUFFIXES[suffix]
+        return cls(amount * factor, unit)
+
+    def spent_by(self, cost: Cost) -> float:
+        """Share of the budget that `cost` has used; 1 and more is all of it."""
+        return float(getattr(cost, self.unit)) / self.amount
+
+
+class Ledger:
+    """Costs by trial, from the cumulative costs that their results carry."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Cost] = {}
+
+    def charge(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Record what a trial has spent by the time of this result."""
+        self._latest[trial_id] = Cost.from_result(result)
+
+    def total(self) -> Cost:
+        """What all trials have spent so far."""
+        return sum(self._latest.values(), Cost())

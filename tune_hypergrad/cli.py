@@ -1,0 +1,208 @@
+"""The command line: `tune-hypergrad run`, `plot`, `problems`, `methods`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tune_hypergrad.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tune_hypergrad.budget import Budget
+    from tune_hypergrad.problem import Problem
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+_SETTINGS_FILE = "settings.json"
+
+
+@app.callback()
+def describe() -> None:
+    """Gradient-based hyperparameter optimisation on Ray Tune."""
+
+
+@app.command()
+def run(
+    problem: Annotated[str, typer.Argument(help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME.")],
+    method: Annotated[list[str], typer.Option(help="Repeat for several methods.")] = ["fds", "rs"],  # noqa: B006
+    budget: Annotated[
+        str, typer.Option(help="Each method's: 300e (epochs of plain training), 5000g (gradients), 90s, 30m, 2h.")
+    ] = "300e",
+    out: Annotated[Path, typer.Option(help="Folder for results; it must not hold an earlier run.")] = Path("results"),
+    epochs: Annotated[float, typer.Option(help="Length of one training run.")] = 10.0,
+    windows: Annotated[int, typer.Option(help="Learning rates in the schedule.")] = 7,
+    optimizer: Annotated[str, typer.Option(help="Inner optimizer.")] = "sgd",
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the problem's own.")] = None,
+    ensemble: Annotated[int, typer.Option(help="Seeds that FDS averages hypergradients over.")] = 1,
+    seed: Annotated[int, typer.Option()] = 0,
+    cpus: Annotated[float, typer.Option(help="CPUs per trial.")] = 1.0,
+    gpus: Annotated[float, typer.Option(help="GPUs per trial; fractions share one.")] = 0.0,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster ('auto' finds it).")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local data, in torchvision's layout.")] = None,
+    download: Annotated[bool, typer.Option(help="Fetch missing data.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+) -> None:
+    """Tune a problem's hyperparameters, method by method, each with the same budget."""
+    from tune_hypergrad.budget import Budget
+
+    task_problem = load_problem(problem, data_dir=data_dir, seed=seed, batch_size=batch_size, download=download)
+    steps = round(epochs * task_problem.steps_per_epoch)
+    if steps < 1:
+        raise InputError(f"--epochs {epochs:g} is less than one inner step of {task_problem.steps_per_epoch} per epoch")
+    limit = Budget.parse(budget, steps_per_epoch=task_problem.steps_per_epoch)
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty: choose another folder with --out, or remove it")
+
+    from tune_hypergrad.experiment import Resources, ray_session, read_results, run_method
+    from tune_hypergrad.methods import Task, default_space, get_method
+    from tune_hypergrad.progress import ProgressBar
+
+    methods = [get_method(name) for name in dict.fromkeys(method)]
+    task = Task(task_problem, default_space(optimizer, windows), steps, optimizer, seed, ensemble)
+    for each in methods:
+        each.make(task)  # for its errors, before any trial starts
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"problem": problem, "steps": steps, "budget": [limit.amount, limit.unit], "seed": seed}
+    (out / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
+    console.print(f"{problem}: runs of {steps} inner steps; each method may spend {limit.amount:,.0f} {limit.unit}")
+    with ray_session(address):
+        for each in methods:
+            bars = [] if quiet else [ProgressBar(each.name, limit)]
+            run_method(each, task, limit, out / each.name, resources=Resources(cpus, gpus), callbacks=bars)
+    write_report(out, read_results(out), limit)
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="What `run --out` wrote.")],
+    unit: Annotated[str, typer.Option(help="Cost on the horizontal axis.")] = "gradients",
+    reference: Annotated[float | None, typer.Option(help="Measure regret against this value.")] = None,
+) -> None:
+    """Draw an experiment's pictures and table again, finished or not."""
+    from tune_hypergrad.budget import UNITS, Budget
+    from tune_hypergrad.experiment import read_results
+
+    if unit not in UNITS:
+        raise InputError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
+    results = read_results(folder)
+    settings_file = folder / _SETTINGS_FILE
+    if not settings_file.is_file():
+        raise InputError(f"{folder} has no {_SETTINGS_FILE}: give the folder that `tune-hypergrad run --out` wrote")
+    write_report(folder, results, Budget(*json.loads(settings_file.read_text())["budget"]), unit, reference)
+
+
+@app.command()
+def problems() -> None:
+    """List the built-in problems."""
+    from tune_hypergrad.problems import table
+
+    shown = Table()
+    for heading in ("problem", "model", "train", "val", "test", "batch", "data"):
+        shown.add_column(heading, justify="right" if heading in ("train", "val", "test", "batch") else "left")
+    for entry in table():
+        sizes = (f"{size:,}" for size in (entry.train, entry.val, entry.test, entry.batch_size))
+        shown.add_row(entry.name, entry.model, *sizes, entry.description)
+    console.print(shown)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from tune_hypergrad.methods import METHODS
+
+    shown = Table("method", "what it does")
+    for method in METHODS.values():
+        shown.add_row(method.name, method.description)
+    console.print(shown)
+
+
+def load_problem(name: str, **options: Any) -> Problem:
+    """A built-in problem, or the user's own from `FILE.py:NAME` or `MODULE:NAME`.
+
+    NAME is a `Problem`, or a function that makes one.
+
+    Raises:
+        InputError: there is no such problem, or it does not run.
+    """
+    from tune_hypergrad import problems
+
+    if ":" not in name:
+        made = problems.get(name, **options)
+    else:
+        made = _own_problem(*name.rsplit(":", 1))
+        if options["batch_size"] is not None:
+            made = made.replace(batch_size=options["batch_size"])
+    made.check()
+    return made
+
+
+def write_report(
+    folder: Path, results: pd.DataFrame, limit: Budget, unit: str | None = None, reference: float | None = None
+) -> None:
+    """Write `results.csv`, every method's `schedule.json` and the pictures into `folder`; print the table."""
+    from tune_hypergrad.experiment import best_row, schedule_of
+    from tune_hypergrad.report import plot_regret, plot_schedules, summary_table
+
+    results.to_csv(folder / "results.csv", index=False)
+    schedules = {}
+    for method in results["method"].unique():
+        best = best_row(results, method)
+        if best is not None:
+            schedules[method] = schedule_of(best)
+            schedules[method].save(folder / method / "schedule.json")
+    console.print(summary_table(results, limit))
+    for method, found in schedules.items():
+        console.print(f"{method} found {found}", soft_wrap=True, highlight=False)
+    if schedules:
+        plot_regret(results, unit or limit.unit, reference).savefig(folder / "regret.png", dpi=150)
+        plot_schedules(schedules).savefig(folder / "schedule.png", dpi=150)
+    written = ("results.csv", "*/schedule.json", "regret.png", "schedule.png")
+    console.print(f"in {folder}: {', '.join(written)}", highlight=False)
+
+
+def main() -> None:
+    """Entry point of `tune-hypergrad`: what a person got wrong ends in one line and exit status 2."""
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(2)
+
+
+def _own_problem(source: str, attribute: str) -> Problem:
+    from ray import cloudpickle
+
+    from tune_hypergrad.problem import Problem
+
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module.__name__] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
+    # workers cannot import the file by its name
+    cloudpickle.register_pickle_by_value(module)
+    found = getattr(module, attribute, None)
+    made = found() if callable(found) and not isinstance(found, Problem) else found
+    if not isinstance(made, Problem):
+        raise InputError(f"{source} has no Problem, nor a function that makes one, called {attribute!r}")
+    return made

@@ -1,0 +1,121 @@
+"""One data split: random access to batches of a tuple of tensors or of a torch `Dataset`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from tune_hypergrad.errors import InputError
+
+Batch = tuple[Any, ...]
+"""What one batch is: the model's positional inputs, then the target; every leaf has the batch dimension first."""
+
+
+class Split:
+    """Examples by index, as `(*inputs, target)` batches.
+
+    Args:
+        source: a tuple of tensors of equal first dimension, or a map-style `Dataset` of tuples.
+        name: how error messages call this split ("train", "val", "test").
+
+    Raises:
+        InputError: the split is empty, its tensors disagree in length, or hold values that are not finite.
+
+    Tensors pickle as NumPy arrays, which Ray shares between processes of a node without a copy.
+    """
+
+    def __init__(self, source: Dataset[Any] | tuple[Tensor, ...], name: str) -> None:
+        if isinstance(source, TensorDataset):
+            source = source.tensors
+        self.name = name
+        self.tensors: tuple[Tensor, ...] | None = None
+        self.dataset: Dataset[Any] | None = None
+        if isinstance(source, tuple | list):
+            self.tensors = _checked_tensors(tuple(source), name)
+            self._length = len(self.tensors[0])
+        elif isinstance(source, Sized) and hasattr(source, "__getitem__"):
+            self.dataset = cast("Dataset[Any]", source)
+            self._length = len(source)
+        else:
+            raise InputError(
+                f"{name} data is a {type(source).__name__}: pass a tuple of tensors (inputs, targets) or a "
+                "torch Dataset with __len__ and __getitem__"
+            )
+        if self._length == 0:
+            raise InputError(f"{name} data is empty: it needs at least one example")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batch(self, indices: Tensor | slice) -> Batch:
+        """The examples at `indices` (int64, shape [b], or a slice), collated: leaves of shape [b, ...].
+
+        A `Dataset` that augments at random draws from the global generators; seed them before the call.
+        """
+        if self.tensors is not None:
+            return tuple(tensor[indices] for tensor in self.tensors)
+        assert self.dataset is not None
+        positions = range(self._length)[indices] if isinstance(indices, slice) else indices.tolist()
+        items = default_collate([self.dataset[position] for position in positions])
+        if not isinstance(items, list | tuple) or len(items) < 2:
+            raise InputError(f"{self.name} data must yield (input, target) tuples, not {type(items).__name__}")
+        return tuple(items)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Split:
+        """This split with its tensors on `device` and floating ones as `dtype`; a `Dataset` stays as it is."""
+        if self.tensors is None:
+            return self
+        moved = Split.__new__(Split)
+        moved.__dict__.update(self.__dict__)
+        moved.tensors = tuple(cast_leaf(tensor, device, dtype) for tensor in self.tensors)
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.tensors is not None:
+            state["tensors"] = [(_as_array(tensor), tensor.dtype, tuple(tensor.shape)) for tensor in self.tensors]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if state["tensors"] is not None:
+            self.tensors = tuple(_as_tensor(*packed) for packed in state["tensors"])
+
+
+def cast_leaf(leaf: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """`leaf` on `device`, floating tensors as `dtype`; what is not a tensor comes back as it is."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else leaf.dtype)
+
+
+def _checked_tensors(tensors: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:
+    if len(tensors) < 2 or not all(isinstance(tensor, Tensor) and tensor.ndim > 0 for tensor in tensors):
+        raise InputError(f"{name} data must be a tuple (inputs, ..., targets) of at least two tensors")
+    lengths = [len(tensor) for tensor in tensors]
+    if len(set(lengths)) > 1:
+        raise InputError(f"{name} data: the tensors' lengths differ ({', '.join(map(str, lengths))})")
+    for position, tensor in enumerate(tensors):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else -1
+            where = f" (first in example {row})" if row >= 0 else ""
+            raise InputError(f"{name} data: tensor {position} has NaN or infinite values{where}: clean or drop them")
+    return tuple(tensor.detach() for tensor in tensors)
+
+
+def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    # bytes, because NumPy has no bfloat16
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _as_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    with warnings.catch_warnings():
+        # Ray's shared memory is read-only; data is never written to
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array).view(dtype).view(shape)

@@ -1,0 +1,189 @@
+"""An experiment: methods that work on one problem, each with the same budget, on one Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import ray
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
+
+from tune_hypergrad.budget import Budget, Ledger
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.methods import Method, Task
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.searchers.budgeted import Budgeted, BudgetStopper
+
+RESULTS_FILE = "results.jsonl"
+"""In a method's folder: one line per result of its trials, written as they come."""
+
+# Ray's own tables would tear our progress bars, and it warns of snapshots that short trials need
+_QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
+
+_RECORDED = ("val_", "test_", "best_", "cost/", "schedule/", "outer_step", "setbacks")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial gets."""
+
+    cpus: float = 1
+    """CPUs, which are its torch threads as well."""
+    gpus: float = 0
+    """GPUs; fractions share one."""
+
+
+class Recorder(Callback):
+    """Append every result to a file, with the method's spending so far.
+
+    Args:
+        path: the file.
+        method: name of the method whose trials these are.
+    """
+
+    def __init__(self, path: Path, method: str) -> None:
+        self.path, self.method = path, method
+        self._ledger = Ledger()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Called by Ray."""
+        self._ledger.charge(trial.trial_id, result)
+        row = {"method": self.method, "trial": trial.trial_id, "time": time.time()}
+        row |= {f"spent/{name}": value for name, value in vars(self._ledger.total()).items()}
+        row |= {name: value for name, value in result.items() if name.startswith(_RECORDED)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def get_state(self) -> dict[str, Any]:
+        """What Ray saves."""
+        return {"ledger": self._ledger}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from `get_state`."""
+        self._ledger = state["ledger"]
+
+
+def run_method(
+    method: Method,
+    task: Task,
+    budget: Budget,
+    folder: Path,
+    *,
+    resources: Resources | None = None,
+    callbacks: Sequence[Callback] = (),
+    max_failures: int = 2,
+) -> tune.ResultGrid:
+    """Run one method until its budget is spent or it has nothing more to suggest.
+
+    Args:
+        method: what to run.
+        task: what it works on.
+        budget: what its trials may spend together; the last result may overrun it.
+        folder: where Ray keeps the trials (in `ray/`) and the results go (`RESULTS_FILE`).
+        resources: what each trial gets.
+        callbacks: further Ray callbacks.
+        max_failures: restarts of a trial that fails, from its last checkpoint.
+    """
+    resources = resources or Resources()
+    trainable, searcher = method.make(task)
+    limit = method.concurrent(task) or _slots(resources)
+    folder.mkdir(parents=True, exist_ok=True)
+    request = {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, request),
+        tune_config=TuneConfig(
+            search_alg=Budgeted(searcher, budget, max_concurrent=limit),
+            metric="val_loss",
+            mode="min",
+            num_samples=-1,
+            reuse_actors=True,
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder.resolve()),
+            stop=BudgetStopper(budget),
+            verbose=0,
+            callbacks=[Recorder(folder / RESULTS_FILE, method.name), *callbacks],
+            failure_config=FailureConfig(max_failures=max_failures),
+            checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=1),
+        ),
+    )
+    return tuner.fit()
+
+
+def read_results(folder: Path) -> pd.DataFrame:
+    """Every result in an experiment's folder: one row each, in the order they came.
+
+    Raises:
+        InputError: the folder has none.
+    """
+    files = sorted(folder.glob(f"*/{RESULTS_FILE}"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    if not rows:
+        raise InputError(f"{folder} has no results: give the folder that `tune-hypergrad run --out` wrote")
+    return pd.DataFrame(rows).sort_values("time", kind="stable", ignore_index=True)
+
+
+def incumbents(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows at which a method's validation loss was the lowest so far."""
+    finite = results[results["val_loss"].notna()]
+    best_before = finite.groupby("method")["val_loss"].transform(lambda loss: loss.cummin().shift())
+    return finite[best_before.isna() | (finite["val_loss"] < best_before)]
+
+
+def best_row(results: pd.DataFrame, method: str) -> pd.Series | None:
+    """A method's result with the lowest validation loss; None if it has no finite one."""
+    rows = incumbents(results)
+    rows = rows[rows["method"] == method]
+    return None if rows.empty else rows.iloc[-1]
+
+
+def schedule_of(row: Mapping[str, Any] | pd.Series) -> Schedule:
+    """The schedule that a result was reached with, from its `schedule/...` scalars."""
+    windows: dict[str, dict[int, float]] = {}
+    for key, value in row.items():
+        prefix, _, name = str(key).partition("/")
+        if prefix == "schedule" and value == value:
+            name, _, window = name.partition("/")
+            windows.setdefault(name, {})[int(window or 0)] = float(value)
+    return Schedule({name: tuple(values[i] for i in sorted(values)) for name, values in windows.items()})
+
+
+@contextmanager
+def ray_session(address: str | None = None) -> Iterator[None]:
+    """A Ray session for the body: an existing one, the cluster at `address`, or one of this machine's own."""
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _slots(resources: Resources) -> int:
+    """Trials that fit the cluster at once, by what it has in all."""
+    cluster = ray.cluster_resources()
+    by_cpu = cluster.get("CPU", 1) / resources.cpus if resources.cpus else float("inf")
+    by_gpu = cluster.get("GPU", 0) / resources.gpus if resources.gpus else float("inf")
+    slots = int(min(by_cpu, by_gpu))
+    if slots < 1:
+        raise InputError(
+            f"a trial asks for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs, more than the cluster's "
+            f"{cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}: lower --cpus or --gpus"
+        )
+    return slots

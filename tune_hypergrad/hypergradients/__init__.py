@@ -1,0 +1,26 @@
+"""Exact hypergradients of PyTorch training: pure torch, no Ray."""
+
+from tune_hypergrad.hypergradients.check import ProblemCheck, check_problem
+from tune_hypergrad.hypergradients.hypergradient import hypergradient, hypergradient_run
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.online import OnlineRun
+from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Optimizer, get_optimizer
+from tune_hypergrad.hypergradients.outer import OUTER_UPDATES, Descent, OuterLoop
+from tune_hypergrad.hypergradients.run import HypergradientResult
+
+__all__ = [
+    "OPTIMIZERS",
+    "OUTER_UPDATES",
+    "Descent",
+    "HypergradientResult",
+    "InnerLoop",
+    "OnlineRun",
+    "Optimizer",
+    "OuterLoop",
+    "ProblemCheck",
+    "TrainingSettings",
+    "check_problem",
+    "get_optimizer",
+    "hypergradient",
+    "hypergradient_run",
+]

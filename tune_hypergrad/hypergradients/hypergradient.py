@@ -1,0 +1,175 @@
+"""`hypergradient`: the exact derivative of the validation loss by hyperparameters, in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tune_hypergrad.budget import GRADIENTS_PER
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.optimizers import Optimizer
+from tune_hypergrad.hypergradients.reverse import ReverseRun
+from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values
+from tune_hypergrad.problem import Problem
+
+MODES = ("auto", "forward", "reverse", "checkpointed_reverse")
+
+_SHARE_OF_MEMORY = 0.25  # several trials may run beside each other
+
+
+class Choice(NamedTuple):
+    """A differentiation mode and why it was taken."""
+
+    differentiation: str
+    reason: str
+
+
+def hypergradient(
+    problem: Problem,
+    hyperparameters: Mapping[str, Tensor],
+    *,
+    steps: int,
+    optimizer: str | Optimizer = "sgd",
+    fixed: Mapping[str, float] | None = None,
+    seed: int = 0,
+    horizon: int | None = None,
+    differentiation: str = "auto",
+    clip_gradient: float | None = None,
+    clip_hessian_product: float | None = None,
+    val_examples: int | None = None,
+    device: str | None = None,
+) -> HypergradientResult:
+    """Train for `steps` inner steps and differentiate the validation loss by the hyperparameters.
+
+    Args:
+        problem: what is trained.
+        hyperparameters: values by name, each of shape [N]: N windows of steps/N inner steps (step t uses element
+            floor(N t / steps)). Any of the optimizer's or of the problem's train loss.
+        steps: inner steps T.
+        optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`.
+        fixed: hyperparameters held constant; the rest take the defaults of `torch.optim` and of the train loss.
+        seed: seeds initial weights, order of examples, augmentation and dropout.
+        horizon: inner steps a hypergradient looks through: None or T exact, 1 greedy, in between truncated.
+        differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory.
+        clip_gradient: clamp the training gradient's elements to +- this value, as part of the step.
+        clip_hessian_product: clamp the Hessian products' elements (forward mode only; no longer exact).
+        val_examples: validation examples per segment's gradient; None is the whole split.
+        device: where to train; None leaves the model where its factory puts it.
+
+    Returns:
+        `HypergradientResult`; `.hypergradients[name]` has the shape of `hyperparameters[name]`.
+
+    Raises:
+        InputError: a hyperparameter, module, mode or horizon that cannot work.
+    """
+    settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
+    run = hypergradient_run(
+        InnerLoop(problem, settings),
+        hyperparameters,
+        horizon=horizon,
+        differentiation=differentiation,
+        clip_hessian_product=clip_hessian_product,
+        val_examples=val_examples,
+    )
+    with run.loop.running():
+        run.advance(run.length)
+    return run.result()
+
+
+def hypergradient_run(
+    loop: InnerLoop,
+    hyperparameters: Mapping[str, Tensor],
+    *,
+    horizon: int | None = None,
+    differentiation: str = "auto",
+    clip_hessian_product: float | None = None,
+    val_examples: int | None = None,
+) -> HypergradientRun:
+    """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`."""
+    values = dict(hyperparameters)
+    check_values(loop, values)
+    if differentiation not in MODES:
+        raise InputError(f"unknown differentiation {differentiation!r}: choose one of {', '.join(MODES)}")
+    if clip_hessian_product is not None:
+        if not clip_hessian_product > 0:
+            raise InputError(f"clip_hessian_product is {clip_hessian_product!r}: give a positive number, or None")
+        if "reverse" in differentiation:
+            raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
+        choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
+    elif differentiation == "auto":
+        windows = [len(v) for v in values.values()]
+        choice = choose_differentiation(windows, loop.steps, horizon, state_bytes(loop), free_memory(loop.device))
+    else:
+        choice = Choice(differentiation, "asked for")
+    run: HypergradientRun
+    if choice.differentiation == "forward":
+        run = ForwardRun(
+            loop, values, horizon=horizon, val_examples=val_examples, clip_hessian_product=clip_hessian_product
+        )
+    else:
+        keep_all = choice.differentiation == "reverse"
+        run = ReverseRun(loop, values, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
+    run.reason = choice.reason
+    return run
+
+
+def choose_differentiation(
+    windows: list[int], steps: int, horizon: int | None, state_bytes: int, free_bytes: int
+) -> Choice:
+    """The cheapest mode for hyperparameters with these numbers of windows whose memory fits.
+
+    Args:
+        windows: number of windows of every hyperparameter.
+        steps: inner steps T.
+        horizon: steps of a segment; forward mode pays no Hessian product in a segment's first step.
+        state_bytes: size of one inner state.
+        free_bytes: memory that may be used.
+    """
+    # a window of N is carried from its opening on: (N + 1) / 2 columns on average
+    columns = sum((count + 1) / 2 for count in windows)
+    carried = 1 - 1 / (horizon or steps)
+    forward = GRADIENTS_PER["step"] + GRADIENTS_PER["hessian_column"] * columns * carried
+    reverse = GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]
+    checkpointed = reverse + GRADIENTS_PER["step"]
+    if forward <= reverse:
+        return Choice(
+            "forward", f"{columns:g} columns on average: {forward:.1f} gradients a step, reverse {reverse:.1f}"
+        )
+    needed = state_bytes * steps
+    if needed <= free_bytes:
+        return Choice("reverse", f"{reverse:.1f} gradients a step, forward {forward:.1f}; {_mib(needed)} of states fit")
+    if forward <= checkpointed:
+        return Choice("forward", f"{_mib(needed)} of states do not fit; {forward:.1f} gradients a step")
+    return Choice(
+        "checkpointed_reverse",
+        f"{checkpointed:.1f} gradients a step, forward {forward:.1f}; {_mib(needed)} of states do not fit "
+        f"{_mib(free_bytes)}",
+    )
+
+
+def state_bytes(loop: InnerLoop) -> int:
+    """Size of one inner state: weights, optimizer slots and buffers."""
+    state = loop.initial_state()
+    return sum(tensor.nbytes for tensor in (state.params, *state.slots, *state.buffers.values()))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes on `device` that one run may take: a quarter of what is free."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):  # not every system tells
+            free = 1 << 32
+    return int(free * _SHARE_OF_MEMORY)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,89 @@
+"""Which modules the engine can differentiate twice, and the switches that make some of them work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from tune_hypergrad.errors import InputError
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Refuse modules whose second derivatives torch gets wrong or does not have.
+
+    Raises:
+        InputError: names the module, the reason and the remedy.
+    """
+    for name, module in model.named_modules():
+        where = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+        if isinstance(module, nn.EmbeddingBag):
+            raise InputError(f"{where} has no second derivative in torch: use nn.Embedding and sum or average over it")
+        if _is_parametrized_by(module, "SpectralNorm"):
+            raise InputError(
+                f"{where} uses spectral_norm, whose power iteration the engine would take for constant, so that "
+                "hypergradients would be off: remove it, or divide by torch.linalg.matrix_norm(w, 2) in forward"
+            )
+        if _is_parametrized_by(module, "WeightNorm"):
+            raise InputError(
+                f"{where} uses weight_norm, whose second derivative is silently wrong in torch: remove it "
+                "(torch.nn.utils.parametrize.remove_parametrizations) or write w = g * v / v.norm() in forward"
+            )
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False)):
+            raise InputError(f"{where} is lazy: give it its sizes, or run one batch through it in the model factory")
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        listed = ", ".join(sorted(map(str, dtypes)))
+        raise InputError(f"the model mixes parameter dtypes ({listed}): convert it to one, such as model.float()")
+
+
+def _is_parametrized_by(module: nn.Module, kind: str) -> bool:
+    """Whether a weight of the module is made by torch's `WeightNorm` or `SpectralNorm`, of the old API or the new."""
+    hooks = module._forward_pre_hooks.values()
+    parametrized = getattr(module, "parametrizations", None)
+    chains = parametrized.values() if isinstance(parametrized, nn.ModuleDict) else ()
+    steps = [step for chain in chains for step in chain.children()]
+    return any(type(each).__name__.lstrip("_") == kind for each in (*hooks, *steps))
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Run the body with kernels that have the derivatives the engine needs.
+
+    Attention takes the math kernel; recurrent networks run without oneDNN and cuDNN, whose fused kernels have no
+    forward-mode or second derivatives. Dropout draws the same mask with and without tangents.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_ReplayableDropout())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+class _ReplayableDropout(TorchFunctionMode):
+    """Dropout whose mask depends on the generator's state and the input's shape only.
+
+    torch's own also depends on the input's memory layout, which `torch.func` transforms change, so that a step with
+    tangents would drop other units than the same step without.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = _dropout if func is F.dropout else func
+        return function(*args, **(kwargs or {}))
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0:
+        return input
+    mask = torch.empty(input.shape, device=input.device, dtype=input.dtype).bernoulli_(1 - p)
+    if p < 1:
+        mask /= 1 - p
+    return input.mul_(mask) if inplace else input * mask

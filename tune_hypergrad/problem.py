@@ -1,0 +1,179 @@
+"""`Problem`: what is trained, on which data, and how it is judged."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tune_hypergrad.data import Batch, Split, cast_leaf
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.randomness import preserved_generators, seed_everything
+
+Source = Dataset[Any] | tuple[Tensor, ...] | Split
+
+
+@dataclass(eq=False)
+class Problem:
+    """A training problem, stated once for every method.
+
+    ```python
+    Problem(model=lambda: nn.Linear(64, 10), train=(x, y), val=(x_val, y_val), test=(x_test, y_test),
+            loss=F.cross_entropy, metrics={"accuracy": accuracy}, batch_size=128)
+    ```
+    """
+
+    model: Callable[..., nn.Module]
+    """Makes a freshly initialised model; its keyword arguments are hyperparameters that black-box methods can tune."""
+
+    train: Source
+    """Training split: a tuple of tensors `(inputs, targets)` or a torch `Dataset` of such pairs."""
+
+    val: Source
+    """Validation split: what hypergradients differentiate and incumbents are chosen by."""
+
+    test: Source | None = None
+    """Test split: reported, never used to choose anything."""
+
+    loss: Callable[..., Tensor] = F.cross_entropy
+    """`loss(output, target)`, a mean over the batch: the validation loss, and the training loss by default."""
+
+    train_loss: Callable[..., Tensor] | None = None
+    """`train_loss(output, target, *, name=default, ...)`: its keyword arguments are tunable hyperparameters.
+    One called `params` is no hyperparameter: it receives the model's named parameters, for penalties on them."""
+
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor | float]] = field(default_factory=dict)
+    """`metric(output, target)`, each a mean over the batch, reported as `val_<name>` and `test_<name>`."""
+
+    batch_size: int = 128
+    """Training examples in an inner step; the training split's length means full-batch steps."""
+
+    eval_batch_size: int = 1000
+    """Examples evaluated at once; a matter of memory only."""
+
+    name: str = "problem"
+    """How reports call this problem."""
+
+    def __post_init__(self) -> None:
+        self.train = _split(self.train, "train")
+        self.val = _split(self.val, "val")
+        self.test = None if self.test is None else _split(self.test, "test")
+        if not callable(self.model):
+            raise InputError("model must be a function that makes a fresh nn.Module, such as `lambda: Net()`")
+        if isinstance(self.model, nn.Module):
+            raise InputError("model is a module: pass a function that makes a fresh one, such as `lambda: Net()`")
+        for which in ("batch_size", "eval_batch_size"):
+            size = getattr(self, which)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise InputError(f"{which} is {size!r}: it must be a whole number of at least 1")
+        if self.batch_size > len(self.train):
+            raise InputError(
+                f"batch_size {self.batch_size} is above the training split's {len(self.train)} examples: "
+                "lower it, or give the same number for full-batch steps"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Inner steps in one pass over the training split (an incomplete last batch is dropped)."""
+        return len(self.train) // self.batch_size  # type: ignore[arg-type]
+
+    def compute_train_loss(
+        self, output: Tensor, target: Tensor, params: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]
+    ) -> Tensor:
+        """Training loss of one batch (0-dim), given those of `hyperparameters` that `train_loss` takes."""
+        if self.train_loss is None:
+            return self.loss(output, target)
+        values = {name: value for name, value in hyperparameters.items() if name in self.train_loss_hyperparameters}
+        if self._train_loss_takes_params:
+            values["params"] = params
+        return self.train_loss(output, target, **values)
+
+    @cached_property
+    def train_loss_hyperparameters(self) -> dict[str, float]:
+        """Hyperparameters that `train_loss` takes, with their defaults (NaN where it gives none)."""
+        if self.train_loss is None:
+            return {}
+        return {
+            name: float("nan") if parameter.default is parameter.empty else float(parameter.default)
+            for name, parameter in inspect.signature(self.train_loss).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name != "params"
+        }
+
+    @cached_property
+    def _train_loss_takes_params(self) -> bool:
+        return self.train_loss is not None and "params" in inspect.signature(self.train_loss).parameters
+
+    @property
+    def model_hyperparameters(self) -> tuple[str, ...]:
+        """Names of the model factory's arguments, which methods that need no derivative can tune."""
+        try:
+            parameters = inspect.signature(self.model).parameters
+        except ValueError:  # a builtin without a signature takes nothing of ours
+            return ()
+        return tuple(
+            name
+            for name, parameter in parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        )
+
+    def check(self) -> None:
+        """Run one batch of every split through a fresh model, the losses and the metrics.
+
+        Raises:
+            InputError: one of them fails, says so in one line.
+        """
+        with preserved_generators():
+            seed_everything(0)
+            model = _attempt("model()", self.model)
+            if not isinstance(model, nn.Module):
+                raise InputError(f"model() gave a {type(model).__name__}, not a torch.nn.Module")
+            reference = next((p for p in model.parameters() if p.requires_grad), None)
+            if reference is None:
+                raise InputError("model() has no parameter that requires a gradient: there is nothing to train")
+            for split in (self.train, self.val, self.test):
+                if split is not None:
+                    self._check_split(model, split, reference)  # type: ignore[arg-type]
+
+    def _check_split(self, model: nn.Module, split: Split, reference: Tensor) -> None:
+        size = min(len(split), self.batch_size if split is self.train else self.eval_batch_size)
+        batch = _attempt(f"reading {split.name} data", split.batch, slice(0, size))
+        batch = tuple(cast_leaf(leaf, reference.device, reference.dtype) for leaf in batch)
+        inputs, target = batch[:-1], batch[-1]
+        shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in inputs)
+        model.train(split is self.train)
+        output = _attempt(f"the model's forward on a {split.name} batch of shape {shapes}", model, *inputs)
+        loss = _attempt(f"loss on a {split.name} batch", self.loss, output, target)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            raise InputError("loss(output, target) must give a scalar tensor: the mean over the batch")
+        if not bool(torch.isfinite(loss)):
+            raise InputError(
+                f"loss on a {split.name} batch is {float(loss)} for the untrained model: check data and loss"
+            )
+        for name, metric in self.metrics.items():
+            _attempt(f"metric {name!r} on a {split.name} batch", lambda m=metric: float(m(output.detach(), target)))
+
+    def replace(self, **changes: Any) -> Problem:
+        """This problem with some fields replaced, such as `batch_size=64`."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Problem(**{**fields, **changes})
+
+
+def _split(source: Source, name: str) -> Split:
+    return source if isinstance(source, Split) else Split(source, name)
+
+
+def _attempt(what: str, function: Callable[..., Any], *arguments: Batch | Any) -> Any:
+    try:
+        return function(*arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InputError(f"{what} fails: {type(error).__name__}: {reason}") from error

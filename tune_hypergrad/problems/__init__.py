@@ -1,0 +1,5 @@
+"""Built-in problems: `problems.get("digits")` gives a ready `Problem`, `problems.table()` lists them all."""
+
+from tune_hypergrad.problems.registry import Entry, get, names, table
+
+__all__ = ["Entry", "get", "names", "table"]

@@ -1,0 +1,369 @@
+"""`Schedule`: the values of hyperparameters over training progress, and their replay on a `torch.optim` optimizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.space import is_number_or_windows, windows_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_FORMAT, _VERSION = "tune_hypergrad/schedule", 1
+_BETAS = ("beta1", "beta2")
+_LOG_AXIS_FROM = 100.0  # largest over smallest value from which a linear axis hides the small ones
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Values of hyperparameters over training progress in [0, 1): what a gradient method finds.
+
+    ```python
+    schedule = Schedule({"lr": (0.1, 0.05, 0.01), "momentum": (0.9,)})
+    scheduler = schedule.scheduler(optimizer, total_steps=3000)  # then scheduler.step() after every optimizer.step()
+    ```
+
+    Raises:
+        InputError: there is no hyperparameter, or a value is neither a finite number nor windows of such.
+    """
+
+    values: Mapping[str, tuple[float, ...]]
+    """Name to one value per window; window i of N covers progress [i/N, (i+1)/N). Numbers and lists are read too."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Mapping) or not self.values:
+            raise InputError("a schedule needs at least one hyperparameter, such as Schedule({'lr': (0.1, 0.01)})")
+        object.__setattr__(self, "values", {name: _windows(name, value) for name, value in self.values.items()})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {' | '.join(f'{v:.4g}' for v in windows)}" for name, windows in self.values.items())
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], names: Iterable[str] | None = None) -> Schedule:
+        """The schedule in a resolved trial config.
+
+        Args:
+            config: name to number, windows of numbers (see `windows_of`), or anything else.
+            names: exactly these hyperparameters; by default every entry that is a number or windows of numbers.
+
+        Raises:
+            InputError: a name is missing or not numeric, or no entry is numeric.
+        """
+        if names is None:
+            names = [name for name, value in config.items() if is_number_or_windows(value)]
+        names = list(names)
+        missing = [name for name in names if name not in config]
+        if missing:
+            raise InputError(f"the config has no {missing[0]!r}: it has {', '.join(map(str, config)) or 'no entries'}")
+        return cls({name: config[name] for name in names})
+
+    def to_config(self) -> dict[str, Any]:
+        """The schedule as config entries: a float for one window, `{"0": float, ...}` for several."""
+        return {
+            name: windows[0] if len(windows) == 1 else {str(i): value for i, value in enumerate(windows)}
+            for name, windows in self.values.items()
+        }
+
+    def at(self, progress: float) -> dict[str, float]:
+        """Every hyperparameter's value at a training progress in [0, 1).
+
+        Raises:
+            InputError: `progress` is outside [0, 1).
+        """
+        if not 0 <= progress < 1:
+            raise InputError(f"training progress is {progress!r}: it must be at least 0 and below 1")
+        # comparing with i/N, rounded as the caller rounds it, puts at(i/N) into window i; N * progress may fall below i
+        return {
+            name: windows[bisect_right([i / len(windows) for i in range(1, len(windows))], progress)]
+            for name, windows in self.values.items()
+        }
+
+    def at_step(self, step: int, total_steps: int) -> dict[str, float]:
+        """Every hyperparameter's value at an inner step: element floor(N step / total_steps), in integer arithmetic.
+
+        Args:
+            step: from 0 to `total_steps` - 1.
+            total_steps: inner steps of the whole training run.
+
+        Raises:
+            InputError: `step` or `total_steps` is out of range.
+        """
+        _check_total_steps(total_steps)
+        if not isinstance(step, int) or not 0 <= step < total_steps:
+            raise InputError(
+                f"step is {step!r}: with total_steps={total_steps} it must be a whole number in 0..{total_steps - 1}"
+            )
+        return {name: windows[len(windows) * step // total_steps] for name, windows in self.values.items()}
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the schedule as a JSON file that `load` reads back exactly; a file is replaced whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        text = json.dumps({"format": _FORMAT, "version": _VERSION, "values": self.values}, indent=2)
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(target)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise InputError(f"cannot write schedule file {target}: {error.strerror}: choose another path") from error
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Schedule:
+        """Read a schedule that `save` wrote.
+
+        Raises:
+            InputError: the file cannot be read, or holds no valid schedule.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read schedule file {path}: {error.strerror}: check the path") from error
+        except ValueError as error:
+            raise InputError(
+                f"{path} is no schedule file: it is not JSON ({error}): use one that Schedule.save wrote"
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise InputError(
+                f"{path} is no schedule file: its format is not {_FORMAT!r}: use one that Schedule.save wrote"
+            )
+        if content.get("version") != _VERSION:
+            raise InputError(
+                f"schedule file {path} has version {content.get('version')!r}, not {_VERSION}: upgrade tune_hypergrad"
+            )
+        values: Any = content.get("values")
+        try:
+            return cls(values)
+        except InputError as error:
+            raise InputError(f"schedule file {path}: {error}") from error
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per hyperparameter and window: `hyperparameter`, `window`, `start`, `end` (progress), `value`."""
+        import pandas as pd
+
+        rows = [
+            (name, i, i / len(windows), (i + 1) / len(windows), value)
+            for name, windows in self.values.items()
+            for i, value in enumerate(windows)
+        ]
+        return pd.DataFrame(rows, columns=["hyperparameter", "window", "start", "end", "value"])
+
+    def to_scalars(self, prefix: str = "schedule") -> dict[str, float]:
+        """Flat scalars for TensorBoard: `schedule/lr/0`, `schedule/lr/1`, ...; `schedule/momentum` for one window."""
+        scalars: dict[str, float] = {}
+        for name, windows in self.values.items():
+            if len(windows) == 1:
+                scalars[f"{prefix}/{name}"] = windows[0]
+            else:
+                scalars.update({f"{prefix}/{name}/{i}": value for i, value in enumerate(windows)})
+        return scalars
+
+    def plot(self, axes: Axes | Sequence[Axes] | None = None) -> Figure:
+        """Draw every hyperparameter over training progress, one panel each.
+
+        Values above 0 that span a factor of 100 or more are drawn on a logarithmic axis.
+
+        Args:
+            axes: as many matplotlib axes as there are hyperparameters; by default a new figure, which pyplot does not
+                know and so never has to close: write it with `figure.savefig(path)`.
+
+        Returns:
+            The figure that was drawn on.
+
+        Raises:
+            InputError: the number of axes is not that of the hyperparameters.
+        """
+        panels = _new_panels(len(self.values)) if axes is None else _as_panels(axes)
+        if len(panels) != len(self.values):
+            raise InputError(f"plot got {len(panels)} axes for {len(self.values)} hyperparameters: pass one for each")
+        for panel, (name, windows) in zip(panels, self.values.items(), strict=True):
+            _draw(panel, name, windows)
+        panels[-1].set_xlabel("training progress")
+        figure = panels[0].figure.figure  # of a subfigure's axes, the figure it is in
+        figure.align_ylabels(panels)
+        return figure
+
+    def apply(self, optimizer: Optimizer, step: int, total_steps: int) -> dict[str, float]:
+        """Set the values of an inner step in every param group of a `torch.optim` optimizer.
+
+        Names are those of the param groups (`lr`, `momentum`, `dampening`, `weight_decay`, `eps`, `alpha`); `beta1` and
+        `beta2` are the two elements of `betas`. Call it before `optimizer.step()`.
+
+        Args:
+            optimizer: any `torch.optim` optimizer, fresh or at this step of its training.
+            step: from 0 to `total_steps` - 1.
+            total_steps: inner steps of the whole training run.
+
+        Returns:
+            The values that the optimizer has no place for, such as `label_smoothing`: they belong to your own loss.
+
+        Raises:
+            InputError: `step` or `total_steps` is out of range.
+        """
+        values = self.at_step(step, total_steps)
+        mine = {name for name in values if all(_has(group, name) for group in optimizer.param_groups)}
+        for group in optimizer.param_groups:
+            for name in mine:
+                _assign(group, name, self._on_optimizer(name, values[name]))
+        return {name: value for name, value in values.items() if name not in mine}
+
+    def scheduler(self, optimizer: Optimizer, total_steps: int) -> ScheduleLR:
+        """A `torch.optim` learning-rate scheduler that sets every scheduled value, not the learning rate alone.
+
+        Args:
+            optimizer: a fresh `torch.optim` optimizer; it gets the values of step 0 at once.
+            total_steps: inner steps of the whole training run; later steps keep the last window's values.
+
+        Raises:
+            InputError: `total_steps` is below 1.
+        """
+        return ScheduleLR(optimizer, self, total_steps)
+
+    def _on_optimizer(self, name: str, value: float) -> float:
+        # While momentum is 0, torch.optim.SGD keeps no buffer and RMSprop never makes one: when a later window turns
+        # momentum on, SGD would have forgotten the last gradient and RMSprop would fail. The smallest normal float
+        # keeps the buffer going and multiplies it by what rounds to nothing.
+        if name == "momentum" and value == 0 and any(self.values[name]):
+            return sys.float_info.min
+        return value
+
+
+class ScheduleLR(LRScheduler):
+    """Replays a `Schedule` on an optimizer, one inner step at each `step()`.
+
+    Lightning takes it as `{"scheduler": schedule.scheduler(optimizer, total_steps), "interval": "step"}`.
+
+    Args:
+        optimizer: a fresh `torch.optim` optimizer; the values of step 0 are set at construction.
+        schedule: what to replay.
+        total_steps: inner steps of the whole training run; after them the last window's values stay.
+
+    Raises:
+        InputError: `total_steps` is below 1.
+    """
+
+    loss_values: dict[str, float]
+    """The current values that the optimizer has no place for, such as `label_smoothing`, for your own loss."""
+
+    def __init__(self, optimizer: Optimizer, schedule: Schedule, total_steps: int) -> None:
+        _check_total_steps(total_steps)
+        self.schedule, self.total_steps = schedule, total_steps
+        super().__init__(optimizer)  # takes the initial step, to last_epoch = 0
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of every param group at the current step."""
+        scheduled = self.schedule.at_step(self._current_step(), self.total_steps)
+        return [scheduled.get("lr", group["lr"]) for group in self.optimizer.param_groups]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance by one inner step; call it after `optimizer.step()`."""
+        super().step(epoch)
+        self._set_values()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and schedule as plain Python values, which `torch.load` reads with `weights_only=True`."""
+        return {
+            "last_epoch": self.last_epoch,
+            "_step_count": self._step_count,
+            "total_steps": self.total_steps,
+            "schedule": self.schedule.to_config(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`: takes its schedule and position, and sets that step's values."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self.total_steps = state_dict["total_steps"]
+        self.schedule = Schedule.from_config(state_dict["schedule"])
+        self._set_values()
+
+    def _set_values(self) -> None:
+        self.loss_values = self.schedule.apply(self.optimizer, self._current_step(), self.total_steps)
+        self._last_lr = [_copied(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _current_step(self) -> int:
+        return min(self.last_epoch, self.total_steps - 1)
+
+
+def _windows(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(name, str):
+        raise InputError(f"a hyperparameter is called {name!r}: its name must be a string")
+    try:
+        windows = windows_of(value)
+    except InputError as error:
+        raise InputError(f"hyperparameter {name!r}: {error}") from error
+    if not all(map(math.isfinite, windows)):
+        raise InputError(f"hyperparameter {name!r} has a value that is not finite in {list(windows)}: replace it")
+    return windows
+
+
+def _check_total_steps(total_steps: int) -> None:
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise InputError(f"total_steps is {total_steps!r}: it must be a whole number of at least 1")
+
+
+def _has(group: Mapping[str, Any], name: str) -> bool:
+    if name in _BETAS:
+        return "betas" in group
+    value = group.get(name)
+    return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
+
+
+def _assign(group: dict[str, Any], name: str, value: float) -> None:
+    if name in _BETAS:
+        betas = list(group["betas"])
+        betas[_BETAS.index(name)] = value
+        group["betas"] = tuple(betas)
+    elif isinstance(group[name], Tensor):
+        group[name].fill_(value)  # a captured graph reads this very tensor
+    else:
+        group[name] = value
+
+
+def _copied(value: float | Tensor) -> float | Tensor:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _new_panels(count: int) -> list[Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.6 + 1.5 * count), layout="constrained")
+    return list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _as_panels(axes: Axes | Sequence[Axes]) -> list[Axes]:
+    from matplotlib.axes import Axes as SingleAxes
+
+    return [axes] if isinstance(axes, SingleAxes) else list(axes)
+
+
+def _draw(panel: Axes, name: str, windows: tuple[float, ...]) -> None:
+    edges = [i / len(windows) for i in range(len(windows) + 1)]
+    panel.stairs(windows, edges, baseline=None, linewidth=2)
+    if min(windows) > 0 and max(windows) / min(windows) >= _LOG_AXIS_FROM:
+        panel.set_yscale("log")
+    panel.set_xlim(0, 1)
+    panel.margins(y=0.15)
+    panel.set_ylabel(name)
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)

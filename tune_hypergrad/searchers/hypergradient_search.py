@@ -1,0 +1,231 @@
+"""`HypergradientSearch`: FDS as a Ray searcher, one trial per inner run, several seeds of an outer step in parallel."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from ray.tune.search import Searcher
+from ray.tune.utils import flatten_dict
+from torch import Tensor
+
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients import Descent, OuterLoop
+from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
+from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.space import gradient_ranges, windows_of
+
+HYPERGRADIENT_KEY = "hypergradient"
+"""Results hold `hypergradient/<name>/<window>`."""
+
+
+class HypergradientSearch(Searcher):
+    """Descend the validation loss by the hypergradients that trials report.
+
+    ```python
+    tune.Tuner(
+        InnerRun.from_problem(problem, steps=500),
+        param_space={"lr": schedule(tune.uniform(0, 1), windows=7), "momentum": tune.uniform(0, 0.99)},
+        tune_config=tune.TuneConfig(search_alg=HypergradientSearch(outer_steps=20), metric="val_loss", mode="min",
+                                    num_samples=-1),
+    )
+    ```
+
+    Each outer step runs `ensemble` trials that differ in their seed only, and follows the average of their
+    hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). A trial that fails is left
+    out of the average; an outer step all of whose trials failed counts as a setback (see `OuterLoop`).
+
+    Args:
+        space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
+        metric: what Ray ranks trials by. The descent itself always follows `val_loss`, whose derivative it is given.
+        mode: "min" or "max", for `metric`.
+        ensemble: trials per outer step.
+        outer_steps: outer steps at the most; None goes on until converged.
+        update: outer update: "sign", "sgd" or "adam".
+        step_sizes: outer step sizes by name; those missing are `default_step` of the range.
+        default_step: outer step size as a share of the range.
+        tolerance: converged when no step size is above this share of its range.
+        points_to_evaluate: configs to run first; the descent begins from the best of them. What a point leaves out is
+            0, or the nearest value in range. None begins from there in everything.
+        seed: the trials' seeds are drawn from it; they are the same at every outer step.
+
+    Raises:
+        InputError: settings that cannot work; once the space is known, hyperparameters that have no derivative.
+    """
+
+    def __init__(
+        self,
+        space: Mapping[str, Any] | None = None,
+        *,
+        metric: str | None = None,
+        mode: str | None = None,
+        ensemble: int = 1,
+        outer_steps: int | None = None,
+        update: str = "sign",
+        step_sizes: Mapping[str, float] | None = None,
+        default_step: float = 0.1,
+        tolerance: float = 1e-3,
+        points_to_evaluate: list[dict[str, Any]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        for what, count in (("ensemble", ensemble), ("outer_steps", outer_steps)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise InputError(f"{what} is {count!r}: it must be a whole number of at least 1")
+        super().__init__(metric=metric, mode=mode)
+        self._ensemble, self._outer_steps, self._tolerance = ensemble, outer_steps, tolerance
+        self._descent_options: dict[str, Any] = {
+            "update": update,
+            "step_sizes": step_sizes,
+            "default_step": default_step,
+        }
+        self._points, self._seed = list(points_to_evaluate or []), seed
+        self._outer: OuterLoop | None = None
+        self._constants: dict[str, Any] = {}
+        self._starts: list[Hyperparameters] = []  # points to evaluate that are still to be run
+        self._started: list[tuple[Hyperparameters, _Outcome]] = []  # those that have been
+        self._next_member = 0  # of this outer step's ensemble
+        self._waiting: set[str] = set()  # its trials that have not ended
+        self._ended: list[_Outcome] = []  # and what those that have ended gave
+        if space is not None:
+            self._read_space(space)
+
+    @property
+    def incumbent(self) -> Schedule | None:
+        """The best schedule by validation loss so far: the outcome of the search."""
+        if self._outer is None or self._outer.incumbent is None:
+            return None
+        return Schedule({name: tuple(values.tolist()) for name, values in self._outer.incumbent.values.items()})
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Called by Ray with the `TuneConfig`'s metric and mode and with `param_space`."""
+        if config:
+            if self._outer is not None:
+                return False
+            self._read_space(config)
+        self._metric, self._mode = metric or self._metric, mode or self._mode
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next member of this outer step's ensemble; None while its others run; FINISHED at the end."""
+        outer = self._outer
+        if outer is None:
+            raise InputError("HypergradientSearch has no search space: pass space, or param_space to the Tuner")
+        if outer.converged or (self._outer_steps is not None and outer.outer_step >= self._outer_steps):
+            return Searcher.FINISHED
+        if self._next_member == self._ensemble:
+            return None
+        seed = fold_seed(self._seed, self._next_member)
+        self._next_member += 1
+        self._waiting.add(trial_id)
+        values = Schedule({name: tuple(v.tolist()) for name, v in self._current_values().items()})
+        return {**self._constants, **values.to_config(), "seed": seed}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Take a trial's hypergradient; after the ensemble's last trial, take the outer step."""
+        if trial_id not in self._waiting:
+            return
+        self._waiting.discard(trial_id)
+        if not error and result is not None:
+            self._ended.append(_read_outcome(result, self._current_values()))
+        if self._waiting or self._next_member < self._ensemble:
+            return
+        outcome = _average(self._ended, self._current_values())
+        self._ended, self._next_member = [], 0
+        if self._starts:
+            self._started.append((self._starts.pop(0), outcome))
+            if not self._starts:
+                self._begin_from_best_start()
+        else:
+            self._tell(outcome)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write the search's state."""
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Continue from `save`."""
+        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
+
+    def _read_space(self, space: Mapping[str, Any]) -> None:
+        self._ranges, self._constants = gradient_ranges(space)
+        for point in self._points:
+            unknown = [name for name in point if name not in space]
+            if unknown:
+                raise InputError(f"points_to_evaluate has {unknown[0]!r}, which is not in the search space")
+            self._starts.append(self._descent_from(point).values)
+        self._outer = OuterLoop(self._descent_from({}), tolerance=self._tolerance)
+
+    def _descent_from(self, point: Mapping[str, Any]) -> Descent:
+        initial = {
+            name: torch.tensor(windows_of(value), dtype=torch.float64)
+            for name, value in point.items()
+            if name in self._ranges
+        }
+        return Descent(self._ranges, initial=initial, **self._descent_options)
+
+    def _current_values(self) -> Hyperparameters:
+        assert self._outer is not None
+        return self._starts[0] if self._starts else self._outer.values
+
+    def _begin_from_best_start(self) -> None:
+        finite = [pair for pair in self._started if math.isfinite(pair[1].val_loss)]
+        values, outcome = min(finite or self._started[:1], key=lambda pair: pair[1].val_loss)
+        descent = Descent(self._ranges, initial=values, **self._descent_options)
+        self._outer = OuterLoop(descent, tolerance=self._tolerance)
+        self._tell(outcome)
+
+    def _tell(self, outcome: _Outcome) -> None:
+        assert self._outer is not None
+        self._outer.tell(outcome.val_loss, outcome.hypergradients, outcome.untrained_val_loss)
+
+
+class _Outcome(NamedTuple):
+    """What a trial, or an ensemble of them, gave."""
+
+    val_loss: float
+    untrained_val_loss: float
+    hypergradients: Hyperparameters
+
+
+def _read_outcome(result: Mapping[str, Any], values: Hyperparameters) -> _Outcome:
+    """A trial's outcome from its last result.
+
+    Raises:
+        InputError: the result has no hypergradients: the trainable is not one that reports them.
+    """
+    flat = flatten_dict(dict(result))
+    keys = {name: [f"{HYPERGRADIENT_KEY}/{name}/{w}" for w in range(len(v))] for name, v in values.items()}
+    missing = [key for of_name in keys.values() for key in of_name if key not in flat]
+    if missing or "val_loss" not in flat:
+        raise InputError(
+            f"the trial's result has no {(*missing, 'val_loss')[0]!r}: HypergradientSearch needs a trainable that "
+            "reports hypergradients, such as InnerRun.from_problem(problem, steps=...)"
+        )
+    hypergradients = {
+        name: torch.tensor([flat[key] for key in of_name], dtype=torch.float64) for name, of_name in keys.items()
+    }
+    return _Outcome(flat["val_loss"], flat.get("untrained_val_loss", math.inf), hypergradients)
+
+
+def _average(outcomes: list[_Outcome], values: Hyperparameters) -> _Outcome:
+    """Mean over the members whose loss is finite; NaN throughout if at least half of them diverged, or none is left."""
+    finite = [outcome for outcome in outcomes if math.isfinite(outcome.val_loss)]
+    if not finite or 2 * len(finite) <= len(outcomes):
+        return _Outcome(math.nan, math.nan, {name: torch.full_like(v, math.nan) for name, v in values.items()})
+    return _Outcome(
+        fmean(outcome.val_loss for outcome in finite),
+        fmean(outcome.untrained_val_loss for outcome in finite),
+        {name: _finite_mean([outcome.hypergradients[name] for outcome in finite]) for name in values},
+    )
+
+
+def _finite_mean(gradients: list[Tensor]) -> Tensor:
+    """Elementwise mean of what is finite; NaN where nothing is."""
+    stacked = torch.stack(gradients)
+    return torch.where(stacked.isfinite(), stacked, torch.nan).nanmean(0)

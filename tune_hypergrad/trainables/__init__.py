@@ -1,0 +1,8 @@
+"""Ray trainables made from a `Problem`."""
+
+from tune_hypergrad.trainables.fds import FDS
+from tune_hypergrad.trainables.fixed_schedule import FixedSchedule
+from tune_hypergrad.trainables.hd import HD
+from tune_hypergrad.trainables.inner_run import InnerRun
+
+__all__ = ["FDS", "HD", "FixedSchedule", "InnerRun"]

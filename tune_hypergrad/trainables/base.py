@@ -1,0 +1,197 @@
+"""What our Ray trainables share: a problem, settings that a trial's config may override, costs, exact checkpoints."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from ray import tune
+from torch import Tensor
+
+from tune_hypergrad.budget import Cost
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inner_loop import Evaluation, Hyperparameters, State
+from tune_hypergrad.hypergradients.optimizers import get_optimizer
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.schedules import Schedule
+
+_STATE_FILE = "state.pt"
+SCHEDULE_FILE = "schedule.json"
+"""Beside a checkpoint's state: the schedule that the trial stands for."""
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """Settings of every trainable; a trial's config may override each by its name."""
+
+    steps: int
+    """Inner steps in one training run."""
+    optimizer: str = "sgd"
+    """Inner optimizer: "sgd", "nesterov", "adam", "adamw" or "rmsprop"."""
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    """Hyperparameters held constant; the rest take the defaults of `torch.optim` and of the train loss."""
+    seed: int = 0
+    """Seeds the initial weights, the order of examples, augmentation and dropout."""
+    clip_gradient: float | None = None
+    """Clamp every element of the training gradient to +- this value."""
+    reports: int = 10
+    """Results in one training run; each evaluates the validation and test splits where that makes sense."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reports, bool) or not isinstance(self.reports, int) or self.reports < 1:
+            raise InputError(f"reports is {self.reports!r}: a run makes a whole number of at least 1")
+        self.training()
+        get_optimizer(self.optimizer)
+
+    def training(self, **changes: Any) -> TrainingSettings:
+        """The inner loop's settings."""
+        shared = {f.name: getattr(self, f.name) for f in fields(TrainingSettings) if hasattr(self, f.name)}
+        return TrainingSettings(**{**shared, **changes})
+
+
+class ProblemTrainable(tune.Trainable):
+    """Base of the trainables that work on a `Problem`.
+
+    Use a subclass through `from_problem`. A subclass says how a trial begins (`begin`), what the next piece of work is
+    (`work`), and what its state is (`state_dict`, `load_state_dict`).
+    """
+
+    Settings: ClassVar[type[TrialSettings]] = TrialSettings
+
+    @classmethod
+    def from_problem(cls, problem: Problem, **settings: Any) -> type[tune.Trainable]:
+        """This trainable for one problem, as a class that `tune.Tuner` takes.
+
+        The problem goes to Ray's object store once; trials of a node share its tensors.
+
+        Args:
+            problem: what to train; one batch of it is tried out first.
+            **settings: fields of `cls.Settings`.
+
+        Raises:
+            InputError: an unknown setting, or a problem that does not run.
+        """
+        names = [f.name for f in fields(cls.Settings)]
+        for name in settings:
+            if name not in names:
+                raise InputError(f"{cls.__name__} has no setting {name!r}: it has {', '.join(names)}")
+        problem.check()
+        made = cls.Settings(**settings)
+        cls.validate(problem, made)
+        return tune.with_parameters(cls, problem=problem, settings=made)  # type: ignore[no-any-return]
+
+    @classmethod
+    @abstractmethod
+    def validate(cls, problem: Problem, settings: Any) -> None:
+        """Raise `InputError` for what can be known to fail before any trial starts."""
+
+    @abstractmethod
+    def begin(self, settings: Any, hyperparameters: dict[str, Any]) -> None:
+        """Start a trial with these settings; `hyperparameters` is the rest of its config."""
+
+    @abstractmethod
+    def work(self) -> dict[str, Any]:
+        """Do one report's worth of work; returns the result without its costs, `done` included."""
+
+    @property
+    @abstractmethod
+    def spent(self) -> Cost:
+        """What the trial has spent so far, seconds aside."""
+
+    @property
+    @abstractmethod
+    def found(self) -> Schedule | None:
+        """The schedule that the trial stands for so far: what a checkpoint's `schedule.json` holds."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The trial's state, of tensors and plain Python values."""
+
+    @abstractmethod
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from a `state_dict`; called after `begin`."""
+
+    def setup(self, config: dict[str, Any], problem: Problem, settings: TrialSettings) -> None:  # type: ignore[override]
+        """Called by Ray when an actor starts."""
+        resources = getattr(self.trial_resources, "required_resources", {}) or {}
+        cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
+        torch.set_num_threads(max(1, int(cpus)))
+        self._devices = gpus or max(1, cpus)
+        self.device = "cuda" if gpus and torch.cuda.is_available() else None
+        self._problem, self._settings = problem, settings
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Called by Ray when an actor is reused for another trial."""
+        self._seconds = self._uncharged = 0.0
+        names = {f.name for f in fields(self._settings)}
+        settings = replace(self._settings, **{k: v for k, v in new_config.items() if k in names})
+        self.problem = with_model_arguments(self._problem, new_config)
+        taken = names | {"batch_size"} | set(self._problem.model_hyperparameters)
+        self.begin(settings, {name: value for name, value in new_config.items() if name not in taken})
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """One report, called by Ray."""
+        begun, uncharged = time.perf_counter(), self._uncharged
+        result = self.work()
+        self._seconds += time.perf_counter() - begun - (self._uncharged - uncharged)
+        seconds = Cost(device_seconds=self._seconds * self._devices, wall_seconds=self._seconds)
+        return {**result, **(self.spent + seconds).as_result()}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Called by Ray: the whole state, from which a trial continues to the same numbers."""
+        torch.save({"trial": self.state_dict(), "seconds": self._seconds}, Path(checkpoint_dir) / _STATE_FILE)
+        if self.found is not None:
+            self.found.save(Path(checkpoint_dir) / SCHEDULE_FILE)
+
+    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+        """Called by Ray: continue from `save_checkpoint`."""
+        saved = torch.load(Path(checkpoint) / _STATE_FILE, weights_only=True, map_location=self.device)
+        self._seconds = saved["seconds"]
+        self.load_state_dict(saved["trial"])
+
+    def evaluate_test(self, loop: InnerLoop, state: State) -> dict[str, float]:
+        """`test_loss` and `test_<metric>`, where there is a test split; reading it is not charged."""
+        if loop.test is None:
+            return {}
+        with self._off_the_clock():
+            return evaluation_results("test", loop.evaluate(state, "test"))
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._uncharged += time.perf_counter() - begun
+
+
+def with_model_arguments(problem: Problem, config: Mapping[str, Any]) -> Problem:
+    """`problem` with the batch size and the model factory's arguments that a config gives."""
+    arguments = {name: config[name] for name in problem.model_hyperparameters if name in config}
+    changes: dict[str, Any] = {"model": partial(problem.model, **arguments)} if arguments else {}
+    if "batch_size" in config:
+        changes["batch_size"] = config["batch_size"]
+    return problem.replace(**changes) if changes else problem
+
+
+def evaluation_results(split: str, evaluation: Evaluation) -> dict[str, float]:
+    """Flat scalars such as `val_loss`, `val_accuracy`."""
+    return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
+
+
+def as_tensors(schedule: Schedule) -> Hyperparameters:
+    """A schedule's values as float64 tensors of shape [windows]."""
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in schedule.values.items()}
+
+
+def as_schedule(values: Mapping[str, Tensor]) -> Schedule:
+    """Hyperparameters' values, each of shape [windows], as a schedule."""
+    return Schedule({name: tuple(v.tolist()) for name, v in values.items()})

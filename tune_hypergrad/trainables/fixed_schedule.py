@@ -1,0 +1,66 @@
+"""`FixedSchedule`: plain training with the hyperparameters in a trial's config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tune_hypergrad.budget import Cost
+from tune_hypergrad.hypergradients import InnerLoop
+from tune_hypergrad.hypergradients.inner_loop import State
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_tensors, evaluation_results
+
+
+class FixedSchedule(ProblemTrainable):
+    """One training run with given hyperparameters: what black-box searchers evaluate.
+
+    A trial's config holds hyperparameters of the optimizer and of the train loss (numbers, or windows made by
+    `tune_hypergrad.schedule`), arguments of the problem's model factory, `batch_size`, and any setting.
+    """
+
+    @classmethod
+    def validate(cls, problem: Problem, settings: TrialSettings) -> None:
+        InnerLoop(problem, settings.training(fixed={})).check_names(settings.fixed)
+
+    def begin(self, settings: TrialSettings, hyperparameters: dict[str, Any]) -> None:
+        self.schedule = Schedule.from_config(hyperparameters, names=hyperparameters) if hyperparameters else None
+        tuned = {} if self.schedule is None else as_tensors(self.schedule)
+        fixed = {name: value for name, value in settings.fixed.items() if name not in tuned}
+        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
+        self.loop.check_names(tuned)
+        self._hyperparameters = {name: v.to(self.loop.device, self.loop.dtype) for name, v in tuned.items()}
+        self._chunk = -(-settings.steps // settings.reports)
+        self._state = self.loop.initial_state()
+        self._step = 0
+        self._spent = Cost()
+
+    def work(self) -> dict[str, Any]:
+        loop = self.loop
+        with loop.running():
+            for step in range(self._step, min(self._step + self._chunk, loop.steps)):
+                self._state = loop.step(self._state, loop.scalars(self._hyperparameters, step), step)
+                self._step += 1
+                self._spent += loop.step_cost()
+            evaluation = loop.evaluate(self._state)
+            self._spent += loop.eval_cost("val")
+            return {
+                **evaluation_results("val", evaluation),
+                **self.evaluate_test(loop, self._state),
+                **({} if self.schedule is None else self.schedule.to_scalars()),
+                "done": self._step == loop.steps,
+            }
+
+    @property
+    def found(self) -> Schedule | None:
+        return self.schedule
+
+    @property
+    def spent(self) -> Cost:
+        return self._spent
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "state": tuple(self._state), "spent": tuple(vars(self._spent).values())}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._step, self._state, self._spent = saved["step"], State(*saved["state"]), Cost(*saved["spent"])

@@ -1,0 +1,90 @@
+"""`HD`: hypergradient descent, hyperparameters that move while the weights train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tune_hypergrad.budget import Cost
+from tune_hypergrad.hypergradients import InnerLoop, OnlineRun
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_schedule, evaluation_results
+from tune_hypergrad.trainables.fds import DescentSettings
+from tune_hypergrad.trainables.inner_run import hypergradient_scalars
+
+
+@dataclass(frozen=True)
+class HDSettings(DescentSettings, TrialSettings):
+    """Settings of `HD`."""
+
+    horizon: int = 1
+    """Inner steps between two moves of the hyperparameters."""
+    val_examples: int | None = 500
+    """Validation examples for each move, drawn anew; None is the whole split."""
+    default_step: float = 0.01
+    """Step size of one move as a share of the range."""
+    update: str = "adam"
+    """How hyperparameters move: "adam", "sgd" or "sign"."""
+
+    def __post_init__(self) -> None:
+        TrialSettings.__post_init__(self)
+        DescentSettings.__post_init__(self)
+
+
+class HD(ProblemTrainable):
+    """One training run whose hyperparameters descend the one-step validation hypergradient as it goes.
+
+    Results hold the current values as `schedule/<name>`; a checkpoint's `schedule.json` holds the values of every
+    inner step so far, to be replayed. Where a trial's config gives a tuned hyperparameter a
+    value, it begins there; others it gives are held constant.
+    """
+
+    Settings: ClassVar[type[TrialSettings]] = HDSettings
+
+    @classmethod
+    def validate(cls, problem: Problem, settings: HDSettings) -> None:
+        loop = InnerLoop(problem, settings.training(fixed=settings.all_fixed(settings.fixed)))
+        loop.check_names(settings.ranges())
+        OnlineRun(loop, settings.descent(), horizon=settings.horizon)
+
+    def begin(self, settings: HDSettings, hyperparameters: dict[str, Any]) -> None:
+        fixed = settings.all_fixed(settings.fixed, hyperparameters)
+        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
+        descent = settings.descent(hyperparameters)
+        self.online = OnlineRun(self.loop, descent, horizon=settings.horizon, val_examples=settings.val_examples)
+        self._chunk = -(-settings.steps // settings.reports)
+        self._evaluations = Cost()
+
+    def work(self) -> dict[str, Any]:
+        loop, run = self.loop, self.online.run
+        with loop.running():
+            self.online.advance(self._chunk)
+            if run.done and run.final is not None:
+                evaluation = run.final
+            else:
+                evaluation = loop.evaluate(run.state)
+                self._evaluations += loop.eval_cost("val")
+            return {
+                **evaluation_results("val", evaluation),
+                **self.evaluate_test(loop, run.state),
+                **as_schedule(self.online.descent.values).to_scalars(),
+                **hypergradient_scalars(self.online.last_hypergradients),
+                "done": run.done,
+            }
+
+    @property
+    def found(self) -> Schedule | None:
+        history = self.online.history
+        return Schedule({name: tuple(values) for name, values in history.items()}) if self.online.run.position else None
+
+    @property
+    def spent(self) -> Cost:
+        return self._evaluations + self.online.run.cost
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"online": self.online.state_dict(), "evaluations": tuple(vars(self._evaluations).values())}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.online.load_state_dict(saved["online"])
+        self._evaluations = Cost(*saved["evaluations"])

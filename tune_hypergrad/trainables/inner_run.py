@@ -1,0 +1,127 @@
+"""`InnerRun`: one training run and its hypergradient, for searches that take the outer step elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import nan
+from typing import Any, ClassVar
+
+from tune_hypergrad.budget import Cost
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
+from tune_hypergrad.hypergradients.hypergradient import MODES
+from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
+from tune_hypergrad.hypergradients.run import HypergradientRun
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_tensors, evaluation_results
+
+HYPERGRADIENT_KEY = "hypergradient"
+"""Results hold `hypergradient/<name>/<window>`."""
+
+
+@dataclass(frozen=True)
+class InnerRunSettings(TrialSettings):
+    """Settings of `InnerRun`."""
+
+    horizon: int | None = None
+    """Inner steps a hypergradient looks through: None exact, 1 greedy, in between truncated."""
+    differentiation: str = "auto"
+    """"forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory."""
+    clip_hessian_product: float | None = None
+    """Clamp the Hessian products' elements to +- this value (forward mode only; no longer exact)."""
+    val_examples: int | None = None
+    """Validation examples per segment's gradient; None is the whole split."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.differentiation not in MODES:
+            raise InputError(f"unknown differentiation {self.differentiation!r}: choose one of {', '.join(MODES)}")
+
+    def make_run(
+        self, loop: InnerLoop, values: Hyperparameters, differentiation: str | None = None
+    ) -> HypergradientRun:
+        """A hypergradient run of these settings."""
+        return hypergradient_run(
+            loop,
+            values,
+            horizon=self.horizon,
+            differentiation=differentiation or self.differentiation,
+            clip_hessian_product=self.clip_hessian_product,
+            val_examples=self.val_examples,
+        )
+
+
+class InnerRun(ProblemTrainable):
+    """One inner run: trains with the hyperparameters in its config and reports their hypergradients when it ends.
+
+    `HypergradientSearch` suggests its configs. Results before the last one hold the untrained model's figures, since
+    nothing is known of the run before it is over.
+    """
+
+    Settings: ClassVar[type[TrialSettings]] = InnerRunSettings
+
+    @classmethod
+    def validate(cls, problem: Problem, settings: InnerRunSettings) -> None:
+        InnerLoop(problem, settings.training(fixed={})).check_names(settings.fixed)
+
+    def begin(self, settings: InnerRunSettings, hyperparameters: dict[str, Any]) -> None:
+        if not hyperparameters:
+            raise InputError("InnerRun's config has no hyperparameters to differentiate by: put some into param_space")
+        self.settings = settings
+        self.schedule = Schedule.from_config(hyperparameters, names=hyperparameters)
+        fixed = {name: value for name, value in settings.fixed.items() if name not in self.schedule.values}
+        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
+        self.run = settings.make_run(self.loop, as_tensors(self.schedule))
+        self._untrained: dict[str, float] = {}
+        self._spent = Cost()
+
+    def work(self) -> dict[str, Any]:
+        loop, run = self.loop, self.run
+        with loop.running():
+            if not self._untrained:
+                self._untrained = self._evaluate_untrained()
+            run.advance(-(-run.length // self.settings.reports))
+            figures = self._untrained
+            if run.done and run.final is not None:
+                figures = {**evaluation_results("val", run.final), **self.evaluate_test(loop, run.state)}
+        return {
+            **figures,
+            **self.schedule.to_scalars(),
+            **hypergradient_scalars(
+                run.hypergradients if run.done else {k: v * nan for k, v in run.hypergradients.items()}
+            ),
+            "untrained_val_loss": self._untrained["val_loss"],
+            "differentiation": run.differentiation,
+            "done": run.done,
+        }
+
+    def _evaluate_untrained(self) -> dict[str, float]:
+        state = self.loop.initial_state()
+        self._spent += self.loop.eval_cost("val")
+        return {**evaluation_results("val", self.loop.evaluate(state)), **self.evaluate_test(self.loop, state)}
+
+    @property
+    def found(self) -> Schedule | None:
+        return self.schedule
+
+    @property
+    def spent(self) -> Cost:
+        return self._spent + self.run.cost
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": self.run.state_dict(), "untrained": self._untrained, "spent": tuple(vars(self._spent).values())}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.run = self.settings.make_run(self.loop, as_tensors(self.schedule), saved["run"]["differentiation"])
+        self.run.load_state_dict(saved["run"])
+        self._untrained, self._spent = saved["untrained"], Cost(*saved["spent"])
+
+
+def hypergradient_scalars(hypergradients: Hyperparameters) -> dict[str, float]:
+    """`hypergradient/lr/0`, ... and `hypergradient_norm/lr`, ..."""
+    scalars: dict[str, float] = {}
+    for name, values in hypergradients.items():
+        scalars |= {f"{HYPERGRADIENT_KEY}/{name}/{window}": value for window, value in enumerate(values.tolist())}
+        scalars[f"{HYPERGRADIENT_KEY}_norm/{name}"] = float(values.norm())
+    return scalars
