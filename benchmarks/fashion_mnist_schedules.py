@@ -3,14 +3,15 @@
     python benchmarks/fashion_mnist_schedules.py --data-dir DATA --out docs/fashion_mnist
 
 SGD with momentum 0.9, batch 128, 55,000 training and 5,000 validation examples, 10 learning rates that begin at zero
-and move by steps of 0.05 (as Figure 3 of Micaelli & Storkey 2021 does on SVHN and MNIST). Contenders:
+and move by steps of 0.05 (as Figure 3 of Micaelli & Storkey 2021 does on SVHN and MNIST). Each outer step averages over
+three seeds. Contenders:
 
 - fds: exact hypergradients of the whole epoch, with the outer loop's safeguard (`OuterLoop`);
 - bare: the same hypergradients, sign updates without the safeguard;
 - greedy: hypergradients of horizon 1, by 500 validation examples each, with the safeguard;
 - cosine: from 0.1 to zero, not searched.
 
-A search's schedule is its best by validation loss. Every schedule found is trained anew with other seeds, and only then
+A search's schedule is its best by validation loss. Every schedule is trained anew with five other seeds, and only then
 is the test split read. Writes `results.json`, `search.png` and `schedules.png` to the output folder.
 """
 
@@ -21,11 +22,14 @@ import json
 import math
 import statistics
 import time
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from tune_hypergrad import Problem, Schedule, problems
 from tune_hypergrad.hypergradients import Descent, InnerLoop, OuterLoop, TrainingSettings, hypergradient_run
@@ -33,58 +37,85 @@ from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
 from tune_hypergrad.report import plot_schedules
 from tune_hypergrad.space import Range
 
-WINDOWS, MOMENTUM, STEP_SIZE = 10, 0.9, 0.05
+WINDOWS, STEP_SIZE = 10, 0.05
+STEPS = 429  # one epoch
+
+_PROBLEM: list[Problem] = []
+_MOMENTUM: list[float] = []
 
 
-def settings(problem: Problem, seed: int) -> TrainingSettings:
+def prepare(data_dir: str | None, momentum: float) -> None:
+    """Set a worker process up."""
+    torch.set_num_threads(1)
+    _PROBLEM.append(problems.get("fashion_mnist", data_dir=data_dir))
+    _MOMENTUM.append(momentum)
+
+
+class Run(NamedTuple):
+    """What one training run of an outer step gave."""
+
+    val_loss: float
+    val_accuracy: float
+    hypergradient: Tensor
+    untrained_loss: float
+
+
+def inner_loop(seed: int) -> InnerLoop:
     """One epoch."""
-    return TrainingSettings(steps=problem.steps_per_epoch, fixed={"momentum": MOMENTUM}, seed=seed)
+    problem = _PROBLEM[0]
+    fixed = {"momentum": _MOMENTUM[0]}
+    return InnerLoop(problem, TrainingSettings(steps=problem.steps_per_epoch, fixed=fixed, seed=seed))
 
 
-def search(problem: Problem, name: str, outer_steps: int) -> tuple[Hyperparameters, list[dict[str, Any]]]:
-    """The best learning rates by validation loss, and what every outer step gave."""
-    loop = InnerLoop(problem, settings(problem, seed=0))
+def train(values: Hyperparameters, seed: int, greedy: bool) -> Run:
+    """Train with a seed and differentiate."""
+    loop = inner_loop(seed)
+    options: dict[str, Any] = {"horizon": 1, "val_examples": 500} if greedy else {}
+    run = hypergradient_run(loop, values, **options)
+    with loop.running():
+        untrained = loop.evaluate(loop.initial_state()).loss
+        run.advance(run.length)
+    result = run.result()
+    return Run(result.val_loss, result.metrics["accuracy"], result.hypergradients["lr"], untrained)
+
+
+def search(name: str, outer_steps: int, ensemble: int, pool: Executor) -> tuple[Hyperparameters, list[dict[str, Any]]]:
+    """The best learning rates by mean validation loss over the ensemble's seeds, and what every outer step gave."""
     descent = Descent({"lr": Range(WINDOWS, 0.0, 1.0)}, step_sizes={"lr": STEP_SIZE})
     outer, history = OuterLoop(descent), []
     best: tuple[float, Hyperparameters] = (math.inf, dict(descent.values))
-    with loop.running():
-        untrained = loop.evaluate(loop.initial_state()).loss
-        for outer_step in range(outer_steps):
-            begun, values = time.perf_counter(), dict(descent.values)
-            greedy: dict[str, Any] = {"horizon": 1, "val_examples": 500} if name == "greedy" else {}
-            run = hypergradient_run(loop, values, **greedy)
-            run.advance(run.length)
-            result = run.result()
-            if result.val_loss < best[0]:
-                best = result.val_loss, values
-            if name == "bare":
-                descent.step(result.hypergradients)
-            else:
-                outer.tell(result.val_loss, result.hypergradients, untrained)
-            row = {
-                "outer_step": outer_step,
-                "lr": values["lr"].tolist(),
-                "val_loss": result.val_loss,
-                "val_accuracy": result.metrics["accuracy"],
-                "hypergradient": result.hypergradients["lr"].tolist(),
-                "differentiation": result.differentiation,
-                "seconds": time.perf_counter() - begun,
-                "setbacks": outer.setbacks,
-            }
-            history.append(row)
-            print(name, {key: value for key, value in row.items() if key != "hypergradient"}, flush=True)
+    for outer_step in range(outer_steps):
+        begun, values = time.perf_counter(), dict(descent.values)
+        seeds = range(ensemble)
+        runs = list(pool.map(train, [values] * ensemble, seeds, [name == "greedy"] * ensemble))
+        val_loss, accuracy = statistics.mean(r.val_loss for r in runs), statistics.mean(r.val_accuracy for r in runs)
+        hypergradient = torch.stack([r.hypergradient for r in runs]).mean(0)
+        if val_loss < best[0]:
+            best = val_loss, values
+        if name == "bare":
+            descent.step({"lr": hypergradient})
+        else:
+            outer.tell(val_loss, {"lr": hypergradient}, statistics.mean(r.untrained_loss for r in runs))
+        row = {
+            "outer_step": outer_step,
+            "val_loss": val_loss,
+            "val_accuracy": accuracy,
+            "setbacks": outer.setbacks,
+            "lr": [round(v, 5) for v in values["lr"].tolist()],
+            "hypergradient": hypergradient.tolist(),
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+        history.append(row)
+        print(name, {key: value for key, value in row.items() if key != "hypergradient"}, flush=True)
     return best[1], history
 
 
-def retrain(problem: Problem, values: Hyperparameters, seeds: range) -> list[float]:
-    """Test accuracy of the schedule in per cent, by seed."""
-    accuracies = []
-    for seed in seeds:
-        loop = InnerLoop(problem, settings(problem, seed))
-        moved = {name: value.to(loop.device, loop.dtype) for name, value in values.items()}
-        with loop.running():
-            accuracies.append(100 * loop.evaluate(loop.run(moved), "test").metrics["accuracy"])
-    return accuracies
+def test_accuracy(values: Hyperparameters, seed: int) -> float:
+    """Test accuracy in per cent after training with a schedule."""
+    loop = inner_loop(seed)
+    moved = {name: value.to(loop.device, loop.dtype) for name, value in values.items()}
+    with loop.running():
+        return 100 * loop.evaluate(loop.run(moved), "test").metrics["accuracy"]
 
 
 def cosine(steps: int) -> Hyperparameters:
@@ -109,24 +140,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="folder that holds FashionMNIST/raw")
     parser.add_argument("--out", type=Path, default=Path("fashion_mnist"))
-    parser.add_argument("--outer-steps", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3, help="retrainings of every schedule")
+    parser.add_argument("--outer-steps", type=int, default=12)
+    parser.add_argument("--ensemble", type=int, default=3, help="seeds that each outer step averages over")
+    parser.add_argument("--momentum", type=float, default=0.9)
+    parser.add_argument("--seeds", type=int, default=5, help="retrainings of every schedule")
+    parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--only", nargs="*", default=["fds", "bare", "greedy"], help="searches to run")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    problem = problems.get("fashion_mnist", data_dir=options.data_dir)
     found, histories = {}, {}
-    for name in options.only:
-        found[name], histories[name] = search(problem, name, options.outer_steps)
-    found["cosine"] = cosine(problem.steps_per_epoch)
     report: dict[str, Any] = {"histories": histories, "test_accuracy": {}}
-    for name, values in found.items():
-        accuracies = retrain(problem, values, range(100, 100 + options.seeds))
-        report["test_accuracy"][name] = accuracies
-        print(
-            f"{name:8s} test accuracy {statistics.mean(accuracies):.2f} +- {statistics.pstdev(accuracies):.2f}",
-            flush=True,
-        )
+    initialise = (options.data_dir, options.momentum)
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), prepare, initialise) as pool:
+        for name in options.only:
+            found[name], histories[name] = search(name, options.outer_steps, options.ensemble, pool)
+        found["cosine"] = cosine(STEPS)
+        for name, values in found.items():
+            seeds = range(100, 100 + options.seeds)
+            accuracies = list(pool.map(test_accuracy, [values] * options.seeds, seeds))
+            report["test_accuracy"][name] = accuracies
+            listed = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+            print(f"{name:8s} test accuracy {statistics.mean(accuracies):.2f} ({listed})", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(report))
     draw_search(histories).savefig(options.out / "search.png", dpi=150)

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.hypergradients import InnerLoop, OnlineRun
+from tune_hypergrad.hypergradients.run import hypergradient_scalars
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_schedule, evaluation_results
 from tune_hypergrad.trainables.fds import DescentSettings
-from tune_hypergrad.trainables.inner_run import hypergradient_scalars
 
 
 @dataclass(frozen=True)

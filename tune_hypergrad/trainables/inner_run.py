@@ -11,13 +11,10 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.hypergradient import MODES
 from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
-from tune_hypergrad.hypergradients.run import HypergradientRun
+from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_tensors, evaluation_results
-
-HYPERGRADIENT_KEY = "hypergradient"
-"""Results hold `hypergradient/<name>/<window>`."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +113,3 @@ class InnerRun(ProblemTrainable):
         self.run = self.settings.make_run(self.loop, as_tensors(self.schedule), saved["run"]["differentiation"])
         self.run.load_state_dict(saved["run"])
         self._untrained, self._spent = saved["untrained"], Cost(*saved["spent"])
-
-
-def hypergradient_scalars(hypergradients: Hyperparameters) -> dict[str, float]:
-    """`hypergradient/lr/0`, ... and `hypergradient_norm/lr`, ..."""
-    scalars: dict[str, float] = {}
-    for name, values in hypergradients.items():
-        scalars |= {f"{HYPERGRADIENT_KEY}/{name}/{window}": value for window, value in enumerate(values.tolist())}
-        scalars[f"{HYPERGRADIENT_KEY}_norm/{name}"] = float(values.norm())
-    return scalars
