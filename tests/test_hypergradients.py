@@ -424,8 +424,8 @@ class TestChoiceOfMode:
         assert "do not fit" in choice.reason
 
     def test_a_middling_number_without_memory_goes_forward(self) -> None:
-        assert choose_differentiation([1, 1], 100, None, 1, 1000).differentiation == "reverse"
-        assert choose_differentiation([1, 1], 100, None, 1000, 1).differentiation == "forward"
+        assert choose_differentiation([1, 2], 100, None, 1, 1000).differentiation == "reverse"
+        assert choose_differentiation([1, 2], 100, None, 1000, 1).differentiation == "forward"
 
     def test_greedy_goes_forward_whatever_the_columns(self) -> None:
         assert choose_differentiation([100, 100], 100, 1, 1, 10**9).differentiation == "forward"
@@ -487,7 +487,7 @@ class TestRefusals:
     def test_argument_of_the_model_factory(self) -> None:
         problem = make_problem().replace(model=lambda width=6: nn.Linear(4, 3).double())
         assert_refused(
-            "'width': it is an argument of the model factory, which no gradient reaches: fix it, or tune it outside",
+            "'width' is an argument of the model factory, which no gradient reaches: fix it, or tune it outside",
             problem=problem,
             hyperparameters={"width": double(6.0)},
         )

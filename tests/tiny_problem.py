@@ -45,7 +45,12 @@ def tiny_problem(**fields: Any) -> Problem:
     return Problem(**{**given, **fields})
 
 
-def without_times(result: dict[str, Any]) -> dict[str, Any]:
-    """What of a result repeats to the bit: our own keys, seconds aside."""
-    ours = ("val_", "test_", "best_", "schedule/", "hypergradient", "cost/", "outer_step", "setbacks", "last_move")
-    return {k: v for k, v in result.items() if k.startswith((*ours, "untrained", "done")) and "seconds" not in k}
+_RAYS_OWN = {
+    *("config", "date", "hostname", "iterations_since_restore", "node_ip", "pid", "time_since_restore", "trial_id"),
+    *("time_this_iter_s", "time_total_s", "timestamp", "training_iteration"),
+}
+
+
+def ours(result: dict[str, Any]) -> dict[str, Any]:
+    """What of a result repeats to the bit: without Ray's own keys and without seconds."""
+    return {k: v for k, v in result.items() if k not in _RAYS_OWN and "seconds" not in k}

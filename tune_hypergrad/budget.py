@@ -10,16 +10,17 @@ from tune_hypergrad.errors import InputError
 
 GRADIENTS_PER = {
     "step": 1.0,
-    "hessian_column": 1.5,
-    "adjoint_step": 2.5,
-    "evaluation": 0.35,
+    "hessian_column": 1.3,
+    "adjoint_step": 2.7,
+    "evaluation": 0.4,
     "val_gradient": 1.0,
 }
 """Cost in gradient evaluations, one being a forward and backward pass over one training batch.
 
-Rounded medians of `benchmarks/hypergradient_cost.py` (CPU, one thread). `step` is a training step. `hessian_column`
-is what each further tangent column adds to a step of forward mode; `adjoint_step` is one step of the reverse pass.
-`evaluation` (forward pass only) and `val_gradient` are per as many examples as a training batch has.
+Between what `benchmarks/hypergradient_cost.py` measures on LeNet and on WRN-16-1 (CPU, one thread). `step` is a
+training step. `hessian_column` is what each further tangent column adds to a step of forward mode; `adjoint_step` is
+one step of the reverse pass. `evaluation` (forward pass only) and `val_gradient` are per as many examples as a training
+batch has.
 """
 
 

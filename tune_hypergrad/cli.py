@@ -38,8 +38,8 @@ def run(
     problem: Annotated[str, typer.Argument(help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME.")],
     method: Annotated[list[str], typer.Option(help="Repeat for several methods.")] = ["fds", "rs"],  # noqa: B006
     budget: Annotated[
-        str, typer.Option(help="Each method's: 300e (epochs of plain training), 5000g (gradients), 90s, 30m, 2h.")
-    ] = "300e",
+        str, typer.Option(help="Each method's: 600e (epochs of plain training), 5000g (gradients), 90s, 30m, 2h.")
+    ] = "600e",
     out: Annotated[Path, typer.Option(help="Folder for results; it must not hold an earlier run.")] = Path("results"),
     epochs: Annotated[float, typer.Option(help="Length of one training run.")] = 10.0,
     windows: Annotated[int, typer.Option(help="Learning rates in the schedule.")] = 7,

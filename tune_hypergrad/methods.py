@@ -63,7 +63,7 @@ def _fds(task: Task) -> tuple[type[tune.Trainable], Searcher]:
     if task.ensemble > 1:
         search = HypergradientSearch(task.space, metric="val_loss", mode="min", ensemble=task.ensemble, seed=task.seed)
         return InnerRun.from_problem(task.problem, **common, reports=1), search
-    return FDS.from_problem(task.problem, space=task.space, **common), _restarts(task)
+    return FDS.from_problem(task.problem, space=task.space, **common, reports=4), _restarts(task)
 
 
 def _hypergradient_descent(task: Task) -> tuple[type[tune.Trainable], Searcher]:

@@ -1,0 +1,392 @@
+"""`HypergradientSearch`: by hand on functions with known derivatives, then under a Tuner."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, RunConfig, TuneConfig
+from ray.tune.search import Searcher
+from tiny_problem import STEPS, ours, tiny_problem
+
+from tune_hypergrad import FixedSchedule, HypergradientSearch, InnerRun, InputError, Schedule, schedule
+
+SPACE = {"lr": schedule(tune.uniform(0, 1), windows=2), "momentum": tune.uniform(0, 0.9)}
+TARGET = {"lr": (0.65, 0.3), "momentum": (0.45,)}
+
+
+def bowl(config, slope=0.0):
+    """A run's result where the loss is a bowl around TARGET; `slope` is added to every hypergradient."""
+    result = {"val_loss": 0.1, "untrained_val_loss": 5.0, "done": True}
+    for name, windows in Schedule.from_config(config, names=TARGET).values.items():
+        for window, (value, target) in enumerate(zip(windows, TARGET[name], strict=True)):
+            result["val_loss"] += (value - target) ** 2
+            result[f"hypergradient/{name}/{window}"] = 2 * (value - target) + slope
+    return result
+
+
+def drive(search, respond=bowl, limit=200):
+    """Run trials one after the other until FINISHED; returns their configs."""
+    configs = []
+    while len(configs) < limit:
+        trial_id = f"trial{len(configs)}"
+        config = search.suggest(trial_id)
+        if config == Searcher.FINISHED:
+            return configs
+        assert config is not None, "one trial at a time never has to wait"
+        configs.append(config)
+        search.on_trial_complete(trial_id=trial_id, result=respond(config))
+    raise AssertionError("the search does not end")
+
+
+def ensemble_of(search, count, start=0):
+    return {f"trial{i}": search.suggest(f"trial{i}") for i in range(start, start + count)}
+
+
+def values_of(config):
+    return {name: config[name] for name in SPACE}
+
+
+def refusal(function, *arguments, **keywords):
+    with pytest.raises(InputError) as error:
+        function(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# by hand
+
+
+def test_signs_are_descended_to_the_optimum():
+    search = HypergradientSearch(SPACE, tolerance=1e-3)
+    configs = drive(search)
+    assert values_of(configs[0]) == {"lr": {"0": 0.0, "1": 0.0}, "momentum": 0.0}
+    assert values_of(configs[1]) == {"lr": {"0": 0.1, "1": 0.1}, "momentum": pytest.approx(0.09)}
+    assert len(configs) > 10
+    for name, target in TARGET.items():
+        assert search.incumbent.values[name] == pytest.approx(target, abs=5e-3)
+
+
+def test_outer_steps_limit_the_search():
+    assert len(drive(HypergradientSearch(SPACE, outer_steps=4))) == 4
+    assert len(drive(HypergradientSearch(SPACE, outer_steps=4, ensemble=3))) == 12
+
+
+def test_the_incumbent_is_the_best_run():
+    tried = []
+
+    def overshooting(config):
+        tried.append((bowl(config)["val_loss"], Schedule.from_config(values_of(config))))
+        return bowl(config)
+
+    search = HypergradientSearch(SPACE, outer_steps=8, default_step=0.5)
+    assert search.incumbent is None
+    drive(search, overshooting)
+    assert search.incumbent == min(tried, key=lambda pair: pair[0])[1] != tried[-1][1]
+
+
+def test_members_differ_in_their_seed_only_and_the_rest_waits():
+    search = HypergradientSearch(SPACE, ensemble=3)
+    configs = list(ensemble_of(search, 3).values())
+    assert len({config["seed"] for config in configs}) == 3
+    assert len({repr(values_of(config)) for config in configs}) == 1
+    assert search.suggest("another") is None
+    search.on_trial_complete("trial1", bowl(configs[1]))
+    assert search.suggest("another") is None
+    for trial_id in ("trial2", "trial0"):
+        search.on_trial_complete(trial_id, bowl(configs[0]))
+    following = search.suggest("trial3")
+    assert values_of(following) != values_of(configs[0])
+    assert following["seed"] == configs[0]["seed"]  # the same seeds at every outer step
+
+
+def test_seeds_come_from_the_seed():
+    seeds = [tuple(c["seed"] for c in ensemble_of(HypergradientSearch(SPACE, ensemble=2, seed=s), 2).values()) for s in (0, 0, 1)]
+    assert seeds[0] == seeds[1] and not set(seeds[0]) & set(seeds[2])
+
+
+def test_an_ensembles_hypergradients_are_averaged():
+    search = HypergradientSearch({"lr": tune.uniform(0, 1)}, ensemble=3, update="sgd", step_sizes={"lr": 0.1})
+    trials = ensemble_of(search, 3)
+    for trial_id, gradient in zip(trials, (-1.0, -2.0, -6.0), strict=True):
+        search.on_trial_complete(trial_id, {"val_loss": 1.0, "hypergradient/lr/0": gradient})
+    assert search.suggest("next")["lr"] == pytest.approx(0.3)
+
+
+def test_hypergradients_that_are_not_finite_are_left_out_of_the_average():
+    search = HypergradientSearch({"lr": schedule(tune.uniform(0, 1), 2)}, ensemble=3, update="sgd", step_sizes={"lr": 0.1})
+    given = [(-1.0, math.nan), (math.inf, math.nan), (-3.0, math.nan)]
+    for trial_id, (first, second) in zip(ensemble_of(search, 3), given, strict=True):
+        result = {"val_loss": 1.0, "hypergradient/lr/0": first, "hypergradient/lr/1": second}
+        search.on_trial_complete(trial_id, result)
+    assert search.suggest("next")["lr"] == {"0": pytest.approx(0.2), "1": 0.0}
+
+
+def test_results_may_come_nested():
+    search = HypergradientSearch({"lr": tune.uniform(0, 1)})
+    search.suggest("a")
+    search.on_trial_complete("a", {"val_loss": 1.0, "hypergradient": {"lr": {"0": -1.0}}})
+    assert search.suggest("b")["lr"] == pytest.approx(0.1)
+
+
+def test_a_failed_member_does_not_lose_the_outer_step():
+    search = HypergradientSearch(SPACE, ensemble=3)
+    trials = ensemble_of(search, 3)
+    search.on_trial_complete("trial0", result=bowl(trials["trial0"]))
+    search.on_trial_complete("trial1", error=True)
+    search.on_trial_complete("trial2", result=bowl(trials["trial2"]))
+    following = ensemble_of(search, 3, start=3)
+    assert {repr(values_of(c)) for c in following.values()} == {repr({"lr": {"0": 0.1, "1": 0.1}, "momentum": 0.09})}
+
+
+def one_outer_step(search, outcomes, start=0):
+    """Give every member of an ensemble its outcome: "ok", "diverged" or "failed"; returns the values they ran."""
+    trials = ensemble_of(search, len(outcomes), start)
+    for (trial_id, config), outcome in zip(trials.items(), outcomes, strict=True):
+        nan = {key: math.nan for key in bowl(config) if key.startswith("hypergradient")}
+        result = {"ok": bowl(config), "diverged": {**bowl(config), "val_loss": math.nan, **nan}, "failed": None}[outcome]
+        search.on_trial_complete(trial_id, result=result, error=result is None)
+    return values_of(next(iter(trials.values())))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "setback"),
+    [
+        (("ok", "ok", "ok"), False),
+        (("ok", "diverged", "ok"), False),
+        (("ok", "failed", "failed"), False),
+        (("diverged", "diverged", "ok"), True),
+        (("diverged", "diverged", "diverged"), True),
+        (("failed", "failed", "failed"), True),
+    ],
+)
+def test_what_is_a_setback(outcomes, setback):
+    search = HypergradientSearch(SPACE, ensemble=3)
+    first = one_outer_step(search, ("ok", "ok", "ok"))
+    second = one_outer_step(search, outcomes, start=3)
+    third = values_of(search.suggest("next"))
+    assert first["lr"]["0"] == 0 and second["lr"]["0"] == pytest.approx(0.1)
+    # a setback goes back to the incumbent and leaves it with half the step
+    assert third["lr"]["0"] == pytest.approx(0.05 if setback else 0.2)
+
+
+def test_a_first_outer_step_that_fails_altogether_ends_the_search():
+    search = HypergradientSearch(SPACE, ensemble=2)
+    one_outer_step(search, ("failed", "failed"))
+    assert search.suggest("next") == Searcher.FINISHED and search.incumbent is None
+
+
+def test_a_first_outer_step_that_fails_in_part_does_not():
+    search = HypergradientSearch(SPACE, ensemble=2)
+    one_outer_step(search, ("failed", "ok"))
+    assert values_of(search.suggest("next"))["lr"]["0"] == pytest.approx(0.1)
+
+
+def test_trials_of_others_are_ignored():
+    search = HypergradientSearch(SPACE)
+    search.suggest("mine")
+    search.on_trial_complete("another's", {"val_loss": 1.0})
+    assert search.suggest("next") is None
+
+
+def test_the_search_begins_at_the_best_point():
+    points = [{"lr": {"0": 0.9, "1": 0.9}}, {"lr": {"0": 0.6, "1": 0.4}, "momentum": 0.5}, {"momentum": 0.4}]
+    search = HypergradientSearch(SPACE, points_to_evaluate=points, outer_steps=2)
+    configs = [values_of(config) for config in drive(search)]
+    assert configs[0] == {"lr": {"0": 0.9, "1": 0.9}, "momentum": 0.0}  # what a point leaves out
+    assert configs[1] == points[1]
+    assert configs[2] == {"lr": {"0": 0.0, "1": 0.0}, "momentum": 0.4}
+    # the points together are the first outer step; the next leaves the best of them against its hypergradients
+    assert configs[3] == {"lr": {"0": pytest.approx(0.7), "1": pytest.approx(0.3)}, "momentum": pytest.approx(0.41)}
+    assert len(configs) == 4 and search.incumbent == Schedule.from_config(configs[3])
+
+
+def test_every_point_is_run_by_a_whole_ensemble_and_one_that_diverges_is_passed_over():
+    search = HypergradientSearch(SPACE, points_to_evaluate=[{"momentum": 0.8}, {"momentum": 0.4}], ensemble=2)
+    assert one_outer_step(search, ("diverged", "diverged"))["momentum"] == 0.8
+    assert one_outer_step(search, ("ok", "ok"), start=2)["momentum"] == 0.4
+    assert values_of(search.suggest("next"))["momentum"] == pytest.approx(0.49)
+
+
+def test_points_are_checked():
+    assert "'lrr'" in refusal(HypergradientSearch, SPACE, points_to_evaluate=[{"lrr": 0.1}])
+    assert "'momentum'" in refusal(HypergradientSearch, SPACE, points_to_evaluate=[{"momentum": 2.0}])
+    assert "'lr'" in refusal(HypergradientSearch, SPACE, points_to_evaluate=[{"lr": 0.1}])
+
+
+def test_constants_are_passed_on():
+    space = {**SPACE, "weight_decay": 1e-4, "batch_size": 16, "optimizer": "sgd", "eps": {"0": 1.0, "1": 2.0}}
+    for config in drive(HypergradientSearch(space, outer_steps=3)):
+        assert {name: config[name] for name in space if name not in SPACE} == {
+            "weight_decay": 1e-4,
+            "batch_size": 16,
+            "optimizer": "sgd",
+            "eps": {"0": 1.0, "1": 2.0},
+        }
+
+
+@pytest.mark.parametrize("ended", range(1, 8))
+def test_saving_and_restoring_continues_identically(ended, tmp_path):
+    """Wherever a search of ensembles of two, begun from two points, is interrupted: one trial running or none."""
+
+    def new():
+        return HypergradientSearch(SPACE, ensemble=2, outer_steps=5, points_to_evaluate=[{"momentum": 0.2}, {}])
+
+    def go_on(search, running, first, stop_after=None):
+        """Two trials at a time; returns every (config, result) in the order they ended."""
+        ends, index = [], first
+        while stop_after is None or len(ends) < stop_after:
+            while len(running) < 2 and isinstance(config := search.suggest(f"trial{index}"), dict):
+                running[f"trial{index}"], index = config, index + 1
+            if not running:
+                break
+            trial_id = next(iter(running))
+            config = running.pop(trial_id)
+            result = bowl(config, slope=1e-3 * (config["seed"] % 7))
+            search.on_trial_complete(trial_id, result)
+            ends.append((config, result))
+        return ends, index
+
+    undisturbed, _ = go_on(new(), {}, 0)
+    assert len(undisturbed) == 12
+    search, running = new(), {}
+    before, index = go_on(search, running, 0, stop_after=ended)
+    search.save(str(tmp_path / "search.pkl"))
+    restored = new()
+    restored.restore(str(tmp_path / "search.pkl"))
+    after, _ = go_on(restored, running, index)
+    assert before + after == undisturbed
+
+
+def test_metric_mode_and_space_come_from_the_tuner():
+    search = HypergradientSearch()
+    assert "search space" in refusal(search.suggest, "a")
+    assert search.set_search_properties("val_accuracy", "max", SPACE)
+    assert (search.metric, search.mode) == ("val_accuracy", "max")
+    assert values_of(search.suggest("a"))["momentum"] == 0
+    assert not search.set_search_properties("val_loss", "min", SPACE)  # there is a space already
+
+
+def test_a_trainable_without_hypergradients_is_refused():
+    search = HypergradientSearch(SPACE)
+    search.suggest("a")
+    message = refusal(search.on_trial_complete, "a", {"val_loss": 1.0})
+    assert "'hypergradient/lr/0'" in message and "InnerRun" in message
+
+
+@pytest.mark.parametrize("domain", [tune.randint(1, 5), tune.choice([0.1, 0.2]), tune.quniform(0, 1, 0.1), tune.grid_search([1])])
+def test_domains_without_a_derivative_are_refused_by_name(domain):
+    assert "'width'" in refusal(HypergradientSearch, {**SPACE, "width": domain})
+    assert "'width'" in refusal(HypergradientSearch().set_search_properties, "val_loss", "min", {**SPACE, "width": domain})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ensemble": 0}, "ensemble is 0"),
+        ({"ensemble": 1.5}, "ensemble is 1.5"),
+        ({"outer_steps": 0}, "outer_steps is 0"),
+        ({"update": "newton"}, "'newton'"),
+        ({"step_sizes": {"lrr": 0.1}}, "'lrr'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, words):
+    assert words in refusal(HypergradientSearch, SPACE, **settings)
+
+
+def test_it_pickles():
+    search = HypergradientSearch(SPACE, ensemble=2)
+    assert pickle.loads(pickle.dumps(search)).suggest("a") == search.suggest("a")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# under a Tuner
+
+
+def searched_by_hand(**options):
+    """The evaluations (config, our results) that the search makes, without Ray's controller."""
+    trainable = InnerRun.from_problem(tiny_problem(), steps=STEPS)
+    search, evaluations, trial = HypergradientSearch(SPACE, **options), [], None
+    while (config := search.suggest(f"trial{len(evaluations)}")) != Searcher.FINISHED:
+        if config is None:
+            raise AssertionError("one trial at a time never has to wait")
+        trial = trial or trainable(config=dict(config))
+        trial.reset(dict(config))
+        result = trial.train()
+        while not result["done"]:
+            result = trial.train()
+        search.on_trial_complete(f"trial{len(evaluations)}", result)
+        evaluations.append((config, repr(ours(result))))
+    torch.set_num_threads(torch.get_num_threads())
+    return sorted(evaluations, key=repr)
+
+
+def evaluations_of(grid):
+    # Ray nests a config's windows as they are, and adds to results what is not ours
+    rows = [(result.config, result.metrics) for result in grid]
+    return rows
+
+
+def in_ray(rows, reference):
+    """Ray's evaluations in the form of `searched_by_hand`."""
+    keys = eval(reference[0][1], {"nan": math.nan}).keys()
+    return sorted(((config, repr({k: metrics[k] for k in keys})) for config, metrics in rows), key=repr)
+
+
+class Interrupt(Callback):
+    """Ends the driver's loop as a person with Ctrl-C would, at a trial's end."""
+
+    def __init__(self, after):
+        self.after, self.ended = after, 0
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        self.ended += 1
+        if self.ended == self.after:
+            raise RuntimeError("interrupted by the test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupted_after", [None, 3])
+def test_under_a_tuner(ray_session, tmp_path, interrupted_after):
+    options = {"ensemble": 2, "outer_steps": 3}
+    expected = searched_by_hand(**options)
+    trainable = InnerRun.from_problem(tiny_problem(), steps=STEPS)
+    tuner = tune.Tuner(
+        trainable,
+        param_space=SPACE,
+        tune_config=TuneConfig(
+            search_alg=HypergradientSearch(**options), metric="val_loss", mode="min", num_samples=-1, reuse_actors=True
+        ),
+        run_config=RunConfig(
+            name="search",
+            storage_path=str(tmp_path),
+            verbose=0,
+            callbacks=[Interrupt(interrupted_after)],
+            checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
+        ),
+    )
+    if interrupted_after is None:
+        grid = tuner.fit()
+    else:
+        with pytest.raises(Exception, match="interrupted by the test"):
+            tuner.fit()
+        restored = tune.Tuner.restore(str(tmp_path / "search"), trainable=trainable, resume_unfinished=True)
+        grid = restored.fit()
+    assert not grid.errors and len(grid) == 6
+    assert in_ray(evaluations_of(grid), expected) == expected
+    best = grid.get_best_result()
+    assert best.metrics["val_loss"] < best.metrics["untrained_val_loss"]
+
+
+@pytest.mark.slow
+def test_a_wrong_trainable_is_named_under_a_tuner(ray_session, tmp_path):
+    tuner = tune.Tuner(
+        FixedSchedule.from_problem(tiny_problem(), steps=2, reports=1),
+        param_space=SPACE,
+        tune_config=TuneConfig(search_alg=HypergradientSearch(), metric="val_loss", mode="min", num_samples=2),
+        run_config=RunConfig(storage_path=str(tmp_path), verbose=0),
+    )
+    with pytest.raises(Exception, match="HypergradientSearch needs a trainable that reports hypergradients"):
+        tuner.fit()

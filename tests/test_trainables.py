@@ -1,0 +1,373 @@
+"""The trainables, driven by hand without a Ray cluster: results, costs, exact restores, reuse, errors."""
+
+import random
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ray import tune
+from ray.tune import PlacementGroupFactory
+from ray.tune.result import TRIAL_INFO
+from tiny_problem import STEPS, clusters, network, ours, penalised, tiny_problem
+
+from tune_hypergrad import FDS, HD, FixedSchedule, InnerRun, InputError, Schedule, hypergradient, schedule
+from tune_hypergrad.budget import GRADIENTS_PER
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+
+SCHEDULE = Schedule({"lr": (0.1, 0.3, 0.05), "momentum": (0.5,), "l2": (1e-3,)})
+SPACE = {"lr": schedule(tune.uniform(0, 1), windows=3), "momentum": tune.uniform(0, 0.9), "l2": 1e-3}
+ONLINE_SPACE = {"lr": tune.uniform(0, 1), "momentum": 0.5}
+
+EVALUATION = 24 / 8 * GRADIENTS_PER["evaluation"]
+VAL_GRADIENT = 24 / 8 * GRADIENTS_PER["val_gradient"]
+RUN = STEPS * (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) + VAL_GRADIENT
+"""Gradients of a reverse-mode run."""
+
+CASES = {
+    "fixed": (FixedSchedule, SCHEDULE.to_config(), {"reports": 4}),
+    "inner": (InnerRun, SCHEDULE.to_config(), {"reports": 4, "differentiation": "reverse"}),
+    "inner forward": (InnerRun, SCHEDULE.to_config(), {"reports": 3, "differentiation": "forward"}),
+    "fds": (FDS, {}, {"space": SPACE, "reports": 3, "outer_steps": 4, "differentiation": "checkpointed_reverse"}),
+    "hd": (HD, {}, {"space": ONLINE_SPACE, "reports": 4, "val_examples": 10}),
+}
+
+
+def make(trainable, config=None, problem=None, **settings):
+    made = trainable.from_problem(problem or tiny_problem(), **{"steps": STEPS, **settings})
+    return made(config=config or {})
+
+
+def run_to_end(trial, limit=60):
+    results = []
+    while not results or not results[-1]["done"]:
+        results.append(trial.train())
+        assert len(results) < limit, "the trial does not end"
+    return results
+
+
+def refusal(function, *arguments, **keywords):
+    with pytest.raises(InputError) as error:
+        function(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def test_results_have_one_set_of_keys_from_the_first_on(case):
+    trainable, config, settings = case
+    results = run_to_end(make(trainable, config, **settings))
+    assert len(results) > 2
+    for result in results:
+        assert result.keys() == results[0].keys()
+        assert {"val_loss", "val_accuracy", "test_loss", "test_accuracy", "cost/gradients"} <= result.keys()
+        assert all(isinstance(value, float | int | str | bool) for value in ours(result).values())
+
+
+def test_costs_only_grow(case):
+    trainable, config, settings = case
+    results = run_to_end(make(trainable, config, **settings))
+    for name in ("steps", "examples", "gradients", "device_seconds", "wall_seconds"):
+        spent = [result[f"cost/{name}"] for result in results]
+        assert spent == sorted(spent) and spent[-1] > spent[0] >= 0
+        if "seconds" in name:
+            assert all(a < b for a, b in zip(spent, spent[1:], strict=False))
+
+
+def test_restoring_at_any_report_ends_with_the_same_numbers(case, tmp_path):
+    trainable, config, settings = case
+    problem = tiny_problem()
+    trial, results = make(trainable, config, problem, **settings), []
+    while not results or not results[-1]["done"]:
+        results.append(trial.train())
+        trial.save(str(tmp_path / str(len(results))))
+    for begun in range(1, len(results)):
+        restored = make(trainable, config, problem, **settings)
+        restored.restore(str(tmp_path / str(begun)))
+        later = run_to_end(restored)
+        # repr tells every bit of a float, and NaN equals itself
+        assert [repr(ours(r)) for r in later] == [repr(ours(r)) for r in results[begun:]], f"from report {begun}"
+        assert later[0]["cost/wall_seconds"] > results[begun - 1]["cost/wall_seconds"]
+
+
+def test_a_reused_actor_does_what_a_fresh_one_does(case):
+    trainable, config, settings = case
+    fresh = run_to_end(make(trainable, config, **settings))
+    reused = make(trainable, {**config, "seed": 5, "momentum": 0.1}, **settings)
+    run_to_end(reused)
+    assert reused.reset(config)
+    again = run_to_end(reused)
+    assert [repr(ours(r)) for r in again] == [repr(ours(r)) for r in fresh]
+    assert again[0]["cost/wall_seconds"] < again[-1]["cost/wall_seconds"]
+
+
+def test_global_generators_are_left_as_found(case):
+    trainable, config, settings = case
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    run_to_end(make(trainable, config, **settings))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_checkpoints_carry_the_schedule_as_a_file(case, tmp_path):
+    trainable, config, settings = case
+    trial = make(trainable, config, **settings)
+    results = run_to_end(trial)
+    trial.save(str(tmp_path))
+    saved = Schedule.load(tmp_path / "schedule.json")
+    if trainable is FDS:
+        best = {key.removeprefix("best_"): v for key, v in results[-1].items() if key.startswith("best_schedule/")}
+        assert saved.to_scalars() == best
+    elif trainable is HD:
+        assert len(saved.values["lr"]) == STEPS and saved.values["lr"][0] == 0.0
+    else:
+        assert saved == SCHEDULE
+
+
+def test_no_schedule_file_before_there_is_a_schedule(tmp_path):
+    trial = make(FixedSchedule, {})
+    trial.train()
+    trial.save(str(tmp_path))
+    assert not (tmp_path / "schedule.json").exists()
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 0.5])
+def test_threads_are_those_granted(cpus):
+    threads = {"threads": lambda output, target: torch.get_num_threads()}
+    made = FixedSchedule.from_problem(tiny_problem(metrics=threads), steps=2, reports=1)
+    granted = SimpleNamespace(trial_id="t", trial_resources=PlacementGroupFactory([{"CPU": cpus}]))
+    before = torch.get_num_threads()
+    try:
+        result = made(config={TRIAL_INFO: granted}).train()
+    finally:
+        torch.set_num_threads(before)
+    assert result["val_threads"] == max(1, int(cpus))
+    assert result["cost/device_seconds"] == pytest.approx(max(1, cpus) * result["cost/wall_seconds"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# costs by hand
+
+
+def test_cost_of_a_fixed_schedule():
+    for count, result in enumerate(run_to_end(make(FixedSchedule, SCHEDULE.to_config(), reports=3)), start=1):
+        assert result["cost/steps"] == 4 * count and result["cost/examples"] == 32 * count
+        assert result["cost/gradients"] == pytest.approx(count * (4 + EVALUATION))
+
+
+def test_cost_of_an_inner_run():
+    result = run_to_end(make(InnerRun, SCHEDULE.to_config(), reports=1, differentiation="reverse"))[-1]
+    assert result["cost/steps"] == STEPS and result["cost/examples"] == STEPS * 8
+    assert result["cost/gradients"] == pytest.approx(EVALUATION + RUN)
+
+
+def test_cost_of_fds_is_that_of_its_inner_runs():
+    trial = make(FDS, space=SPACE, outer_steps=3, differentiation="reverse")
+    for count, result in enumerate(run_to_end(trial), start=1):
+        assert result["cost/steps"] == count * STEPS
+        assert result["cost/gradients"] == pytest.approx(EVALUATION + count * RUN)
+
+
+def test_cost_of_hypergradient_descent():
+    results = run_to_end(make(HD, space=ONLINE_SPACE, reports=3, val_examples=None))
+    move = GRADIENTS_PER["step"] + VAL_GRADIENT  # greedy: the first step after a cut needs no Hessian product
+    assert [r["cost/steps"] for r in results] == [4, 8, 12]
+    expected = [4 * move + EVALUATION, 8 * move + 2 * EVALUATION, 12 * move + 2 * EVALUATION]
+    assert [r["cost/gradients"] for r in results] == pytest.approx(expected)
+
+
+def test_reading_the_test_split_costs_nothing():
+    with_test = run_to_end(make(FDS, space=SPACE, outer_steps=2))[-1]
+    without = run_to_end(make(FDS, problem=tiny_problem(test=None), space=SPACE, outer_steps=2))[-1]
+    assert "test_loss" in with_test and not [key for key in without if "test_" in key]
+    assert with_test["cost/gradients"] == without["cost/gradients"]
+    assert with_test["val_loss"] == without["val_loss"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what each trainable computes
+
+
+def replayed_in_plain_torch(problem, found, seed=0):
+    """Validation loss after training with `torch.optim` and a schedule, on the same data in the same order."""
+    loop = InnerLoop(problem, TrainingSettings(STEPS, seed=seed))
+    model = loop.model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for step in range(STEPS):
+        with loop.running():
+            inputs, target = loop.batch(step)
+        of_loss = found.apply(optimizer, step, STEPS)
+        optimizer.zero_grad()
+        penalised(model(inputs), target, params=dict(model.named_parameters()), **of_loss).backward()
+        optimizer.step()
+    x, y = clusters(24, seed=1)
+    return float(F.cross_entropy(model(x), y).detach())
+
+
+def test_fixed_schedule_is_what_plain_torch_computes():
+    result = run_to_end(make(FixedSchedule, SCHEDULE.to_config()))[-1]
+    assert result["val_loss"] == pytest.approx(replayed_in_plain_torch(tiny_problem(), SCHEDULE), rel=1e-12)
+    assert {k: v for k, v in result.items() if k.startswith("schedule/")} == SCHEDULE.to_scalars()
+
+
+def test_hypergradient_descents_schedule_file_replays_to_its_result(tmp_path):
+    trial = make(HD, space={"lr": tune.uniform(0, 1), "momentum": 0.5}, default_step=0.05)
+    result = run_to_end(trial)[-1]
+    trial.save(str(tmp_path))
+    found = Schedule.load(tmp_path / "schedule.json")
+    assert len(set(found.values["lr"])) > 3
+    replayed = Schedule({**found.values, "momentum": 0.5, "l2": 0.0})
+    assert result["val_loss"] == pytest.approx(replayed_in_plain_torch(tiny_problem(), replayed), rel=1e-12)
+
+
+@pytest.mark.parametrize("reports", [1, 5])
+def test_inner_run_reports_the_hypergradients(reports):
+    values = {name: torch.tensor(v, dtype=torch.float64) for name, v in SCHEDULE.values.items()}
+    expected = hypergradient(tiny_problem(), values, steps=STEPS, seed=4)
+    results = run_to_end(make(InnerRun, {**SCHEDULE.to_config(), "seed": 4}, reports=reports))
+    for name, gradient in expected.hypergradients.items():
+        assert [results[-1][f"hypergradient/{name}/{w}"] for w in range(len(gradient))] == gradient.tolist()
+        assert results[-1][f"hypergradient_norm/{name}"] == pytest.approx(float(gradient.norm()))
+    assert results[-1]["val_loss"] == expected.val_loss
+    assert results[-1]["untrained_val_loss"] > results[-1]["val_loss"]
+    for result in results[:-1]:  # nothing is known of the run before it is over
+        assert result["val_loss"] == result["untrained_val_loss"]
+        assert np.isnan(result["hypergradient/lr/0"])
+
+
+def test_fds_follows_the_hypergradients_of_the_schedule_it_reports():
+    for result in run_to_end(make(FDS, space=SPACE, outer_steps=3, seed=2)):
+        values = {
+            "lr": torch.tensor([result[f"schedule/lr/{w}"] for w in range(3)], dtype=torch.float64),
+            "momentum": torch.tensor([result["schedule/momentum"]], dtype=torch.float64),
+        }
+        expected = hypergradient(tiny_problem(), values, steps=STEPS, seed=2, fixed={"l2": 1e-3})
+        assert result["val_loss"] == expected.val_loss
+        for name, gradient in expected.hypergradients.items():
+            assert [result[f"hypergradient/{name}/{w}"] for w in range(len(gradient))] == gradient.tolist()
+
+
+def test_fds_improves_from_zero_learning_rates():
+    results = run_to_end(make(FDS, space=SPACE, outer_steps=6))
+    assert all(results[0][f"schedule/lr/{w}"] == 0 for w in range(3))
+    assert results[-1]["best_val_loss"] < 0.7 * results[0]["val_loss"]
+    assert [r["outer_step"] for r in results] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_of_fds_is_its_best_run_not_its_last():
+    # steps of most of the range overshoot, so that runs are worse than ones before them
+    results = run_to_end(make(FDS, space={"lr": tune.uniform(0, 40)}, initial={"lr": 0.5}, outer_steps=8))
+    losses = [r["val_loss"] for r in results]
+    assert losses[-1] != min(losses) or any(b > a for a, b in zip(losses, losses[1:], strict=False))
+    for count in range(1, len(results) + 1):
+        best = min((r for r in results[:count] if np.isfinite(r["val_loss"])), key=lambda r: r["val_loss"])
+        last = results[count - 1]
+        assert last["best_val_loss"] == best["val_loss"] == min(losses[:count])
+        assert last["best_schedule/lr"] == best["schedule/lr"] and last["best_test_loss"] == best["test_loss"]
+    assert results[-1]["setbacks"] > 0
+
+
+def test_fds_begins_where_its_settings_or_its_config_say():
+    def first(config, **settings):
+        return make(FDS, config, space=SPACE, **settings).train()
+
+    given = first({}, initial={"lr": [0.1, 0.2, 0.3]})
+    assert [given[f"schedule/lr/{w}"] for w in range(3)] == [0.1, 0.2, 0.3] and given["schedule/momentum"] == 0
+    by_config = first({"momentum": 0.5, "lr": {"0": 0.3, "1": 0.2, "2": 0.1}}, initial={"lr": [0.1, 0.2, 0.3]})
+    assert [by_config[f"schedule/lr/{w}"] for w in range(3)] == [0.3, 0.2, 0.1]
+    assert by_config["schedule/momentum"] == 0.5
+
+
+def test_what_a_config_adds_is_held_constant():
+    held = make(FDS, {"weight_decay": 0.1}, space=SPACE, initial={"lr": [0.2] * 3}).train()
+    values = {"lr": torch.full((3,), 0.2, dtype=torch.float64), "momentum": torch.zeros(1, dtype=torch.float64)}
+    expected = hypergradient(tiny_problem(), values, steps=STEPS, fixed={"l2": 1e-3, "weight_decay": 0.1})
+    assert held["val_loss"] == expected.val_loss
+    assert not [key for key in held if "weight_decay" in key]
+
+
+def test_fds_ends_when_converged():
+    results = run_to_end(make(FDS, space={"lr": tune.uniform(0, 1)}, tolerance=0.03))
+    assert results[-1]["done"] and results[-1]["best_val_loss"] < results[0]["val_loss"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configs
+
+
+@pytest.mark.parametrize(
+    ("override", "settings"),
+    [
+        ({"seed": 7}, {"seed": 7}),
+        ({"steps": 5}, {"steps": 5}),
+        ({"optimizer": "adam"}, {"optimizer": "adam"}),
+        ({"clip_gradient": 0.01}, {"clip_gradient": 0.01}),
+        ({"fixed": {"weight_decay": 0.1}}, {"fixed": {"weight_decay": 0.1}}),
+    ],
+)
+@pytest.mark.parametrize("trainable", [FixedSchedule, InnerRun, FDS, HD])
+def test_a_config_overrides_settings(trainable, override, settings):
+    common = {} if trainable in (FixedSchedule, InnerRun) else {"space": {"lr": tune.uniform(0, 1)}}
+    common |= {"outer_steps": 2} if trainable is FDS else {}
+    config = {"lr": 0.3}
+    overridden = run_to_end(make(trainable, {**config, **override}, **common))
+    expected = run_to_end(make(trainable, config, **common, **settings))
+    plain = run_to_end(make(trainable, config, **common))
+    assert [repr(ours(r)) for r in overridden] == [repr(ours(r)) for r in expected]
+    assert repr(ours(overridden[-1])) != repr(ours(plain[-1]))
+
+
+def test_a_config_gives_batch_size_and_model_arguments():
+    result = run_to_end(make(FixedSchedule, {"lr": 0.2, "batch_size": 16, "width": 3}))[-1]
+    by_hand = tiny_problem(batch_size=16, model=partial(network, width=3))
+    assert result["val_loss"] == run_to_end(make(FixedSchedule, {"lr": 0.2}, by_hand))[-1]["val_loss"]
+    assert result["cost/examples"] == STEPS * 16
+    assert "schedule/width" not in result and result["schedule/lr"] == 0.2
+
+
+@pytest.mark.parametrize(("name", "value"), [("learning_rate", 0.1), ("lrr", {"0": 0.1, "1": 0.2})])
+def test_unknown_entries_of_a_config_are_refused_by_name(case, name, value):
+    trainable, config, settings = case
+    assert repr(name) in refusal(make, trainable, {**config, name: value}, **settings)
+
+
+def test_entries_that_are_no_numbers_are_refused_by_name():
+    assert "'activation'" in refusal(make, FixedSchedule, {"lr": 0.1, "activation": "relu"})
+
+
+@pytest.mark.parametrize(
+    ("trainable", "settings", "words"),
+    [
+        (FixedSchedule, {"step": 3}, "'step'"),
+        (FixedSchedule, {"steps": 0}, "steps is 0"),
+        (FixedSchedule, {"reports": 0}, "reports is 0"),
+        (FixedSchedule, {"optimizer": "sdg"}, "'sdg'"),
+        (FixedSchedule, {"fixed": {"beta1": 0.9}}, "'beta1'"),
+        (InnerRun, {"differentiation": "backward"}, "'backward'"),
+        (FDS, {}, "nothing to tune"),
+        (FDS, {"space": {"width": tune.randint(1, 9)}}, "'width'"),
+        (FDS, {"space": {"width": tune.uniform(1, 9)}}, "argument of the model factory"),
+        (FDS, {"space": {"lrr": tune.uniform(0, 1)}}, "'lrr'"),
+        (FDS, {"space": SPACE, "outer_steps": 0}, "outer_steps is 0"),
+        (FDS, {"space": SPACE, "update": "newton"}, "'newton'"),
+        (FDS, {"space": SPACE, "initial": {"l2": 0.1}}, "'l2'"),
+        (FDS, {"space": {"lr": schedule(tune.uniform(0, 1), windows=STEPS + 1)}}, "shape [13]"),
+        (FDS, {"space": SPACE, "horizon": 99}, "horizon is 99"),
+        (HD, {"space": SPACE}, "3 windows"),
+        (HD, {"space": ONLINE_SPACE, "horizon": 0}, "horizon is 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_any_trial(trainable, settings, words):
+    assert words in refusal(trainable.from_problem, tiny_problem(), **{"steps": STEPS, **settings})
+
+
+def test_a_run_that_diverges_is_reported_as_such():
+    result = run_to_end(make(FixedSchedule, {"lr": 1e30, "l2": 1.0}))[-1]
+    assert not np.isfinite(result["val_loss"]) and result["done"]
+    inner = run_to_end(make(InnerRun, {"lr": 1e30, "l2": 1.0}))[-1]
+    assert np.isnan(inner["hypergradient/lr/0"]) and inner["done"]
