@@ -4,11 +4,11 @@ import math
 import pickle
 
 import pytest
-import torch
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, RunConfig, TuneConfig
 from ray.tune.search import Searcher
-from tiny_problem import STEPS, ours, tiny_problem
+from ray.tune.utils import flatten_dict
+from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import FixedSchedule, HypergradientSearch, InnerRun, InputError, Schedule, schedule
 
@@ -81,10 +81,11 @@ def test_the_incumbent_is_the_best_run():
         tried.append((bowl(config)["val_loss"], Schedule.from_config(values_of(config))))
         return bowl(config)
 
-    search = HypergradientSearch(SPACE, outer_steps=8, default_step=0.5)
+    search = HypergradientSearch(SPACE, outer_steps=3, default_step=0.5)
     assert search.incumbent is None
     drive(search, overshooting)
-    assert search.incumbent == min(tried, key=lambda pair: pair[0])[1] != tried[-1][1]
+    assert tried[1][0] < tried[2][0] < tried[0][0]
+    assert search.incumbent == tried[1][1]
 
 
 def test_members_differ_in_their_seed_only_and_the_rest_waits():
@@ -103,7 +104,10 @@ def test_members_differ_in_their_seed_only_and_the_rest_waits():
 
 
 def test_seeds_come_from_the_seed():
-    seeds = [tuple(c["seed"] for c in ensemble_of(HypergradientSearch(SPACE, ensemble=2, seed=s), 2).values()) for s in (0, 0, 1)]
+    seeds = [
+        tuple(c["seed"] for c in ensemble_of(HypergradientSearch(SPACE, ensemble=2, seed=s), 2).values())
+        for s in (0, 0, 1)
+    ]
     assert seeds[0] == seeds[1] and not set(seeds[0]) & set(seeds[2])
 
 
@@ -116,7 +120,9 @@ def test_an_ensembles_hypergradients_are_averaged():
 
 
 def test_hypergradients_that_are_not_finite_are_left_out_of_the_average():
-    search = HypergradientSearch({"lr": schedule(tune.uniform(0, 1), 2)}, ensemble=3, update="sgd", step_sizes={"lr": 0.1})
+    search = HypergradientSearch(
+        {"lr": schedule(tune.uniform(0, 1), 2)}, ensemble=3, update="sgd", step_sizes={"lr": 0.1}
+    )
     given = [(-1.0, math.nan), (math.inf, math.nan), (-3.0, math.nan)]
     for trial_id, (first, second) in zip(ensemble_of(search, 3), given, strict=True):
         result = {"val_loss": 1.0, "hypergradient/lr/0": first, "hypergradient/lr/1": second}
@@ -138,7 +144,8 @@ def test_a_failed_member_does_not_lose_the_outer_step():
     search.on_trial_complete("trial1", error=True)
     search.on_trial_complete("trial2", result=bowl(trials["trial2"]))
     following = ensemble_of(search, 3, start=3)
-    assert {repr(values_of(c)) for c in following.values()} == {repr({"lr": {"0": 0.1, "1": 0.1}, "momentum": 0.09})}
+    for config in following.values():
+        assert values_of(config) == {"lr": {"0": 0.1, "1": 0.1}, "momentum": pytest.approx(0.09)}
 
 
 def one_outer_step(search, outcomes, start=0):
@@ -146,7 +153,9 @@ def one_outer_step(search, outcomes, start=0):
     trials = ensemble_of(search, len(outcomes), start)
     for (trial_id, config), outcome in zip(trials.items(), outcomes, strict=True):
         nan = {key: math.nan for key in bowl(config) if key.startswith("hypergradient")}
-        result = {"ok": bowl(config), "diverged": {**bowl(config), "val_loss": math.nan, **nan}, "failed": None}[outcome]
+        result = {"ok": bowl(config), "diverged": {**bowl(config), "val_loss": math.nan, **nan}, "failed": None}[
+            outcome
+        ]
         search.on_trial_complete(trial_id, result=result, error=result is None)
     return values_of(next(iter(trials.values())))
 
@@ -272,14 +281,19 @@ def test_metric_mode_and_space_come_from_the_tuner():
 def test_a_trainable_without_hypergradients_is_refused():
     search = HypergradientSearch(SPACE)
     search.suggest("a")
-    message = refusal(search.on_trial_complete, "a", {"val_loss": 1.0})
+    search.on_trial_complete("a", {"val_loss": 1.0})
+    message = refusal(search.suggest, "b")  # Ray swallows what on_trial_complete raises
     assert "'hypergradient/lr/0'" in message and "InnerRun" in message
 
 
-@pytest.mark.parametrize("domain", [tune.randint(1, 5), tune.choice([0.1, 0.2]), tune.quniform(0, 1, 0.1), tune.grid_search([1])])
+@pytest.mark.parametrize(
+    "domain", [tune.randint(1, 5), tune.choice([0.1, 0.2]), tune.quniform(0, 1, 0.1), tune.grid_search([1])]
+)
 def test_domains_without_a_derivative_are_refused_by_name(domain):
     assert "'width'" in refusal(HypergradientSearch, {**SPACE, "width": domain})
-    assert "'width'" in refusal(HypergradientSearch().set_search_properties, "val_loss", "min", {**SPACE, "width": domain})
+    assert "'width'" in refusal(
+        HypergradientSearch().set_search_properties, "val_loss", "min", {**SPACE, "width": domain}
+    )
 
 
 @pytest.mark.parametrize(
@@ -318,33 +332,30 @@ def searched_by_hand(**options):
         while not result["done"]:
             result = trial.train()
         search.on_trial_complete(f"trial{len(evaluations)}", result)
-        evaluations.append((config, repr(ours(result))))
-    torch.set_num_threads(torch.get_num_threads())
+        evaluations.append((config, repr(numbers(result))))
     return sorted(evaluations, key=repr)
 
 
 def evaluations_of(grid):
-    # Ray nests a config's windows as they are, and adds to results what is not ours
-    rows = [(result.config, result.metrics) for result in grid]
-    return rows
-
-
-def in_ray(rows, reference):
     """Ray's evaluations in the form of `searched_by_hand`."""
-    keys = eval(reference[0][1], {"nan": math.nan}).keys()
-    return sorted(((config, repr({k: metrics[k] for k in keys})) for config, metrics in rows), key=repr)
+    rows = [(result.config, repr(numbers(flatten_dict(result.metrics)))) for result in grid]
+    return sorted(rows, key=repr)
 
 
 class Interrupt(Callback):
-    """Ends the driver's loop as a person with Ctrl-C would, at a trial's end."""
+    """Ends the driver's loop, once, when some trials have ended and another one runs."""
 
-    def __init__(self, after):
-        self.after, self.ended = after, 0
+    def __init__(self, after, flag):
+        self.after, self.flag = after, flag
 
-    def on_trial_complete(self, iteration, trials, trial, **info):
-        self.ended += 1
-        if self.ended == self.after:
-            raise RuntimeError("interrupted by the test")
+    def on_step_end(self, iteration, trials, **info):
+        states = [trial.status for trial in trials]
+        if states.count("TERMINATED") >= self.after and "RUNNING" in states and not self.flag.exists():
+            self.flag.touch()
+            self.interrupt()
+
+    def interrupt(self):
+        raise RuntimeError("interrupted by the test")
 
 
 @pytest.mark.slow
@@ -363,7 +374,7 @@ def test_under_a_tuner(ray_session, tmp_path, interrupted_after):
             name="search",
             storage_path=str(tmp_path),
             verbose=0,
-            callbacks=[Interrupt(interrupted_after)],
+            callbacks=[Interrupt(interrupted_after, tmp_path / "flag")] if interrupted_after else [],
             checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
         ),
     )
@@ -375,7 +386,7 @@ def test_under_a_tuner(ray_session, tmp_path, interrupted_after):
         restored = tune.Tuner.restore(str(tmp_path / "search"), trainable=trainable, resume_unfinished=True)
         grid = restored.fit()
     assert not grid.errors and len(grid) == 6
-    assert in_ray(evaluations_of(grid), expected) == expected
+    assert evaluations_of(grid) == expected
     best = grid.get_best_result()
     assert best.metrics["val_loss"] < best.metrics["untrained_val_loss"]
 

@@ -48,9 +48,15 @@ def tiny_problem(**fields: Any) -> Problem:
 _RAYS_OWN = {
     *("config", "date", "hostname", "iterations_since_restore", "node_ip", "pid", "time_since_restore", "trial_id"),
     *("time_this_iter_s", "time_total_s", "timestamp", "training_iteration"),
+    *("checkpoint_dir_name", "experiment_tag"),
 }
 
 
 def ours(result: dict[str, Any]) -> dict[str, Any]:
     """What of a result repeats to the bit: without Ray's own keys and without seconds."""
-    return {k: v for k, v in result.items() if k not in _RAYS_OWN and "seconds" not in k}
+    return {k: v for k, v in result.items() if k.split("/")[0] not in _RAYS_OWN and "seconds" not in k}
+
+
+def numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """`ours` without costs, in one order: what a restored trial repeats (its reverse pass trains some steps again)."""
+    return {key: value for key, value in sorted(ours(result).items()) if not key.startswith("cost/")}

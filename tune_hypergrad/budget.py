@@ -42,6 +42,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
     def as_result(self) -> dict[str, float]:
         """Flat scalars for a Ray result: `cost/steps`, `cost/examples`, ..."""
         return {f"cost/{name}": value for name, value in asdict(self).items()}
@@ -109,15 +112,23 @@ class Budget:
 
 
 class Ledger:
-    """Costs by trial, from the cumulative costs that their results carry."""
+    """Costs by trial, from the cumulative costs that their results carry.
+
+    A trial that falls back to a checkpoint reports less than before. What it had spent beyond its new count is kept as
+    lost: work that is done twice is counted twice.
+    """
 
     def __init__(self) -> None:
         self._latest: dict[str, Cost] = {}
+        self._lost: dict[str, Cost] = {}
 
     def charge(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Record what a trial has spent by the time of this result."""
-        self._latest[trial_id] = Cost.from_result(result)
+        """Record what a trial has spent by the time of this result; the same result twice counts once."""
+        cost, latest = Cost.from_result(result), self._latest.get(trial_id, Cost())
+        if cost.gradients < latest.gradients or cost.steps < latest.steps:
+            self._lost[trial_id] = self._lost.get(trial_id, Cost()) + latest - cost
+        self._latest[trial_id] = cost
 
     def total(self) -> Cost:
-        """What all trials have spent so far."""
-        return sum(self._latest.values(), Cost())
+        """What all trials have spent so far, lost work included."""
+        return sum((*self._latest.values(), *self._lost.values()), Cost())

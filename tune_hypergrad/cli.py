@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,10 +45,9 @@ def run(
     windows: Annotated[int, typer.Option(help="Learning rates in the schedule.")] = 7,
     optimizer: Annotated[str, typer.Option(help="Inner optimizer.")] = "sgd",
     batch_size: Annotated[int | None, typer.Option(help="Instead of the problem's own.")] = None,
-    ensemble: Annotated[int, typer.Option(help="Seeds that FDS averages hypergradients over.")] = 1,
     seed: Annotated[int, typer.Option()] = 0,
-    cpus: Annotated[float, typer.Option(help="CPUs per trial.")] = 1.0,
-    gpus: Annotated[float, typer.Option(help="GPUs per trial; fractions share one.")] = 0.0,
+    cpus: Annotated[float, typer.Option(help="CPUs per trial.", min=0.1)] = 1.0,
+    gpus: Annotated[float, typer.Option(help="GPUs per trial; fractions share one.", min=0.0)] = 0.0,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster ('auto' finds it).")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data, in torchvision's layout.")] = None,
     download: Annotated[bool, typer.Option(help="Fetch missing data.")] = False,
@@ -58,10 +57,14 @@ def run(
     from tune_hypergrad.budget import Budget
 
     task_problem = load_problem(problem, data_dir=data_dir, seed=seed, batch_size=batch_size, download=download)
+    if not 0 < epochs < float("inf"):
+        raise InputError(f"--epochs is {epochs:g}: it must be above zero and finite")
     steps = round(epochs * task_problem.steps_per_epoch)
     if steps < 1:
         raise InputError(f"--epochs {epochs:g} is less than one inner step of {task_problem.steps_per_epoch} per epoch")
     limit = Budget.parse(budget, steps_per_epoch=task_problem.steps_per_epoch)
+    if out.is_file():
+        raise InputError(f"{out} is a file: choose a folder with --out")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: choose another folder with --out, or remove it")
 
@@ -69,18 +72,25 @@ def run(
     from tune_hypergrad.methods import Task, default_space, get_method
     from tune_hypergrad.progress import ProgressBar
 
-    methods = [get_method(name) for name in dict.fromkeys(method)]
-    task = Task(task_problem, default_space(optimizer, windows), steps, optimizer, seed, ensemble)
-    for each in methods:
-        each.make(task)  # for its errors, before any trial starts
+    task = Task(task_problem, default_space(optimizer, windows), steps, optimizer, seed)
+    # made before Ray starts: what cannot work is found out before any trial
+    ready = [(chosen, *chosen.make(task)) for chosen in map(get_method, dict.fromkeys(method))]
     out.mkdir(parents=True, exist_ok=True)
     settings = {"problem": problem, "steps": steps, "budget": [limit.amount, limit.unit], "seed": seed}
     (out / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
     console.print(f"{problem}: runs of {steps} inner steps; each method may spend {limit.amount:,.0f} {limit.unit}")
     with ray_session(address):
-        for each in methods:
-            bars = [] if quiet else [ProgressBar(each.name, limit)]
-            run_method(each, task, limit, out / each.name, resources=Resources(cpus, gpus), callbacks=bars)
+        for chosen, trainable, searcher in ready:
+            run_method(
+                chosen.name,
+                trainable,
+                searcher,
+                limit,
+                out / chosen.name,
+                resources=Resources(cpus, gpus),
+                concurrent=chosen.concurrent,
+                callbacks=[] if quiet else [ProgressBar(chosen.name, limit)],
+            )
     write_report(out, read_results(out), limit)
 
 
@@ -152,19 +162,21 @@ def write_report(
     folder: Path, results: pd.DataFrame, limit: Budget, unit: str | None = None, reference: float | None = None
 ) -> None:
     """Write `results.csv`, every method's `schedule.json` and the pictures into `folder`; print the table."""
-    from tune_hypergrad.experiment import best_row, schedule_of
+    from tune_hypergrad.experiment import best_row, found_schedule, within
     from tune_hypergrad.report import plot_regret, plot_schedules, summary_table
 
     results.to_csv(folder / "results.csv", index=False)
+    results = within(results, limit)
     schedules = {}
     for method in results["method"].unique():
         best = best_row(results, method)
         if best is not None:
-            schedules[method] = schedule_of(best)
+            schedules[method] = found_schedule(folder, best)
             schedules[method].save(folder / method / "schedule.json")
     console.print(summary_table(results, limit))
     for method, found in schedules.items():
-        console.print(f"{method} found {found}", soft_wrap=True, highlight=False)
+        shown = str(found) if max(map(len, found.values.values())) <= 20 else "a value for every inner step"
+        console.print(f"{method} found {shown}", soft_wrap=True, highlight=False)
     if schedules:
         plot_regret(results, unit or limit.unit, reference).savefig(folder / "regret.png", dpi=150)
         plot_schedules(schedules).savefig(folder / "schedule.png", dpi=150)
@@ -188,21 +200,27 @@ def _own_problem(source: str, attribute: str) -> Problem:
 
     try:
         if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            sys.path.insert(0, str(Path(source).resolve().parent))  # for what the file imports from beside it
+            # a name of its own, lest a file called queue.py replaces the standard library's module
+            spec = importlib.util.spec_from_file_location(f"tune_hypergrad_problem_{Path(source).stem}", source)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[module.__name__] = module
             spec.loader.exec_module(module)
+            cloudpickle.register_pickle_by_value(module)  # workers cannot import it by that name
         else:
             module = importlib.import_module(source)
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
-    # workers cannot import the file by its name
-    cloudpickle.register_pickle_by_value(module)
+        raise InputError(f"{source} cannot be imported: {in_one_line(error)}") from error
     found = getattr(module, attribute, None)
-    made = found() if callable(found) and not isinstance(found, Problem) else found
+    try:
+        made = found() if callable(found) and not isinstance(found, Problem) else found
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{source}: {attribute}() fails: {in_one_line(error)}") from error
     if not isinstance(made, Problem):
         raise InputError(f"{source} has no Problem, nor a function that makes one, called {attribute!r}")
     return made

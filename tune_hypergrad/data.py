@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from tune_hypergrad.errors import InputError
@@ -31,7 +32,7 @@ class Split:
     """
 
     def __init__(self, source: Dataset[Any] | tuple[Tensor, ...], name: str) -> None:
-        if isinstance(source, TensorDataset):
+        if type(source) is TensorDataset:  # a subclass may do more than hand its tensors out
             source = source.tensors
         self.name = name
         self.tensors: tuple[Tensor, ...] | None = None
@@ -73,7 +74,7 @@ class Split:
             return self
         moved = Split.__new__(Split)
         moved.__dict__.update(self.__dict__)
-        moved.tensors = tuple(cast_leaf(tensor, device, dtype) for tensor in self.tensors)
+        moved.tensors = cast_batch(self.tensors, device, dtype)
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,11 +89,15 @@ class Split:
             self.tensors = tuple(_as_tensor(*packed) for packed in state["tensors"])
 
 
-def cast_leaf(leaf: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """`leaf` on `device`, floating tensors as `dtype`; what is not a tensor comes back as it is."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else leaf.dtype)
+def cast_batch(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on `device`, floating tensors as `dtype`, in dicts and tuples too; what is no tensor stays as it is."""
+
+    def cast_leaf(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else leaf.dtype)
+
+    return tree_map(cast_leaf, batch)  # type: ignore[no-any-return]
 
 
 def _checked_tensors(tensors: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:

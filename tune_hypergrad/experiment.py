@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import ray
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
+from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget, Ledger
-from tune_hypergrad.errors import InputError
-from tune_hypergrad.methods import Method, Task
+from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.budgeted import Budgeted, BudgetStopper
+from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
 RESULTS_FILE = "results.jsonl"
 """In a method's folder: one line per result of its trials, written as they come."""
@@ -75,35 +77,41 @@ class Recorder(Callback):
 
 
 def run_method(
-    method: Method,
-    task: Task,
+    name: str,
+    trainable: type[tune.Trainable],
+    searcher: Searcher,
     budget: Budget,
     folder: Path,
     *,
     resources: Resources | None = None,
+    concurrent: int | None = None,
     callbacks: Sequence[Callback] = (),
     max_failures: int = 2,
 ) -> tune.ResultGrid:
     """Run one method until its budget is spent or it has nothing more to suggest.
 
     Args:
-        method: what to run.
-        task: what it works on.
-        budget: what its trials may spend together; the last result may overrun it.
+        name: the method's, for the results.
+        trainable: what its trials run.
+        searcher: what chooses their hyperparameters.
+        budget: what its trials may spend together; the last result of each that runs then may overrun it.
         folder: where Ray keeps the trials (in `ray/`) and the results go (`RESULTS_FILE`).
         resources: what each trial gets.
+        concurrent: trials at once, at the most; None is as many as the cluster has room for.
         callbacks: further Ray callbacks.
         max_failures: restarts of a trial that fails, from its last checkpoint.
+
+    Raises:
+        InputError: no trial fits the cluster, or every trial failed.
     """
     resources = resources or Resources()
-    trainable, searcher = method.make(task)
-    limit = method.concurrent(task) or _slots(resources)
+    slots = _slots(resources)
     folder.mkdir(parents=True, exist_ok=True)
     request = {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
     tuner = tune.Tuner(
         tune.with_resources(trainable, request),
         tune_config=TuneConfig(
-            search_alg=Budgeted(searcher, budget, max_concurrent=limit),
+            search_alg=Budgeted(searcher, budget, max_concurrent=min(concurrent or slots, slots)),
             metric="val_loss",
             mode="min",
             num_samples=-1,
@@ -114,12 +122,16 @@ def run_method(
             storage_path=str(folder.resolve()),
             stop=BudgetStopper(budget),
             verbose=0,
-            callbacks=[Recorder(folder / RESULTS_FILE, method.name), *callbacks],
+            callbacks=[Recorder(folder / RESULTS_FILE, name), *callbacks],
             failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=1),
         ),
     )
-    return tuner.fit()
+    results = tuner.fit()
+    if results.num_errors and not (folder / RESULTS_FILE).exists():
+        reason = str(results.errors[0]).strip().split("\n")[-1]
+        raise InputError(f"every trial of {name} failed: {reason} (see error.txt in {folder / 'ray'})")
+    return results
 
 
 def read_results(folder: Path) -> pd.DataFrame:
@@ -129,7 +141,9 @@ def read_results(folder: Path) -> pd.DataFrame:
         InputError: the folder has none.
     """
     files = sorted(folder.glob(f"*/{RESULTS_FILE}"))
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    # a line without its end was being written when the driver was killed
+    lines = (line for file in files for line in file.read_text().splitlines(keepends=True) if line.endswith("\n"))
+    rows = [json.loads(line) for line in lines]
     if not rows:
         raise InputError(f"{folder} has no results: give the folder that `tune-hypergrad run --out` wrote")
     return pd.DataFrame(rows).sort_values("time", kind="stable", ignore_index=True)
@@ -137,9 +151,15 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 def incumbents(results: pd.DataFrame) -> pd.DataFrame:
     """The rows at which a method's validation loss was the lowest so far."""
-    finite = results[results["val_loss"].notna()]
+    finite = results[np.isfinite(results["val_loss"])]
     best_before = finite.groupby("method")["val_loss"].transform(lambda loss: loss.cummin().shift())
     return finite[best_before.isna() | (finite["val_loss"] < best_before)]
+
+
+def within(results: pd.DataFrame, budget: Budget) -> pd.DataFrame:
+    """The results that count: those after which a method's budget was spent already are left out."""
+    spent = results.groupby("method")[f"spent/{budget.unit}"].shift(fill_value=0)
+    return results[spent < budget.amount]
 
 
 def best_row(results: pd.DataFrame, method: str) -> pd.Series | None:
@@ -147,6 +167,13 @@ def best_row(results: pd.DataFrame, method: str) -> pd.Series | None:
     rows = incumbents(results)
     rows = rows[rows["method"] == method]
     return None if rows.empty else rows.iloc[-1]
+
+
+def found_schedule(folder: Path, row: pd.Series) -> Schedule:
+    """The schedule that a method's best result stands for: its trial's checkpoint holds it whole."""
+    checkpoints = folder.glob(f"{row['method']}/ray/*_{row['trial']}_*/checkpoint_*/{SCHEDULE_FILE}")
+    saved = max(checkpoints, default=None)
+    return schedule_of(row) if saved is None else Schedule.load(saved)
 
 
 def schedule_of(row: Mapping[str, Any] | pd.Series) -> Schedule:
@@ -168,7 +195,11 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=False)
+    dashboard = False if address is None else None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
+    except ConnectionError as error:
+        raise InputError(f"no Ray cluster answers at {address!r}: {in_one_line(error)}") from error
     try:
         yield
     finally:

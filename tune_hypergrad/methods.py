@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, get_optimizer
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.searchers import HypergradientSearch, RandomSearch
+from tune_hypergrad.searchers import RandomSearch
 from tune_hypergrad.space import gradient_ranges, schedule
-from tune_hypergrad.trainables import FDS, HD, FixedSchedule, InnerRun
+from tune_hypergrad.trainables import FDS, HD, FixedSchedule
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,6 @@ class Task:
     """Inner optimizer."""
     seed: int = 0
     """Seeds the method and its trials."""
-    ensemble: int = 1
-    """Seeds that a hypergradient is averaged over, where the method knows of that."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Method:
     """One line for people."""
     make: Callable[[Task], tuple[type[tune.Trainable], Searcher]]
     """Its trainable and its searcher for a task."""
-    concurrent: Callable[[Task], int | None] = lambda task: None
+    concurrent: int | None = None
     """Trials it can run at once; None is no limit."""
 
 
@@ -60,9 +56,6 @@ def _random_search(task: Task) -> tuple[type[tune.Trainable], Searcher]:
 
 def _fds(task: Task) -> tuple[type[tune.Trainable], Searcher]:
     common = {"steps": task.steps, "optimizer": task.optimizer, "seed": task.seed}
-    if task.ensemble > 1:
-        search = HypergradientSearch(task.space, metric="val_loss", mode="min", ensemble=task.ensemble, seed=task.seed)
-        return InnerRun.from_problem(task.problem, **common, reports=1), search
     return FDS.from_problem(task.problem, space=task.space, **common, reports=4), _restarts(task)
 
 
@@ -77,8 +70,13 @@ def _hypergradient_descent(task: Task) -> tuple[type[tune.Trainable], Searcher]:
 def _restarts(task: Task) -> Searcher:
     """Begin from zero; where budget is left when that has ended, begin again from random points."""
     origin = Descent(gradient_ranges(task.space)[0]).values
-    point = Schedule({name: tuple(values.tolist()) for name, values in origin.items()}).to_config()
+    point = {name: _like(task.space[name], values.tolist()) for name, values in origin.items()}
     return RandomSearch(task.space, metric="val_loss", mode="min", seed=task.seed, points_to_evaluate=[point])
+
+
+def _like(entry: Any, values: list[float]) -> Any:
+    """Values in the form of a space's entry: by window for a schedule, else the only one."""
+    return {str(window): value for window, value in enumerate(values)} if isinstance(entry, Mapping) else values[0]
 
 
 def _one_window(value: Any) -> Any:
@@ -92,13 +90,13 @@ METHODS: dict[str, Method] = {
             "fds",
             "forward-mode differentiation with sharing: descend by exact hypergradients of whole runs",
             _fds,
-            lambda task: task.ensemble,
+            1,
         ),
         Method(
             "hd",
             "hypergradient descent: hyperparameters move at every inner step, greedily",
             _hypergradient_descent,
-            lambda task: 1,
+            1,
         ),
         Method("rs", "random search: independent draws, each trained in full", _random_search),
     )
@@ -112,9 +110,9 @@ def get_method(name: str) -> Method:
         InputError: there is none.
     """
     if name not in METHODS:
-        close = difflib.get_close_matches(name.lower(), METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"there is no method {name!r}: choose one of {', '.join(METHODS)}{hint}")
+        raise InputError(
+            f"there is no method {name!r}: choose one of {', '.join(METHODS)}{did_you_mean(name, METHODS)}"
+        )
     return METHODS[name]
 
 

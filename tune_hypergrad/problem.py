@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isnan, nan
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tune_hypergrad.data import Batch, Split, cast_leaf
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.data import Batch, Split, cast_batch
+from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 
 Source = Dataset[Any] | tuple[Tensor, ...] | Split
@@ -46,8 +47,8 @@ class Problem:
     """`loss(output, target)`, a mean over the batch: the validation loss, and the training loss by default."""
 
     train_loss: Callable[..., Tensor] | None = None
-    """`train_loss(output, target, *, name=default, ...)`: its keyword arguments are tunable hyperparameters.
-    One called `params` is no hyperparameter: it receives the model's named parameters, for penalties on them."""
+    """`train_loss(output, target, *, name=default, ...)`: its keyword-only arguments are tunable hyperparameters, save
+    those whose default is no number. One called `params` receives the model's named parameters."""
 
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor | float]] = field(default_factory=dict)
     """`metric(output, target)`, each a mean over the batch, reported as `val_<name>` and `test_<name>`."""
@@ -100,10 +101,15 @@ class Problem:
         """Hyperparameters that `train_loss` takes, with their defaults (NaN where it gives none)."""
         if self.train_loss is None:
             return {}
-        return {
-            name: float("nan") if parameter.default is parameter.empty else float(parameter.default)
+        defaults = {
+            name: nan if parameter.default is parameter.empty else parameter.default
             for name, parameter in inspect.signature(self.train_loss).parameters.items()
             if parameter.kind is parameter.KEYWORD_ONLY and name != "params"
+        }
+        return {
+            name: float(default)
+            for name, default in defaults.items()
+            if isinstance(default, int | float) and not isinstance(default, bool)
         }
 
     @cached_property
@@ -144,7 +150,7 @@ class Problem:
     def _check_split(self, model: nn.Module, split: Split, reference: Tensor) -> None:
         size = min(len(split), self.batch_size if split is self.train else self.eval_batch_size)
         batch = _attempt(f"reading {split.name} data", split.batch, slice(0, size))
-        batch = tuple(cast_leaf(leaf, reference.device, reference.dtype) for leaf in batch)
+        batch = cast_batch(batch, reference.device, reference.dtype)
         inputs, target = batch[:-1], batch[-1]
         shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in inputs)
         model.train(split is self.train)
@@ -156,8 +162,17 @@ class Problem:
             raise InputError(
                 f"loss on a {split.name} batch is {float(loss)} for the untrained model: check data and loss"
             )
+        if split is self.train:
+            self._check_train_loss(output, batch[-1], model)
         for name, metric in self.metrics.items():
             _attempt(f"metric {name!r} on a {split.name} batch", lambda m=metric: float(m(output.detach(), target)))
+
+    def _check_train_loss(self, output: Tensor, target: Any, model: nn.Module) -> None:
+        defaults = {name: 0.0 if isnan(value) else value for name, value in self.train_loss_hyperparameters.items()}
+        named = dict(model.named_parameters())
+        loss = _attempt("train_loss on a train batch", self.compute_train_loss, output, target, named, defaults)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            raise InputError("train_loss must give a scalar tensor: the mean over the batch")
 
     def replace(self, **changes: Any) -> Problem:
         """This problem with some fields replaced, such as `batch_size=64`."""
@@ -175,5 +190,4 @@ def _attempt(what: str, function: Callable[..., Any], *arguments: Batch | Any) -
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise InputError(f"{what} fails: {type(error).__name__}: {reason}") from error
+        raise InputError(f"{what} fails: {in_one_line(error)}") from error

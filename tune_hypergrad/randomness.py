@@ -34,7 +34,9 @@ def seed_everything(seed: int) -> None:
 def preserved_generators() -> Iterator[None]:
     """Give Python's, NumPy's and torch's global generators back as they were on entry."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # asking a GPU for its generator would start CUDA on it
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

@@ -82,7 +82,7 @@ def plot_regret(results: pd.DataFrame, unit: str = "gradients", reference: float
     if (data["regret"] > 0).sum() >= 2:
         smallest = data.loc[data["regret"] > 0, "regret"].min()
         axes.set_yscale("symlog", linthresh=max(smallest, 1e-3))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0.0, float(data["regret"].min())))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
@@ -116,7 +116,7 @@ def summary_table(results: pd.DataFrame, budget: Budget) -> Table:
     for heading in (
         "method",
         "trials",
-        "runs",
+        "results",
         f"spent ({budget.unit})",
         *(name.replace("_", " ") for name in measures),
     ):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -73,6 +74,15 @@ class Schedule:
         if missing:
             raise InputError(f"the config has no {missing[0]!r}: it has {', '.join(map(str, config)) or 'no entries'}")
         return cls({name: config[name] for name in names})
+
+    @classmethod
+    def from_tensors(cls, values: Mapping[str, Tensor]) -> Schedule:
+        """The schedule of hyperparameters' values as the engine has them, each of shape [windows]."""
+        return cls({name: tuple(windows.tolist()) for name, windows in values.items()})
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The values as the engine takes them: float64, each of shape [windows]."""
+        return {name: torch.tensor(windows, dtype=torch.float64) for name, windows in self.values.items()}
 
     def to_config(self) -> dict[str, Any]:
         """The schedule as config entries: a float for one window, `{"0": float, ...}` for several."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.hypergradient import hypergradient_run
 from tune_hypergrad.hypergradients.inner_loop import Hyperparameters, InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.optimizers import Optimizer
@@ -39,7 +39,7 @@ def check_problem(
     *,
     steps: int = 3,
     optimizer: str | Optimizer = "sgd",
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, Any] | None = None,
     seed: int = 0,
     tolerance: float = 1e-4,
 ) -> ProblemCheck:
@@ -70,13 +70,13 @@ def check_problem(
     except InputError as error:
         return ProblemCheck(False, str(error))
     except Exception as error:
-        return ProblemCheck(False, f"the model does not train in float64, which this check needs: {_first_line(error)}")
+        return ProblemCheck(False, f"the model does not train in float64, which this check needs: {in_one_line(error)}")
     errors, failures = {}, []
     for mode in ("forward", "reverse"):
         try:
             errors[mode] = _relative_error(_run(loop, values, mode), expected)
         except Exception as error:
-            failures.append(f"{mode} mode does not work on this model ({_first_line(error)})")
+            failures.append(f"{mode} mode does not work on this model ({in_one_line(error)})")
     return _verdict(errors, failures, tolerance)
 
 
@@ -142,7 +142,3 @@ def _default_values(loop: InnerLoop, fixed: Mapping[str, Any]) -> Hyperparameter
 def _double(factory: Any) -> nn.Module:
     model: nn.Module = factory()
     return model.double()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

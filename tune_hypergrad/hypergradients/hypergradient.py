@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def hypergradient(
     *,
     steps: int,
     optimizer: str | Optimizer = "sgd",
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, Any] | None = None,
     seed: int = 0,
     horizon: int | None = None,
     differentiation: str = "auto",
@@ -53,7 +53,8 @@ def hypergradient(
             floor(N t / steps)). Any of the optimizer's or of the problem's train loss.
         steps: inner steps T.
         optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`.
-        fixed: hyperparameters held constant; the rest take the defaults of `torch.optim` and of the train loss.
+        fixed: hyperparameters without a derivative (numbers, or windows of numbers); the rest take the defaults of
+            `torch.optim` and of the train loss.
         seed: seeds initial weights, order of examples, augmentation and dropout.
         horizon: inner steps a hypergradient looks through: None or T exact, 1 greedy, in between truncated.
         differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory.
@@ -161,14 +162,17 @@ def state_bytes(loop: InnerLoop) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Bytes on `device` that one run may take: a quarter of what is free."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        try:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):  # not every system tells
-            free = 1 << 32
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
     return int(free * _SHARE_OF_MEMORY)
+
+
+def _available_memory() -> int:
+    """What Linux says can be had without swapping; 4 GiB where nobody says."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 1 << 32
 
 
 def _mib(size: int) -> str:

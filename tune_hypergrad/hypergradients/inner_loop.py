@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
-from tune_hypergrad.data import Batch, Split, cast_leaf
+from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.supported import refuse_unsupported, twice_differentiable
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything
+from tune_hypergrad.space import windows_of
 
 Hyperparameters = dict[str, Tensor]
 """Name to values, shape [N]: N windows of steps/N inner steps each."""
@@ -58,8 +59,9 @@ class TrainingSettings:
     """Inner steps in one run, T."""
     optimizer: str | Optimizer = "sgd"
     """Name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own."""
-    fixed: Mapping[str, float] = field(default_factory=dict)
-    """Hyperparameters held constant, without a derivative; the rest take the optimizer's and the loss's defaults."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Hyperparameters without a derivative, each a number or windows of numbers; the rest take the optimizer's and the
+    loss's defaults."""
     seed: int = 0
     """Seeds the initial weights, the order of examples, augmentation and dropout."""
     clip_gradient: float | None = None
@@ -107,6 +109,7 @@ class InnerLoop:
             None if split is None else split.to(self.device, self.dtype)  # type: ignore[union-attr]
             for split in (problem.train, problem.val, problem.test)
         )
+        self._held = {name: windows_of(value) for name, value in settings.fixed.items()}
         self._order: tuple[int, Tensor] | None = None
 
     @property
@@ -126,6 +129,12 @@ class InnerLoop:
             InputError: a name is unknown, tuned and fixed at once, or has no value and no default.
         """
         of_optimizer, of_loss = self.optimizer.hyperparameters, self.problem.train_loss_hyperparameters
+        for name in of_loss:
+            if name in of_optimizer:
+                raise InputError(
+                    f"{name!r} is a hyperparameter of both the train loss and optimizer {self.optimizer.name!r}: "
+                    "rename the train loss's argument"
+                )
         for name in (*tuned, *self.settings.fixed):
             if name in of_optimizer or name in of_loss:
                 continue
@@ -162,9 +171,12 @@ class InnerLoop:
         """The tuned hyperparameters' values in force at `step`: element floor(N step / T) of each, 0-dim."""
         return {name: values[len(values) * step // self.steps] for name, values in hyperparameters.items()}
 
+    def _held_at(self, step: int) -> dict[str, float]:
+        return {name: values[len(values) * step // self.steps] for name, values in self._held.items()}
+
     def batch(self, step: int) -> Batch:
         """The training batch of `step`, a function of (seed, step) only."""
-        split, size = self._split("train"), self.problem.batch_size
+        split, size = self.split("train"), self.problem.batch_size
         if size == len(split):
             indices: slice | Tensor = slice(None)
         else:
@@ -182,7 +194,7 @@ class InnerLoop:
         named = self.unflatten(params)
         tensors = {**named, **{name: buffer.clone() for name, buffer in buffers.items()}}
         output = functional_call(self.model, tensors, batch[:-1])  # writes buffers that the model assigns anew back
-        values = {**self.settings.fixed, **h}
+        values = {**self._held_at(step), **h}
         loss = self.problem.compute_train_loss(output, batch[-1], named, values)
         return loss, {name: tensors[name] for name in buffers}
 
@@ -201,7 +213,7 @@ class InnerLoop:
         clip = self.settings.clip_gradient
         if clip is not None:
             gradient = gradient.clamp(-clip, clip)
-        values = {**self.optimizer.hyperparameters, **self.settings.fixed, **h}
+        values = {**self.optimizer.hyperparameters, **self._held_at(step), **h}
         return self.optimizer.update(params, gradient, slots, values, step)
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
@@ -227,7 +239,7 @@ class InnerLoop:
             which: "train", "val" or "test".
             examples: how many examples to take, drawn from (seed, `draw`); None for the whole split.
         """
-        split = self._split(which)
+        split = self.split(which)
         self.model.eval()
         seed_everything(fold_seed(self.settings.seed, _VALIDATION))
         params = state.params.detach().requires_grad_(gradient)
@@ -252,7 +264,8 @@ class InnerLoop:
 
     def eval_cost(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
         """Cost of evaluating a split, or `examples` of it, with or without its gradient."""
-        batches = (examples or len(self._split(which))) / self.problem.batch_size
+        total = len(self.split(which))
+        batches = (total if examples is None else min(examples, total)) / self.problem.batch_size
         return Cost(gradients=batches * GRADIENTS_PER["val_gradient" if gradient else "evaluation"])
 
     def unflatten(self, params: Tensor) -> dict[str, Tensor]:
@@ -260,19 +273,20 @@ class InnerLoop:
         chunks = params.split(self._sizes)
         return {name: chunk.view(shape) for name, chunk, shape in zip(self._names, chunks, self._shapes, strict=True)}
 
-    def _split(self, which: str) -> Split:
+    def split(self, which: str) -> Split:
+        """The "train", "val" or "test" split, where training happens."""
         split: Split | None = getattr(self, which)
         if split is None:
             raise InputError(f"the problem has no {which} split")
         return split
 
     def _cast(self, batch: Batch) -> Batch:
-        return tuple(cast_leaf(leaf, self.device, self.dtype) for leaf in batch)
+        return cast_batch(batch, self.device, self.dtype)
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(fold_seed(self.settings.seed, _ORDER, epoch))
-            order = torch.randperm(len(self._split("train")), generator=generator)
+            order = torch.randperm(len(self.split("train")), generator=generator)
             self._order = epoch, order.to(self.device)
         return self._order[1]
 

@@ -179,7 +179,7 @@ class HypergradientRun(ABC):
         return evaluation.gradient
 
     def _evaluate_final(self, state: State, evaluation: Evaluation) -> None:
-        if self.val_examples is not None:
+        if self.val_examples is not None and self.val_examples < len(self.loop.split("val")):
             evaluation = self.loop.evaluate(state)
             self.cost += self.loop.eval_cost("val")
         self.final = Evaluation(evaluation.loss, evaluation.metrics, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.losses import accuracy, smoothed_cross_entropy
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems import models, sources
@@ -124,9 +123,8 @@ def table() -> tuple[Entry, ...]:
 
 def _entry(name: str) -> Entry:
     if name not in _ENTRIES:
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), _ENTRIES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"there is no problem {name!r}: choose one of {', '.join(_ENTRIES)}{hint}")
+        known = ", ".join(_ENTRIES)
+        raise InputError(f"there is no problem {name!r}: choose one of {known}{did_you_mean(name, _ENTRIES)}")
     return _ENTRIES[name]
 
 

@@ -9,6 +9,8 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget, Ledger
 
+_FAILURES_IN_A_ROW = 3
+
 
 class Budgeted(Searcher):
     """Pass suggestions of `searcher` on until its trials have spent the budget, a limited number at a time.
@@ -20,6 +22,9 @@ class Budgeted(Searcher):
         searcher: whose suggestions to run.
         budget: what its trials may spend in all.
         max_concurrent: trials that may run at once.
+
+    When three trials in a row fail before their first result, nothing more is suggested: what fails so is not the
+    hyperparameters' fault, and a trial that never reports spends nothing, so that the budget would not end it.
     """
 
     def __init__(self, searcher: Searcher, budget: Budget, *, max_concurrent: int = 1) -> None:
@@ -27,6 +32,7 @@ class Budgeted(Searcher):
         self.searcher, self.budget, self.max_concurrent = searcher, budget, max_concurrent
         self._ledger = Ledger()
         self._live: set[str] = set()
+        self._failures = 0
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Called by Ray; the searcher inside takes them."""
@@ -35,7 +41,7 @@ class Budgeted(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The searcher's next suggestion; None while enough trials run; FINISHED once the budget is spent."""
-        if self.budget.spent_by(self._ledger.total()) >= 1:
+        if self.budget.spent_by(self._ledger.total()) >= 1 or self._failures >= _FAILURES_IN_A_ROW:
             return Searcher.FINISHED
         if len(self._live) >= self.max_concurrent:
             return None
@@ -52,17 +58,18 @@ class Budgeted(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Charge a trial's last result and pass it on."""
         self._live.discard(trial_id)
+        self._failures = self._failures + 1 if error and not result else 0
         if result is not None:
             self._ledger.charge(trial_id, result)
         self.searcher.on_trial_complete(trial_id, result=result, error=error)
 
     def get_state(self) -> dict[str, Any]:
         """What Ray saves of this wrapper; it saves the searcher inside by itself."""
-        return {"ledger": self._ledger, "live": self._live}
+        return {"ledger": self._ledger, "live": self._live, "failures": self._failures}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
-        self._ledger, self._live = state["ledger"], state["live"]
+        self._ledger, self._live, self._failures = state["ledger"], state["live"], state["failures"]
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state of the searcher inside."""

@@ -20,7 +20,7 @@ from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.space import gradient_ranges, windows_of
+from tune_hypergrad.space import gradient_ranges
 
 
 class HypergradientSearch(Searcher):
@@ -90,6 +90,7 @@ class HypergradientSearch(Searcher):
         self._next_member = 0  # of this outer step's ensemble
         self._waiting: set[str] = set()  # its trials that have not ended
         self._ended: list[_Outcome] = []  # and what those that have ended gave
+        self._refusal: str | None = None  # why the search cannot go on
         if space is not None:
             self._read_space(space)
 
@@ -98,7 +99,7 @@ class HypergradientSearch(Searcher):
         """The best schedule by validation loss so far: the outcome of the search."""
         if self._outer is None or self._outer.incumbent is None:
             return None
-        return Schedule({name: tuple(values.tolist()) for name, values in self._outer.incumbent.values.items()})
+        return Schedule.from_tensors(self._outer.incumbent.values)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Called by Ray with the `TuneConfig`'s metric and mode and with `param_space`."""
@@ -112,6 +113,8 @@ class HypergradientSearch(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next member of this outer step's ensemble; None while its others run; FINISHED at the end."""
         outer = self._outer
+        if self._refusal is not None:
+            raise InputError(self._refusal)
         if outer is None:
             raise InputError("HypergradientSearch has no search space: pass space, or param_space to the Tuner")
         if outer.converged or (self._outer_steps is not None and outer.outer_step >= self._outer_steps):
@@ -121,8 +124,11 @@ class HypergradientSearch(Searcher):
         seed = fold_seed(self._seed, self._next_member)
         self._next_member += 1
         self._waiting.add(trial_id)
-        values = Schedule({name: tuple(v.tolist()) for name, v in self._current_values().items()})
-        return {**self._constants, **values.to_config(), "seed": seed}
+        values = self._current_values()
+        config = Schedule.from_tensors(values).to_config()
+        # without constants among them, all of a config's hyperparameters are tuned
+        tuned = {"tuned": list(values)} if self._constants else {}
+        return {**self._constants, **config, **tuned, "seed": seed}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Take a trial's hypergradient; after the ensemble's last trial, take the outer step."""
@@ -130,17 +136,23 @@ class HypergradientSearch(Searcher):
             return
         self._waiting.discard(trial_id)
         if not error and result is not None:
-            self._ended.append(_read_outcome(result, self._current_values()))
+            try:
+                outcome = _read_outcome(result, self._current_values())
+                if outcome is not None:
+                    self._ended.append(outcome)
+            except InputError as error:
+                # raised here, Ray would take it for the trial's failure and wait for more: `suggest` ends the run
+                self._refusal = str(error)
         if self._waiting or self._next_member < self._ensemble:
             return
-        outcome = _average(self._ended, self._current_values())
+        average = _average(self._ended, self._current_values())
         self._ended, self._next_member = [], 0
         if self._starts:
-            self._started.append((self._starts.pop(0), outcome))
+            self._started.append((self._starts.pop(0), average))
             if not self._starts:
                 self._begin_from_best_start()
         else:
-            self._tell(outcome)
+            self._tell(average)
 
     def save(self, checkpoint_path: str) -> None:
         """Write the search's state."""
@@ -160,11 +172,8 @@ class HypergradientSearch(Searcher):
         self._outer = OuterLoop(self._descent_from({}), tolerance=self._tolerance)
 
     def _descent_from(self, point: Mapping[str, Any]) -> Descent:
-        initial = {
-            name: torch.tensor(windows_of(value), dtype=torch.float64)
-            for name, value in point.items()
-            if name in self._ranges
-        }
+        tuned = {name: value for name, value in point.items() if name in self._ranges}
+        initial = Schedule(tuned).to_tensors() if tuned else {}
         return Descent(self._ranges, initial=initial, **self._descent_options)
 
     def _current_values(self) -> Hyperparameters:
@@ -191,8 +200,8 @@ class _Outcome(NamedTuple):
     hypergradients: Hyperparameters
 
 
-def _read_outcome(result: Mapping[str, Any], values: Hyperparameters) -> _Outcome:
-    """A trial's outcome from its last result.
+def _read_outcome(result: Mapping[str, Any], values: Hyperparameters) -> _Outcome | None:
+    """A trial's outcome from its last result; None if it was stopped before it had one.
 
     Raises:
         InputError: the result has no hypergradients: the trainable is not one that reports them.
@@ -208,6 +217,8 @@ def _read_outcome(result: Mapping[str, Any], values: Hyperparameters) -> _Outcom
     hypergradients = {
         name: torch.tensor([flat[key] for key in of_name], dtype=torch.float64) for name, of_name in keys.items()
     }
+    if not flat.get("done", True) and not any(bool(g.isfinite().any()) for g in hypergradients.values()):
+        return None
     return _Outcome(flat["val_loss"], flat.get("untrained_val_loss", math.inf), hypergradients)
 
 

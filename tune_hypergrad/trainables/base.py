@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 from ray import tune
-from torch import Tensor
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
-from tune_hypergrad.hypergradients.inner_loop import Evaluation, Hyperparameters, State
+from tune_hypergrad.hypergradients.inner_loop import Evaluation, State
 from tune_hypergrad.hypergradients.optimizers import get_optimizer
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
@@ -36,8 +35,9 @@ class TrialSettings:
     """Inner steps in one training run."""
     optimizer: str = "sgd"
     """Inner optimizer: "sgd", "nesterov", "adam", "adamw" or "rmsprop"."""
-    fixed: Mapping[str, float] = field(default_factory=dict)
-    """Hyperparameters held constant; the rest take the defaults of `torch.optim` and of the train loss."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Hyperparameters held (numbers, or windows of numbers); the rest take the defaults of `torch.optim` and of the
+    train loss."""
     seed: int = 0
     """Seeds the initial weights, the order of examples, augmentation and dropout."""
     clip_gradient: float | None = None
@@ -50,6 +50,10 @@ class TrialSettings:
             raise InputError(f"reports is {self.reports!r}: a run makes a whole number of at least 1")
         self.training()
         get_optimizer(self.optimizer)
+
+    def constants(self) -> Mapping[str, Any]:
+        """What every trial's config holds that does not say otherwise."""
+        return {}
 
     def training(self, **changes: Any) -> TrainingSettings:
         """The inner loop's settings."""
@@ -85,13 +89,13 @@ class ProblemTrainable(tune.Trainable):
                 raise InputError(f"{cls.__name__} has no setting {name!r}: it has {', '.join(names)}")
         problem.check()
         made = cls.Settings(**settings)
-        cls.validate(problem, made)
+        cls.validate(*split_config(problem, made, {}))
         return tune.with_parameters(cls, problem=problem, settings=made)  # type: ignore[no-any-return]
 
     @classmethod
     @abstractmethod
-    def validate(cls, problem: Problem, settings: Any) -> None:
-        """Raise `InputError` for what can be known to fail before any trial starts."""
+    def validate(cls, problem: Problem, settings: Any, hyperparameters: dict[str, Any]) -> None:
+        """Raise `InputError` for what can be known to fail before any trial starts; arguments as `begin` has them."""
 
     @abstractmethod
     def begin(self, settings: Any, hyperparameters: dict[str, Any]) -> None:
@@ -125,18 +129,19 @@ class ProblemTrainable(tune.Trainable):
         cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
         torch.set_num_threads(max(1, int(cpus)))
         self._devices = gpus or max(1, cpus)
-        self.device = "cuda" if gpus and torch.cuda.is_available() else None
+        if gpus and not torch.cuda.is_available():
+            raise InputError(
+                "the trial was granted a GPU, but this torch cannot use one: install a CUDA build of torch"
+            )
+        self.device = "cuda" if gpus else None
         self._problem, self._settings = problem, settings
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Called by Ray when an actor is reused for another trial."""
         self._seconds = self._uncharged = 0.0
-        names = {f.name for f in fields(self._settings)}
-        settings = replace(self._settings, **{k: v for k, v in new_config.items() if k in names})
-        self.problem = with_model_arguments(self._problem, new_config)
-        taken = names | {"batch_size"} | set(self._problem.model_hyperparameters)
-        self.begin(settings, {name: value for name, value in new_config.items() if name not in taken})
+        self.problem, settings, hyperparameters = split_config(self._problem, self._settings, new_config)
+        self.begin(settings, hyperparameters)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -155,7 +160,9 @@ class ProblemTrainable(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
         """Called by Ray: continue from `save_checkpoint`."""
-        saved = torch.load(Path(checkpoint) / _STATE_FILE, weights_only=True, map_location=self.device)
+        # tensors go back to where they were: the outer loop's stay on the CPU when the inner loop's are on a GPU
+        place = None if torch.cuda.is_available() else "cpu"
+        saved = torch.load(Path(checkpoint) / _STATE_FILE, weights_only=True, map_location=place)
         self._seconds = saved["seconds"]
         self.load_state_dict(saved["trial"])
 
@@ -173,25 +180,25 @@ class ProblemTrainable(tune.Trainable):
         self._uncharged += time.perf_counter() - begun
 
 
-def with_model_arguments(problem: Problem, config: Mapping[str, Any]) -> Problem:
-    """`problem` with the batch size and the model factory's arguments that a config gives."""
+def split_config(
+    problem: Problem, settings: TrialSettings, config: Mapping[str, Any]
+) -> tuple[Problem, TrialSettings, dict[str, Any]]:
+    """What a trial's config means: the problem with its model arguments and batch size, the settings with those that
+    it overrides, and the rest, which are hyperparameters."""
+    config = {**settings.constants(), **config}
+    names = {f.name for f in fields(settings)}
     arguments = {name: config[name] for name in problem.model_hyperparameters if name in config}
     changes: dict[str, Any] = {"model": partial(problem.model, **arguments)} if arguments else {}
     if "batch_size" in config:
         changes["batch_size"] = config["batch_size"]
-    return problem.replace(**changes) if changes else problem
+    taken = names | {"batch_size"} | set(arguments)
+    return (
+        problem.replace(**changes) if changes else problem,
+        replace(settings, **{name: value for name, value in config.items() if name in names}),
+        {name: value for name, value in config.items() if name not in taken},
+    )
 
 
 def evaluation_results(split: str, evaluation: Evaluation) -> dict[str, float]:
     """Flat scalars such as `val_loss`, `val_accuracy`."""
     return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
-
-
-def as_tensors(schedule: Schedule) -> Hyperparameters:
-    """A schedule's values as float64 tensors of shape [windows]."""
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in schedule.values.items()}
-
-
-def as_schedule(values: Mapping[str, Tensor]) -> Schedule:
-    """Hyperparameters' values, each of shape [windows], as a schedule."""
-    return Schedule({name: tuple(v.tolist()) for name, v in values.items()})

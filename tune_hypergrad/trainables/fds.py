@@ -15,8 +15,8 @@ from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
 from tune_hypergrad.hypergradients.run import hypergradient_scalars
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.space import Range, gradient_ranges, windows_of
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_schedule, evaluation_results
+from tune_hypergrad.space import Range, gradient_ranges
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
 from tune_hypergrad.trainables.inner_run import InnerRunSettings
 
 
@@ -49,19 +49,22 @@ class DescentSettings:
     def descent(self, config: Mapping[str, Any] | None = None) -> Descent:
         """The descent at its beginning; values in a trial's config go before `initial`."""
         ranges = self.ranges()
-        begin = {name: value for name, value in {**self.initial, **(config or {})}.items() if name in ranges}
-        initial = {name: torch.tensor(windows_of(value), dtype=torch.float64) for name, value in begin.items()}
         unknown = [name for name in self.initial if name not in ranges]
         if unknown:
             raise InputError(f"initial {unknown[0]!r} is not tuned in this space: {', '.join(ranges)}")
+        begin = {name: value for name, value in {**self.initial, **(config or {})}.items() if name in ranges}
         return Descent(
-            ranges, initial=initial, step_sizes=self.step_sizes, update=self.update, default_step=self.default_step
+            ranges,
+            initial=Schedule(begin).to_tensors() if begin else {},
+            step_sizes=self.step_sizes,
+            update=self.update,
+            default_step=self.default_step,
         )
 
-    def all_fixed(self, fixed: Mapping[str, float], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What is held constant: `fixed`, the space's constants, and what a trial's config has besides tuned ones."""
-        held = {name: value for name, value in (config or {}).items() if name not in self.ranges()}
-        return {**fixed, **self.constants(), **held}
+    def held(self, fixed: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        """What is held: `fixed`, and what a trial's config has besides tuned hyperparameters."""
+        ranges = self.ranges()
+        return {**fixed, **{name: value for name, value in config.items() if name not in ranges}}
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class FDSSettings(DescentSettings, InnerRunSettings):
     def __post_init__(self) -> None:
         InnerRunSettings.__post_init__(self)
         DescentSettings.__post_init__(self)
-        if self.outer_steps is not None and not self.outer_steps > 0:
-            raise InputError(f"outer_steps is {self.outer_steps!r}: give a number of at least 1, or None for no limit")
+        if self.outer_steps is not None and not (isinstance(self.outer_steps, int) and self.outer_steps >= 1):
+            raise InputError(f"outer_steps is {self.outer_steps!r}: it must be a whole number of at least 1, or None")
 
 
 class FDS(ProblemTrainable):
@@ -94,19 +97,14 @@ class FDS(ProblemTrainable):
     Settings: ClassVar[type[TrialSettings]] = FDSSettings
 
     @classmethod
-    def validate(cls, problem: Problem, settings: FDSSettings) -> None:
-        ranges, loop = (
-            settings.ranges(),
-            InnerLoop(problem, settings.training(fixed=settings.all_fixed(settings.fixed))),
-        )
-        loop.check_names(ranges)
-        values = {name: torch.zeros(limits.windows) for name, limits in ranges.items()}
-        settings.make_run(loop, values)
+    def validate(cls, problem: Problem, settings: FDSSettings, hyperparameters: dict[str, Any]) -> None:
+        loop = InnerLoop(problem, settings.training(fixed=settings.held(settings.fixed, hyperparameters)))
+        settings.make_run(loop, settings.descent(hyperparameters).values)
 
     def begin(self, settings: FDSSettings, hyperparameters: dict[str, Any]) -> None:
         self.settings = settings
-        fixed = settings.all_fixed(settings.fixed, hyperparameters)
-        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
+        held = settings.held(settings.fixed, hyperparameters)
+        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
         self.outer = OuterLoop(settings.descent(hyperparameters), tolerance=settings.tolerance)
         self.run = settings.make_run(self.loop, self.outer.values)
         self._earlier = Cost()  # the cost of completed runs
@@ -156,12 +154,15 @@ class FDS(ProblemTrainable):
 
     def _record(self, figures: dict[str, float], hypergradients: Hyperparameters) -> None:
         """Remember a run's figures, its schedule and its hypergradients as flat scalars."""
-        schedule = as_schedule(self.outer.values).to_scalars()
+        schedule = self._schedule(self.outer.values).to_scalars()
         self._last = {**figures, **schedule, **hypergradient_scalars(hypergradients)}
 
     @property
     def found(self) -> Schedule | None:
-        return None if self.outer.incumbent is None else as_schedule(self.outer.incumbent.values)
+        return None if self.outer.incumbent is None else self._schedule(self.outer.incumbent.values)
+
+    def _schedule(self, values: Hyperparameters) -> Schedule:
+        return Schedule({**self.loop.settings.fixed, **Schedule.from_tensors(values).values})
 
     @property
     def spent(self) -> Cost:

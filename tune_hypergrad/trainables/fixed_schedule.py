@@ -7,9 +7,10 @@ from typing import Any
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.hypergradients.inner_loop import State
+from tune_hypergrad.hypergradients.run import check_values
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_tensors, evaluation_results
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
 
 
 class FixedSchedule(ProblemTrainable):
@@ -20,16 +21,17 @@ class FixedSchedule(ProblemTrainable):
     """
 
     @classmethod
-    def validate(cls, problem: Problem, settings: TrialSettings) -> None:
-        InnerLoop(problem, settings.training(fixed={})).check_names(settings.fixed)
+    def validate(cls, problem: Problem, settings: TrialSettings, hyperparameters: dict[str, Any]) -> None:
+        InnerLoop(problem, settings.training()).check_names({})
 
     def begin(self, settings: TrialSettings, hyperparameters: dict[str, Any]) -> None:
-        self.schedule = Schedule.from_config(hyperparameters, names=hyperparameters) if hyperparameters else None
-        tuned = {} if self.schedule is None else as_tensors(self.schedule)
-        fixed = {name: value for name, value in settings.fixed.items() if name not in tuned}
-        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
-        self.loop.check_names(tuned)
-        self._hyperparameters = {name: v.to(self.loop.device, self.loop.dtype) for name, v in tuned.items()}
+        schedule = Schedule.from_config(hyperparameters, names=hyperparameters) if hyperparameters else None
+        values = {} if schedule is None else schedule.to_tensors()
+        held = {name: value for name, value in settings.fixed.items() if name not in values}
+        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
+        check_values(self.loop, values)
+        self._hyperparameters = {name: v.to(self.loop.device, self.loop.dtype) for name, v in values.items()}
+        self._schedule = Schedule({**held, **hyperparameters}) if held or hyperparameters else None
         self._chunk = -(-settings.steps // settings.reports)
         self._state = self.loop.initial_state()
         self._step = 0
@@ -47,13 +49,13 @@ class FixedSchedule(ProblemTrainable):
             return {
                 **evaluation_results("val", evaluation),
                 **self.evaluate_test(loop, self._state),
-                **({} if self.schedule is None else self.schedule.to_scalars()),
+                **({} if self._schedule is None else self._schedule.to_scalars()),
                 "done": self._step == loop.steps,
             }
 
     @property
     def found(self) -> Schedule | None:
-        return self.schedule
+        return self._schedule
 
     @property
     def spent(self) -> Cost:

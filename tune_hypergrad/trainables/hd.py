@@ -10,7 +10,7 @@ from tune_hypergrad.hypergradients import InnerLoop, OnlineRun
 from tune_hypergrad.hypergradients.run import hypergradient_scalars
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_schedule, evaluation_results
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
 from tune_hypergrad.trainables.fds import DescentSettings
 
 
@@ -31,6 +31,10 @@ class HDSettings(DescentSettings, TrialSettings):
         TrialSettings.__post_init__(self)
         DescentSettings.__post_init__(self)
 
+    def make_run(self, loop: InnerLoop, config: dict[str, Any]) -> OnlineRun:
+        """An online run of these settings."""
+        return OnlineRun(loop, self.descent(config), horizon=self.horizon, val_examples=self.val_examples)
+
 
 class HD(ProblemTrainable):
     """One training run whose hyperparameters descend the one-step validation hypergradient as it goes.
@@ -43,16 +47,14 @@ class HD(ProblemTrainable):
     Settings: ClassVar[type[TrialSettings]] = HDSettings
 
     @classmethod
-    def validate(cls, problem: Problem, settings: HDSettings) -> None:
-        loop = InnerLoop(problem, settings.training(fixed=settings.all_fixed(settings.fixed)))
-        loop.check_names(settings.ranges())
-        OnlineRun(loop, settings.descent(), horizon=settings.horizon)
+    def validate(cls, problem: Problem, settings: HDSettings, hyperparameters: dict[str, Any]) -> None:
+        loop = InnerLoop(problem, settings.training(fixed=settings.held(settings.fixed, hyperparameters)))
+        settings.make_run(loop, hyperparameters)
 
     def begin(self, settings: HDSettings, hyperparameters: dict[str, Any]) -> None:
-        fixed = settings.all_fixed(settings.fixed, hyperparameters)
-        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
-        descent = settings.descent(hyperparameters)
-        self.online = OnlineRun(self.loop, descent, horizon=settings.horizon, val_examples=settings.val_examples)
+        held = settings.held(settings.fixed, hyperparameters)
+        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
+        self.online = settings.make_run(self.loop, hyperparameters)
         self._chunk = -(-settings.steps // settings.reports)
         self._evaluations = Cost()
 
@@ -68,15 +70,17 @@ class HD(ProblemTrainable):
             return {
                 **evaluation_results("val", evaluation),
                 **self.evaluate_test(loop, run.state),
-                **as_schedule(self.online.descent.values).to_scalars(),
+                **Schedule.from_tensors(self.online.descent.values).to_scalars(),
                 **hypergradient_scalars(self.online.last_hypergradients),
                 "done": run.done,
             }
 
     @property
     def found(self) -> Schedule | None:
-        history = self.online.history
-        return Schedule({name: tuple(values) for name, values in history.items()}) if self.online.run.position else None
+        if not self.online.run.position:
+            return None
+        values: dict[str, Any] = {**self.loop.settings.fixed, **self.online.history}
+        return Schedule(values)
 
     @property
     def spent(self) -> Cost:

@@ -14,7 +14,7 @@ from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, as_tensors, evaluation_results
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class InnerRunSettings(TrialSettings):
     """Clamp the Hessian products' elements to +- this value (forward mode only; no longer exact)."""
     val_examples: int | None = None
     """Validation examples per segment's gradient; None is the whole split."""
+    tuned: tuple[str, ...] | None = None
+    """Hyperparameters of a trial's config to differentiate by; None is all of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,17 +61,20 @@ class InnerRun(ProblemTrainable):
     Settings: ClassVar[type[TrialSettings]] = InnerRunSettings
 
     @classmethod
-    def validate(cls, problem: Problem, settings: InnerRunSettings) -> None:
-        InnerLoop(problem, settings.training(fixed={})).check_names(settings.fixed)
+    def validate(cls, problem: Problem, settings: InnerRunSettings, hyperparameters: dict[str, Any]) -> None:
+        InnerLoop(problem, settings.training()).check_names({})
 
     def begin(self, settings: InnerRunSettings, hyperparameters: dict[str, Any]) -> None:
-        if not hyperparameters:
+        tuned = hyperparameters if settings.tuned is None else settings.tuned
+        if not tuned:
             raise InputError("InnerRun's config has no hyperparameters to differentiate by: put some into param_space")
         self.settings = settings
-        self.schedule = Schedule.from_config(hyperparameters, names=hyperparameters)
-        fixed = {name: value for name, value in settings.fixed.items() if name not in self.schedule.values}
-        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
-        self.run = settings.make_run(self.loop, as_tensors(self.schedule))
+        self._values = Schedule.from_config(hyperparameters, names=tuned).to_tensors()
+        held = {**settings.fixed, **hyperparameters}
+        held = {name: value for name, value in held.items() if name not in self._values}
+        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
+        self.schedule = Schedule({**held, **{name: hyperparameters[name] for name in self._values}})
+        self.run = settings.make_run(self.loop, self._values)
         self._untrained: dict[str, float] = {}
         self._spent = Cost()
 
@@ -110,6 +115,6 @@ class InnerRun(ProblemTrainable):
         return {"run": self.run.state_dict(), "untrained": self._untrained, "spent": tuple(vars(self._spent).values())}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.run = self.settings.make_run(self.loop, as_tensors(self.schedule), saved["run"]["differentiation"])
+        self.run = self.settings.make_run(self.loop, self._values, saved["run"]["differentiation"])
         self.run.load_state_dict(saved["run"])
         self._untrained, self._spent = saved["untrained"], Cost(*saved["spent"])

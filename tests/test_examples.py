@@ -1,0 +1,43 @@
+"""Every example runs as it stands, and does what its first line says."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tune_hypergrad import Schedule
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short_and_explain_themselves(path):
+    text = path.read_text()
+    assert text.startswith('"""') and f"python examples/{path.name}" in text
+    assert len(text.splitlines()) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path, ray_session, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the other cores are busy with Ray
+    try:
+        names = runpy.run_path(str(path), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    shown = capsys.readouterr().out
+    assert shown.strip()
+    if path.stem == "fds_in_ray":
+        found = Schedule.load("schedule.json")
+        assert len(found.values["lr"]) == 5 and max(found.values["lr"]) > 0
+        assert Path("schedule.png").stat().st_size > 5000
+    elif path.stem == "replay_schedule":
+        Schedule({"lr": (0.3, 0.1)}).save("mine.json")
+        assert names["main"](Schedule.load("mine.json")) < 0.6
+    elif path.stem == "own_problem":
+        assert "d loss / d l2" in shown
