@@ -63,6 +63,16 @@ def test_a_ledger_sums_the_latest_of_every_trial():
     assert ledger.total() == Cost(gradients=8)
 
 
+def test_a_ledger_counts_lost_work_too():
+    """The trial had spent 10 when its process died, went back to a checkpoint at 6, and reports 7 next."""
+    ledger = Ledger()
+    assert "a" not in ledger
+    for gradients in (5, 10, 7, 9):
+        ledger.charge("a", {"cost/gradients": gradients})
+    assert ledger.total() == Cost(gradients=12)
+    assert "a" in ledger
+
+
 def result(gradients):
     return {"val_loss": 1.0, "cost/gradients": gradients}
 
@@ -97,6 +107,20 @@ def test_what_a_failed_trial_spent_stays_charged():
     search.on_trial_result("a", result(10))
     search.on_trial_complete("a", error=True)
     assert search.suggest("b") == Searcher.FINISHED
+
+
+def test_failing_before_the_first_result_three_times_in_a_row_ends_it():
+    search = budgeted()
+    for trial in ("a", "b"):
+        assert isinstance(search.suggest(trial), dict)
+        search.on_trial_complete(trial, error=True)
+    search.suggest("c")
+    search.on_trial_result("c", result(1))
+    search.on_trial_complete("c", error=True)  # it did report: the count begins again
+    for trial in ("d", "e", "f"):
+        assert isinstance(search.suggest(trial), dict)
+        search.on_trial_complete(trial, error=True)
+    assert search.suggest("g") == Searcher.FINISHED
 
 
 def test_searcher_and_stopper_overrun_by_one_report_of_each_running_trial():

@@ -103,7 +103,8 @@ def test_what_neither_mode_can_differentiate() -> None:
         problem, "reverse mode does not work on this model (RuntimeError: this backward is not differentiable)"
     )
     assert_not_ok(
-        problem, "forward mode does not work on this model (RuntimeError: In order to use an autograd.Function with functorch"
+        problem,
+        "forward mode does not work on this model (RuntimeError: In order to use an autograd.Function with functorch",
     )
 
 

@@ -534,3 +534,28 @@ class TestRefusals:
     def test_unknown_optimizer_and_mode(self) -> None:
         assert_refused("unknown optimizer 'lion'", optimizer="lion")
         assert_refused("unknown differentiation 'backward': choose one of auto, forward", differentiation="backward")
+
+
+class TestHeld:
+    """Hyperparameters that are given and not differentiated."""
+
+    def test_windows_can_be_held(self) -> None:
+        held, momentum = {"lr": double(0.1, 0.2, 0.05)}, {"momentum": double(0.8)}
+        expected = hypergradient(make_problem(), {**held, **momentum}, steps=7)
+        for lr in ([0.1, 0.2, 0.05], {"0": 0.1, "1": 0.2, "2": 0.05}):
+            out = hypergradient(make_problem(), momentum, steps=7, fixed={"lr": lr})
+            assert out.val_loss == expected.val_loss
+            assert_close(out.hypergradients, {"momentum": expected.hypergradients["momentum"]}, 1e-12)
+
+    def test_a_train_loss_may_not_take_an_optimizers_name(self) -> None:
+        def loss(output: Tensor, target: Tensor, *, weight_decay: float = 0.0) -> Tensor:
+            return F.cross_entropy(output, target)
+
+        assert_refused("'weight_decay' is a hyperparameter of both", problem=make_problem(train_loss=loss))
+
+
+def test_small_validation_samples_cost_what_they_are() -> None:
+    loop = make_loop(steps=4)
+    whole, sample = loop.eval_cost("val", None, gradient=True), loop.eval_cost("val", 10**6, gradient=True)
+    assert sample == whole
+    assert loop.eval_cost("val", 3, gradient=True).gradients == pytest.approx(3 / loop.problem.batch_size)

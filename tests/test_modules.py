@@ -206,6 +206,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         FEATURES,
         r"the model \(ParametrizedLinear\) uses weight_norm",
     ),
+    "spectral_norm": (
+        lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(4, 3))),
+        FEATURES,
+        r"module '0' \(Linear\) uses spectral_norm, whose power iteration",
+    ),
+    "parametrised spectral_norm": (
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 3))),
+        FEATURES,
+        r"module '0' \(ParametrizedLinear\) uses spectral_norm",
+    ),
     "EmbeddingBag": (
         lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3)),
         TOKENS,

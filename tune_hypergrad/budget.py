@@ -129,6 +129,10 @@ class Ledger:
             self._lost[trial_id] = self._lost.get(trial_id, Cost()) + latest - cost
         self._latest[trial_id] = cost
 
+    def __contains__(self, trial_id: str) -> bool:
+        """Whether the trial has been charged for anything."""
+        return trial_id in self._latest
+
     def total(self) -> Cost:
         """What all trials have spent so far, lost work included."""
         return sum((*self._latest.values(), *self._lost.values()), Cost())

@@ -195,6 +195,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # NaN is what a diverged run reports
     dashboard = False if address is None else None
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)

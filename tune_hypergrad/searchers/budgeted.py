@@ -58,9 +58,9 @@ class Budgeted(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Charge a trial's last result and pass it on."""
         self._live.discard(trial_id)
-        self._failures = self._failures + 1 if error and not result else 0
         if result is not None:
             self._ledger.charge(trial_id, result)
+        self._failures = self._failures + 1 if error and trial_id not in self._ledger else 0
         self.searcher.on_trial_complete(trial_id, result=result, error=error)
 
     def get_state(self) -> dict[str, Any]:
