@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,6 +41,9 @@ class Bare(tune.Trainable):
         self.done_reports += 1
         numbers = {f"number/{i}": float(i) for i in range(self.config["numbers"] - 2)}
         return {**numbers, "val_loss": 1.0, "done": self.done_reports == self.config["reports"]}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        (Path(checkpoint_dir) / "state").write_text(str(self.done_reports))
 
 
 class Clock(Callback):
