@@ -95,8 +95,8 @@ def test_the_table_names_spending_and_incumbents():
     with console.capture() as captured:
         console.print(summary_table(frame, Budget(100)))
     rows = {line.split()[1]: line for line in captured.get().splitlines() if "%" in line}
-    assert "0.5000" in rows["fds"] and "70, 70 %" in rows["fds"]
-    assert "none finite" in rows["rs"] and "60, 60 %" in rows["rs"]
+    assert "0.5000" in rows["fds"] and " 70 " in rows["fds"] and "70 %" in rows["fds"]
+    assert "none finite" in rows["rs"] and " 60 " in rows["rs"] and "60 %" in rows["rs"]
 
 
 class Trial:

@@ -74,11 +74,10 @@ def plot_regret(results: pd.DataFrame, unit: str = "gradients", reference: float
         cost, values = [*rows[column], ends], [*rows["regret"], rows["regret"].iloc[-1]]
         axes.step(cost, values, where="post", label=method, color=f"C{position}", linewidth=1.8)
         axes.plot(rows[column], rows["regret"], "o", color=f"C{position}", markersize=3)
-    percent = " in points" if measure.unit == 100 else ""
     against = "the best incumbent" if reference is None else f"{reference:g}"
-    axes.set(xlabel=f"cost in {COST_LABELS[unit]}", ylabel=f"regret: {measure.label} below {against}{percent}")
-    if measure.sign > 0:
-        axes.set_ylabel(f"regret: {measure.label} above {against}")
+    points = " (points)" if measure.unit == 100 else ""
+    axes.set(xlabel=f"cost in {COST_LABELS[unit]}", ylabel=f"regret in {measure.label}{points}")
+    axes.set_title(f"incumbents by validation loss, against {against}", fontsize="medium")
     if (data["regret"] > 0).sum() >= 2:
         smallest = data.loc[data["regret"] > 0, "regret"].min()
         axes.set_yscale("symlog", linthresh=max(smallest, 1e-3))
@@ -93,7 +92,7 @@ def plot_schedules(schedules: Mapping[str, Schedule]) -> Figure:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for schedule in schedules.values() for name in schedule.values))
-    figure = Figure(figsize=(3.2 * len(names), 3.0), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(names) + 1, 3.0), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         for position, (method, schedule) in enumerate(sorted(schedules.items())):
@@ -104,7 +103,7 @@ def plot_schedules(schedules: Mapping[str, Schedule]) -> Figure:
         axes.set(title=name, xlabel="training progress", xlim=(0, 1))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
@@ -112,18 +111,13 @@ def summary_table(results: pd.DataFrame, budget: Budget) -> Table:
     """One row per method: what it spent and what its incumbent reached."""
     measures = [name for name in ("val_loss", "val_accuracy", yardstick(results).column) if name in results]
     measures = list(dict.fromkeys(measures))
-    table = Table(title="Incumbents, chosen by validation loss")
-    for heading in (
-        "method",
-        "trials",
-        "results",
-        f"spent ({budget.unit})",
-        *(name.replace("_", " ") for name in measures),
-    ):
+    table = Table(title=f"Incumbents by validation loss; spent in {budget.unit}")
+    headings = ("method", "trials", "results", "spent", "of budget", *(name.replace("_", " ") for name in measures))
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method, rows in results.groupby("method", sort=True):
         spent, best = rows[f"spent/{budget.unit}"].max(), best_row(results, str(method))
         figures = ["none finite"] * len(measures) if best is None else [f"{best[name]:.4f}" for name in measures]
-        share = f"{spent:,.0f}, {100 * spent / budget.amount:.0f} %"
-        table.add_row(str(method), str(rows["trial"].nunique()), str(len(rows)), share, *figures)
+        counts = (str(rows["trial"].nunique()), str(len(rows)))
+        table.add_row(str(method), *counts, f"{spent:,.0f}", f"{100 * spent / budget.amount:.0f} %", *figures)
     return table
