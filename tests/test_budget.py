@@ -98,7 +98,9 @@ def test_no_trial_begins_once_the_budget_is_spent():
     search.on_trial_result("a", result(9))
     assert isinstance(search.suggest("b"), dict)
     search.on_trial_complete("b", result(1))
+    assert not search.finished
     assert search.suggest("c") == Searcher.FINISHED
+    assert search.finished
 
 
 def test_what_a_failed_trial_spent_stays_charged():

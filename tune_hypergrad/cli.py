@@ -68,7 +68,7 @@ def run(
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: choose another folder with --out, or remove it")
 
-    from tune_hypergrad.experiment import Resources, ray_session, read_results, run_method
+    from tune_hypergrad.experiment import Interrupted, Resources, ray_session, read_results, run_method
     from tune_hypergrad.methods import Task, default_space, get_method
     from tune_hypergrad.progress import ProgressBar
 
@@ -81,16 +81,20 @@ def run(
     console.print(f"{problem}: runs of {steps} inner steps; each method may spend {limit.amount:,.0f} {limit.unit}")
     with ray_session(address):
         for chosen, trainable, searcher in ready:
-            run_method(
-                chosen.name,
-                trainable,
-                searcher,
-                limit,
-                out / chosen.name,
-                resources=Resources(cpus, gpus),
-                concurrent=chosen.concurrent,
-                callbacks=[] if quiet else [ProgressBar(chosen.name, limit)],
-            )
+            try:
+                run_method(
+                    chosen.name,
+                    trainable,
+                    searcher,
+                    limit,
+                    out / chosen.name,
+                    resources=Resources(cpus, gpus),
+                    concurrent=chosen.concurrent,
+                    callbacks=[] if quiet else [ProgressBar(chosen.name, limit)],
+                )
+            except Interrupted:
+                console.print(f"stopped: `tune-hypergrad plot {out}` shows the results so far", soft_wrap=True)
+                raise typer.Exit(130) from None
     write_report(out, read_results(out), limit)
 
 

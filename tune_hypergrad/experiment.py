@@ -34,6 +34,10 @@ _QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_
 _RECORDED = ("val_", "test_", "best_", "cost/", "schedule/", "outer_step", "setbacks")
 
 
+class Interrupted(Exception):
+    """A person stopped the run."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one trial gets."""
@@ -103,15 +107,17 @@ def run_method(
 
     Raises:
         InputError: no trial fits the cluster, or every trial failed.
+        Interrupted: Ctrl-C ended it; the results so far are written.
     """
     resources = resources or Resources()
     slots = _slots(resources)
     folder.mkdir(parents=True, exist_ok=True)
     request = {"cpu": resources.cpus, **({"gpu": resources.gpus} if resources.gpus else {})}
+    search = Budgeted(searcher, budget, max_concurrent=min(concurrent or slots, slots))
     tuner = tune.Tuner(
         tune.with_resources(trainable, request),
         tune_config=TuneConfig(
-            search_alg=Budgeted(searcher, budget, max_concurrent=min(concurrent or slots, slots)),
+            search_alg=search,
             metric="val_loss",
             mode="min",
             num_samples=-1,
@@ -128,6 +134,8 @@ def run_method(
         ),
     )
     results = tuner.fit()
+    if not search.finished:
+        raise Interrupted  # Ray catches Ctrl-C, stops the trials and returns
     if results.num_errors and not (folder / RESULTS_FILE).exists():
         reason = str(results.errors[0]).strip().split("\n")[-1]
         raise InputError(f"every trial of {name} failed: {reason} (see error.txt in {folder / 'ray'})")

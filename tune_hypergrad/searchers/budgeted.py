@@ -33,6 +33,8 @@ class Budgeted(Searcher):
         self._ledger = Ledger()
         self._live: set[str] = set()
         self._failures = 0
+        self.finished = False
+        """Whether the search came to its end: there is nothing more to suggest."""
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Called by Ray; the searcher inside takes them."""
@@ -42,10 +44,12 @@ class Budgeted(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The searcher's next suggestion; None while enough trials run; FINISHED once the budget is spent."""
         if self.budget.spent_by(self._ledger.total()) >= 1 or self._failures >= _FAILURES_IN_A_ROW:
+            self.finished = True
             return Searcher.FINISHED
         if len(self._live) >= self.max_concurrent:
             return None
         suggestion = self.searcher.suggest(trial_id)
+        self.finished = isinstance(suggestion, str)
         if isinstance(suggestion, dict):
             self._live.add(trial_id)
         return suggestion
