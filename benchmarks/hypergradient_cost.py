@@ -270,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Costs of hypergradients beside plain training.")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and shorter runs")
     parser.add_argument("--repetitions", type=int, default=None, help="turns of every contender (default 7, quick 3)")
+    parser.add_argument("--steps", type=int, default=None, help="inner steps of a reverse run (default 250, WRN 16)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="which parts to measure")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="on which networks")
     parser.add_argument("--peak-of", nargs=2, metavar=("MODE", "STEPS"), help=argparse.SUPPRESS)
@@ -287,7 +288,7 @@ def main() -> None:
         if {"forward", "units"} & set(arguments.only):
             measured["hessian_column"] = measure_forward(table, name, repetitions)
         if {"reverse", "units"} & set(arguments.only):
-            steps = 250 if name == "LeNet" and not arguments.quick else 16
+            steps = arguments.steps or (250 if name == "LeNet" and not arguments.quick else 16)
             measured["adjoint_step"] = measure_reverse(table, name, steps, max(1, repetitions // 2))
         if "units" in arguments.only:
             measured.update(measure_evaluation(name, repetitions))
