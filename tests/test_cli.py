@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from tune_hypergrad import InputError, Schedule, cli
 from tune_hypergrad.experiment import RESULTS_FILE
+from tune_hypergrad.methods import METHODS
 
 OWN_PROBLEM = """
 import torch
@@ -93,6 +94,10 @@ def test_help_names_the_commands():
         (["digits_mlp", "--epochs", "1", "--windows", "99"], "'lr'"),
         (["digits_mlp", "--batch-size", "100000"], "batch_size 100000"),
         (["digits_mlp", "--seed", "-1"], "seed"),
+        (["digits_mlp", "--method", "bohb", "--min-budget", "0.1"], "min_budget is 0.1"),
+        (["digits_mlp", "--method", "hb", "--min-budget", "20"], "min_budget 20.0 is above max_budget 10.0"),
+        (["digits_mlp", "--method", "hb", "--eta", "1"], "eta is 1.0"),
+        (["digits_mlp", "--method", "rs", "--max-budget", "0"], "max_budget"),
         (["nowhere.py:problem"], "nowhere.py"),
         (["no_such_module:problem"], "no_such_module"),
     ],
@@ -160,14 +165,15 @@ def test_an_error_in_a_problem_shows_its_brackets(capsys):
 @pytest.mark.slow
 def test_an_experiment_from_end_to_end(ray_session, capsys, tmp_path):
     out = tmp_path / "out"
-    methods = [word for name in ("fds", "hd", "rs") for word in ("--method", name)]
+    methods = [word for name in METHODS for word in ("--method", name)]
     run = ["run", "digits_mlp", "--budget", "12e", "--epochs", "1", "--windows", "3", *methods, "--quiet"]
+    run += ["--min-budget", "0.3"]
     status, shown, err = outcome(capsys, *run, "--out", out)
     assert status == 0, err
     results = pd.read_csv(out / "results.csv")
     limit, unit = json.loads((out / "settings.json").read_text())["budget"]
     assert unit == "gradients" and f"may spend {limit:,.0f} gradients" in shown
-    for name in ("fds", "hd", "rs"):
+    for name in METHODS:
         assert f"{name} found lr" in shown.replace("\n", " ")
         assert (out / name / RESULTS_FILE).is_file()
         rows = results[results["method"] == name]
@@ -181,6 +187,9 @@ def test_an_experiment_from_end_to_end(ray_session, capsys, tmp_path):
         largest_report = rows["spent/gradients"].diff().max()
         assert limit <= rows["spent/gradients"].max() < limit + 2 * largest_report
         assert np.isfinite(best["val_loss"])
+    for name in ("hb", "bohb"):
+        epochs = results[results["method"] == name].groupby("budget")["cost/steps"].max()
+        assert epochs.to_dict() == pytest.approx({1 / 3: round(17 / 3), 1: 17})
     written = {name: (out / name).read_bytes() for name in ("regret.png", "schedule.png")}
     assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in written.values())
     for name in written:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune_hypergrad import Schedule
+from tune_hypergrad import Schedule, hpbandster_result
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
@@ -39,5 +39,10 @@ def test_examples_run(path, ray_session, tmp_path, monkeypatch, capsys):
     elif path.stem == "replay_schedule":
         Schedule({"lr": (0.3, 0.1)}).save("mine.json")
         assert names["main"](Schedule.load("mine.json")) < 0.6
+    elif path.stem == "bohb_in_ray":
+        (folder,) = Path().glob("bohb")
+        budgets = sorted(run.budget for run in hpbandster_result(folder).get_all_runs())
+        assert len(budgets) == 40 and set(budgets) == {1, 3, 9}
+        assert float(shown.split("validation loss ")[1].split()[0]) < 0.5
     elif path.stem == "own_problem":
         assert "d loss / d l2" in shown

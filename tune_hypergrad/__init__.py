@@ -16,24 +16,39 @@ from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import schedule
 
 if TYPE_CHECKING:
-    from tune_hypergrad.searchers import HypergradientSearch, RandomSearch
-    from tune_hypergrad.trainables import FDS, HD, FixedSchedule, InnerRun
+    from tune_hypergrad.searchers import (
+        BOHBSearch,
+        BOSearch,
+        HyperBandSearch,
+        HypergradientSearch,
+        RandomSearch,
+        hpbandster_result,
+    )
+    from tune_hypergrad.trainables import FDS, HD, FixedSchedule, InnerRun, continuing
 
 _NEEDS_RAY = {
+    "BOHBSearch": "searchers",
+    "BOSearch": "searchers",
     "FDS": "trainables",
     "HD": "trainables",
     "FixedSchedule": "trainables",
+    "HyperBandSearch": "searchers",
     "HypergradientSearch": "searchers",
     "InnerRun": "trainables",
     "RandomSearch": "searchers",
+    "continuing": "trainables",
+    "hpbandster_result": "searchers",
 }
 
 __all__ = [
     "FDS",
     "HD",
+    "BOHBSearch",
+    "BOSearch",
     "Budget",
     "Cost",
     "FixedSchedule",
+    "HyperBandSearch",
     "HypergradientResult",
     "HypergradientSearch",
     "InnerRun",
@@ -42,6 +57,8 @@ __all__ = [
     "RandomSearch",
     "Schedule",
     "check_problem",
+    "continuing",
+    "hpbandster_result",
     "hypergradient",
     "schedule",
 ]

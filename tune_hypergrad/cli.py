@@ -46,6 +46,13 @@ def run(
     optimizer: Annotated[str, typer.Option(help="Inner optimizer.")] = "sgd",
     batch_size: Annotated[int | None, typer.Option(help="Instead of the problem's own.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    min_budget: Annotated[
+        float | None, typer.Option(help="Epochs of the shortest runs of hb and bohb. [default: max-budget / 27]")
+    ] = None,
+    max_budget: Annotated[
+        float | None, typer.Option(help="Epochs of the longest runs of rs, bo, hb and bohb. [default: epochs]")
+    ] = None,
+    eta: Annotated[float, typer.Option(help="hb and bohb let one in eta configurations train eta times longer.")] = 3,
     cpus: Annotated[float, typer.Option(help="CPUs per trial.", min=0.1)] = 1.0,
     gpus: Annotated[float, typer.Option(help="GPUs per trial; fractions share one.", min=0.0)] = 0.0,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster ('auto' finds it).")] = None,
@@ -72,7 +79,7 @@ def run(
     from tune_hypergrad.methods import Task, default_space, get_method
     from tune_hypergrad.progress import ProgressBar
 
-    task = Task(task_problem, default_space(optimizer, windows), steps, optimizer, seed)
+    task = Task(task_problem, default_space(optimizer, windows), steps, optimizer, seed, min_budget, max_budget, eta)
     # made before Ray starts: what cannot work is found out before any trial
     ready = [(chosen, *chosen.make(task)) for chosen in map(get_method, dict.fromkeys(method))]
     out.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ RESULTS_FILE = "results.jsonl"
 _QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
 
 _RECORDED = ("val_", "test_", "best_", "cost/", "schedule/", "outer_step", "setbacks")
+_BUDGET = "budget"  # in a trial's config: the length of its training run in epochs
 
 
 class Interrupted(Exception):
@@ -68,6 +69,7 @@ class Recorder(Callback):
         row = {"method": self.method, "trial": trial.trial_id, "time": time.time()}
         row |= {f"spent/{name}": value for name, value in vars(self._ledger.total()).items()}
         row |= {name: value for name, value in result.items() if name.startswith(_RECORDED)}
+        row |= {name: value for name, value in result.get("config", {}).items() if name == _BUDGET}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -204,6 +206,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # NaN is what a diverged run reports
+    logging.getLogger("hpbandster").setLevel(logging.ERROR)  # Ray tells of failed trials itself
     dashboard = False if address is None else None
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)

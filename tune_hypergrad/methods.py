@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, get_optimizer
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.searchers import RandomSearch
+from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
 from tune_hypergrad.space import gradient_ranges, schedule
 from tune_hypergrad.trainables import FDS, HD, FixedSchedule
 
@@ -31,6 +31,36 @@ class Task:
     """Inner optimizer."""
     seed: int = 0
     """Seeds the method and its trials."""
+    min_budget: float | None = None
+    """Epochs in the shortest training run of methods that judge configurations early; None is a 27th of the longest,
+    or what a schedule's windows need."""
+    max_budget: float | None = None
+    """Epochs in the longest training run of black-box methods; None is `steps`."""
+    eta: float = 3
+    """One in eta configurations is promoted to eta times the epochs."""
+
+    @property
+    def longest(self) -> float:
+        """Epochs in the longest training run of black-box methods."""
+        return self.steps / self.problem.steps_per_epoch if self.max_budget is None else self.max_budget
+
+    @property
+    def shortest(self) -> float:
+        """Epochs in the shortest training run of methods that judge configurations early.
+
+        Raises:
+            InputError: `min_budget` gives a schedule's windows less than one inner step each.
+        """
+        windows = max((len(value) for value in self.space.values() if isinstance(value, Mapping)), default=1)
+        needed = windows / self.problem.steps_per_epoch
+        if self.min_budget is None:
+            return min(max(self.longest / 27, needed), self.longest)
+        if self.min_budget < needed:
+            raise InputError(
+                f"min_budget is {self.min_budget:g} epochs, but a schedule of {windows} windows needs {needed:.3g}, "
+                "an inner step for each: raise min_budget, or use fewer windows"
+            )
+        return self.min_budget
 
 
 @dataclass(frozen=True)
@@ -47,11 +77,30 @@ class Method:
     """Trials it can run at once; None is no limit."""
 
 
-def _random_search(task: Task) -> tuple[type[tune.Trainable], Searcher]:
-    trainable = FixedSchedule.from_problem(
-        task.problem, steps=task.steps, optimizer=task.optimizer, seed=task.seed, reports=1
-    )
-    return trainable, RandomSearch(task.space, metric="val_loss", mode="min", seed=task.seed)
+def _black_box(make: Callable[[Task], Searcher]) -> Callable[[Task], tuple[type[tune.Trainable], Searcher]]:
+    """A searcher's trials train plainly, from scratch to their budget, and are judged by the last validation loss."""
+
+    def of_task(task: Task) -> tuple[type[tune.Trainable], Searcher]:
+        settings = {"steps": task.steps, "optimizer": task.optimizer, "seed": task.seed}
+        return FixedSchedule.from_problem(task.problem, **settings, reports=1), make(task)
+
+    return of_task
+
+
+def _random_search(task: Task) -> Searcher:
+    return RandomSearch(task.space, "val_loss", "min", task.longest, task.seed)
+
+
+def _bo(task: Task) -> Searcher:
+    return BOSearch(task.space, "val_loss", "min", task.longest, task.seed)
+
+
+def _hyperband(task: Task) -> Searcher:
+    return HyperBandSearch(task.space, "val_loss", "min", task.shortest, task.longest, task.eta, task.seed)
+
+
+def _bohb(task: Task) -> Searcher:
+    return BOHBSearch(task.space, "val_loss", "min", task.shortest, task.longest, task.eta, task.seed)
 
 
 def _fds(task: Task) -> tuple[type[tune.Trainable], Searcher]:
@@ -98,7 +147,10 @@ METHODS: dict[str, Method] = {
             _hypergradient_descent,
             1,
         ),
-        Method("rs", "random search: independent draws, each trained in full", _random_search),
+        Method("rs", "random search: independent draws, each trained in full", _black_box(_random_search)),
+        Method("bo", "Bayesian optimisation: BOHB's model, each configuration trained in full", _black_box(_bo)),
+        Method("hb", "Hyperband: random draws, of which the best train longer", _black_box(_hyperband)),
+        Method("bohb", "BOHB: Hyperband with draws from a model of the results so far", _black_box(_bohb)),
     )
 }
 

@@ -42,6 +42,20 @@ def schedule(domain: Any, windows: int) -> dict[str, Any]:
     return {str(window): domain for window in range(windows)}
 
 
+def schedules_in(space: Mapping[str, Any]) -> list[str]:
+    """The paths, joined by "/", of a nested space's schedules of several windows."""
+    found = []
+    for name, value in space.items():
+        if not isinstance(value, Mapping):
+            continue
+        windows = _in_window_order(value)
+        if windows is None:
+            found += [f"{name}/{path}" for path in schedules_in(value)]
+        elif len(windows) > 1:
+            found.append(str(name))
+    return found
+
+
 def windows_of(value: Any) -> tuple[float, ...]:
     """One hyperparameter's values in a resolved trial config, window by window.
 

@@ -4,5 +4,6 @@ from tune_hypergrad.trainables.fds import FDS
 from tune_hypergrad.trainables.fixed_schedule import FixedSchedule
 from tune_hypergrad.trainables.hd import HD
 from tune_hypergrad.trainables.inner_run import InnerRun
+from tune_hypergrad.trainables.promoted import continuing
 
-__all__ = ["FDS", "HD", "FixedSchedule", "InnerRun"]
+__all__ = ["FDS", "HD", "FixedSchedule", "InnerRun", "continuing"]

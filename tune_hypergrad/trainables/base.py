@@ -21,6 +21,7 @@ from tune_hypergrad.hypergradients.inner_loop import Evaluation, State
 from tune_hypergrad.hypergradients.optimizers import get_optimizer
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
 _STATE_FILE = "state.pt"
 SCHEDULE_FILE = "schedule.json"
@@ -184,19 +185,31 @@ def split_config(
     problem: Problem, settings: TrialSettings, config: Mapping[str, Any]
 ) -> tuple[Problem, TrialSettings, dict[str, Any]]:
     """What a trial's config means: the problem with its model arguments and batch size, the settings with those that
-    it overrides, and the rest, which are hyperparameters."""
-    config = {**settings.constants(), **config}
+    it overrides, and the rest, which are hyperparameters.
+
+    `budget`, which searchers of several budgets set, is the length of the training run in epochs, in place of `steps`.
+    """
+    config = {name: value for name, value in {**settings.constants(), **config}.items() if name != PROMOTED_FROM}
     names = {f.name for f in fields(settings)}
     arguments = {name: config[name] for name in problem.model_hyperparameters if name in config}
     changes: dict[str, Any] = {"model": partial(problem.model, **arguments)} if arguments else {}
     if "batch_size" in config:
         changes["batch_size"] = config["batch_size"]
-    taken = names | {"batch_size"} | set(arguments)
-    return (
-        problem.replace(**changes) if changes else problem,
-        replace(settings, **{name: value for name, value in config.items() if name in names}),
-        {name: value for name, value in config.items() if name not in taken},
-    )
+    taken = names | {"batch_size", "budget"} | set(arguments)
+    changed = problem.replace(**changes) if changes else problem
+    overrides = {name: value for name, value in config.items() if name in names}
+    if "budget" in config:
+        if "steps" in config:
+            raise InputError("the trial's config has both 'steps' and 'budget', in epochs: remove one of them")
+        overrides["steps"] = _steps_within(config["budget"], changed.steps_per_epoch)
+    rest = {name: value for name, value in config.items() if name not in taken}
+    return changed, replace(settings, **overrides), rest
+
+
+def _steps_within(epochs: Any, steps_per_epoch: int) -> int:
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
+        raise InputError(f"budget is {epochs!r}: it must be a number of epochs above 0")
+    return max(1, round(epochs * steps_per_epoch))
 
 
 def evaluation_results(split: str, evaluation: Evaluation) -> dict[str, float]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray import tune
+
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.hypergradients.inner_loop import State
 from tune_hypergrad.hypergradients.run import check_values
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
+from tune_hypergrad.trainables.promoted import ContinuesPromoted
 
 
-class FixedSchedule(ProblemTrainable):
+class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
     """One training run with given hyperparameters: what black-box searchers evaluate.
 
     A trial's config holds hyperparameters of the optimizer and of the train loss (numbers, or windows made by
-    `tune_hypergrad.schedule`), arguments of the problem's model factory, `batch_size`, and any setting.
+    `tune_hypergrad.schedule`), arguments of the problem's model factory, `batch_size`, and any setting. `budget` is the
+    length of the run in epochs, in place of `steps`; a schedule is stretched over the run, however long it is.
     """
 
     @classmethod
@@ -52,6 +57,22 @@ class FixedSchedule(ProblemTrainable):
                 **({} if self._schedule is None else self._schedule.to_scalars()),
                 "done": self._step == loop.steps,
             }
+
+    def load_promoted(self, checkpoint: tune.Checkpoint, training_iteration: int) -> None:
+        """Continue a shorter run of the same hyperparameters; what that run spent is its own.
+
+        Raises:
+            InputError: one of them is a schedule of several windows.
+        """
+        windows = {} if self._schedule is None else self._schedule.values
+        stretched = [name for name, values in windows.items() if len(values) > 1]
+        if stretched:
+            raise InputError(
+                f"{stretched[0]!r} is a schedule, stretched over the whole run: a shorter run with it differs from the "
+                "first window on, so that it cannot be continued: set resume_promoted=False"
+            )
+        super().load_promoted(checkpoint, training_iteration)
+        self._spent, self._seconds = Cost(), 0.0
 
     @property
     def found(self) -> Schedule | None:

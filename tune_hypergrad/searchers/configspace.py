@@ -1,0 +1,378 @@
+"""Search spaces of Ray Tune's domains as HpBandSter needs them, and configurations there and back."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from ConfigSpace import (
+    CategoricalHyperparameter,
+    ConfigurationSpace,
+    NormalFloatHyperparameter,
+    OrdinalHyperparameter,
+    UniformFloatHyperparameter,
+    UniformIntegerHyperparameter,
+)
+from ConfigSpace.hyperparameters import FloatHyperparameter, Hyperparameter, IntegerHyperparameter
+from ConfigSpace.hyperparameters.hp_components import ROUND_PLACES
+from ConfigSpace.util import deactivate_inactive_hyperparameters
+from ray.tune.search import sample
+
+from tune_hypergrad.errors import InputError, did_you_mean
+
+Path = tuple[Any, ...]
+"""The keys that lead to an entry of a nested dict."""
+
+_ATTEMPTS = 200
+"""How often missing values are drawn before a configuration counts as forbidden."""
+
+
+@dataclass
+class Translation:
+    """A ConfigSpace, and what its configurations mean to a trainable.
+
+    A *configuration* is flat, from hyperparameter to value as ConfigSpace has it. A *trial config* is what a trainable
+    gets: nested as the search space is, with its constants, of plain Python values.
+    """
+
+    configspace: ConfigurationSpace
+    """What is searched."""
+    paths: dict[str, Path]
+    """Where each hyperparameter stands in a trial config."""
+    constants: dict[Path, Any]
+    """The rest of a trial config."""
+    categories: dict[str, list[Any]]
+    """What each categorical hyperparameter's choices stand for, in their order."""
+    steps: dict[str, float]
+    """What the values of a quantised hyperparameter are multiples of."""
+
+    def to_trial(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
+        """The trial config that a configuration stands for; what is inactive is left out."""
+        leaves = dict(self.constants)
+        leaves |= {self.paths[name]: self._trial_value(name, value) for name, value in configuration.items()}
+        config: dict[str, Any] = {}
+        for path, value in leaves.items():
+            place = config
+            for name in path[:-1]:
+                place = place.setdefault(name, {})
+            place[path[-1]] = value
+        return config
+
+    def from_trial(self, config: Mapping[str, Any], what: str = "the configuration") -> dict[str, Any]:
+        """The configuration that a trial config, or a part of one, stands for.
+
+        Args:
+            config: nested as the search space is, or with the hyperparameters' names as keys.
+            what: called so in errors.
+
+        Raises:
+            InputError: it has an unknown name, a value outside its domain, or another value for a constant.
+        """
+        names = {path: name for name, path in self.paths.items()}
+        configuration = {}
+        for path, value in _leaves(config, nested=lambda path: path not in names and path not in self.constants):
+            text = _name(path)
+            name = names.get(path, text)
+            if path in self.constants:
+                if not _same(self.constants[path], value):
+                    raise InputError(
+                        f"{what} has {text!r} = {value!r}, which the space fixes to {self.constants[path]!r}: "
+                        "remove it, or give it that value"
+                    )
+            elif name not in self.paths:
+                raise InputError(
+                    f"{what} has {text!r}, which the search space has not: correct its name or remove it"
+                    f"{did_you_mean(text, self.paths)}"
+                )
+            else:
+                configuration[name] = self._space_value(name, value, f"{what} has {text!r}")
+        return configuration
+
+    def canonical(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration in the very values that are trained: plain Python's, quantised ones rounded."""
+        return {name: self._canonical_value(name, value) for name, value in configuration.items()}
+
+    def complete(self, configuration: Mapping[str, Any], what: str) -> dict[str, Any]:
+        """Draw what a configuration leaves out; what is inactive under it is removed.
+
+        Raises:
+            InputError: it is forbidden.
+        """
+        drawn: dict[str, Any] = {}
+        # what is drawn may be forbidden together with what is given, though another draw may not
+        for _ in range(_ATTEMPTS):
+            try:
+                active = deactivate_inactive_hyperparameters({**drawn, **configuration}, self.configspace)
+            except ValueError as error:
+                reason = error
+            else:
+                return self.canonical(active)
+            # what a draw leaves inactive may be active here
+            defaults = {name: hp.default_value for name, hp in self.configspace.items()}
+            drawn = {**defaults, **self.configspace.sample_configuration()}
+        text = _in_one_line(str(reason)) or type(reason).__name__
+        raise InputError(f"{what} is not allowed by the search space: {text}: change its values") from reason
+
+    def _trial_value(self, name: str, value: Any) -> Any:
+        if name in self.categories:
+            return self.categories[name][self._category(name, value)]
+        return self._canonical_value(name, value)
+
+    def _canonical_value(self, name: str, value: Any) -> Any:
+        value = _plain(value)
+        if name not in self.steps:
+            return value
+        step = Fraction(repr(self.steps[name]))
+        multiple = Fraction(value) / step
+        # an integer counts as the multiple below it: `_hyperparameter` has left room above the greatest one
+        return type(value)(step * (math.floor(multiple) if isinstance(value, int) else round(multiple)))
+
+    def _category(self, name: str, choice: Any) -> int:
+        return int(self.configspace[name].to_vector(choice))
+
+    def _space_value(self, name: str, value: Any, what: str) -> Any:
+        found = self._choices_of(name, value) if name in self.categories else self._legal_values(name, value)
+        if not found:
+            raise InputError(_in_one_line(f"{what} = {value!r}: it must be {self._domain_text(name)}"))
+        return found[0]
+
+    def _choices_of(self, name: str, value: Any) -> list[Any]:
+        """The choices that a value stands for: as a category, or as what earlier experiments have for one."""
+        choices = _listed(self.configspace[name])
+        categories = [*self.categories[name], *choices]
+        return [choice for choice, known in zip([*choices, *choices], categories, strict=True) if _same(known, value)]
+
+    def _legal_values(self, name: str, value: Any) -> list[Any]:
+        """A value as the space has it; none where it lies outside."""
+        hyperparameter = self.configspace[name]
+        if isinstance(hyperparameter, FloatHyperparameter) and isinstance(value, float | np.floating):
+            value = round(float(value), ROUND_PLACES)  # as ConfigSpace rounds bounds: 1/3 would be above a bound of 1/3
+        try:
+            legal = hyperparameter.legal_value(value)
+        except (TypeError, ValueError, OverflowError):  # not a value of its kind at all
+            return []
+        if not isinstance(legal, bool | np.bool_) or not legal:  # of a list, ConfigSpace judges each item
+            return []
+        value = _of_kind(hyperparameter, value)
+        canonical = self._canonical_value(name, value)
+        return [canonical] if name not in self.steps or math.isclose(canonical, value) else []
+
+    def _domain_text(self, name: str) -> str:
+        hyperparameter: Any = self.configspace[name]
+        listed = self.categories.get(name) or _listed(hyperparameter)
+        if listed:
+            return f"one of {listed}"
+        if not hasattr(hyperparameter, "lower"):
+            return repr(hyperparameter.default_value)
+        lower, upper = (self._canonical_value(name, bound) for bound in (hyperparameter.lower, hyperparameter.upper))
+        multiple = f"a multiple of {self.steps[name]} " if name in self.steps else ""
+        return f"{multiple}within [{lower}, {upper}]"
+
+
+def translate(space: Mapping[str, Any] | ConfigurationSpace, seed: int) -> Translation:
+    """Make a search space HpBandSter's.
+
+    Args:
+        space: Ray Tune domains, schedules and constants, nested at will (nested names are joined by "/"); or a
+            ConfigSpace, which is copied. All is drawn about as Ray does: quantised floats are rounded after the draw,
+            quantised integers are counted in multiples.
+        seed: for draws from the space.
+
+    Raises:
+        InputError: something cannot be converted, or there is nothing to search.
+    """
+    if isinstance(space, ConfigurationSpace):
+        configspace = copy.deepcopy(space)
+        configspace.seed(seed)
+        translation = Translation(configspace, {name: (name,) for name in configspace}, {}, {}, {})
+    elif isinstance(space, Mapping):
+        translation = _translate_domains(space, seed)
+    else:
+        raise InputError(f"the search space is {space!r}: it must be a dict of domains, or a ConfigSpace")
+    if not len(translation.configspace):
+        raise InputError("the search space has nothing to search: give an entry a domain such as tune.uniform(0, 1)")
+    return translation
+
+
+def refuse_ordinal(configspace: ConfigurationSpace, who: str) -> None:
+    """Raise `InputError` where a model of densities cannot be made."""
+    for name, hyperparameter in configspace.items():
+        if isinstance(hyperparameter, OrdinalHyperparameter):
+            raise InputError(
+                f"hyperparameter {name!r} is ordinal, which {who}'s model cannot have: make it an integer that counts "
+                "the steps, or a categorical"
+            )
+
+
+def _translate_domains(space: Mapping[str, Any], seed: int) -> Translation:
+    translation = Translation(ConfigurationSpace(seed=seed), {}, {}, {}, {})
+    for path, leaf in _leaves(space, nested=lambda path: True):
+        name = _name(path)
+        if name in translation.paths:
+            raise InputError(f"the search space has two hyperparameters with the name {name!r}: rename one of them")
+        _refuse_inconvertible(name, leaf)
+        constant = _only_value(leaf)
+        if not isinstance(constant, sample.Domain):
+            translation.constants[path] = constant
+            continue
+        try:
+            translation.configspace.add(_hyperparameter(name, leaf, translation))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"hyperparameter {name!r} cannot be converted: {_in_one_line(str(error))}") from error
+        translation.paths[name] = path
+    return translation
+
+
+def _hyperparameter(name: str, domain: Any, translation: Translation) -> Hyperparameter[Any, Any]:
+    if isinstance(domain, sample.Categorical):
+        translation.categories[name] = [_plain(category) for category in domain.categories]
+        return CategoricalHyperparameter(name, _choices(translation.categories[name]))
+    sampler, (lower, upper) = domain.get_sampler(), _bounds(domain)
+    if isinstance(sampler, sample.Quantized):
+        step = translation.steps[name] = _plain(sampler.q)
+        upper += step - 1 if isinstance(domain, sample.Integer) else 0  # so many integers stand for each multiple
+        sampler = sampler.sampler
+    log = isinstance(sampler, sample.LogUniform)
+    if isinstance(domain, sample.Integer):
+        return UniformIntegerHyperparameter(name, lower, upper, log=log)
+    if isinstance(sampler, sample.Normal):
+        return NormalFloatHyperparameter(name, sampler.mean, sampler.sd, lower=lower, upper=upper)
+    return UniformFloatHyperparameter(name, lower, upper, log=log)
+
+
+def _refuse_inconvertible(name: str, leaf: Any) -> None:
+    which = f"hyperparameter {name!r}"
+    if _is_grid(leaf):
+        raise InputError(f"{which} is a grid search: use tune.choice(values), or run the Tuner without a search_alg")
+    if isinstance(leaf, list | tuple) and _has_domain(leaf):
+        raise InputError(
+            f"{which} is a list of domains: write it as schedule(domain, windows={len(leaf)}), or as a dict"
+        )
+    if not isinstance(leaf, sample.Domain):
+        return
+    if isinstance(leaf, sample.Function):
+        raise InputError(f"{which} is a sample_from function: use a domain such as tune.uniform(0, 1)")
+    if isinstance(leaf, sample.Categorical):
+        if _has_domain(leaf.categories):
+            raise InputError(f"{which} is a choice between domains: use a ConfigSpace with conditions")
+        if not leaf.categories:
+            raise InputError(f"{which} is a choice of nothing: give it categories")
+        return
+    if not isinstance(leaf, sample.Float | sample.Integer):
+        raise InputError(f"{which} is a {type(leaf).__name__} domain, which cannot be converted: use a ConfigSpace")
+    if not (math.isfinite(leaf.lower) and math.isfinite(leaf.upper)):
+        raise InputError(
+            f"{which} has no bounds: use tune.uniform, or ray.tune.search.sample.Float(lower, upper).normal(mean, sd)"
+        )
+    _refuse_bounds(which, leaf)
+
+
+def _refuse_bounds(which: str, domain: Any) -> None:
+    sampler, (lower, upper) = domain.get_sampler(), _bounds(domain)
+    if isinstance(domain, sample.Integer) and isinstance(sampler, sample.Quantized) and sampler.q % 1:
+        raise InputError(f"{which} has integers that are multiples of {sampler.q}: use tune.quniform")
+    if lower > upper:
+        raise InputError(f"{which} has no value between its bounds {domain.lower} and {domain.upper}: correct them")
+    least, greatest = (round(bound, ROUND_PLACES) for bound in (lower, upper))
+    if (least == greatest and lower != upper) or (least == 0 < lower):
+        raise InputError(
+            f"{which} needs more decimals than the {ROUND_PLACES} to which ConfigSpace rounds: search its logarithm or "
+            "a multiple of it"
+        )
+
+
+def _is_grid(value: Any) -> bool:
+    if isinstance(value, sample.Domain):
+        return bool(value.is_grid())
+    return isinstance(value, Mapping) and "grid_search" in value
+
+
+def _has_domain(value: Any) -> bool:
+    """Whether there is a domain or a grid search anywhere in nested lists and dicts."""
+    if isinstance(value, sample.Domain) or _is_grid(value):
+        return True
+    items = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, Mapping | list | tuple) and any(map(_has_domain, items))
+
+
+def _only_value(leaf: Any) -> Any:
+    """What a domain of one value always gives; anything else as it is."""
+    if isinstance(leaf, sample.Categorical):
+        return _plain(leaf.categories[0]) if len(leaf.categories) == 1 else leaf
+    if not isinstance(leaf, sample.Domain):
+        return leaf
+    lower, upper = _bounds(leaf)
+    return leaf.cast(lower) if lower == upper else leaf
+
+
+def _bounds(domain: Any) -> tuple[Any, Any]:
+    """The least and the greatest value that Ray draws, in exact arithmetic of the decimal numbers that were written."""
+    sampler, whole = domain.get_sampler(), isinstance(domain, sample.Integer)
+    if isinstance(sampler, sample.Quantized) and (sampler.q != 1 or not whole):
+        step = Fraction(repr(_plain(sampler.q)))
+        lower, upper = (Fraction(repr(_plain(bound))) / step for bound in (domain.lower, domain.upper))
+        # Ray has made sure that the bounds of floats are multiples, up to rounding
+        first, last = (math.ceil(lower), math.floor(upper)) if whole else (round(lower), round(upper))
+        return domain.cast(first * step), domain.cast(last * step)
+    return domain.lower, domain.upper - 1 if whole else domain.upper
+
+
+def _choices(categories: list[Any]) -> list[Any]:
+    """What ConfigSpace takes for categories: themselves if it can tell them apart, else their texts, numbered."""
+    simple = all(isinstance(category, str | int | float) for category in categories)
+    # in an array, which ConfigSpace makes of them, 1 beside "a" is "1", True beside 2 is 1, 2**53 + 1 beside 0.5 is 2**53
+    simple = simple and all(map(_same, categories, np.asarray(categories).tolist()))
+    if simple and len(set(categories)) == len(categories):
+        return categories
+    texts = [re.sub(" at 0x[0-9a-f]+", "", str(category)) for category in categories]  # no addresses: they change
+    return texts if len(set(texts)) == len(texts) else [f"{i}: {text}" for i, text in enumerate(texts)]
+
+
+def _leaves(space: Mapping[str, Any], nested: Callable[[Path], bool], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The entries of a nested dict by path; a dict for whose path `nested` is False is an entry itself."""
+    for name, value in space.items():
+        here = (*path, name)
+        if isinstance(value, Mapping) and value and not _is_grid(value) and nested(here):
+            yield from _leaves(value, nested, here)
+        else:
+            yield here, value
+
+
+def _of_kind(hyperparameter: Hyperparameter[Any, Any], value: Any) -> Any:
+    """A legal value as the hyperparameter's draws have it: 1 is 1.0 where floats are drawn."""
+    if isinstance(hyperparameter, FloatHyperparameter):
+        return float(value)
+    if isinstance(hyperparameter, IntegerHyperparameter):
+        return int(value)
+    return value
+
+
+def _listed(hyperparameter: Any) -> list[Any]:
+    """What can be chosen, where that is a list."""
+    values: Any = getattr(hyperparameter, "choices", None) or getattr(hyperparameter, "sequence", ())
+    return [_plain(value) for value in values]
+
+
+def _name(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (bool(a == b) and isinstance(_plain(a), bool) == isinstance(_plain(b), bool))
+    except (TypeError, ValueError):  # arrays, say
+        return False
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

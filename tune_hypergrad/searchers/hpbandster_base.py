@@ -1,0 +1,303 @@
+"""What the searchers made of HpBandSter's parts share: between Ray's trials and HpBandSter's jobs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import ray.cloudpickle as pickle
+from ConfigSpace import ConfigurationSpace
+from hpbandster.core.dispatcher import Job
+from hpbandster.core.result import Result
+from ray import tune
+from ray.tune import Stopper
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+from ray.tune.utils import flatten_dict
+
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.searchers.brackets import Bracket
+from tune_hypergrad.searchers.configspace import Translation, translate
+from tune_hypergrad.searchers.master import ConfigId, Generator, Master, Sampler
+from tune_hypergrad.searchers.results import STATE_KEY, ExperimentResult, read_result
+from tune_hypergrad.searchers.snapshot import saved_trials
+from tune_hypergrad.space import schedules_in
+from tune_hypergrad.trainables.promoted import PROMOTED_FROM
+
+Space: TypeAlias = Mapping[str, Any] | ConfigurationSpace
+PreviousResult: TypeAlias = Result | tune.ResultGrid | str | PathLike[str]
+
+
+class HpBandSterSearch(Searcher):
+    """Base of `RandomSearch`, `BOSearch`, `HyperBandSearch` and `BOHBSearch`.
+
+    Every (configuration, budget) is one trial, trained from scratch to that budget. Which come when is decided by
+    HpBandSter's own brackets and configuration generators: run one at a time with the same seed (Ray needs a
+    `ConcurrencyLimiter` for that, else it asks for the next while one runs), the sequence is that of HpBandSter's own
+    master. No trial is ever paused: while a rung waits for results, the next bracket begins. A trial that fails, or
+    whose loss is not finite, counts once, as the worst of its rung; one that ends before its budget counts with what
+    it reached.
+
+    All state is in the searcher, and Ray saves it with the experiment: `Tuner.restore` continues in the middle of a
+    bracket. NumPy's global generator is neither read nor advanced.
+    """
+
+    def __init__(
+        self,
+        metric: str | None,
+        mode: str | None,
+        seed: int | None,
+        *,
+        budgets: tuple[float, ...],
+        budget_key: str | None,
+        time_attr: str,
+        brackets: int | None,
+        resume_promoted: bool,
+        points_to_evaluate: Sequence[Mapping[str, Any]] | None,
+        evaluated_rewards: Sequence[float] | None,
+        previous_result: PreviousResult | None,
+    ) -> None:
+        if mode not in (None, "min", "max"):
+            raise InputError(f'mode is {mode!r}: it must be "min" or "max"')
+        super().__init__(metric=metric, mode=mode)
+        if brackets is not None and (isinstance(brackets, bool) or not isinstance(brackets, int) or brackets < 1):
+            raise InputError(f"brackets is {brackets!r}: it must be a whole number of at least 1, or None for no end")
+        self.seed = _checked_seed(seed)
+        """What all draws come from."""
+        self._budgets, self._budget_key, self._time_attr = budgets, budget_key, time_attr
+        self._brackets, self._resume_promoted = brackets, resume_promoted
+        self._points = [dict(point) for point in points_to_evaluate or ()]
+        self._rewards = None if evaluated_rewards is None else list(evaluated_rewards)
+        if self._rewards is not None and len(self._rewards) != len(self._points):
+            raise InputError(
+                f"evaluated_rewards has {len(self._rewards)} values for {len(self._points)} points_to_evaluate: "
+                "give one for each"
+            )
+        self._previous_result = None if previous_result is None else read_result(previous_result)
+        self._translation: Translation | None = None
+        self._master: Master | None = None
+        self._jobs: dict[str, Job] = {}
+        self._lost_jobs: deque[Job] = deque()
+        self._shorter_trials: dict[ConfigId, dict[str, Any]] = {}
+        self._checkpointed: dict[str, int] = {}
+
+    @abstractmethod
+    def _make_generator(self, configspace: ConfigurationSpace) -> Generator:
+        """Where configurations come from."""
+
+    @abstractmethod
+    def _make_bracket(self) -> Callable[[int], Bracket]:
+        """A pure function that gives bracket `index`, counted from 0."""
+
+    @property
+    def stopper(self) -> Stopper:
+        """Ends trials that do not heed their budget: `RunConfig(stop=search.stopper)`."""
+        if self._budget_key is None:
+            raise InputError(f"{type(self).__name__} gives trials no budget: pass it max_budget")
+        return StopAtBudget(self._budget_key, self._time_attr)
+
+    @property
+    def configspace(self) -> ConfigurationSpace:
+        """What is searched, as HpBandSter has it; its analysis may change what it is given, so give it a copy."""
+        self._require_space()
+        assert self._translation is not None
+        return self._translation.configspace
+
+    def result(self) -> ExperimentResult:
+        """HpBandSter's `Result` of what has run so far, for its analysis."""
+        return self._require_space().result()
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Take what the Tuner was given.
+
+        Returns:
+            Whether `config` became the search space: False if there is one already, and Ray then refuses a
+            `param_space` with domains.
+        """
+        self._metric, self._mode = metric or self._metric, mode or self._mode
+        if self._master is not None:
+            return False
+        self._begin(config)
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next trial's config; None while every rung waits for results; FINISHED when all brackets have ended.
+
+        Raises:
+            InputError: there is no search space, or it is not known what to minimise or maximise.
+        """
+        master, translation = self._require_space(), self._translation
+        assert translation is not None
+        if self._metric is None or self._mode is None:
+            raise InputError(
+                f"{type(self).__name__} does not know what to search for: pass it metric and mode (Ray hands it those "
+                "of TuneConfig only together with a param_space)"
+            )
+        job = self._lost_jobs.popleft() if self._lost_jobs else master.next_job()
+        if job is None:
+            return Searcher.FINISHED if master.finished else None
+        self._jobs[trial_id] = job
+        config = translation.to_trial(job.kwargs["config"])
+        if self._budget_key is not None:
+            config[self._budget_key] = job.kwargs["budget"]
+        if self._resume_promoted and job.id in self._shorter_trials:
+            config[PROMOTED_FROM] = self._shorter_trials[job.id]
+        return config
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Note how far a trial's last checkpoint has come; only its last result counts for the search."""
+        if result.get("checkpoint_dir_name"):  # a function reported a checkpoint
+            self._checkpointed[trial_id] = result["training_iteration"]
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Take a trial's loss; a trial that is not, or no longer, waited for is passed over."""
+        job = self._jobs.pop(trial_id, None)
+        if job is None:
+            return
+        assert self._master is not None
+        last = flatten_dict(dict(result or {}))
+        self.on_trial_result(trial_id, last)
+        info = {"trial_id": trial_id, self._time_attr: last.get(self._time_attr)}
+        if error:
+            self._master.finish(job, None, info, f"trial {trial_id} failed")
+        elif self._metric not in last:
+            self._master.finish(job, None, info, f"trial {trial_id} reported no {self._metric}")
+        else:
+            loss = float(last[self._metric])
+            self._master.finish(job, loss if self._mode == "min" else -loss, info)
+        iteration = self._checkpointed.pop(trial_id, last.get("training_iteration", 0))
+        if self._resume_promoted and not error:
+            self._shorter_trials[job.id] = {"trial_id": trial_id, "training_iteration": iteration}
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that later suggestions depend on."""
+        return self.__dict__
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `get_state`."""
+        self.__dict__.update(state)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write the state to a file (Ray does so with every snapshot of the experiment)."""
+        Path(checkpoint_path).write_bytes(pickle.dumps({STATE_KEY: self.get_state()}))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Continue from a file that `save` wrote: the next suggestion is the one that would have come next."""
+        self.set_state(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """Called by Ray's `Tuner.restore`.
+
+        Ray writes what it knows of trials and what we know of jobs one after the other: a driver that was killed in
+        between leaves trials that ended without our having been told, and jobs whose trial nobody remembers.
+        """
+        super().restore_from_dir(checkpoint_dir)
+        trials = saved_trials(checkpoint_dir)
+        if trials is None:
+            return
+        for trial_id in list(self._jobs):
+            if trial_id not in trials:
+                self._lost_jobs.append(self._jobs.pop(trial_id))
+            elif trials[trial_id].status in (Trial.TERMINATED, Trial.ERROR):
+                saved = trials[trial_id]
+                self.on_trial_complete(trial_id, saved.last_result, error=saved.status == Trial.ERROR)
+
+    def _require_space(self) -> Master:
+        if self._master is None:
+            raise InputError(
+                f"{type(self).__name__} has no search space: pass it `space`, or pass the Tuner a `param_space`"
+            )
+        return self._master
+
+    def _begin(self, space: Space) -> None:
+        translation = translate(space, self.seed)
+        self._check_space(space, translation)
+        generator = self._make_generator(translation.configspace)
+        for config, budget, loss in [*self._earlier_runs(translation), *self._evaluated_points(translation)]:
+            job = Job((-1, 0, 0), config=config, budget=budget)
+            job.result = None if loss is None else {"loss": loss, "info": None}
+            generator.new_result(job)
+        queue = deque(self._complete_points(translation) if self._rewards is None else ())
+        settings = {"min_budget": self._budgets[0], "max_budget": self._budgets[-1], "budgets": list(self._budgets)}
+        self._translation = translation
+        self._master = Master(
+            Sampler(generator, translation.canonical, queue), self._make_bracket(), self._brackets, settings
+        )
+        self._previous_result, self._points, self._rewards = None, [], None
+
+    def _check_space(self, space: Space, translation: Translation) -> None:
+        key = self._budget_key
+        if key is not None and any(path[0] == key for path in translation.paths.values()):
+            raise InputError(
+                f"the search space tunes {key!r}, which is what trials find their budget under: rename it, or pass "
+                "another budget_key"
+            )
+        stretched = schedules_in(space) if self._resume_promoted and isinstance(space, Mapping) else []
+        if stretched:
+            raise InputError(
+                f"resume_promoted cannot continue {stretched[0]!r}: a schedule is stretched over the whole run, so a "
+                "longer run differs from the shorter one from its first window on: set resume_promoted=False"
+            )
+
+    def _complete_points(self, translation: Translation) -> list[dict[str, Any]]:
+        what = "points_to_evaluate"
+        return [translation.complete(translation.from_trial(point, what), what) for point in self._points]
+
+    def _evaluated_points(self, translation: Translation) -> list[tuple[dict[str, Any], float, float | None]]:
+        if self._rewards is None:
+            return []
+        if self._mode is None:
+            raise InputError("evaluated_rewards needs to know the mode: pass mode, min or max")
+        sign = 1 if self._mode == "min" else -1
+        points = self._complete_points(translation)
+        return [(point, self._budgets[-1], sign * float(r)) for point, r in zip(points, self._rewards, strict=True)]
+
+    def _earlier_runs(self, translation: Translation) -> list[tuple[dict[str, Any], float, float | None]]:
+        if self._previous_result is None:
+            return []
+        what = "previous_result"
+        configs = {
+            config_id: translation.complete(translation.from_trial(entry["config"], what), what)
+            for config_id, entry in self._previous_result.get_id2config_mapping().items()
+        }
+        runs = [run for config_id in configs for run in self._previous_result.get_runs_by_id(config_id)]
+        return [(configs[run.config_id], run.budget, run.loss) for run in runs]
+
+
+class StopAtBudget(Stopper):
+    """End each trial whose time attribute has reached the budget in its config.
+
+    Args:
+        budget_key: where the budget stands in a trial's config.
+        time_attr: the result to compare with it.
+    """
+
+    def __init__(self, budget_key: str, time_attr: str) -> None:
+        self.budget_key, self.time_attr = budget_key, time_attr
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether the trial has to stop."""
+        reported = flatten_dict({key: value for key, value in result.items() if key != "config"})
+        if self.time_attr not in reported:
+            raise InputError(
+                f"a result has no {self.time_attr!r}, by which budgets are measured: report it, or pass the searcher "
+                "another time_attr"
+            )
+        return bool(reported[self.time_attr] >= result["config"][self.budget_key])
+
+    def stop_all(self) -> bool:
+        """Never."""
+        return False
+
+
+def _checked_seed(seed: int | None) -> int:
+    if seed is None:
+        return int(np.random.SeedSequence().generate_state(1)[0])
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed!r}: it must be a whole number of at least 0 and below 2**32")
+    return int(seed)
