@@ -1,0 +1,19 @@
+"""Self-tuning networks in plain PyTorch: weights that respond to regularisation, which is tuned while they train."""
+
+from tune_hypergrad.stn.convert import SelfTuningNetwork, self_tuning
+from tune_hypergrad.stn.hyperparameters import TunedHyperparameter, TunedHyperparameters, tuned_hyperparameters
+from tune_hypergrad.stn.layers import register
+from tune_hypergrad.stn.steps import VARIANTS, Variant, training_gradients, validation_gradients
+
+__all__ = [
+    "VARIANTS",
+    "SelfTuningNetwork",
+    "TunedHyperparameter",
+    "TunedHyperparameters",
+    "Variant",
+    "register",
+    "self_tuning",
+    "training_gradients",
+    "tuned_hyperparameters",
+    "validation_gradients",
+]

@@ -1,0 +1,312 @@
+"""Layers whose weights respond to hyperparameters, and the registry of which layer becomes which.
+
+A converted layer keeps its parameters, attributes and place: only its class changes, to a subclass that adds the
+response to its output. Everything is one product per weight and batch, however many settings of the hyperparameters
+the examples of the batch see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tune_hypergrad.stn.response import Perturbation, Response, primal, with_response
+
+
+class SelfTuningLayer(nn.Module):
+    """Mixin of a layer class: what its response is, and the parameters at one setting of the hyperparameters."""
+
+    response: Response
+    """The parameters of the response."""
+    perturbation: Perturbation
+    """What to respond to; shared by the layers of a network."""
+
+    def begin_responding(self, response: Response, perturbation: Perturbation) -> None:
+        """Called once, when the layer has been converted."""
+        self.response, self.perturbation = response, perturbation
+
+    def make_response(self, hyperparameters: int) -> Response:
+        """The response's parameters for this layer's shape."""
+        raise NotImplementedError
+
+    def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The layer's own parameters by name at one setting of the hyperparameters, shape [n]."""
+        raise NotImplementedError
+
+
+class _Affine(SelfTuningLayer):
+    """A layer that is a product with a weight, plus a bias."""
+
+    weight: Any
+    bias: Any
+
+    channel_dim: int
+    """Which dimension of the output the bias stands for."""
+
+    def product(self, x: Tensor, weight: Tensor, *further: Any) -> Tensor:
+        """The layer's output with another weight and without bias; `further` are arguments of `forward`."""
+        raise NotImplementedError
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[0])
+
+    def make_response(self, hyperparameters: int) -> Response:
+        return Response(self.weight, self.bias, self.outputs, hyperparameters)
+
+    def forward(self, x: Tensor, *further: Any) -> Tensor:
+        output = cast(Tensor, super().forward(x, *further))
+        seen = self.perturbation
+        if seen.inputs is None:
+            return output
+        response = self.response
+        scale = self._by_channel(seen.inputs @ response.weight_scale.T, output)
+        change = scale * self.product(primal(x) if seen.linearised else x, response.weight, *further)
+        if response.bias is not None and response.bias_scale is not None:
+            change = change + self._by_channel((seen.inputs @ response.bias_scale.T) * response.bias, output)
+        return with_response(output, change, seen.linearised)
+
+    def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
+        response = self.response
+        found = {"weight": self.weight + self._by_row(response.weight_scale @ inputs) * response.weight}
+        if self.bias is not None and response.bias is not None and response.bias_scale is not None:
+            found["bias"] = self.bias + (response.bias_scale @ inputs) * response.bias
+        return found
+
+    def _by_row(self, scale: Tensor) -> Tensor:
+        """One number for each output, shaped so that it multiplies the weight."""
+        return scale.reshape(-1, *[1] * (self.weight.ndim - 1))
+
+    def _by_channel(self, scale: Tensor, output: Tensor) -> Tensor:
+        """Numbers of shape [outputs] or [examples, outputs], shaped so that they multiply the output."""
+        shape = [1] * output.ndim
+        shape[self.channel_dim] = scale.shape[-1]
+        if scale.ndim == 2:
+            shape[0] = scale.shape[0]
+        return scale.reshape(shape)
+
+
+class SelfTuningLinear(_Affine, nn.Linear):
+    """`nn.Linear`; inputs of shape [examples, ..., features]."""
+
+    channel_dim = -1
+
+    def product(self, x: Tensor, weight: Tensor, *further: Any) -> Tensor:
+        return F.linear(x, weight)
+
+
+class _Convolution(_Affine):
+    channel_dim = 1
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def product(self, x: Tensor, weight: Tensor, *further: Any) -> Tensor:
+        return self._conv_forward(x, weight, None)
+
+
+class SelfTuningConv1d(_Convolution, nn.Conv1d):
+    """`nn.Conv1d` on batches."""
+
+
+class SelfTuningConv2d(_Convolution, nn.Conv2d):
+    """`nn.Conv2d` on batches."""
+
+
+class SelfTuningConv3d(_Convolution, nn.Conv3d):
+    """`nn.Conv3d` on batches."""
+
+
+class _TransposedConvolution(_Affine):
+    channel_dim = 1
+    convolve: Callable[..., Tensor]
+
+    @property
+    def outputs(self) -> int:
+        return cast(int, self.out_channels)
+
+    def product(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None, *further: Any) -> Tensor:
+        dims = self.weight.ndim - 2
+        padding = self._output_padding(  # type: ignore[operator]
+            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        return type(self).convolve(x, weight, None, self.stride, self.padding, padding, self.groups, self.dilation)
+
+    def _by_row(self, scale: Tensor) -> Tensor:
+        inputs, outputs_of_a_group, *kernel = self.weight.shape
+        groups = cast(int, self.groups)
+        by_group = scale.reshape(groups, 1, outputs_of_a_group).expand(-1, inputs // groups, -1)
+        return by_group.reshape(inputs, outputs_of_a_group, *[1] * len(kernel))
+
+
+class SelfTuningConvTranspose1d(_TransposedConvolution, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` on batches."""
+
+    convolve = staticmethod(F.conv_transpose1d)
+
+
+class SelfTuningConvTranspose2d(_TransposedConvolution, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` on batches."""
+
+    convolve = staticmethod(F.conv_transpose2d)
+
+
+class SelfTuningConvTranspose3d(_TransposedConvolution, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` on batches."""
+
+    convolve = staticmethod(F.conv_transpose3d)
+
+
+class SelfTuningEmbedding(SelfTuningLayer, nn.Embedding):
+    """`nn.Embedding` of indices of shape [examples, ...]; the rows respond, so that a tied output layer's rows do."""
+
+    def make_response(self, hyperparameters: int) -> Response:
+        return Response(self.weight, None, self.num_embeddings, hyperparameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        seen = self.perturbation
+        if seen.inputs is None:
+            return output
+        inputs = seen.inputs
+        if inputs.ndim == 2:
+            inputs = inputs.reshape(len(inputs), *[1] * (x.ndim - 1), -1)
+        scale = (F.embedding(x, self.response.weight_scale) * inputs).sum(-1, keepdim=True)
+        change = scale * F.embedding(x, self.response.weight, self.padding_idx)
+        return with_response(output, change, seen.linearised)
+
+    def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"weight": self.weight + (self.response.weight_scale @ inputs)[:, None] * self.response.weight}
+
+
+class _Normalisation(SelfTuningLayer):
+    """A normalisation with an affine part, which is what responds."""
+
+    weight: Any
+    bias: Any
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The layer's output without its affine part."""
+        raise NotImplementedError
+
+    def by_channel(self, parameter: Tensor, output: Tensor) -> Tensor:
+        """Numbers of the weight's shape, behind [examples] or not, shaped so that they multiply the output."""
+        raise NotImplementedError
+
+    def make_response(self, hyperparameters: int) -> Response:
+        ones = torch.ones_like(self.weight).flatten()
+        return Response(ones, None if self.bias is None else ones, len(ones), hyperparameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.perturbation
+        if seen.inputs is None:
+            return cast(Tensor, super().forward(x))
+        normalised = self.normalise(x)
+        output = normalised * self.by_channel(self.weight, normalised)
+        if self.bias is not None:
+            output = output + self.by_channel(self.bias, normalised)
+        weight, bias = self._changes(seen.inputs)
+        change = (primal(normalised) if seen.linearised else normalised) * self.by_channel(weight, normalised)
+        if bias is not None:
+            change = change + self.by_channel(bias, normalised)
+        return with_response(output, change, seen.linearised)
+
+    def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
+        weight, bias = self._changes(inputs)
+        found = {"weight": self.weight + weight}
+        return found if bias is None or self.bias is None else {**found, "bias": self.bias + bias}
+
+    def _changes(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        response, shape = self.response, (*inputs.shape[:-1], *self.weight.shape)
+        weight = ((inputs @ response.weight_scale.T) * response.weight).reshape(shape)
+        if response.bias is None or response.bias_scale is None:
+            return weight, None
+        return weight, ((inputs @ response.bias_scale.T) * response.bias).reshape(shape)
+
+
+class _ChannelNormalisation(_Normalisation):
+    def by_channel(self, parameter: Tensor, output: Tensor) -> Tensor:
+        leading = parameter.shape if parameter.ndim == 2 else (1, *parameter.shape)
+        return parameter.reshape(*leading, *[1] * (output.ndim - 2))
+
+
+class _BatchNorm(_ChannelNormalisation):
+    """Running statistics follow the batches of unperturbed and of jointly perturbed steps, not of linearised ones."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        layer = cast(nn.BatchNorm1d, self)
+        layer._check_input_dim(x)
+        by_batch = layer.training or layer.running_mean is None
+        if self.perturbation.linearised or not layer.training:
+            stored = (None, None) if by_batch else (layer.running_mean, layer.running_var)
+            return F.batch_norm(x, *stored, training=by_batch, eps=layer.eps)
+        momentum = 0.0 if layer.momentum is None else layer.momentum
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(1)
+            if layer.momentum is None:  # a cumulative average
+                momentum = 1.0 / float(layer.num_batches_tracked)
+        return F.batch_norm(x, layer.running_mean, layer.running_var, training=True, momentum=momentum, eps=layer.eps)
+
+
+class SelfTuningBatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` with an affine part."""
+
+
+class SelfTuningBatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` with an affine part."""
+
+
+class SelfTuningBatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` with an affine part."""
+
+
+class SelfTuningGroupNorm(_ChannelNormalisation, nn.GroupNorm):
+    """`nn.GroupNorm` with an affine part."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, eps=self.eps)
+
+
+class SelfTuningLayerNorm(_Normalisation, nn.LayerNorm):
+    """`nn.LayerNorm` with an affine part; inputs of shape [examples, ..., *normalized_shape]."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps)
+
+    def by_channel(self, parameter: Tensor, output: Tensor) -> Tensor:
+        if parameter.shape == self.weight.shape:
+            return parameter
+        between = output.ndim - parameter.ndim
+        return parameter.reshape(parameter.shape[0], *[1] * between, *self.weight.shape)
+
+
+Rule = TypeVar("Rule", bound=type[SelfTuningLayer])
+
+RULES: dict[type[nn.Module], type[SelfTuningLayer]] = {
+    nn.Linear: SelfTuningLinear,
+    nn.Conv1d: SelfTuningConv1d,
+    nn.Conv2d: SelfTuningConv2d,
+    nn.Conv3d: SelfTuningConv3d,
+    nn.ConvTranspose1d: SelfTuningConvTranspose1d,
+    nn.ConvTranspose2d: SelfTuningConvTranspose2d,
+    nn.ConvTranspose3d: SelfTuningConvTranspose3d,
+    nn.Embedding: SelfTuningEmbedding,
+    nn.BatchNorm1d: SelfTuningBatchNorm1d,
+    nn.BatchNorm2d: SelfTuningBatchNorm2d,
+    nn.BatchNorm3d: SelfTuningBatchNorm3d,
+    nn.GroupNorm: SelfTuningGroupNorm,
+    nn.LayerNorm: SelfTuningLayerNorm,
+}
+"""Which class a layer of exactly this class becomes."""
+
+
+def register(layer: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Decorator: layers of exactly the class `layer` become the decorated class, its subclass."""
+
+    def add(rule: Rule) -> Rule:
+        RULES[layer] = rule
+        return rule
+
+    return add
