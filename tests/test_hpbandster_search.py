@@ -174,6 +174,18 @@ def test_points_are_evaluated_first():
     assert second["x"] == 0.25 and 1e-3 <= second["y"] <= 1 and third["x"] not in (0.5, 0.25)
 
 
+def test_an_earlier_trials_config_can_be_a_point():
+    search = make(resume_promoted=True)
+    config = {**search.suggest("t0"), "promoted_from": {"trial_id": "t9"}}
+    again = make(points_to_evaluate=[config]).suggest("t0")
+    assert (again["x"], again["y"], again["budget"]) == (config["x"], config["y"], 1)
+
+
+def test_a_constant_under_the_budgets_key_gives_way():
+    search = BOHBSearch({**SPACE, "epochs": 27}, "loss", "min", max_budget=9, budget_key="epochs")
+    assert search.suggest("t0")["epochs"] == 1
+
+
 def test_a_previous_result_warm_starts_the_model():
     earlier = make(brackets=3)
     run_search(earlier, loss)
@@ -231,6 +243,16 @@ def refusal(function, *arguments, **keywords):
         ({"budget_key": "x"}, "tunes 'x'"),
         ({"evaluated_rewards": [1.0]}, "1 values for 0 points_to_evaluate"),
         ({"previous_result": "nowhere"}, "nowhere has no state of a searcher"),
+        ({"points_to_evaluate": {"x": 1}}, "give a list"),
+        ({"points_to_evaluate": [0.5]}, "points_to_evaluate has 0.5"),
+        ({"points_to_evaluate": [{"x": 1, "y": 1}], "evaluated_rewards": ["a"]}, "evaluated_rewards has 'a'"),
+        ({"points_to_evaluate": [{"x": 1, "y": 1}], "evaluated_rewards": 1.0}, "evaluated_rewards is 1.0"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"top_n_percent": 200}, "top_n_percent is 200"),
+        ({"random_fraction": "a"}, "random_fraction is 'a'"),
+        ({"bandwidth_factor": 0}, "bandwidth_factor is 0"),
+        ({"min_bandwidth": -1}, "min_bandwidth is -1"),
+        ({"min_points_in_model": 1.5}, "min_points_in_model is 1.5"),
         ({"points_to_evaluate": [{"z": 1}]}, "'z', which the search space has not"),
     ],
 )

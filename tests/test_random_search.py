@@ -191,7 +191,8 @@ def test_only_models_refuse_ordinals(cls):
 @pytest.mark.parametrize("cls", SEARCHERS)
 def test_a_ready_space_is_left_as_it_was(cls):
     space, untouched = conditional(), conditional()
-    space.seed(1), untouched.seed(1)
+    space.seed(1)
+    untouched.seed(1)
     first = draws(make(cls, space), 4)
     assert space == untouched and space.sample_configuration(3) == untouched.sample_configuration(3)
     assert draws(make(cls, space), 4) == first

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +16,44 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from scipy.stats import truncnorm
 
+from tune_hypergrad.errors import InputError
+
 Array = NDArray[np.float64]
 
 _SMALLEST_DENSITY = 1e-32
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """HpBandSter's options of BOHB's model."""
+
+    min_points_in_model: int | None = None
+    """Results at one budget before it has a model; None, and fewer, is one more than hyperparameters."""
+    top_n_percent: int = 15
+    """How many of a budget's results count as good."""
+    num_samples: int = 64
+    """Candidates among which the model picks."""
+    random_fraction: float = 1 / 3
+    """Share of configurations that are drawn without the model."""
+    bandwidth_factor: float = 3
+    """Widens the kernels from which candidates are drawn."""
+    min_bandwidth: float = 1e-3
+    """Smallest bandwidth, in the unit cube."""
+
+    def __post_init__(self) -> None:
+        for name, value, fits, words in (
+            ("min_points_in_model", self.min_points_in_model or 1, lambda v: v >= 1, "at least 1, or None"),
+            ("top_n_percent", self.top_n_percent, lambda v: 0 < v < 100, "above 0 and below 100"),
+            ("num_samples", self.num_samples, lambda v: v >= 1, "at least 1"),
+            ("random_fraction", self.random_fraction, lambda v: 0 <= v <= 1, "from 0 to 1"),
+            ("bandwidth_factor", self.bandwidth_factor, lambda v: 0 < v < math.inf, "above 0"),
+            ("min_bandwidth", self.min_bandwidth, lambda v: 0 < v <= 1, "above 0 and at most 1"),
+        ):
+            whole = name in ("min_points_in_model", "top_n_percent", "num_samples")
+            kind = numbers.Integral if whole else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+                article = "a whole number" if whole else "a number"
+                raise InputError(f"{name} is {value!r}: it must be {article} {words}")
 
 
 class BOHBGenerator(BOHB):  # type: ignore[misc]
@@ -29,11 +66,12 @@ class BOHBGenerator(BOHB):  # type: ignore[misc]
     Args:
         configspace: what to draw from.
         seed: for the draws; HpBandSter's are the same after `np.random.seed(seed)`.
-        **options: HpBandSter's, such as `top_n_percent`.
+        options: of the model.
     """
 
-    def __init__(self, configspace: ConfigurationSpace, seed: int, **options: Any) -> None:
-        super().__init__(configspace, **options)
+    def __init__(self, configspace: ConfigurationSpace, seed: int, options: ModelOptions) -> None:
+        least = max(options.min_points_in_model or 0, len(configspace) + 1)
+        super().__init__(configspace, **{**asdict(options), "min_points_in_model": least})
         self.random = np.random.RandomState(seed)
         # by budget: the densities of good and of bad configurations, None where they are out of date
         self.kde_models: dict[float, tuple[Density, Density] | None] = {}

@@ -326,7 +326,7 @@ def _bounds(domain: Any) -> tuple[Any, Any]:
 def _choices(categories: list[Any]) -> list[Any]:
     """What ConfigSpace takes for categories: themselves if it can tell them apart, else their texts, numbered."""
     simple = all(isinstance(category, str | int | float) for category in categories)
-    # in an array, which ConfigSpace makes of them, 1 beside "a" is "1", True beside 2 is 1, 2**53 + 1 beside 0.5 is 2**53
+    # in the array that ConfigSpace makes of them 1 beside "a" is "1", True beside 2 is 1, 2**53 + 1 beside 0.5 is 2**53
     simple = simple and all(map(_same, categories, np.asarray(categories).tolist()))
     if simple and len(set(categories)) == len(categories):
         return categories

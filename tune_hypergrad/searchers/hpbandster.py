@@ -9,7 +9,7 @@ from typing import Any
 from ConfigSpace import ConfigurationSpace
 from hpbandster.optimizers.config_generators import RandomSampling
 
-from tune_hypergrad.searchers.bohb_generator import BOHBGenerator
+from tune_hypergrad.searchers.bohb_generator import BOHBGenerator, ModelOptions
 from tune_hypergrad.searchers.brackets import Bracket, hyperband_bracket, rungs
 from tune_hypergrad.searchers.configspace import refuse_ordinal
 from tune_hypergrad.searchers.hpbandster_base import HpBandSterSearch, PreviousResult, Space
@@ -19,11 +19,11 @@ from tune_hypergrad.searchers.master import Generator
 class _ModelBased(HpBandSterSearch):
     """Configurations come from BOHB's model."""
 
-    _model_options: dict[str, Any]
+    _model_options: ModelOptions
 
     def _make_generator(self, configspace: ConfigurationSpace) -> Generator:
         refuse_ordinal(configspace, type(self).__name__)
-        return BOHBGenerator(configspace, self.seed, **self._model_options)
+        return BOHBGenerator(configspace, self.seed, self._model_options)
 
 
 class RandomSearch(HpBandSterSearch):
@@ -36,7 +36,7 @@ class RandomSearch(HpBandSterSearch):
         mode: "min" or "max"; by default `TuneConfig`'s.
         max_budget: the budget in every trial's config; None puts none there.
         seed: a whole number below 2**32; None draws one, which is then `search.seed`.
-        budget_key: where the budget stands in a trial's config.
+        budget_key: where the budget stands in a trial's config; a constant of that name in the space gives way.
         time_attr: the result that `stopper` compares with the budget.
         points_to_evaluate: configurations to suggest first, in the form of `space`; what one leaves out is drawn.
         evaluated_rewards: the metric of each of these points, which are then not evaluated again.
@@ -89,7 +89,7 @@ class BOSearch(_ModelBased, RandomSearch):
 
     Args:
         space: as for `RandomSearch`, and so are all arguments up to `seed`.
-        min_points_in_model: results before there is a model; None is one more than hyperparameters.
+        min_points_in_model: results before there is a model; None, and fewer, is one more than hyperparameters.
         top_n_percent: how many of the results count as good.
         num_samples: candidates among which the model picks.
         random_fraction: share of configurations that are drawn without the model.
@@ -114,14 +114,9 @@ class BOSearch(_ModelBased, RandomSearch):
         min_bandwidth: float = 1e-3,
         **options: Any,
     ) -> None:
-        self._model_options = {
-            "min_points_in_model": min_points_in_model,
-            "top_n_percent": top_n_percent,
-            "num_samples": num_samples,
-            "random_fraction": random_fraction,
-            "bandwidth_factor": bandwidth_factor,
-            "min_bandwidth": min_bandwidth,
-        }
+        self._model_options = ModelOptions(
+            min_points_in_model, top_n_percent, num_samples, random_fraction, bandwidth_factor, min_bandwidth
+        )
         super().__init__(space, metric, mode, max_budget, seed, **options)
 
 
@@ -141,7 +136,7 @@ class HyperBandSearch(HpBandSterSearch):
         max_budget: the highest rung.
         eta: one in eta configurations is promoted, to eta times the budget; at least 2.
         seed: a whole number below 2**32; None draws one, which is then `search.seed`.
-        budget_key: where the budget stands in a trial's config.
+        budget_key: where the budget stands in a trial's config; a constant of that name in the space gives way.
         time_attr: the result that `stopper` compares with the budget.
         brackets: how many brackets to run; None goes on until Ray ends the experiment.
         resume_promoted: a promoted configuration continues from its last trial's checkpoint; the trainable has to be
@@ -202,7 +197,8 @@ class BOHBSearch(_ModelBased, HyperBandSearch):
 
     Args:
         space: as for `HyperBandSearch`, and so are all arguments up to `seed`.
-        min_points_in_model: results at one budget before it has a model; None is one more than hyperparameters.
+        min_points_in_model: results at one budget before it has a model; None, and fewer, is one more than
+            hyperparameters.
         top_n_percent: how many of a budget's results count as good.
         num_samples: candidates among which the model picks.
         random_fraction: share of configurations that are drawn without the model.
@@ -229,12 +225,7 @@ class BOHBSearch(_ModelBased, HyperBandSearch):
         min_bandwidth: float = 1e-3,
         **options: Any,
     ) -> None:
-        self._model_options = {
-            "min_points_in_model": min_points_in_model,
-            "top_n_percent": top_n_percent,
-            "num_samples": num_samples,
-            "random_fraction": random_fraction,
-            "bandwidth_factor": bandwidth_factor,
-            "min_bandwidth": min_bandwidth,
-        }
+        self._model_options = ModelOptions(
+            min_points_in_model, top_n_percent, num_samples, random_fraction, bandwidth_factor, min_bandwidth
+        )
         super().__init__(space, metric, mode, min_budget, max_budget, eta, seed, **options)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -71,13 +72,8 @@ class HpBandSterSearch(Searcher):
         """What all draws come from."""
         self._budgets, self._budget_key, self._time_attr = budgets, budget_key, time_attr
         self._brackets, self._resume_promoted = brackets, resume_promoted
-        self._points = [dict(point) for point in points_to_evaluate or ()]
-        self._rewards = None if evaluated_rewards is None else list(evaluated_rewards)
-        if self._rewards is not None and len(self._rewards) != len(self._points):
-            raise InputError(
-                f"evaluated_rewards has {len(self._rewards)} values for {len(self._points)} points_to_evaluate: "
-                "give one for each"
-            )
+        self._points = [self._without_our_keys(point) for point in _listed("points_to_evaluate", points_to_evaluate)]
+        self._rewards = None if evaluated_rewards is None else _checked_rewards(evaluated_rewards, len(self._points))
         self._previous_result = None if previous_result is None else read_result(previous_result)
         self._translation: Translation | None = None
         self._master: Master | None = None
@@ -244,6 +240,12 @@ class HpBandSterSearch(Searcher):
                 "longer run differs from the shorter one from its first window on: set resume_promoted=False"
             )
 
+    def _without_our_keys(self, point: Any) -> dict[str, Any]:
+        """A point without what we have put into the config if it is an earlier trial's."""
+        if not isinstance(point, Mapping):
+            raise InputError(f"points_to_evaluate has {point!r}: every point is a dict of hyperparameters")
+        return {name: value for name, value in point.items() if name not in (self._budget_key, PROMOTED_FROM)}
+
     def _complete_points(self, translation: Translation) -> list[dict[str, Any]]:
         what = "points_to_evaluate"
         return [translation.complete(translation.from_trial(point, what), what) for point in self._points]
@@ -255,7 +257,7 @@ class HpBandSterSearch(Searcher):
             raise InputError("evaluated_rewards needs to know the mode: pass mode, min or max")
         sign = 1 if self._mode == "min" else -1
         points = self._complete_points(translation)
-        return [(point, self._budgets[-1], sign * float(r)) for point, r in zip(points, self._rewards, strict=True)]
+        return [(point, self._budgets[-1], sign * reward) for point, reward in zip(points, self._rewards, strict=True)]
 
     def _earlier_runs(self, translation: Translation) -> list[tuple[dict[str, Any], float, float | None]]:
         if self._previous_result is None:
@@ -293,6 +295,24 @@ class StopAtBudget(Stopper):
     def stop_all(self) -> bool:
         """Never."""
         return False
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, Mapping | str) or not isinstance(values, Iterable | None):
+        raise InputError(f"{name} is {values!r}: give a list")
+    return list(values or ())
+
+
+def _checked_rewards(rewards: Any, points: int) -> list[float]:
+    rewards = _listed("evaluated_rewards", rewards)
+    for reward in rewards:
+        if isinstance(reward, bool) or not isinstance(reward, numbers.Real):
+            raise InputError(f"evaluated_rewards has {reward!r}: give every point's metric as a number")
+    if len(rewards) != points:
+        raise InputError(
+            f"evaluated_rewards has {len(rewards)} values for {points} points_to_evaluate: give one for each"
+        )
+    return [float(reward) for reward in rewards]
 
 
 def _checked_seed(seed: int | None) -> int:

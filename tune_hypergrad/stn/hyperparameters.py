@@ -180,8 +180,8 @@ def tuned_hyperparameters(
             continue
         if name in _OF_THE_OPTIMIZER:
             raise InputError(
-                f"{name!r} is the optimizer's: the weights' best response, which a self-tuning network learns, does not "
-                "depend on how they are trained; tune it by FDS, or outside by a black-box searcher"
+                f"{name!r} is the optimizer's: the weights' best response, which a self-tuning network learns, does "
+                "not depend on how they are trained; tune it by FDS, or outside by a black-box searcher"
             )
         if not isinstance(domain, sample.Float | sample.Integer) or isinstance(sampler_of(domain), sample.Quantized):
             raise InputError(
