@@ -98,6 +98,7 @@ def test_help_names_the_commands():
         (["digits_mlp", "--method", "hb", "--min-budget", "20"], "min_budget 20.0 is above max_budget 10.0"),
         (["digits_mlp", "--method", "hb", "--eta", "1"], "eta is 1.0"),
         (["digits_mlp", "--method", "rs", "--max-budget", "0"], "max_budget"),
+        (["digits_mlp", "--method", "rs", "--max-budget", "0.1"], "max_budget is 0.1 epochs"),
         (["nowhere.py:problem"], "nowhere.py"),
         (["no_such_module:problem"], "no_such_module"),
     ],

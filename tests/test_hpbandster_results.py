@@ -94,6 +94,23 @@ def test_losses_that_are_not_finite_are_failures():
     assert {run.error_logs for run in runs if run.loss is None} == {"the loss is nan"}
 
 
+def test_an_experiment_that_has_only_begun():
+    search = make()
+    nothing = {"config_ids": [], "times_finished": [], "budgets": [], "losses": []}
+    assert search.result().get_incumbent_trajectory() == nothing
+    run_search(search, loss, count=5)
+    assert search.result().get_incumbent_trajectory(all_budgets=False) == nothing
+    assert len(search.result().get_incumbent_trajectory()["losses"]) > 0
+
+
+def test_a_hyperparameter_called_budget_keeps_its_column():
+    search = make(space={"budget": tune.uniform(0, 1)}, budget_key="epochs", brackets=1)
+    search.suggest("t0")
+    search.on_trial_complete("t0", {"loss": 1.0})
+    configs, _ = search.result().get_pandas_dataframe()
+    assert 0 < configs["budget"][0] < 1 and configs["run budget"][0] == 1
+
+
 def test_reading_a_result_changes_nothing():
     search = make(brackets=3)
     run_search(search, loss, count=10)

@@ -116,12 +116,80 @@ def test_a_trial_that_ended_early_counts_with_what_it_reached():
     assert (run.loss, run.budget, run.info) == (0.25, 1, {"trial_id": "t0", "training_iteration": 1})
 
 
-def test_a_trial_without_the_metric_is_a_failure():
+@pytest.mark.parametrize("result", [{}, {"loss": None}, {"loss": "diverged"}, {"loss": [1.0, 2.0]}])
+def test_a_trial_without_a_number_for_its_metric_is_a_failure(result):
     search = make()
     search.suggest("t0")
-    search.on_trial_complete("t0", {"training_iteration": 0})
+    search.on_trial_complete("t0", {"training_iteration": 0, **result})
     (run,) = search.result().get_all_runs()
-    assert run.loss is None and "reported no loss" in run.error_logs
+    assert run.loss is None and "reported loss = " in run.error_logs
+
+
+def test_a_trial_that_ends_without_a_result_counts_with_its_latest():
+    search = make()
+    search.suggest("t0")
+    search.on_trial_result("t0", {"loss": 0.5, "training_iteration": 1})
+    search.on_trial_result("t0", {"loss": 0.25, "training_iteration": 2})
+    search.on_trial_complete("t0")
+    (run,) = search.result().get_all_runs()
+    assert (run.loss, run.info["training_iteration"]) == (0.25, 2)
+
+
+def test_a_new_experiment_suggests_again_what_ran_when_the_search_was_saved(tmp_path):
+    search = make(HyperBandSearch, brackets=1)
+    running = [search.suggest(f"old{i}") for i in range(3)]
+    search.save(tmp_path / "state")
+    restored = make(HyperBandSearch, brackets=1)
+    restored.restore(tmp_path / "state")
+    complete(restored, "old1", loss(running[1], 1))  # one of the old trials has gone on
+    evaluations = run_search(restored, loss)
+    assert [config["x"] for config, _ in evaluations[:2]] == [running[0]["x"], running[2]["x"]]
+    assert len(evaluations) == 13 - 1 and len(restored.result().get_all_runs()) == 13
+
+
+def test_a_state_is_not_shared():
+    first = make()
+    second = make()
+    second.set_state(first.get_state())
+    assert second.suggest("t0") == first.suggest("t0")
+    assert second.suggest("t1") == first.suggest("t1")
+
+
+@pytest.mark.parametrize(("max_budget", "largest"), [(None, 1), (3, 3), (27, 9)])
+def test_longer_earlier_runs_count_as_full_ones(max_budget, largest):
+    earlier = make(brackets=6)
+    run_search(earlier, loss)
+    search = make(BOSearch, max_budget=max_budget, previous_result=earlier.result(), random_fraction=0)
+    assert search.suggest("t0") is not None
+    models = search._master.sampler.generator.kde_models
+    assert max(models) == largest
+
+
+def test_the_stopper_passes_over_trials_that_returned_without_a_result():
+    stopper = make().stopper
+    config = {"config": {"budget": 3}}
+    assert not stopper("t", {"training_iteration": 2, **config}) and stopper("t", {"training_iteration": 3, **config})
+    assert not stopper("t", {"done": True, **config})
+    with pytest.raises(InputError, match="'training_iteration', by which budgets are measured"):
+        stopper("t", {"loss": 1.0, **config})
+
+
+def test_a_person_who_forgot_to_let_promoted_trials_continue_is_told(caplog):
+    search = make(HyperBandSearch, brackets=1, resume_promoted=True)
+    run_search(search, loss, count=9)
+    search.suggest("continued")
+    complete(search, "continued", 0.5, iterations_since_restore=0)
+    assert not caplog.records
+    search.suggest("restarted")
+    complete(search, "restarted", 0.5, iterations_since_restore=1)
+    assert "wrap the trainable" in caplog.text
+
+
+def test_budgets_that_are_no_whole_numbers_are_pointed_out(caplog):
+    make(max_budget=9, min_budget=1)
+    assert not caplog.records
+    make(max_budget=10, min_budget=1)
+    assert "choose max_budget as eta^k" in caplog.text
 
 
 def test_max_mode_minimises_the_negative():
@@ -176,7 +244,7 @@ def test_points_are_evaluated_first():
 
 def test_an_earlier_trials_config_can_be_a_point():
     search = make(resume_promoted=True)
-    config = {**search.suggest("t0"), "promoted_from": {"trial_id": "t9"}}
+    config = {**search.suggest("t0"), "promoted_from": "t9"}
     again = make(points_to_evaluate=[config]).suggest("t0")
     assert (again["x"], again["y"], again["budget"]) == (config["x"], config["y"], 1)
 
@@ -241,6 +309,9 @@ def refusal(function, *arguments, **keywords):
         ({"brackets": 0}, "brackets is 0"),
         ({"mode": "least"}, "mode is 'least'"),
         ({"budget_key": "x"}, "tunes 'x'"),
+        ({"budget_key": "train/epochs"}, "budget_key is 'train/epochs'"),
+        ({"budget_key": None}, "budget_key is None"),
+        ({"previous_result": 42}, "previous_result is 42"),
         ({"evaluated_rewards": [1.0]}, "1 values for 0 points_to_evaluate"),
         ({"previous_result": "nowhere"}, "nowhere has no state of a searcher"),
         ({"points_to_evaluate": {"x": 1}}, "give a list"),
@@ -284,6 +355,7 @@ def test_stretched_schedules_cannot_be_resumed(space):
     message = refusal(HyperBandSearch, space, resume_promoted=True)
     assert "stretched" in message and "lr'" in message
     HyperBandSearch({"lr": schedule(tune.uniform(0, 1), 1)}, resume_promoted=True)
+    HyperBandSearch({"layers": {"0": tune.choice([1, 2]), "1": tune.choice([1, 2])}}, resume_promoted=True)
 
 
 # under Ray
@@ -369,6 +441,18 @@ def test_promoted_configurations_continue_or_restart(ray_session, tmp_path, trai
         assert result.metrics["own"] == ({1: 1, 3: 2, 9: 6}[budget] if resume else budget)
         assert result.metrics["loss"] == loss(result.config, budget)
         assert result.metrics["training_iteration"] == budget
+
+
+@pytest.mark.slow
+def test_steps_after_the_last_checkpoint_are_repeated(ray_session, tmp_path):
+    search = make(HyperBandSearch, brackets=1, resume_promoted=True)
+    every_second = CheckpointConfig(checkpoint_frequency=2, checkpoint_at_end=False)
+    grid = fit(continuing(Saves), search, tmp_path, checkpoint_config=every_second)
+    assert not grid.errors
+    for result in grid:
+        budget = result.config["budget"]
+        assert result.metrics["training_iteration"] == budget
+        assert result.metrics["own"] == {1: 1, 3: 3, 9: 7}[budget]  # from scratch, from scratch, from 2
 
 
 @pytest.mark.slow

@@ -47,7 +47,8 @@ def run(
     batch_size: Annotated[int | None, typer.Option(help="Instead of the problem's own.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     min_budget: Annotated[
-        float | None, typer.Option(help="Epochs of the shortest runs of hb and bohb. [default: max-budget / 27]")
+        float | None,
+        typer.Option(help="Epochs of the shortest runs of hb and bohb. [default: max-budget / 27, or a step a window]"),
     ] = None,
     max_budget: Annotated[
         float | None, typer.Option(help="Epochs of the longest runs of rs, bo, hb and bohb. [default: epochs]")
@@ -84,6 +85,7 @@ def run(
     ready = [(chosen, *chosen.make(task)) for chosen in map(get_method, dict.fromkeys(method))]
     out.mkdir(parents=True, exist_ok=True)
     settings = {"problem": problem, "steps": steps, "budget": [limit.amount, limit.unit], "seed": seed}
+    settings |= {"min_budget": min_budget, "max_budget": max_budget, "eta": eta}
     (out / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
     console.print(f"{problem}: runs of {steps} inner steps; each method may spend {limit.amount:,.0f} {limit.unit}")
     with ray_session(address):

@@ -41,8 +41,15 @@ class Task:
 
     @property
     def longest(self) -> float:
-        """Epochs in the longest training run of black-box methods."""
-        return self.steps / self.problem.steps_per_epoch if self.max_budget is None else self.max_budget
+        """Epochs in the longest training run of black-box methods.
+
+        Raises:
+            InputError: `max_budget` gives a schedule's windows less than one inner step each.
+        """
+        if self.max_budget is None:
+            return self.steps / self.problem.steps_per_epoch
+        self._check_length("max_budget", self.max_budget)
+        return self.max_budget
 
     @property
     def shortest(self) -> float:
@@ -51,16 +58,22 @@ class Task:
         Raises:
             InputError: `min_budget` gives a schedule's windows less than one inner step each.
         """
-        windows = max((len(value) for value in self.space.values() if isinstance(value, Mapping)), default=1)
-        needed = windows / self.problem.steps_per_epoch
         if self.min_budget is None:
-            return min(max(self.longest / 27, needed), self.longest)
-        if self.min_budget < needed:
-            raise InputError(
-                f"min_budget is {self.min_budget:g} epochs, but a schedule of {windows} windows needs {needed:.3g}, "
-                "an inner step for each: raise min_budget, or use fewer windows"
-            )
+            return min(max(self.longest / 27, self._windows / self.problem.steps_per_epoch), self.longest)
+        self._check_length("min_budget", self.min_budget)
         return self.min_budget
+
+    @property
+    def _windows(self) -> int:
+        return max((len(value) for value in self.space.values() if isinstance(value, Mapping)), default=1)
+
+    def _check_length(self, name: str, epochs: float) -> None:
+        needed = self._windows / self.problem.steps_per_epoch
+        if 0 < epochs < needed:  # what is not above 0 the searchers refuse
+            raise InputError(
+                f"{name} is {epochs:g} epochs, but a schedule of {self._windows} windows needs {needed:.3g}, "
+                f"an inner step for each: raise {name}, or use fewer windows"
+            )
 
 
 @dataclass(frozen=True)

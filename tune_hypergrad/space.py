@@ -51,7 +51,7 @@ def schedules_in(space: Mapping[str, Any]) -> list[str]:
         windows = _in_window_order(value)
         if windows is None:
             found += [f"{name}/{path}" for path in schedules_in(value)]
-        elif len(windows) > 1:
+        elif len(windows) > 1 and all(_is_number(window) or hasattr(window, "lower") for window in windows):
             found.append(str(name))
     return found
 

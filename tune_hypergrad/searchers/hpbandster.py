@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from ConfigSpace import ConfigurationSpace
-from hpbandster.optimizers.config_generators import RandomSampling
 
+from tune_hypergrad.errors import InputError
 from tune_hypergrad.searchers.bohb_generator import BOHBGenerator, ModelOptions
 from tune_hypergrad.searchers.brackets import Bracket, hyperband_bracket, rungs
 from tune_hypergrad.searchers.configspace import refuse_ordinal
 from tune_hypergrad.searchers.hpbandster_base import HpBandSterSearch, PreviousResult, Space
 from tune_hypergrad.searchers.master import Generator
+
+_logger = logging.getLogger(__name__)
 
 
 class _ModelBased(HpBandSterSearch):
@@ -76,9 +79,6 @@ class RandomSearch(HpBandSterSearch):
         )
         if space is not None:
             self._begin(space)
-
-    def _make_generator(self, configspace: ConfigurationSpace) -> Generator:
-        return RandomSampling(configspace)  # type: ignore[no-any-return]
 
     def _make_bracket(self) -> Callable[[int], Bracket]:
         return partial(hyperband_bracket, budgets=self._budgets, eta=2)
@@ -169,11 +169,16 @@ class HyperBandSearch(HpBandSterSearch):
         previous_result: PreviousResult | None = None,
     ) -> None:
         self._eta = eta
+        budgets = rungs(min_budget, max_budget, eta)
+        if any(budget % 1 for budget in budgets) and not any(number % 1 for number in (min_budget, max_budget, eta)):
+            _logger.warning("budgets are %s: choose max_budget as eta^k to have whole numbers only", budgets)
+        if budget_key is None:
+            raise InputError("budget_key is None: a search over several budgets has to put them into configs")
         super().__init__(
             metric,
             mode,
             seed,
-            budgets=rungs(min_budget, max_budget, eta),
+            budgets=budgets,
             budget_key=budget_key,
             time_attr=time_attr,
             brackets=brackets,
@@ -184,9 +189,6 @@ class HyperBandSearch(HpBandSterSearch):
         )
         if space is not None:
             self._begin(space)
-
-    def _make_generator(self, configspace: ConfigurationSpace) -> Generator:
-        return RandomSampling(configspace)  # type: ignore[no-any-return]
 
     def _make_bracket(self) -> Callable[[int], Bracket]:
         return partial(hyperband_bracket, budgets=self._budgets, eta=self._eta)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import numbers
 from abc import abstractmethod
 from collections import deque
@@ -15,6 +17,7 @@ import ray.cloudpickle as pickle
 from ConfigSpace import ConfigurationSpace
 from hpbandster.core.dispatcher import Job
 from hpbandster.core.result import Result
+from hpbandster.optimizers.config_generators import RandomSampling
 from ray import tune
 from ray.tune import Stopper
 from ray.tune.experiment import Trial
@@ -31,6 +34,8 @@ from tune_hypergrad.space import schedules_in
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
 Space: TypeAlias = Mapping[str, Any] | ConfigurationSpace
+_logger = logging.getLogger(__name__)
+
 PreviousResult: TypeAlias = Result | tune.ResultGrid | str | PathLike[str]
 
 
@@ -70,6 +75,8 @@ class HpBandSterSearch(Searcher):
             raise InputError(f"brackets is {brackets!r}: it must be a whole number of at least 1, or None for no end")
         self.seed = _checked_seed(seed)
         """What all draws come from."""
+        if budget_key is not None and (not isinstance(budget_key, str) or "/" in budget_key):
+            raise InputError(f"budget_key is {budget_key!r}: it must be the name of an entry at the config's top level")
         self._budgets, self._budget_key, self._time_attr = budgets, budget_key, time_attr
         self._brackets, self._resume_promoted = brackets, resume_promoted
         self._points = [self._without_our_keys(point) for point in _listed("points_to_evaluate", points_to_evaluate)]
@@ -79,12 +86,12 @@ class HpBandSterSearch(Searcher):
         self._master: Master | None = None
         self._jobs: dict[str, Job] = {}
         self._lost_jobs: deque[Job] = deque()
-        self._shorter_trials: dict[ConfigId, dict[str, Any]] = {}
-        self._checkpointed: dict[str, int] = {}
+        self._latest: dict[str, dict[str, Any]] = {}
+        self._shorter_trials: dict[ConfigId, str] = {}
 
-    @abstractmethod
     def _make_generator(self, configspace: ConfigurationSpace) -> Generator:
-        """Where configurations come from."""
+        """Where configurations come from: random draws, unless a subclass has a model."""
+        return RandomSampling(configspace)  # type: ignore[no-any-return]
 
     @abstractmethod
     def _make_bracket(self) -> Callable[[int], Bracket]:
@@ -146,29 +153,34 @@ class HpBandSterSearch(Searcher):
         return config
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Note how far a trial's last checkpoint has come; only its last result counts for the search."""
-        if result.get("checkpoint_dir_name"):  # a function reported a checkpoint
-            self._checkpointed[trial_id] = result["training_iteration"]
+        """Remember a trial's latest result: a trial that is stopped while it is paused ends without one."""
+        if trial_id in self._jobs:
+            self._latest[trial_id] = self._what_counts(result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Take a trial's loss; a trial that is not, or no longer, waited for is passed over."""
         job = self._jobs.pop(trial_id, None)
+        latest = self._latest.pop(trial_id, {})
         if job is None:
             return
         assert self._master is not None
-        last = flatten_dict(dict(result or {}))
-        self.on_trial_result(trial_id, last)
-        info = {"trial_id": trial_id, self._time_attr: last.get(self._time_attr)}
+        # after a restore, the same job may have been given to another trial: the first that ends counts
+        self._jobs = {other: running for other, running in self._jobs.items() if running is not job}
+        self._lost_jobs = deque(lost for lost in self._lost_jobs if lost is not job)
+        last = self._what_counts(result) if result else latest
+        metric = str(self._metric)
+        loss = _as_number(last.get(metric))
+        failure = None
         if error:
-            self._master.finish(job, None, info, f"trial {trial_id} failed")
-        elif self._metric not in last:
-            self._master.finish(job, None, info, f"trial {trial_id} reported no {self._metric}")
-        else:
-            loss = float(last[self._metric])
-            self._master.finish(job, loss if self._mode == "min" else -loss, info)
-        iteration = self._checkpointed.pop(trial_id, last.get("training_iteration", 0))
-        if self._resume_promoted and not error:
-            self._shorter_trials[job.id] = {"trial_id": trial_id, "training_iteration": iteration}
+            failure = f"trial {trial_id} failed"
+        elif loss is None:
+            failure = f"trial {trial_id} reported {metric} = {last.get(metric)!r}"
+        info = {"trial_id": trial_id, self._time_attr: last.get(self._time_attr)}
+        sign = 1 if self._mode == "min" else -1
+        self._master.finish(job, None if failure or loss is None else sign * loss, info, failure)
+        if self._resume_promoted and failure is None:
+            self._warn_of_a_restart(job, last)
+            self._shorter_trials[job.id] = trial_id
 
     def get_state(self) -> dict[str, Any]:
         """Everything that later suggestions depend on."""
@@ -176,23 +188,29 @@ class HpBandSterSearch(Searcher):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a `get_state`."""
-        self.__dict__.update(state)
+        self.__dict__.update(copy.deepcopy(state))
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state to a file (Ray does so with every snapshot of the experiment)."""
         Path(checkpoint_path).write_bytes(pickle.dumps({STATE_KEY: self.get_state()}))
 
     def restore(self, checkpoint_path: str) -> None:
-        """Continue from a file that `save` wrote: the next suggestion is the one that would have come next."""
-        self.set_state(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
+        """Continue from a file that `save` wrote, in the same experiment or in a new one.
+
+        What was running then is suggested again, unless its trial ends before that.
+        """
+        self._load(checkpoint_path)
+        self._lost_jobs.extend(self._jobs.values())
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Called by Ray's `Tuner.restore`.
 
-        Ray writes what it knows of trials and what we know of jobs one after the other: a driver that was killed in
-        between leaves trials that ended without our having been told, and jobs whose trial nobody remembers.
+        Trials that were running have to be resumed (`resume_unfinished=True`, which is the default): Ray does not tell
+        of those that it skips. Ray writes what it knows of trials and what we know of jobs one after the other: a
+        driver that was killed in between leaves trials that ended without our having been told, and jobs whose trial
+        nobody remembers.
         """
-        super().restore_from_dir(checkpoint_dir)
+        self._load(str(max(Path(checkpoint_dir).glob(self.CKPT_FILE_TMPL.format("*")))))
         trials = saved_trials(checkpoint_dir)
         if trials is None:
             return
@@ -202,6 +220,22 @@ class HpBandSterSearch(Searcher):
             elif trials[trial_id].status in (Trial.TERMINATED, Trial.ERROR):
                 saved = trials[trial_id]
                 self.on_trial_complete(trial_id, saved.last_result, error=saved.status == Trial.ERROR)
+
+    def _load(self, checkpoint_path: str) -> None:
+        self.set_state(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
+
+    def _what_counts(self, result: dict[str, Any]) -> dict[str, Any]:
+        flat = flatten_dict(dict(result))
+        names = (str(self._metric), self._time_attr, "training_iteration", "iterations_since_restore")
+        return {name: flat[name] for name in names if name in flat}
+
+    def _warn_of_a_restart(self, job: Job, last: Mapping[str, Any]) -> None:
+        from_scratch = last.get("iterations_since_restore") == last.get("training_iteration")
+        if job.id in self._shorter_trials and from_scratch and "training_iteration" in last:
+            _logger.warning(
+                "a promoted configuration was trained from scratch, despite resume_promoted: wrap the trainable in "
+                "tune_hypergrad.continuing, and let it save checkpoints"
+            )
 
     def _require_space(self) -> Master:
         if self._master is None:
@@ -268,7 +302,11 @@ class HpBandSterSearch(Searcher):
             for config_id, entry in self._previous_result.get_id2config_mapping().items()
         }
         runs = [run for config_id in configs for run in self._previous_result.get_runs_by_id(config_id)]
-        return [(configs[run.config_id], run.budget, run.loss) for run in runs]
+        if self._budget_key is None:  # without budgets of our own, the longest runs are those to learn from
+            longest = max((run.budget for run in runs), default=0)
+            runs = [run for run in runs if run.budget == longest]
+        largest = self._budgets[-1]
+        return [(configs[run.config_id], min(run.budget, largest), run.loss) for run in runs]
 
 
 class StopAtBudget(Stopper):
@@ -286,6 +324,8 @@ class StopAtBudget(Stopper):
         """Whether the trial has to stop."""
         reported = flatten_dict({key: value for key, value in result.items() if key != "config"})
         if self.time_attr not in reported:
+            if result.get("done"):  # it has returned, and may not have reported anything
+                return False
             raise InputError(
                 f"a result has no {self.time_attr!r}, by which budgets are measured: report it, or pass the searcher "
                 "another time_attr"
@@ -313,6 +353,14 @@ def _checked_rewards(rewards: Any, points: int) -> list[float]:
             f"evaluated_rewards has {len(rewards)} values for {points} points_to_evaluate: give one for each"
         )
     return [float(reward) for reward in rewards]
+
+
+def _as_number(value: Any) -> float | None:
+    """A result as a float; None where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _checked_seed(seed: int | None) -> int:

@@ -23,13 +23,15 @@ class ExperimentResult(Result):  # type: ignore[misc]
     """HpBandSter's `Result`, with two of its errors mended: see the methods."""
 
     def get_incumbent_trajectory(self, all_budgets: bool = True, **options: bool) -> dict[str, list[Any]]:
-        """The best configurations over time; HpBandSter's own fails with `all_budgets=False`."""
+        """The best configurations over time; HpBandSter's own fails with `all_budgets=False`, and without a loss."""
         considered = self
         if not all_budgets:
             considered = copy.deepcopy(self)
             full = self.HB_config["max_budget"]
             for datum in considered.data.values():
                 datum.results = {budget: result for budget, result in datum.results.items() if budget == full}
+        if all(run.loss is None for run in considered.get_all_runs()):
+            return {"config_ids": [], "times_finished": [], "budgets": [], "losses": []}
         trajectory: dict[str, list[Any]] = Result.get_incumbent_trajectory(considered, **options)
         return trajectory
 
@@ -42,7 +44,7 @@ class ExperimentResult(Result):  # type: ignore[misc]
         runs = [run for run in self.get_all_runs() if run.budget in budgets and run.loss is not None]
         frame = pd.DataFrame([configs[run.config_id]["config"] for run in runs])
         if len(budgets) > 1:
-            frame["budget"] = [run.budget for run in runs]
+            frame["run budget" if "budget" in frame else "budget"] = [run.budget for run in runs]
         return frame, pd.DataFrame({"loss": [loss_fn(run) for run in runs]})
 
 
@@ -59,7 +61,7 @@ def hpbandster_result(experiment: tune.ResultGrid | str | PathLike[str]) -> Expe
     Raises:
         InputError: no such searcher's state is there.
     """
-    folder = Path(experiment.experiment_path if isinstance(experiment, tune.ResultGrid) else experiment)
+    folder = Path(experiment.experiment_path if isinstance(experiment, tune.ResultGrid) else experiment).expanduser()
     newest = max(folder.glob("searcher-state-*.pkl"), default=None)  # named by when each session of Ray's began
     if newest is None:
         raise InputError(f"{folder} has no state of a searcher: give the folder of a Ray Tune experiment")
@@ -82,6 +84,8 @@ def read_result(source: Result | tune.ResultGrid | str | PathLike[str]) -> Resul
     """
     if isinstance(source, Result):
         return source
+    if not isinstance(source, tune.ResultGrid | str | PathLike):
+        raise InputError(f"previous_result is {source!r}: give HpBandSter's Result, a ResultGrid or a folder")
     if isinstance(source, tune.ResultGrid) or not (Path(source) / "configs.json").is_file():
         return hpbandster_result(source)
     try:

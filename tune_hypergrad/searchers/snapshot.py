@@ -25,7 +25,7 @@ def saved_trials(folder: str) -> dict[str, SavedTrial] | None:
         return None
     trials = {}
     for description, progress in json.loads(newest.read_text())["trial_data"]:
-        trial = Trial.from_json_state(description)
+        trial = Trial.from_json_state(description, stub=True)
         trial.restore_run_metadata(progress)
         trials[trial.trial_id] = SavedTrial(trial.status, dict(trial.last_result or {}))
     return trials

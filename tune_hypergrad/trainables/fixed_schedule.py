@@ -58,7 +58,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
                 "done": self._step == loop.steps,
             }
 
-    def load_promoted(self, checkpoint: tune.Checkpoint, training_iteration: int) -> None:
+    def load_promoted(self, checkpoint: tune.Checkpoint) -> None:
         """Continue a shorter run of the same hyperparameters; what that run spent is its own.
 
         Raises:
@@ -71,7 +71,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
                 f"{stretched[0]!r} is a schedule, stretched over the whole run: a shorter run with it differs from the "
                 "first window on, so that it cannot be continued: set resume_promoted=False"
             )
-        super().load_promoted(checkpoint, training_iteration)
+        super().load_promoted(checkpoint)
         self._spent, self._seconds = Cost(), 0.0
 
     @property

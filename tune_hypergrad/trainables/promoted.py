@@ -11,8 +11,13 @@ from pyarrow.fs import FileSelector, FileType
 from ray import tune
 from ray.tune.trainable import wrap_function
 
+from tune_hypergrad.errors import InputError
+
 PROMOTED_FROM = "promoted_from"
-"""Key in a trial's config: the trial to continue, as `{"trial_id": ..., "training_iteration": ...}`."""
+"""Key in a trial's config: the id of the trial to continue."""
+
+_PROGRESS = "tune_hypergrad_progress"
+_COUNTERS = ("_iteration", "_time_total", "_timesteps_total", "_episodes_total")
 
 _logger = logging.getLogger(__name__)
 
@@ -20,41 +25,45 @@ _logger = logging.getLogger(__name__)
 class ContinuesPromoted(tune.Trainable):
     """Mixin for trainables: a trial with `PROMOTED_FROM` in its config begins from that trial's last checkpoint.
 
-    Its `training_iteration` goes on from there. Without a checkpoint it trains from scratch, and says so in the log.
-    The checkpoint is looked for where Ray keeps the experiment, in the folder whose name has the trial's id.
+    Its `training_iteration` and `time_total_s` go on from there. Without a checkpoint it trains from scratch, and says
+    so in the log. The checkpoint is looked for where Ray keeps the experiment, in the folder whose name has the trial's
+    id: leave `trial_dirname_creator` unset.
     """
 
     def setup(self, config: dict[str, Any], **parameters: Any) -> None:
         """Called by Ray when an actor starts."""
         super().setup(config, **parameters)
-        self._continue_promoted()
+        self._continue_promoted(config)
 
     def reset(self, new_config: dict[str, Any], storage: Any = None) -> bool:
         """Called by Ray when an actor is reused for another trial."""
         was_reset = super().reset(new_config, storage=storage)  # type: ignore[no-untyped-call]
         if was_reset:
-            self._continue_promoted()
+            self._continue_promoted(new_config)
         return bool(was_reset)
 
-    def load_promoted(self, checkpoint: tune.Checkpoint, training_iteration: int) -> None:
-        """Begin from a shorter trial's last checkpoint.
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Called by Ray: the checkpoint says how far the trial had come."""
+        saved = super().save(checkpoint_dir)
+        if saved.checkpoint is not None:
+            saved.checkpoint.update_metadata({_PROGRESS: {name: getattr(self, name) for name in _COUNTERS}})
+        return saved
 
-        Args:
-            checkpoint: what that trial saved.
-            training_iteration: how far it had come then.
-        """
+    def load_promoted(self, checkpoint: tune.Checkpoint) -> None:
+        """Begin from a shorter trial's last checkpoint."""
         self.restore(checkpoint)
-        self._iteration = training_iteration
+        for name, value in checkpoint.get_metadata().get(_PROGRESS, {}).items():
+            setattr(self, name, value)
 
-    def _continue_promoted(self) -> None:
-        shorter = self.config.get(PROMOTED_FROM)
+    def _continue_promoted(self, config: dict[str, Any]) -> None:
+        shorter = config.get(PROMOTED_FROM)
         if shorter is None:
             return
-        checkpoint = _last_checkpoint(self._storage, shorter["trial_id"])
+        checkpoint = _last_checkpoint(self._storage, shorter)
         if checkpoint is None:
-            _logger.warning("trial %s has no checkpoint to continue: training from scratch", shorter["trial_id"])
+            _logger.warning("trial %s has no checkpoint to continue: training from scratch", shorter)
         else:
-            self.load_promoted(checkpoint, shorter["training_iteration"])
+            self.load_promoted(checkpoint)
 
 
 def continuing(trainable: Callable[..., Any] | type[tune.Trainable]) -> type[tune.Trainable]:
@@ -74,15 +83,16 @@ def continuing(trainable: Callable[..., Any] | type[tune.Trainable]) -> type[tun
 
 
 def _last_checkpoint(storage: Any, trial_id: str) -> tune.Checkpoint | None:
-    filesystem = storage.storage_filesystem
+    filesystem, experiment = storage.storage_filesystem, storage.experiment_fs_path
 
     def folders(path: str, part: str) -> list[str]:
         found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
         return [info.path for info in found if info.type == FileType.Directory and part in info.base_name]
 
-    checkpoints = [
-        checkpoint
-        for trial in folders(storage.experiment_fs_path, f"_{trial_id}_")
-        for checkpoint in folders(trial, "checkpoint_")
-    ]
+    trials = folders(experiment, f"_{trial_id}_")
+    if not trials:
+        raise InputError(
+            f"no folder in {experiment} is named after trial {trial_id}: leave trial_dirname_creator unset"
+        )
+    checkpoints = [checkpoint for trial in trials for checkpoint in folders(trial, "checkpoint_")]
     return tune.Checkpoint(max(checkpoints), filesystem=filesystem) if checkpoints else None
