@@ -149,10 +149,10 @@ def test_their_states_survive_a_restore(tmp_path):
     search.suggest("a")
     search.on_trial_result("a", result(6))
     stopper("a", result(6))
-    search.save(str(tmp_path / "inside"))
+    search.searcher.save_to_dir(str(tmp_path), "session")
     again, stopper_again = budgeted(), BudgetStopper(Budget(10))
     again.set_state(pickle.loads(pickle.dumps(search.get_state())))
-    again.restore(str(tmp_path / "inside"))
+    again.searcher.restore_from_dir(str(tmp_path))  # as Ray does with what a wrapper holds
     stopper_again.set_state(pickle.loads(pickle.dumps(stopper.get_state())))
     following = again.suggest("b")
     assert following == search.suggest("b")
