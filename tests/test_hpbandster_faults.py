@@ -21,6 +21,14 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 BRACKETS = 6
 
+
+class WithoutReset(tune.Trainable):
+    """Cannot be reused, though it is asked to be."""
+
+    def step(self):
+        return {"loss": loss(self.config, self.config["budget"]), "done": True}
+
+
 DRIVER = """
 import os, sys
 import ray
@@ -38,20 +46,23 @@ def train(config):
 
 
 def make_tuner(folder, method):
-    search = make({"bohb": BOHBSearch, "hb": HyperBandSearch}[method], brackets=BRACKETS)
+    search = found = make({"bohb": BOHBSearch, "hb": HyperBandSearch}[method], brackets=BRACKETS)
     if method == "bohb":
         search = ConcurrencyLimiter(search, max_concurrent=1)  # or Ray would ask for one more while one runs
     return tune.Tuner(
         train,
         tune_config=TuneConfig(search_alg=search, metric="loss", mode="min", num_samples=-1, reuse_actors=True),
         run_config=RunConfig(
-            name="run", storage_path=folder, verbose=0, callbacks=[KillDriver(22, Path(folder) / "killed")]
+            name="run",
+            storage_path=folder,
+            verbose=0,
+            callbacks=[found.callback, KillDriver(22, Path(folder) / "killed")],
         ),
     )
 
 
-@pytest.mark.parametrize("method", ["bohb", "hb"], ids=["one at a time", "two at a time"])
-def test_a_search_outlives_its_driver(ray_session, tmp_path, method):
+def killed(ray_session, tmp_path, method):
+    """An experiment in the folder, whose driver has been killed in the middle."""
     paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
     driver = subprocess.run(
         [sys.executable, "-c", DRIVER, ray_session, str(tmp_path), method],
@@ -61,6 +72,11 @@ def test_a_search_outlives_its_driver(ray_session, tmp_path, method):
         timeout=200,
     )
     assert driver.returncode == -signal.SIGKILL, driver.stderr[-3000:]
+
+
+@pytest.mark.parametrize("method", ["bohb", "hb"], ids=["one at a time", "two at a time"])
+def test_a_search_outlives_its_driver(ray_session, tmp_path, method):
+    killed(ray_session, tmp_path, method)
     restored = tune.Tuner.restore(str(tmp_path / "run"), trainable=train, resume_unfinished=True, restart_errored=True)
     grid = restored.fit()
     assert not grid.errors
@@ -113,3 +129,22 @@ def test_trials_and_search_that_were_saved_apart_are_brought_together(ray_sessio
     lost = [again.suggest(f"again{i}") for i in range(3)]
     assert [config["budget"] for config in lost] == [3, 3, 3] and again.suggest("none") is None
     assert len({config["x"] for config in lost}) == 3
+
+
+def test_trials_that_a_restore_skips_are_not_waited_for(ray_session, tmp_path):
+    killed(ray_session, tmp_path, "hb")
+    grid = tune.Tuner.restore(str(tmp_path / "run"), trainable=train, resume_unfinished=False).fit()
+    runs = hpbandster_result(grid).get_all_runs()
+    assert len(runs) == len(grid) == 2 * (9 + 3 + 1 + 3 + 1 + 3)
+
+
+def test_actors_that_cannot_be_reused_are_not_waited_for(ray_session, tmp_path):
+    search = make(HyperBandSearch, brackets=1)
+    grid = tune.Tuner(
+        WithoutReset,
+        tune_config=TuneConfig(search_alg=search, metric="loss", mode="min", num_samples=-1, reuse_actors=True),
+        run_config=RunConfig(name="run", storage_path=str(tmp_path), verbose=0, callbacks=[search.callback]),
+    ).fit()
+    failed = [run for run in search.result().get_all_runs() if run.loss is None]
+    assert failed and len(grid) == len(search.result().get_all_runs())
+    assert search.suggest("more") == "FINISHED"

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
+from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import numpy as np
 import ray.cloudpickle as pickle
@@ -19,7 +21,7 @@ from hpbandster.core.dispatcher import Job
 from hpbandster.core.result import Result
 from hpbandster.optimizers.config_generators import RandomSampling
 from ray import tune
-from ray.tune import Stopper
+from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
@@ -86,6 +88,8 @@ class HpBandSterSearch(Searcher):
         self._master: Master | None = None
         self._jobs: dict[str, Job] = {}
         self._lost_jobs: deque[Job] = deque()
+        self._key = uuid4().hex
+        _SEARCHES[self._key] = self
         self._latest: dict[str, dict[str, Any]] = {}
         self._shorter_trials: dict[ConfigId, str] = {}
 
@@ -103,6 +107,15 @@ class HpBandSterSearch(Searcher):
         if self._budget_key is None:
             raise InputError(f"{type(self).__name__} gives trials no budget: pass it max_budget")
         return StopAtBudget(self._budget_key, self._time_attr)
+
+    @property
+    def callback(self) -> Callback:
+        """Tells the search of trials that Ray ends without a word: `RunConfig(callbacks=[search.callback])`.
+
+        Those are the ones that `Tuner.restore(resume_unfinished=False)` skips, and those that fail because a class
+        without `reset_config` is run with `reuse_actors=True`. With `brackets` set, the search would wait for them.
+        """
+        return EndedTrials(self._key)
 
     @property
     def configspace(self) -> ConfigurationSpace:
@@ -189,6 +202,7 @@ class HpBandSterSearch(Searcher):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a `get_state`."""
         self.__dict__.update(copy.deepcopy(state))
+        _SEARCHES[self._key] = self
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state to a file (Ray does so with every snapshot of the experiment)."""
@@ -205,8 +219,7 @@ class HpBandSterSearch(Searcher):
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Called by Ray's `Tuner.restore`.
 
-        Trials that were running have to be resumed (`resume_unfinished=True`, which is the default): Ray does not tell
-        of those that it skips. Ray writes what it knows of trials and what we know of jobs one after the other: a
+        Ray writes what it knows of trials and what we know of jobs one after the other: a
         driver that was killed in between leaves trials that ended without our having been told, and jobs whose trial
         nobody remembers.
         """
@@ -220,6 +233,12 @@ class HpBandSterSearch(Searcher):
             elif trials[trial_id].status in (Trial.TERMINATED, Trial.ERROR):
                 saved = trials[trial_id]
                 self.on_trial_complete(trial_id, saved.last_result, error=saved.status == Trial.ERROR)
+
+    def take_ended(self, trials: Sequence[Trial]) -> None:
+        """Take the results of those trials that have ended without our having been told."""
+        for trial in trials:
+            if trial.trial_id in self._jobs and trial.status in (Trial.TERMINATED, Trial.ERROR):
+                self.on_trial_complete(trial.trial_id, trial.last_result, error=trial.status == Trial.ERROR)
 
     def _load(self, checkpoint_path: str) -> None:
         self.set_state(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
@@ -307,6 +326,28 @@ class HpBandSterSearch(Searcher):
             runs = [run for run in runs if run.budget == longest]
         largest = self._budgets[-1]
         return [(configs[run.config_id], min(run.budget, largest), run.loss) for run in runs]
+
+
+class EndedTrials(Callback):
+    """Tells a search of trials that Ray has ended without telling it.
+
+    It holds the search's key and not the search, since Ray restores searchers and callbacks as separate copies.
+
+    Args:
+        key: of the search.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called by Ray before it asks for further trials."""
+        search = _SEARCHES.get(self.key)
+        if search is not None:
+            search.take_ended(trials)
+
+
+_SEARCHES: WeakValueDictionary[str, HpBandSterSearch] = WeakValueDictionary()
 
 
 class StopAtBudget(Stopper):
