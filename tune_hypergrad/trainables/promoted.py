@@ -59,6 +59,11 @@ class ContinuesPromoted(tune.Trainable):
         shorter = config.get(PROMOTED_FROM)
         if shorter is None:
             return
+        if f"_{self.trial_id}_" not in self._storage.trial_dir_name:
+            raise InputError(
+                f"the folder {self._storage.trial_dir_name} is not named after its trial {self.trial_id}, so trial "
+                f"{shorter}'s cannot be found either: leave trial_dirname_creator unset"
+            )
         checkpoint = _last_checkpoint(self._storage, shorter)
         if checkpoint is None:
             _logger.warning("trial %s has no checkpoint to continue: training from scratch", shorter)
@@ -89,10 +94,7 @@ def _last_checkpoint(storage: Any, trial_id: str) -> tune.Checkpoint | None:
         found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
         return [info.path for info in found if info.type == FileType.Directory and part in info.base_name]
 
+    # A trial without a checkpoint may have no folder there yet: Ray brings its log files when it likes.
     trials = folders(experiment, f"_{trial_id}_")
-    if not trials:
-        raise InputError(
-            f"no folder in {experiment} is named after trial {trial_id}: leave trial_dirname_creator unset"
-        )
     checkpoints = [checkpoint for trial in trials for checkpoint in folders(trial, "checkpoint_")]
     return tune.Checkpoint(max(checkpoints), filesystem=filesystem) if checkpoints else None
