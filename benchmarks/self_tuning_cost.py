@@ -1,9 +1,10 @@
-"""What a self-tuning network's training step costs, as a ratio to a plain step of the same network.
+"""What a self-tuning network's training and validation steps cost, as ratios to a plain step of the same network.
 
-python benchmarks/self_tuning_cost.py [--repetitions 30]
+python benchmarks/self_tuning_cost.py [--repetitions 30] [--network mlp]
 
-An MLP (784-1200-1200-10) on random data, batch 128, SGD with momentum, 6 hyperparameters with a perturbation for every
-example. Process time on one CPU thread, contenders taking turns in one process: median (range) over the turns.
+An MLP (784-1200-1200-10) or a CNN (SimpleCNN at a quarter of its width) on random data, batch 128, SGD with momentum, 6
+hyperparameters with a perturbation for every example. Process time on one CPU thread, contenders taking turns in one
+process: median (range) over the turns.
 """
 
 from __future__ import annotations
@@ -13,25 +14,38 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tune_hypergrad.stn import VARIANTS, TunedHyperparameter, TunedHyperparameters, self_tuning, training_gradients
+from tune_hypergrad.objective import Objective
+from tune_hypergrad.problems.networks import simple_cnn
+from tune_hypergrad.stn import (
+    VARIANTS,
+    TunedHyperparameter,
+    TunedHyperparameters,
+    self_tuning,
+    training_gradients,
+    validation_gradients,
+)
 
 BATCH = 128
 HYPERPARAMETERS = 6
 
 
 def mlp() -> nn.Module:
-    """The network."""
-    return nn.Sequential(nn.Linear(784, 1200), nn.ReLU(), nn.Linear(1200, 1200), nn.ReLU(), nn.Linear(1200, 10))
+    """784-1200-1200-10."""
+    hidden = [nn.Linear(784, 1200), nn.ReLU(), nn.Linear(1200, 1200), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(1200, 10))
 
 
-def plain_step(batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "cnn": partial(simple_cnn, width=0.25)}
+
+
+def plain_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     """A training step without hyperparameters."""
-    model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def step() -> None:
@@ -42,10 +56,34 @@ def plain_step(batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     return step
 
 
-def self_tuning_step(variant: str, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """A training step of general weights and responses."""
-    network = self_tuning(mlp(), HYPERPARAMETERS)
-    tuned = TunedHyperparameters([TunedHyperparameter(str(index), 0, 1) for index in range(HYPERPARAMETERS)])
+def validation_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """A step of hyperparameters and scales."""
+    network = self_tuning(model, HYPERPARAMETERS).eval()
+    tuned = some_hyperparameters()
+    optimizer = torch.optim.RMSprop([tuned.unconstrained, tuned.log_scales], lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        perturbations = tuned.perturbations(BATCH, generator)
+        _, *gradients = validation_gradients(
+            network, tuned, VARIANTS["delta-stn"], F.cross_entropy, batch, perturbations, entropy_weight=1e-3
+        )
+        tuned.unconstrained.grad, tuned.log_scales.grad = gradients
+        optimizer.step()
+
+    return step
+
+
+def some_hyperparameters() -> TunedHyperparameters:
+    """Hyperparameters that nothing uses."""
+    return TunedHyperparameters([TunedHyperparameter(str(index), 0, 1) for index in range(HYPERPARAMETERS)])
+
+
+def training_step(variant: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """A step of general weights and responses."""
+    objective = Objective(lambda output, target, weights, values: F.cross_entropy(output, target), (), model)
+    network = self_tuning(model, HYPERPARAMETERS)
+    tuned = some_hyperparameters()
     parameters = {**network.general_parameters(), **network.response_parameters()}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +93,7 @@ def self_tuning_step(variant: str, batch: tuple[Tensor, Tensor]) -> Callable[[],
             network,
             tuned,
             VARIANTS[variant],
-            lambda output, target, weights, values: F.cross_entropy(output, target),
+            objective,
             batch,
             tuned.perturbations(BATCH, generator),
         ):
@@ -70,13 +108,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=30)
-    repetitions = parser.parse_args().repetitions
+    parser.add_argument("--network", choices=NETWORKS, default="mlp")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    batch = torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
-    contenders = {"plain": plain_step(batch), **{name: self_tuning_step(name, batch) for name in VARIANTS}}
+    make = NETWORKS[options.network]
+    batch = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+    contenders = {
+        "plain": plain_step(make(), batch),
+        **{name: training_step(name, make(), batch) for name in VARIANTS},
+        "validation": validation_step(make(), batch),
+    }
     seconds = defaultdict(list)
-    for _ in range(repetitions):
+    for _ in range(options.repetitions):
         for name, step in contenders.items():
             begun = time.process_time()
             step()

@@ -67,7 +67,7 @@ def own_argv(monkeypatch):
 
 def test_problems_and_methods_are_listed(capsys):
     status, out, _ = outcome(capsys, "problems")
-    assert status == 0 and "digits_mlp" in out and "cifar10" in out
+    assert status == 0 and all(name in out for name in ("digits_mlp", "cifar10", "text"))
     status, out, _ = outcome(capsys, "methods")
     assert status == 0 and all(name in out for name in ("fds", "hd", "rs"))
 

@@ -30,6 +30,8 @@ from tune_hypergrad.problems.storage import DATA_ENV, Storage
 from tune_hypergrad.problems.svhn import read_svhn
 
 GENERATOR = np.random.default_rng(0)
+IMAGE_ENTRIES = [entry for entry in problems.table() if isinstance(entry, registry.ImageEntry)]
+IMAGE_PROBLEMS = [entry.name for entry in IMAGE_ENTRIES]
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -79,9 +81,12 @@ def write_svhn(path: Path, count: int = 40, **changes: Any) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registry expects the sizes of the files made here."""
     sizes = {"mnist": (100, 20, 20), "fashion_mnist": (100, 20, 20), "svhn": (30, 10, 20), "cifar10": (80, 20, 20)}
-    for name, (train, val, test) in sizes.items():
-        entry = replace(registry._ENTRIES[name], train=train, val=val, test=test, batch_size=8)
-        monkeypatch.setitem(registry._ENTRIES, name, entry)
+    for entry in IMAGE_ENTRIES:
+        data = next((data for data in sizes if entry.name.startswith(data)), None)
+        if data is not None:
+            train, val, test = sizes[data]
+            small_entry = replace(entry, train=train, val=val, test=test, batch_size=8)
+            monkeypatch.setitem(registry._ENTRIES, entry.name, small_entry)
 
 
 def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
@@ -294,7 +299,7 @@ def test_data_directory_is_argument_then_environment_then_cache(
     assert Storage().root == Path(pooch.os_cache("tune_hypergrad"))
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "svhn", "cifar10"])
+@pytest.mark.parametrize("name", [name for name in IMAGE_PROBLEMS if not name.startswith("digits")])
 def test_missing_files_are_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError) as error:
         problems.get(name, data_dir=tmp_path)
@@ -369,8 +374,13 @@ def test_get_leaves_the_global_generators_alone() -> None:
 # registry
 
 
-@pytest.mark.parametrize("entry", problems.table(), ids=problems.names())
-def test_network_has_the_weights_of_the_table(entry: problems.Entry) -> None:
+def test_the_default_problem_is_first_and_the_older_ones_follow() -> None:
+    assert problems.names()[:6] == ("digits", "digits_mlp", "mnist", "fashion_mnist", "svhn", "cifar10")
+    assert set(problems.names()) == {*IMAGE_PROBLEMS, "text"}
+
+
+@pytest.mark.parametrize("entry", IMAGE_ENTRIES, ids=IMAGE_PROBLEMS)
+def test_network_has_the_weights_of_the_table(entry: registry.ImageEntry) -> None:
     model = entry.make_model()
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert entry.model.endswith(f" {weights:,} weights")
@@ -383,8 +393,16 @@ def test_published_weight_counts() -> None:
     assert counts["cifar10"] == "WRN-16-1, 175,066 weights"
 
 
+def test_published_splits() -> None:
+    sizes = {entry.name: (entry.train, entry.val, entry.test) for entry in problems.table()}
+    assert sizes["mnist_mlp"] == (55_000, 5_000, 10_000)
+    assert sizes["fashion_mnist_cnn"] == (51_000, 9_000, 10_000)
+    for name in ("cifar10_alexnet", "cifar10_vgg16", "cifar10_resnet18"):
+        assert sizes[name] == (40_000, 10_000, 10_000)
+
+
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", problems.names())
+@pytest.mark.parametrize("name", IMAGE_PROBLEMS)
 def test_problem_is_whole(tmp_path: Path, name: str) -> None:
     write_mnist(tmp_path, suffix="")
     write_mnist(tmp_path, folder="FashionMNIST")
@@ -401,6 +419,20 @@ def test_problem_is_whole(tmp_path: Path, name: str) -> None:
     assert rows(copy.val) == rows(problem.val)
     assert rows(copy.train)[0] == rows(problem.train)[0]
     assert problem.train.tensors[0].dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_text_problem_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("a line of words\n" * 400)
+    problem = problems.get("text", data_dir=file, batch_size=4)
+    problem.check()
+    assert problem.name == "text"
+    assert problem.batch_size == 4
+    assert problem.model_hyperparameters == ()
+    assert rows(pickle.loads(pickle.dumps(problem)).train) == rows(problem.train)
+    with pytest.raises(InputError, match="--data-dir") as error:
+        problems.get("text", data_dir=tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in one_line(error)
 
 
 def test_inputs_are_normalised() -> None:

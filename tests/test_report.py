@@ -11,7 +11,8 @@ from tiny_problem import tiny_problem
 
 from tune_hypergrad import Budget, InputError, Schedule
 from tune_hypergrad.experiment import RESULTS_FILE, Recorder, best_row, incumbents, read_results, schedule_of
-from tune_hypergrad.methods import METHODS, Task, default_space, get_method
+from tune_hypergrad.methods import METHODS, Task, get_method, optimizer_space, regularisation_space
+from tune_hypergrad.regularisers import L1, InputNoise, Mixup
 from tune_hypergrad.report import plot_regret, plot_schedules, regret, summary_table, yardstick
 
 NAN, INF = float("nan"), float("inf")
@@ -142,7 +143,10 @@ def test_a_folder_without_results_is_refused(tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_every_method_makes_a_trainable_and_a_searcher(name, optimizer):
-    task = Task(tiny_problem(), default_space(optimizer, 3), steps=6, optimizer=optimizer)
+    problem = tiny_problem().replace(regularisers=[L1(), InputNoise(), Mixup(3)])
+    space = {**optimizer_space(optimizer, 3), **regularisation_space(problem)}
+    task = Task(problem, space, steps=6, optimizer=optimizer)
+    assert ("mixup" in get_method(name).tunable(task)) == (name not in ("fds", "hd"))
     trainable, searcher = get_method(name).make(task)
     config = searcher.suggest("a")
     trial = trainable(config=config)

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
         RandomSearch,
         hpbandster_result,
     )
-    from tune_hypergrad.trainables import FDS, HD, FixedSchedule, InnerRun, continuing
+    from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun, continuing
 
 _NEEDS_RAY = {
     "BOHBSearch": "searchers",
     "BOSearch": "searchers",
+    "CenteredSTN": "trainables",
+    "DeltaSTN": "trainables",
     "FDS": "trainables",
     "HD": "trainables",
     "FixedSchedule": "trainables",
@@ -36,6 +38,7 @@ _NEEDS_RAY = {
     "HypergradientSearch": "searchers",
     "InnerRun": "trainables",
     "RandomSearch": "searchers",
+    "STN": "trainables",
     "continuing": "trainables",
     "hpbandster_result": "searchers",
 }
@@ -43,10 +46,13 @@ _NEEDS_RAY = {
 __all__ = [
     "FDS",
     "HD",
+    "STN",
     "BOHBSearch",
     "BOSearch",
     "Budget",
+    "CenteredSTN",
     "Cost",
+    "DeltaSTN",
     "FixedSchedule",
     "HyperBandSearch",
     "HypergradientResult",

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
     from tune_hypergrad.budget import Budget
     from tune_hypergrad.problem import Problem
+
+
+class Tuned(str, Enum):
+    """What a search space has."""
+
+    OPTIMIZER = "optimizer"
+    REGULARISATION = "regularisation"
+    ALL = "all"
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -53,6 +63,14 @@ def run(
     max_budget: Annotated[
         float | None, typer.Option(help="Epochs of the longest runs of rs, bo, hb and bohb. [default: epochs]")
     ] = None,
+    stn_epochs: Annotated[
+        float | None,
+        typer.Option(help="Length of a training run of stn, centered-stn and delta-stn. [default: 10 x epochs]"),
+    ] = None,
+    tune: Annotated[
+        Tuned | None,
+        typer.Option(help="What the search space has. [default: all for stn methods, else optimizer]"),
+    ] = None,
     eta: Annotated[float, typer.Option(help="hb and bohb let one in eta configurations train eta times longer.")] = 3,
     cpus: Annotated[float, typer.Option(help="CPUs per trial.", min=0.1)] = 1.0,
     gpus: Annotated[float, typer.Option(help="GPUs per trial; fractions share one.", min=0.0)] = 0.0,
@@ -77,17 +95,39 @@ def run(
         raise InputError(f"{out} is not empty: choose another folder with --out, or remove it")
 
     from tune_hypergrad.experiment import Interrupted, Resources, ray_session, read_results, run_method
-    from tune_hypergrad.methods import Task, default_space, get_method
+    from tune_hypergrad.methods import Task, customary, get_method, optimizer_space, regularisation_space
     from tune_hypergrad.progress import ProgressBar
 
-    task = Task(task_problem, default_space(optimizer, windows), steps, optimizer, seed, min_budget, max_budget, eta)
+    chosen_methods = [get_method(name) for name in dict.fromkeys(method)]
+    if tune is None:
+        tune = Tuned.ALL if any(chosen.tunes_regularisation for chosen in chosen_methods) else Tuned.OPTIMIZER
+    space = {} if tune is Tuned.REGULARISATION else optimizer_space(optimizer, windows)
+    space |= {} if tune is Tuned.OPTIMIZER else regularisation_space(task_problem)
+    task = Task(
+        task_problem,
+        space,
+        steps,
+        optimizer,
+        seed,
+        min_budget,
+        max_budget,
+        eta,
+        fixed=customary(optimizer) if tune is Tuned.REGULARISATION else {},
+        self_tuning_epochs=stn_epochs,
+    )
     # made before Ray starts: what cannot work is found out before any trial
-    ready = [(chosen, *chosen.make(task)) for chosen in map(get_method, dict.fromkeys(method))]
+    ready = [(chosen, *chosen.make(task)) for chosen in chosen_methods]
     out.mkdir(parents=True, exist_ok=True)
     settings = {"problem": problem, "steps": steps, "budget": [limit.amount, limit.unit], "seed": seed}
-    settings |= {"min_budget": min_budget, "max_budget": max_budget, "eta": eta}
+    settings |= {"min_budget": min_budget, "max_budget": max_budget, "eta": eta, "tune": tune.value}
     (out / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
     console.print(f"{problem}: runs of {steps} inner steps; each method may spend {limit.amount:,.0f} {limit.unit}")
+    console.print(f"to tune: {', '.join(space)}", soft_wrap=True, highlight=False)
+    for chosen in chosen_methods:
+        left = [name for name in space if name not in chosen.tunable(task)]
+        if left:
+            told = f"{chosen.name} cannot tune {', '.join(left)}: left at their defaults"
+            console.print(told, soft_wrap=True, highlight=False)
     with ray_session(address):
         for chosen, trainable, searcher in ready:
             try:
@@ -135,7 +175,8 @@ def problems() -> None:
     for heading in ("problem", "model", "train", "val", "test", "batch", "data"):
         shown.add_column(heading, justify="right" if heading in ("train", "val", "test", "batch") else "left")
     for entry in table():
-        sizes = (f"{size:,}" for size in (entry.train, entry.val, entry.test, entry.batch_size))
+        parts = (entry.train, entry.val, entry.test, entry.batch_size)
+        sizes = ("-" if size is None else f"{size:,}" for size in parts)
         shown.add_row(entry.name, entry.model, *sizes, entry.description)
     console.print(shown)
 
@@ -177,6 +218,7 @@ def write_report(
     """Write `results.csv`, every method's `schedule.json` and the pictures into `folder`; print the table."""
     from tune_hypergrad.experiment import best_row, found_schedule, within
     from tune_hypergrad.report import plot_regret, plot_schedules, summary_table
+    from tune_hypergrad.schedules import Schedule
 
     results.to_csv(folder / "results.csv", index=False)
     results = within(results, limit)
@@ -188,7 +230,9 @@ def write_report(
             schedules[method].save(folder / method / "schedule.json")
     console.print(summary_table(results, limit))
     for method, found in schedules.items():
-        shown = str(found) if max(map(len, found.values.values())) <= 20 else "a value for every inner step"
+        windows = max(map(len, found.values.values()))
+        at_the_end = Schedule({name: (v,) for name, v in found.at_step(windows - 1, windows).items()})
+        shown = str(found) if windows <= 20 else f"a value for every inner step, at the end {at_the_end}"
         console.print(f"{method} found {shown}", soft_wrap=True, highlight=False)
     if schedules:
         plot_regret(results, unit or limit.unit, reference).savefig(folder / "regret.png", dpi=150)

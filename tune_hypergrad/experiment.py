@@ -31,7 +31,7 @@ RESULTS_FILE = "results.jsonl"
 # Ray's own tables would tear our progress bars, and it warns of snapshots that short trials need
 _QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
 
-_RECORDED = ("val_", "test_", "best_", "cost/", "schedule/", "outer_step", "setbacks")
+_RECORDED = ("val_", "test_", "best_", "cost/", "schedule/", "scale/", "outer_step", "setbacks")
 _BUDGET = "budget"  # in a trial's config: the length of its training run in epochs
 
 

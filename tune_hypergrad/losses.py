@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
+Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
+
+def per_example(*names: str) -> Callable[[Loss], Loss]:
+    """Decorator of a train loss: these of its hyperparameters may have a value for each example, shape [b]."""
+
+    def mark(loss: Loss) -> Loss:
+        loss.per_example = names  # type: ignore[attr-defined]
+        return loss
+
+    return mark
+
+
+@per_example("label_smoothing")
 def smoothed_cross_entropy(output: Tensor, target: Tensor, *, label_smoothing: float | Tensor = 0.0) -> Tensor:
     """Cross entropy against targets mixed with the uniform distribution, a mean over the batch.
 
@@ -14,14 +30,17 @@ def smoothed_cross_entropy(output: Tensor, target: Tensor, *, label_smoothing: f
 
     Args:
         output: logits, floating, shape [b, classes].
-        target: class indices, int64, shape [b].
+        target: class indices, int64, shape [b], or probabilities, floating, shape [b, classes].
         label_smoothing: share of the uniform distribution in [0, 1]: a number, a tensor of shape [], or one of
             shape [b] with a value per example.
 
     Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
     """
     log_probabilities = F.log_softmax(output, dim=1)
-    hard = F.nll_loss(log_probabilities, target, reduction="none")
+    if target.is_floating_point():
+        hard = -(target * log_probabilities).sum(dim=1)
+    else:
+        hard = F.nll_loss(log_probabilities, target, reduction="none")
     uniform = -log_probabilities.mean(dim=1)
     return ((1 - label_smoothing) * hard + label_smoothing * uniform).mean()
 

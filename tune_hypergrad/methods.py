@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray import tune
@@ -12,9 +12,10 @@ from ray.tune.search import Searcher
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, get_optimizer
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.regularisers import Strength
 from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
 from tune_hypergrad.space import gradient_ranges, schedule
-from tune_hypergrad.trainables import FDS, HD, FixedSchedule
+from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,29 @@ class Task:
     """Epochs in the longest training run of black-box methods; None is `steps`."""
     eta: float = 3
     """One in eta configurations is promoted to eta times the epochs."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Hyperparameters held, by every method."""
+    self_tuning_epochs: float | None = None
+    """Epochs in the training run of a self-tuning network; None is ten times `steps`."""
+
+    @property
+    def self_tuning_steps(self) -> int:
+        """Inner steps in the training run of a self-tuning network.
+
+        Raises:
+            InputError: they are less than one.
+        """
+        if self.self_tuning_epochs is None:
+            return 10 * self.steps
+        steps = round(self.self_tuning_epochs * self.problem.steps_per_epoch)
+        if steps < 1:
+            raise InputError(f"self_tuning_epochs is {self.self_tuning_epochs:g}, less than one inner step: raise it")
+        return steps
+
+    def part(self, of_training_loss: bool) -> dict[str, Any]:
+        """The space's hyperparameters that are the training loss's and its regularisers', or those that are not."""
+        of_loss = self.problem.loss_hyperparameters
+        return {name: value for name, value in self.space.items() if (name in of_loss) == of_training_loss}
 
     @property
     def longest(self) -> float:
@@ -88,14 +112,17 @@ class Method:
     """Its trainable and its searcher for a task."""
     concurrent: int | None = None
     """Trials it can run at once; None is no limit."""
+    tunes_regularisation: bool = False
+    """Whether it tunes the training loss and its regularisers within a training run."""
+    tunable: Callable[[Task], Mapping[str, Any]] = field(default=lambda task: task.space)
+    """The part of a task's space that it can tune."""
 
 
 def _black_box(make: Callable[[Task], Searcher]) -> Callable[[Task], tuple[type[tune.Trainable], Searcher]]:
     """A searcher's trials train plainly, from scratch to their budget, and are judged by the last validation loss."""
 
     def of_task(task: Task) -> tuple[type[tune.Trainable], Searcher]:
-        settings = {"steps": task.steps, "optimizer": task.optimizer, "seed": task.seed}
-        return FixedSchedule.from_problem(task.problem, **settings, reports=1), make(task)
+        return FixedSchedule.from_problem(task.problem, **_common(task), reports=1), make(task)
 
     return of_task
 
@@ -116,17 +143,48 @@ def _bohb(task: Task) -> Searcher:
     return BOHBSearch(task.space, "val_loss", "min", task.shortest, task.longest, task.eta, task.seed)
 
 
+def _common(task: Task) -> dict[str, Any]:
+    return {"steps": task.steps, "optimizer": task.optimizer, "seed": task.seed, "fixed": task.fixed}
+
+
 def _fds(task: Task) -> tuple[type[tune.Trainable], Searcher]:
-    common = {"steps": task.steps, "optimizer": task.optimizer, "seed": task.seed}
-    return FDS.from_problem(task.problem, space=task.space, **common, reports=4), _restarts(task)
+    task = replace(task, space=_derivable(task))
+    return FDS.from_problem(task.problem, space=task.space, **_common(task), reports=4), _restarts(task)
 
 
 def _hypergradient_descent(task: Task) -> tuple[type[tune.Trainable], Searcher]:
-    space = {name: _one_window(value) for name, value in task.space.items()}
-    trainable = HD.from_problem(
-        task.problem, space=space, steps=task.steps, optimizer=task.optimizer, seed=task.seed, reports=1
-    )
-    return trainable, _restarts(replace(task, space=space))
+    task = replace(task, space={name: _one_window(value) for name, value in _derivable(task).items()})
+    return HD.from_problem(task.problem, space=task.space, **_common(task), reports=1), _restarts(task)
+
+
+def _derivable(task: Task) -> dict[str, Any]:
+    """The space without what a training loss has no derivative by, such as dropout's rate."""
+    without = task.problem.underivable_hyperparameters
+    return {name: value for name, value in task.space.items() if name not in without}
+
+
+def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], tuple[type[tune.Trainable], Searcher]]:
+    """Regularisation is tuned inside the training run, the optimizer outside, from run to run."""
+
+    def of_task(task: Task) -> tuple[type[tune.Trainable], Searcher]:
+        inside = task.part(of_training_loss=True)
+        if not inside:
+            raise InputError(
+                f"a self-tuning network has nothing to tune in {', '.join(task.space)}: the search space needs a "
+                "hyperparameter of the problem's regularisers or train loss"
+            )
+        outside = {name: _one_window(value) for name, value in task.part(of_training_loss=False).items()}
+        epochs = task.self_tuning_steps / task.problem.steps_per_epoch
+        settings = {**_common(task), "steps": task.self_tuning_steps, "warm_up": min(5, epochs / 20)}
+        made = trainable.from_problem(task.problem, space=inside, **settings)
+        # a run is a search of its own: the optimizer's hyperparameters begin at customary values
+        first = {name: value for name, value in customary(task.optimizer).items() if name in outside}
+        space = outside or {"seed": tune.randint(0, 2**31)}
+        return made, RandomSearch(
+            space, "val_loss", "min", seed=task.seed, points_to_evaluate=[first or {"seed": task.seed}]
+        )
+
+    return of_task
 
 
 def _restarts(task: Task) -> Searcher:
@@ -153,17 +211,40 @@ METHODS: dict[str, Method] = {
             "forward-mode differentiation with sharing: descend by exact hypergradients of whole runs",
             _fds,
             1,
+            tunable=_derivable,
         ),
         Method(
             "hd",
             "hypergradient descent: hyperparameters move at every inner step, greedily",
             _hypergradient_descent,
             1,
+            tunable=_derivable,
         ),
         Method("rs", "random search: independent draws, each trained in full", _black_box(_random_search)),
         Method("bo", "Bayesian optimisation: BOHB's model, each configuration trained in full", _black_box(_bo)),
         Method("hb", "Hyperband: random draws, of which the best train longer", _black_box(_hyperband)),
         Method("bohb", "BOHB: Hyperband with draws from a model of the results so far", _black_box(_bohb)),
+        Method(
+            "stn",
+            "self-tuning network: regularisation is tuned while the weights train",
+            _self_tuning(STN),
+            1,
+            tunes_regularisation=True,
+        ),
+        Method(
+            "centered-stn",
+            "STN whose responses are centred, Delta-STN's ablation",
+            _self_tuning(CenteredSTN),
+            1,
+            tunes_regularisation=True,
+        ),
+        Method(
+            "delta-stn",
+            "Delta-STN: a self-tuning network with linearised responses",
+            _self_tuning(DeltaSTN),
+            1,
+            tunes_regularisation=True,
+        ),
     )
 }
 
@@ -181,9 +262,37 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def default_space(optimizer: str, windows: int) -> dict[str, Any]:
+def customary(optimizer: str) -> dict[str, float]:
+    """Values of an inner optimizer's hyperparameters to begin with where nothing is known of a problem."""
+    values = {"lr": 0.1 if optimizer in ("sgd", "nesterov") else 0.003, "momentum": 0.9, "weight_decay": 0.0}
+    return {name: value for name, value in values.items() if name in get_optimizer(optimizer).hyperparameters}
+
+
+def optimizer_space(optimizer: str, windows: int) -> dict[str, Any]:
     """A space for the inner optimizer: a learning-rate schedule, and momentum and weight decay where it has them."""
     known = get_optimizer(optimizer).hyperparameters
     largest = {"lr": 1.0 if optimizer in ("sgd", "nesterov") else 0.03, "momentum": 0.99, "weight_decay": 0.01}
     domains = {name: tune.uniform(0, upper) for name, upper in largest.items() if name in known}
     return {**domains, "lr": schedule(domains["lr"], windows)}
+
+
+def regularisation_space(problem: Problem) -> dict[str, Any]:
+    """A space for the strengths of a problem's regularisers, each over its usual range.
+
+    Raises:
+        InputError: the problem has none.
+    """
+    strengths = problem.regulariser_hyperparameters
+    if not strengths:
+        raise InputError(
+            f"{problem.name} has no regularisers to tune: give its Problem some, such as "
+            "regularisers=[Dropout(), WeightDecay()]"
+        )
+    return {name: _domain(strength) for name, strength in strengths.items()}
+
+
+def _domain(strength: Strength) -> Any:
+    lower, upper = strength.usual
+    if strength.whole:
+        return tune.randint(int(lower), int(upper) + 1)
+    return tune.loguniform(lower, upper) if strength.log else tune.uniform(lower, upper)

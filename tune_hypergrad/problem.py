@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isnan, nan
@@ -16,7 +17,9 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.objective import Objective, Parameters, strengths
 from tune_hypergrad.randomness import preserved_generators, seed_everything
+from tune_hypergrad.regularisers import Regulariser, Strength
 
 Source = Dataset[Any] | tuple[Tensor, ...] | Split
 
@@ -50,6 +53,9 @@ class Problem:
     """`train_loss(output, target, *, name=default, ...)`: its keyword-only arguments are tunable hyperparameters, save
     those whose default is no number. One called `params` receives the model's named parameters."""
 
+    regularisers: Sequence[Regulariser] = ()
+    """What can regularise training; each acts where its hyperparameters have values, tuned or fixed."""
+
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor | float]] = field(default_factory=dict)
     """`metric(output, target)`, each a mean over the batch, reported as `val_<name>` and `test_<name>`."""
 
@@ -74,6 +80,7 @@ class Problem:
             size = getattr(self, which)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise InputError(f"{which} is {size!r}: it must be a whole number of at least 1")
+        self._check_regularisers()
         if self.batch_size > len(self.train):
             raise InputError(
                 f"batch_size {self.batch_size} is above the training split's {len(self.train)} examples: "
@@ -86,15 +93,41 @@ class Problem:
         return len(self.train) // self.batch_size  # type: ignore[arg-type]
 
     def compute_train_loss(
-        self, output: Tensor, target: Tensor, params: Mapping[str, Tensor], hyperparameters: Mapping[str, Any]
+        self, output: Tensor, target: Tensor, params: Parameters, hyperparameters: Mapping[str, Any]
     ) -> Tensor:
         """Training loss of one batch (0-dim), given those of `hyperparameters` that `train_loss` takes."""
         if self.train_loss is None:
             return self.loss(output, target)
         values = {name: value for name, value in hyperparameters.items() if name in self.train_loss_hyperparameters}
         if self._train_loss_takes_params:
-            values["params"] = params
+            values["params"] = params()
         return self.train_loss(output, target, **values)
+
+    def objective(self, model: nn.Module) -> Objective:
+        """The training loss with the regularisers attached to `model`, once."""
+        return Objective(self.compute_train_loss, self.regularisers, model)
+
+    @cached_property
+    def regulariser_hyperparameters(self) -> dict[str, Strength]:
+        """Hyperparameters that the regularisers take, with what they can be."""
+        return strengths(self.regularisers)
+
+    @property
+    def loss_hyperparameters(self) -> set[str]:
+        """Hyperparameters of the training loss: `train_loss`'s and the regularisers'."""
+        return {*self.train_loss_hyperparameters, *self.regulariser_hyperparameters}
+
+    @property
+    def per_minibatch_hyperparameters(self) -> tuple[str, ...]:
+        """Those of `train_loss` and the regularisers that cannot have a value for each example of a batch."""
+        of_loss = set(self.train_loss_hyperparameters) - set(getattr(self.train_loss, "per_example", ()))
+        of_regularisers = {name for r in self.regularisers if not r.per_example for name in r.hyperparameters}
+        return tuple(sorted(of_loss | of_regularisers))
+
+    @property
+    def underivable_hyperparameters(self) -> tuple[str, ...]:
+        """Those of the regularisers that the training loss cannot be differentiated by."""
+        return tuple(sorted({name for r in self.regularisers if not r.differentiable for name in r.hyperparameters}))
 
     @cached_property
     def train_loss_hyperparameters(self) -> dict[str, float]:
@@ -146,6 +179,7 @@ class Problem:
             for split in (self.train, self.val, self.test):
                 if split is not None:
                     self._check_split(model, split, reference)  # type: ignore[arg-type]
+            self._check_regularised_step(model, reference)
 
     def _check_split(self, model: nn.Module, split: Split, reference: Tensor) -> None:
         size = min(len(split), self.batch_size if split is self.train else self.eval_batch_size)
@@ -162,17 +196,49 @@ class Problem:
             raise InputError(
                 f"loss on a {split.name} batch is {float(loss)} for the untrained model: check data and loss"
             )
-        if split is self.train:
-            self._check_train_loss(output, batch[-1], model)
         for name, metric in self.metrics.items():
             _attempt(f"metric {name!r} on a {split.name} batch", lambda m=metric: float(m(output.detach(), target)))
 
-    def _check_train_loss(self, output: Tensor, target: Any, model: nn.Module) -> None:
-        defaults = {name: 0.0 if isnan(value) else value for name, value in self.train_loss_hyperparameters.items()}
-        named = dict(model.named_parameters())
-        loss = _attempt("train_loss on a train batch", self.compute_train_loss, output, target, named, defaults)
+    def _check_regularised_step(self, model: nn.Module, reference: Tensor) -> None:
+        """One training prediction and its loss, with every regulariser at work."""
+        model = copy.deepcopy(model).train()
+        objective = _attempt("attaching the regularisers", self.objective, model)
+        values = {name: 0.0 if isnan(value) else value for name, value in self.train_loss_hyperparameters.items()}
+        values |= {name: strength.neutral for name, strength in self.regulariser_hyperparameters.items()}
+        split: Split = self.train  # type: ignore[assignment]
+        batch = _attempt("reading train data", split.batch, slice(0, self.batch_size))
+        batch = cast_batch(batch, reference.device, reference.dtype)
+        *inputs, target = _attempt("a regulariser on a train batch", objective.transform, batch, values)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in inputs)
+        prediction = _attempt(
+            f"the model's forward on a train batch of shape {shapes}",
+            objective.predict,
+            lambda factors: model(*inputs),
+            named,
+            values,
+        )
+        loss = _attempt("train_loss on a train batch", objective.loss, prediction, target, lambda: named, values)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             raise InputError("train_loss must give a scalar tensor: the mean over the batch")
+
+    def _check_regularisers(self) -> None:
+        if not isinstance(self.regularisers, Sequence):
+            raise InputError(f"regularisers is {self.regularisers!r}: give a list of them")
+        for regulariser in self.regularisers:
+            if not isinstance(regulariser, Regulariser):
+                raise InputError(
+                    f"regularisers has {regulariser!r}: give instances of the classes in tune_hypergrad.regularisers"
+                )
+        for name in self.regulariser_hyperparameters:
+            if name in self.train_loss_hyperparameters:
+                raise InputError(
+                    f"{name!r} is a hyperparameter of both the train loss and a regulariser: rename the regulariser's"
+                )
+            if name in self.model_hyperparameters:
+                raise InputError(
+                    f"{name!r} is an argument of the model factory and a regulariser's hyperparameter: rename one"
+                )
 
     def replace(self, **changes: Any) -> Problem:
         """This problem with some fields replaced, such as `batch_size=64`."""

@@ -92,18 +92,24 @@ def plot_schedules(schedules: Mapping[str, Schedule]) -> Figure:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for schedule in schedules.values() for name in schedule.values))
-    figure = Figure(figsize=(3.2 * len(names) + 1, 3.0), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 * columns + 1, 2.7 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    handles = {}
+    for axes, name in zip(panels, names, strict=False):
         for position, (method, schedule) in enumerate(sorted(schedules.items())):
             if name in schedule.values:
                 values = schedule.values[name]
                 edges = [window / len(values) for window in range(len(values) + 1)]
-                axes.stairs(values, edges, baseline=None, label=method, color=f"C{position}", linewidth=1.8)
+                handles[method] = axes.stairs(values, edges, baseline=None, color=f"C{position}", linewidth=1.8)
         axes.set(title=name, xlabel="training progress", xlim=(0, 1))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    for axes in panels[len(names) :]:
+        axes.remove()
+    methods = sorted(handles)
+    figure.legend([handles[method] for method in methods], methods, loc="outside right center", frameon=False)
     return figure
 
 

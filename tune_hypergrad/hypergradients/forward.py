@@ -75,7 +75,7 @@ class ForwardRun(HypergradientRun):
         h = loop.scalars(self.hyperparameters, step)
         dh = self._selection(step)
         dparams, dslots = self.tangent_params[used], tuple(slot[used] for slot in self.tangent_slots)
-        reads_loss = any(name in loop.problem.train_loss_hyperparameters for name in h)
+        reads_loss = any(name in loop.problem.loss_hyperparameters for name in h)
         if fresh_segment and not reads_loss:  # Z = 0, so no Hessian product
             gradient, buffers = loop.gradient(self.state, h, step)
             dgradient = torch.zeros_like(dparams)
@@ -115,7 +115,7 @@ class ForwardRun(HypergradientRun):
     ) -> tuple[Tensor, Tensor, Buffers]:
         """Training gradient [P], its tangents [k, P] along `dparams` [k, P] and `dh` (each [k]), and the buffers."""
         loop, state, batch = self.loop, self.state, self.loop.batch(step)
-        of_loss = [name for name in h if name in loop.problem.train_loss_hyperparameters]
+        of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
 
         def gradient_of(params: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, Buffers]:
             def loss(params: Tensor) -> tuple[Tensor, Buffers]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isnan
+from math import isfinite, isnan
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ Hyperparameters = dict[str, Tensor]
 Buffers = dict[str, Tensor]
 
 # What a draw is for; one stream each, so that none depends on how often another is used.
-_INITIALISATION, _ORDER, _AUGMENTATION, _MODEL, _VALIDATION = range(5)
+_INITIALISATION, _ORDER, _AUGMENTATION, _MODEL, _VALIDATION, _VALIDATION_ORDER = range(6)
 
 
 class State(NamedTuple):
@@ -78,6 +78,23 @@ class TrainingSettings:
             )
 
 
+def check_strength(problem: Problem, name: str, values: Iterable[float]) -> None:
+    """Refuse values that a regulariser's hyperparameter cannot have.
+
+    Raises:
+        InputError: one is outside what it can be.
+    """
+    strength = problem.regulariser_hyperparameters.get(name)
+    if strength is None:
+        return
+    for value in values:
+        if not (isfinite(value) and strength.lower <= value <= strength.upper):
+            raise InputError(
+                f"{name!r} is {value!r}: its regulariser takes finite numbers from {strength.lower:g} to "
+                f"{strength.upper:g}"
+            )
+
+
 class InnerLoop:
     """A problem, an optimizer and a seed, ready to train.
 
@@ -97,6 +114,7 @@ class InnerLoop:
         if settings.device is not None:
             self.model.to(settings.device)
         refuse_unsupported(self.model)
+        self.objective = problem.objective(self.model)
         trainable = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         if not trainable:
             raise InputError("the model has no parameter that requires a gradient: there is nothing to train")
@@ -110,7 +128,7 @@ class InnerLoop:
             for split in (problem.train, problem.val, problem.test)
         )
         self._held = {name: windows_of(value) for name, value in settings.fixed.items()}
-        self._order: tuple[int, Tensor] | None = None
+        self._orders: dict[str, tuple[int, Tensor]] = {}  # of the present epoch, by split
 
     @property
     def steps(self) -> int:
@@ -129,14 +147,19 @@ class InnerLoop:
             InputError: a name is unknown, tuned and fixed at once, or has no value and no default.
         """
         of_optimizer, of_loss = self.optimizer.hyperparameters, self.problem.train_loss_hyperparameters
-        for name in of_loss:
+        of_regularisers = self.problem.regulariser_hyperparameters
+        for name in (*of_loss, *of_regularisers):
             if name in of_optimizer:
+                other, remedy = (
+                    ("the train loss", "rename the train loss's argument")
+                    if name in of_loss
+                    else ("a regulariser", "rename the regulariser's")
+                )
                 raise InputError(
-                    f"{name!r} is a hyperparameter of both the train loss and optimizer {self.optimizer.name!r}: "
-                    "rename the train loss's argument"
+                    f"{name!r} is a hyperparameter of both {other} and optimizer {self.optimizer.name!r}: {remedy}"
                 )
         for name in (*tuned, *self.settings.fixed):
-            if name in of_optimizer or name in of_loss:
+            if name in of_optimizer or name in of_loss or name in of_regularisers:
                 continue
             if name in self.problem.model_hyperparameters:
                 raise InputError(
@@ -146,14 +169,26 @@ class InnerLoop:
             takes = ", ".join(of_loss) or "none (give Problem a train_loss with keyword-only arguments)"
             raise InputError(
                 f"unknown hyperparameter {name!r}: optimizer {self.optimizer.name!r} has {', '.join(of_optimizer)}, "
-                f"and the train loss {takes}"
+                f"the train loss {takes}, and regularisers {', '.join(of_regularisers) or 'none'}"
             )
         for name in tuned:
             if name in self.settings.fixed:
                 raise InputError(f"hyperparameter {name!r} is both tuned and fixed: drop one of the two")
-        for name, default in self.problem.train_loss_hyperparameters.items():
+        for name, default in of_loss.items():
             if isnan(default) and name not in tuned and name not in self.settings.fixed:
                 raise InputError(f"the train loss needs {name!r}, which has no default: tune it or fix it to a value")
+        for name, values in self._held.items():
+            check_strength(self.problem, name, values)
+        self._check_completeness({*tuned, *self.settings.fixed})
+
+    def _check_completeness(self, given: set[str]) -> None:
+        for regulariser in self.problem.regularisers:
+            names = list(regulariser.hyperparameters)
+            missing = [name for name in names if name not in given]
+            if missing and len(missing) < len(names):
+                raise InputError(
+                    f"{type(regulariser).__name__} has no value for {missing[0]!r}: tune it or fix it as well"
+                )
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -171,7 +206,8 @@ class InnerLoop:
         """The tuned hyperparameters' values in force at `step`: element floor(N step / T) of each, 0-dim."""
         return {name: values[len(values) * step // self.steps] for name, values in hyperparameters.items()}
 
-    def _held_at(self, step: int) -> dict[str, float]:
+    def held_at(self, step: int) -> dict[str, float]:
+        """The held hyperparameters' values in force at `step`."""
         return {name: values[len(values) * step // self.steps] for name, values in self._held.items()}
 
     def batch(self, step: int) -> Batch:
@@ -181,21 +217,38 @@ class InnerLoop:
             indices: slice | Tensor = slice(None)
         else:
             epoch, position = divmod(step, len(split) // size)
-            indices = self._epoch_order(epoch)[position * size : (position + 1) * size]
+            indices = self._epoch_order("train", epoch)[position * size : (position + 1) * size]
         seed_everything(fold_seed(self.settings.seed, _AUGMENTATION, step))
         return self._cast(split.batch(indices))
+
+    def seed_model(self, step: int) -> None:
+        """Seed the global generators for what a training step draws: dropout, noise, augmentation on the device."""
+        seed_everything(fold_seed(self.settings.seed, _MODEL, step))
+
+    def val_batch(self, number: int, size: int) -> Batch:
+        """Batch `number` of the validation split, of `size` examples or all of them, in passes of a random order."""
+        split = self.split("val")
+        size = min(size, len(split))
+        epoch, position = divmod(number, len(split) // size)
+        return self._cast(split.batch(self._epoch_order("val", epoch)[position * size : (position + 1) * size]))
 
     def train_loss(
         self, params: Tensor, buffers: Buffers, h: Mapping[str, Any], batch: Batch, step: int
     ) -> tuple[Tensor, Buffers]:
         """Training loss (0-dim) on a batch, and the buffers after it; `h` holds scalars by name."""
         self.model.train()
-        seed_everything(fold_seed(self.settings.seed, _MODEL, step))
+        self.seed_model(step)
         named = self.unflatten(params)
         tensors = {**named, **{name: buffer.clone() for name, buffer in buffers.items()}}
-        output = functional_call(self.model, tensors, batch[:-1])  # writes buffers that the model assigns anew back
-        values = {**self._held_at(step), **h}
-        loss = self.problem.compute_train_loss(output, batch[-1], named, values)
+        values = {**self.held_at(step), **h}
+        *inputs, target = self.objective.transform(batch, values)
+
+        def call(factors: dict[str, Tensor]) -> Any:
+            tensors.update({name: named[name] * factor for name, factor in factors.items()})
+            return functional_call(self.model, tensors, tuple(inputs))  # writes buffers that are assigned anew back
+
+        prediction = self.objective.predict(call, named, values)
+        loss = self.objective.loss(prediction, target, lambda: named, values)
         return loss, {name: tensors[name] for name in buffers}
 
     def gradient(self, state: State, h: Mapping[str, Any], step: int) -> tuple[Tensor, Buffers]:
@@ -213,7 +266,7 @@ class InnerLoop:
         clip = self.settings.clip_gradient
         if clip is not None:
             gradient = gradient.clamp(-clip, clip)
-        values = {**self.optimizer.hyperparameters, **self._held_at(step), **h}
+        values = {**self.optimizer.hyperparameters, **self.held_at(step), **h}
         return self.optimizer.update(params, gradient, slots, values, step)
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
@@ -273,6 +326,10 @@ class InnerLoop:
         chunks = params.split(self._sizes)
         return {name: chunk.view(shape) for name, chunk, shape in zip(self._names, chunks, self._shapes, strict=True)}
 
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Undo `unflatten`: shape [P]."""
+        return torch.cat([params[name].reshape(-1) for name in self._names])
+
     def split(self, which: str) -> Split:
         """The "train", "val" or "test" split, where training happens."""
         split: Split | None = getattr(self, which)
@@ -283,12 +340,14 @@ class InnerLoop:
     def _cast(self, batch: Batch) -> Batch:
         return cast_batch(batch, self.device, self.dtype)
 
-    def _epoch_order(self, epoch: int) -> Tensor:
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(fold_seed(self.settings.seed, _ORDER, epoch))
-            order = torch.randperm(len(self.split("train")), generator=generator)
-            self._order = epoch, order.to(self.device)
-        return self._order[1]
+    def _epoch_order(self, which: str, epoch: int) -> Tensor:
+        known = self._orders.get(which)
+        if known is None or known[0] != epoch:
+            stream = _ORDER if which == "train" else _VALIDATION_ORDER
+            generator = torch.Generator().manual_seed(fold_seed(self.settings.seed, stream, epoch))
+            order = torch.randperm(len(self.split(which)), generator=generator)
+            known = self._orders[which] = epoch, order.to(self.device)
+        return known[1]
 
     def _sample(self, split: Split, draw: int, examples: int | None) -> Tensor | None:
         if examples is None or examples >= len(split):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.inner_loop import Evaluation, Hyperparameters, InnerLoop, State
+from tune_hypergrad.hypergradients.inner_loop import Evaluation, Hyperparameters, InnerLoop, State, check_strength
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
                 f"hyperparameter {name!r} {given}: give a 1-d tensor with one element per window, between 1 and "
                 f"steps = {loop.steps} of them"
             )
+        check_strength(loop.problem, name, values.tolist())
+
+
+def _refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
+    for name in loop.problem.underivable_hyperparameters:
+        if name in hyperparameters:
+            raise InputError(
+                f"the training loss has no derivative by {name!r}, a regulariser's random draws: fix it, tune it by "
+                "STN or Delta-STN, or outside with a black-box searcher"
+            )
 
 
 HYPERGRADIENT_KEY = "hypergradient"
@@ -92,6 +102,7 @@ class HypergradientRun(ABC):
         self, loop: InnerLoop, hyperparameters: Hyperparameters, *, horizon: int | None, val_examples: int | None
     ) -> None:
         check_values(loop, hyperparameters)
+        _refuse_underivable(loop, hyperparameters)
         self.horizon = loop.steps if horizon is None else horizon
         if not (isinstance(self.horizon, int) and 1 <= self.horizon <= loop.steps):
             raise InputError(

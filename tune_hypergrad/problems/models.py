@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from torch import nn
 
 from tune_hypergrad.problems.images import CLASSES
@@ -18,22 +20,38 @@ def lenet5_colour() -> nn.Module:
 
 
 def digits_cnn() -> nn.Module:
-    """A CNN for [b, 1, 8, 8] inputs, without kinks: 3,818 weights."""
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, kernel_size=3, stride=2, padding=1),
-        nn.GELU(),
-        nn.Conv2d(8, 16, kernel_size=3, padding=1),
-        nn.GELU(),
-        nn.Flatten(),
-        nn.Linear(16 * 4 * 4, CLASSES),
-    )
-    return xavier_initialised(model)
+    """A CNN for [b, 1, 8, 8] inputs, without kinks: 3,818 weights.
+
+    Dropout of probability 0: `input_dropout`, `dropout1` and `dropout2` (channels) after the convolutions.
+    """
+    layers: dict[str, nn.Module] = {
+        "input_dropout": nn.Dropout(0.0),
+        "conv1": nn.Conv2d(1, 8, kernel_size=3, stride=2, padding=1),
+        "gelu1": nn.GELU(),
+        "dropout1": nn.Dropout2d(0.0),
+        "conv2": nn.Conv2d(8, 16, kernel_size=3, padding=1),
+        "gelu2": nn.GELU(),
+        "dropout2": nn.Dropout2d(0.0),
+        "flatten": nn.Flatten(),
+        "fc": nn.Linear(16 * 4 * 4, CLASSES),
+    }
+    return xavier_initialised(nn.Sequential(OrderedDict(layers)))
 
 
 def digits_mlp() -> nn.Module:
-    """A network of one hidden layer for [b, 1, 8, 8] inputs, without kinks: 3,610 weights."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 48), nn.Tanh(), nn.Linear(48, CLASSES))
-    return xavier_initialised(model)
+    """A network of one hidden layer for [b, 1, 8, 8] inputs, without kinks: 3,610 weights.
+
+    Dropout of probability 0: `input_dropout`, and `dropout` after the hidden layer.
+    """
+    layers: dict[str, nn.Module] = {
+        "flatten": nn.Flatten(),
+        "input_dropout": nn.Dropout(0.0),
+        "fc1": nn.Linear(8 * 8, 48),
+        "tanh": nn.Tanh(),
+        "dropout": nn.Dropout(0.0),
+        "fc2": nn.Linear(48, CLASSES),
+    }
+    return xavier_initialised(nn.Sequential(OrderedDict(layers)))
 
 
 def xavier_initialised(model: nn.Module) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,13 +15,28 @@ from torch import Tensor, nn
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.losses import accuracy, smoothed_cross_entropy
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.problems import models, sources
+from tune_hypergrad.problems import models, networks, sources
 from tune_hypergrad.problems.digits import TEST_SIZE, load_digits
 from tune_hypergrad.problems.images import LabelledImages
 from tune_hypergrad.problems.splits import stratified_split
 from tune_hypergrad.problems.storage import Storage
+from tune_hypergrad.problems.text import text_problem
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
 from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.regularisers import (
+    Affine,
+    Brightness,
+    Contrast,
+    Crop,
+    Cutout,
+    Dropout,
+    Flip,
+    Hue,
+    InputNoise,
+    Regulariser,
+    Saturation,
+    WeightDecay,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Entry:
-    """One built-in problem."""
+    """One built-in problem: a line of the table, and how it is made."""
 
     name: str
     """What `get` calls it."""
@@ -42,20 +58,33 @@ class Entry:
     model: str
     """The network, in words."""
 
-    train: int
-    """Training examples."""
+    train: int | None
+    """Training examples; None where the user's own data decide."""
 
-    val: int
-    """Validation examples, taken from the training set."""
+    val: int | None
+    """Validation examples, of images taken from the training set; None likewise."""
 
-    test: int
-    """Test examples."""
+    test: int | None
+    """Test examples; None likewise."""
 
     batch_size: int
     """Training examples in an inner step, unless `get` is told otherwise."""
 
     description: str
     """The data, in words."""
+
+    def make(self, storage: Storage, seed: int, batch_size: int) -> Problem:
+        """The problem, with its data read from `storage`, checked and split by `seed`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ImageEntry(Entry):
+    """A classification of images."""
+
+    train: int
+    val: int
+    test: int
 
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
@@ -68,6 +97,34 @@ class Entry:
 
     load: Callable[[Storage], tuple[LabelledImages, LabelledImages]] = field(repr=False)
     """Reads the images to train and validate on, and those to test on."""
+
+    regularisers: tuple[Regulariser, ...] = field(repr=False)
+    """What can regularise training."""
+
+    def make(self, storage: Storage, seed: int, batch_size: int) -> Problem:
+        images, test = self.load(storage)
+        images.require(self.train + self.val, self.shape)
+        test.require(self.test, self.shape)
+        kept, held_out = stratified_split(images.labels, self.val, fold_seed(seed))
+        return Problem(
+            model=self.make_model,
+            train=_tensors(images.subset(kept), self.scale),
+            val=_tensors(images.subset(held_out), self.scale),
+            test=_tensors(test, self.scale),
+            loss=F.cross_entropy,
+            train_loss=smoothed_cross_entropy,
+            regularisers=self.regularisers,
+            metrics={"accuracy": accuracy},
+            batch_size=batch_size,
+            name=self.name,
+        )
+
+
+class TextEntry(Entry):
+    """The language model of `text_problem`; the data directory is the text's folder or file."""
+
+    def make(self, storage: Storage, seed: int, batch_size: int) -> Problem:
+        return text_problem(storage.root, batch_size=batch_size, seed=seed, name=self.name)
 
 
 def get(
@@ -82,33 +139,20 @@ def get(
 
     Args:
         name: one of `names()`.
-        data_dir: where the data lie; else the environment variable TUNE_HYPERGRAD_DATA, else a per-user cache.
-        seed: decides which examples of the training set validate; the test set never depends on it.
+        data_dir: where the data lie; else the environment variable TUNE_HYPERGRAD_DATA, else a per-user cache. For
+            "text" it is the folder or the file that `text_problem` reads.
+        seed: decides which images of the training set validate; the test set never depends on it.
         batch_size: training examples in an inner step, instead of the problem's own.
-        download: fetch missing files from their official sources.
+        download: fetch missing files from their official sources; a text has none.
 
-    Inputs are float32 [b, channels, height, width] with the training images' mean 0 and deviation 1, targets int64 [b].
-    The training loss has the hyperparameter `label_smoothing`.
+    Images are float32 [b, channels, height, width] with the training images' mean 0 and deviation 1, their targets
+    int64 [b]; their training loss has the hyperparameter `label_smoothing`. `text_problem` tells of text.
 
     Raises:
         InputError: no such problem, data missing or damaged, or a download failed.
     """
     entry = _entry(name)
-    images, test = entry.load(Storage(data_dir, download))
-    images.require(entry.train + entry.val, entry.shape)
-    test.require(entry.test, entry.shape)
-    kept, held_out = stratified_split(images.labels, entry.val, fold_seed(seed))
-    return Problem(
-        model=entry.make_model,
-        train=_tensors(images.subset(kept), entry.scale),
-        val=_tensors(images.subset(held_out), entry.scale),
-        test=_tensors(test, entry.scale),
-        loss=F.cross_entropy,
-        train_loss=smoothed_cross_entropy,
-        metrics={"accuracy": accuracy},
-        batch_size=entry.batch_size if batch_size is None else batch_size,
-        name=name,
-    )
+    return entry.make(Storage(data_dir, download), seed, entry.batch_size if batch_size is None else batch_size)
 
 
 def names() -> tuple[str, ...]:
@@ -138,88 +182,163 @@ def _load_digits(_: Storage) -> tuple[LabelledImages, LabelledImages]:
     return load_digits()
 
 
-_DIGITS_SCALE = Scale(mean=(0.3052,), std=(0.3760,), white=16)
+def _dropouts(*modules: str) -> tuple[Regulariser, ...]:
+    """A rate for each of these dropout modules, of the module's name."""
+    return tuple(Dropout(module, module) for module in modules)
 
-_ENTRIES = {
+
+def _numbered(name: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{name}{number}" for number in range(1, count + 1))
+
+
+def _augmentation(scale: Scale) -> tuple[Regulariser, ...]:
+    """Ten strengths for images in colour."""
+    colours = (of_colour(scale.mean, scale.std) for of_colour in (Brightness, Contrast, Saturation, Hue))
+    return (Cutout(), *colours, Affine("rotation", "translation", "scale", "shear"))
+
+
+_DIGITS = ImageEntry(
+    name="digits",
+    model="CNN, 3,818 weights",
+    train=1_100,
+    val=300,
+    test=TEST_SIZE,
+    batch_size=64,
+    description="scikit-learn's handwritten digits, 8x8; nothing to download",
+    shape=(1, 8, 8),
+    scale=Scale(mean=(0.3052,), std=(0.3760,), white=16),
+    make_model=models.digits_cnn,
+    load=_load_digits,
+    regularisers=(*_dropouts("input_dropout", "dropout1", "dropout2"), WeightDecay(), InputNoise()),
+)
+_MNIST = ImageEntry(
+    name="mnist",
+    model="LeNet-5, 61,706 weights",
+    train=55_000,
+    val=5_000,
+    test=10_000,
+    batch_size=128,
+    description="handwritten digits, 28x28",
+    shape=(1, 28, 28),
+    scale=Scale(mean=(0.1307,), std=(0.3081,)),
+    make_model=models.lenet5_grey,
+    load=sources.load_mnist,
+    regularisers=(Cutout(), Crop()),
+)
+_FASHION_MNIST = replace(
+    _MNIST,
+    name="fashion_mnist",
+    description="clothes, 28x28",
+    scale=Scale(mean=(0.2860,), std=(0.3530,)),
+    load=sources.load_fashion_mnist,
+)
+_SVHN = ImageEntry(
+    name="svhn",
+    model="LeNet-5, 62,006 weights",
+    train=69_594,
+    val=3_663,
+    test=26_032,
+    batch_size=128,
+    description="house numbers, 32x32 in colour",
+    shape=(3, 32, 32),
+    scale=Scale(mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),
+    make_model=models.lenet5_colour,
+    load=sources.load_svhn,
+    regularisers=(Cutout(), Crop()),
+)
+_CIFAR10_SCALE = Scale(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+_CIFAR10 = ImageEntry(
+    name="cifar10",
+    model="WRN-16-1, 175,066 weights",
+    train=47_500,
+    val=2_500,
+    test=10_000,
+    batch_size=256,
+    description="animals and vehicles, 32x32 in colour",
+    shape=(3, 32, 32),
+    scale=_CIFAR10_SCALE,
+    make_model=wrn_16_1,
+    load=sources.load_cifar10,
+    regularisers=(Cutout(), Crop(), Flip()),
+)
+_MNIST_MLP = replace(
+    _MNIST,
+    name="mnist_mlp",
+    model="MLP, 3,836,410 weights",
+    make_model=networks.mnist_mlp,
+    regularisers=_dropouts("input_dropout", "dropout1", "dropout2", "dropout3"),
+)
+_FASHION_MNIST_CNN = replace(
+    _FASHION_MNIST,
+    name="fashion_mnist_cnn",
+    model="SimpleCNN, 2,489,130 weights",
+    train=51_000,
+    val=9_000,
+    make_model=partial(networks.simple_cnn, 1.0),  # a width left open would count as a hyperparameter
+    regularisers=(*_dropouts("input_dropout", "dropout1", "dropout2", "fc_dropout"), Cutout()),
+)
+_CIFAR10_ALEXNET = replace(
+    _CIFAR10,
+    name="cifar10_alexnet",
+    model="AlexNet, 23,272,266 weights",
+    train=40_000,
+    val=10_000,
+    batch_size=128,
+    make_model=networks.alexnet,
+    regularisers=(
+        *_dropouts("input_dropout", *_numbered("dropout", 5), *_numbered("fc_dropout", 2)),
+        *_augmentation(_CIFAR10_SCALE),
+    ),
+)
+
+_ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry(
-            name="digits",
-            model="CNN, 3,818 weights",
-            train=1_100,
-            val=300,
-            test=TEST_SIZE,
-            batch_size=64,
-            description="scikit-learn's handwritten digits, 8x8; nothing to download",
-            shape=(1, 8, 8),
-            scale=_DIGITS_SCALE,
-            make_model=models.digits_cnn,
-            load=_load_digits,
-        ),
-        Entry(
+        _DIGITS,
+        replace(
+            _DIGITS,
             name="digits_mlp",
             model="MLP, 3,610 weights",
-            train=1_100,
-            val=300,
-            test=TEST_SIZE,
-            batch_size=64,
-            description="scikit-learn's handwritten digits, 8x8; nothing to download",
-            shape=(1, 8, 8),
-            scale=_DIGITS_SCALE,
             make_model=models.digits_mlp,
-            load=_load_digits,
+            regularisers=(*_dropouts("input_dropout", "dropout"), WeightDecay(), InputNoise()),
         ),
-        Entry(
-            name="mnist",
-            model="LeNet-5, 61,706 weights",
-            train=55_000,
-            val=5_000,
-            test=10_000,
-            batch_size=128,
-            description="handwritten digits, 28x28",
-            shape=(1, 28, 28),
-            scale=Scale(mean=(0.1307,), std=(0.3081,)),
-            make_model=models.lenet5_grey,
-            load=sources.load_mnist,
+        _MNIST,
+        _FASHION_MNIST,
+        _SVHN,
+        _CIFAR10,
+        _MNIST_MLP,
+        _FASHION_MNIST_CNN,
+        _CIFAR10_ALEXNET,
+        replace(
+            _CIFAR10_ALEXNET,
+            name="cifar10_vgg16",
+            model="VGG-16, 15,249,354 weights",
+            make_model=networks.vgg16,
+            regularisers=(
+                *_dropouts("input_dropout", *_numbered("dropout", 13), *_numbered("fc_dropout", 2)),
+                *_augmentation(_CIFAR10_SCALE),
+            ),
         ),
-        Entry(
-            name="fashion_mnist",
-            model="LeNet-5, 61,706 weights",
-            train=55_000,
-            val=5_000,
-            test=10_000,
-            batch_size=128,
-            description="clothes, 28x28",
-            shape=(1, 28, 28),
-            scale=Scale(mean=(0.2860,), std=(0.3530,)),
-            make_model=models.lenet5_grey,
-            load=sources.load_fashion_mnist,
+        replace(
+            _CIFAR10_ALEXNET,
+            name="cifar10_resnet18",
+            model="ResNet-18, 11,173,962 weights",
+            make_model=networks.resnet18,
+            regularisers=(
+                *_dropouts("input_dropout", "dropout"),
+                *_augmentation(_CIFAR10_SCALE),
+                Crop(),
+                Flip(),
+            ),
         ),
-        Entry(
-            name="svhn",
-            model="LeNet-5, 62,006 weights",
-            train=69_594,
-            val=3_663,
-            test=26_032,
-            batch_size=128,
-            description="house numbers, 32x32 in colour",
-            shape=(3, 32, 32),
-            scale=Scale(mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),
-            make_model=models.lenet5_colour,
-            load=sources.load_svhn,
-        ),
-        Entry(
-            name="cifar10",
-            model="WRN-16-1, 175,066 weights",
-            train=47_500,
-            val=2_500,
-            test=10_000,
-            batch_size=256,
-            description="animals and vehicles, 32x32 in colour",
-            shape=(3, 32, 32),
-            scale=Scale(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-            make_model=wrn_16_1,
-            load=sources.load_cifar10,
+        TextEntry(
+            name="text",
+            model="LSTM, 6,770,400 weights + 651 a word",
+            train=None,
+            val=None,
+            test=None,
+            batch_size=20,
+            description="your own, such as Penn Treebank: its folder or file is the data directory",
         ),
     )
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.stn.dropout import DROPOUTS, TunedDropout
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.stn import attention, recurrent  # noqa: F401 (they register their rules)
 from tune_hypergrad.stn.layers import RULES, SelfTuningLayer
 from tune_hypergrad.stn.response import Perturbation, Response
 
@@ -30,6 +32,28 @@ class SelfTuningNetwork(nn.Module):
         """The model's output."""
         output: Tensor = self.model(*inputs)
         return output
+
+    def call(self, inputs: Sequence[Any], factors: Mapping[str, Tensor]) -> Any:
+        """The model's output with some weights, and their responses, multiplied by factors of their shapes.
+
+        Args:
+            inputs: the model's positional arguments.
+            factors: by the plain model's names.
+        """
+        if not factors:
+            return self.model(*inputs)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        names = {own: response for own, response in self._responses() if own in factors}
+        changed = {name: parameters[name] * factor for name, factor in factors.items()}
+        changed |= {response: parameters[response] * factors[own] for own, response in names.items()}
+        return functional_call(self.model, changed, tuple(inputs))
+
+    def _responses(self) -> Iterator[tuple[str, str]]:
+        """Names of weights and of the parameters with which they respond."""
+        for prefix, layer in self.model.named_modules():
+            if isinstance(layer, SelfTuningLayer):
+                path = f"{prefix}." if prefix else ""
+                yield from ((path + own, path + response) for own, response in layer.response_weights.items())
 
     def general_parameters(self) -> dict[str, nn.Parameter]:
         """The plain model's trainable parameters, by its names."""
@@ -71,9 +95,7 @@ class SelfTuningNetwork(nn.Module):
         return state
 
 
-def self_tuning(
-    model: nn.Module, hyperparameters: int, *, dropouts: Mapping[str, str] | None = None
-) -> SelfTuningNetwork:
+def self_tuning(model: nn.Module, hyperparameters: int) -> SelfTuningNetwork:
     """Convert a copy of a model.
 
     Layers that `RULES` knows respond; weights that are shared keep being shared, and so do their responses. Their
@@ -82,51 +104,49 @@ def self_tuning(
     Args:
         model: any module.
         hyperparameters: how many numbers the weights respond to.
-        dropouts: name of a dropout module to the hyperparameter that is its rate; "*" stands for all of them.
 
     Raises:
-        InputError: no layer responds, or `dropouts` names what is no dropout.
+        InputError: no layer responds.
     """
     model = copy.deepcopy(model)
     perturbation = Perturbation()
     shared: dict[int, Response] = {}
-    without_rule = []
+    without_rule: list[str] = []
+    within: set[nn.Module] = set()
     for name, layer in list(model.named_modules()):
         rule = RULES.get(type(layer))
-        own = dict(layer.named_parameters(recurse=False))
-        if rule is None or "weight" not in own:
-            if own:
+        if layer in within:
+            continue
+        if rule is None or not rule.applies_to(layer):
+            if next(layer.parameters(recurse=False), None) is not None:
                 without_rule.append(name or type(layer).__name__)
             continue
-        weight = layer.weight
         layer.__class__ = rule
         assert isinstance(layer, SelfTuningLayer)
-        response = layer.make_response(hyperparameters)
-        if id(weight) in shared and shared[id(weight)].weight_scale.shape == response.weight_scale.shape:
-            response.weight, response.weight_scale = shared[id(weight)].weight, shared[id(weight)].weight_scale
-        shared.setdefault(id(weight), response)
-        layer.begin_responding(response, perturbation)
+        within.update(layer.get_submodule(child) for child in layer.children_within)
+        layer.begin_responding(layer.make_response(hyperparameters), perturbation)
+        _share_responses(layer, shared)
     if not shared:
         raise InputError(
             "the model has no layer whose weights can respond: use one of "
             f"{', '.join(rule.__name__ for rule in RULES)}, or register a rule of your own"
         )
-    _tune_dropouts(model, dropouts or {}, perturbation)
     return SelfTuningNetwork(model, perturbation, tuple(without_rule))
 
 
-def _tune_dropouts(model: nn.Module, dropouts: Mapping[str, str], perturbation: Perturbation) -> None:
-    plain = {name: layer for name, layer in model.named_modules() if type(layer) in DROPOUTS}
-    for name in dropouts:
-        if name != "*" and name not in plain:
-            raise InputError(
-                f"dropouts has {name!r}, which is no dropout module of the model: {', '.join(plain) or 'it has none'}"
-                f"{did_you_mean(name, plain)}"
-            )
-    for name, layer in plain.items():
-        hyperparameter = dropouts.get(name, dropouts.get("*"))
-        if hyperparameter is not None:
-            model.set_submodule(name, TunedDropout(hyperparameter, perturbation, DROPOUTS[type(layer)]))
+def _share_responses(layer: SelfTuningLayer, shared: dict[int, Response]) -> None:
+    """Weights that are shared respond with the response of the first layer that has them.
+
+    Args:
+        layer: the layer whose responses to replace.
+        shared: the first response of each weight, by the weight's identity; added to.
+    """
+    for own, path in layer.response_weights.items():
+        response = layer.get_submodule(path.rpartition(".")[0])
+        assert isinstance(response, Response)
+        first = shared.setdefault(id(layer.get_parameter(own)), response)
+        if first.weight_scale.shape == response.weight_scale.shape:
+            response.weight, response.weight_scale = first.weight, first.weight_scale
 
 
 def _is_of_response(name: str) -> bool:

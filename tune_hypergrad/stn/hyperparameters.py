@@ -35,6 +35,11 @@ class TunedHyperparameter:
     per_example: bool = True
     """Whether every example of a batch has a perturbation of its own."""
 
+    @property
+    def largest(self) -> float:
+        """The largest value there can be."""
+        return self.upper - 1 if self.whole else self.upper
+
     def value(self, u: Tensor) -> Tensor:
         """Values from the unconstrained scale, elementwise.
 
@@ -49,7 +54,7 @@ class TunedHyperparameter:
             value = upper - F.softplus(-u) if math.isfinite(upper) else u
         # clamped, since exp rounds, and a sigmoid of 1 would be the first whole number above the range
         value = (value.exp() if self.log else value).clamp(self.lower, self.upper)
-        return value.floor().clamp(max=self.upper - 1) if self.whole else value
+        return value.floor().clamp(max=self.largest) if self.whole else value
 
     def unconstrained(self, value: float) -> float:
         """The u that gives `value`.
@@ -59,7 +64,7 @@ class TunedHyperparameter:
         """
         middle = value + 0.5 if self.whole else value
         if not (self.lower < middle < self.upper and math.isfinite(value)):
-            shown = f"[{self.lower:g}, {self.upper - 1:g}]" if self.whole else f"({self.lower:g}, {self.upper:g})"
+            shown = f"[{self.lower:g}, {self.largest:g}]" if self.whole else f"({self.lower:g}, {self.upper:g})"
             raise InputError(f"hyperparameter {self.name!r} begins at {value!r}: it must be within {shown}")
         lower, upper = self.lower, self.upper
         if self.log:

@@ -20,18 +20,30 @@ from tune_hypergrad.stn.response import Perturbation, Response, primal, with_res
 class SelfTuningLayer(nn.Module):
     """Mixin of a layer class: what its response is, and the parameters at one setting of the hyperparameters."""
 
-    response: Response
-    """The parameters of the response."""
+    response: nn.Module
+    """The parameters of the response: a `Response`, or a module that holds one for each weight."""
     perturbation: Perturbation
     """What to respond to; shared by the layers of a network."""
+    children_within: tuple[str, ...] = ()
+    """Names of children whose parameters the layer's own forward uses, and which respond as part of the layer."""
 
-    def begin_responding(self, response: Response, perturbation: Perturbation) -> None:
+    @classmethod
+    def applies_to(cls, layer: nn.Module) -> bool:
+        """Whether a layer of the registered class can become one of this class."""
+        return layer._parameters.get("weight") is not None
+
+    def begin_responding(self, response: nn.Module, perturbation: Perturbation) -> None:
         """Called once, when the layer has been converted."""
         self.response, self.perturbation = response, perturbation
 
-    def make_response(self, hyperparameters: int) -> Response:
+    def make_response(self, hyperparameters: int) -> nn.Module:
         """The response's parameters for this layer's shape."""
         raise NotImplementedError
+
+    @property
+    def response_weights(self) -> dict[str, str]:
+        """Name of each weight that responds to that of its response's weight, both within the layer."""
+        return {"weight": "response.weight"}
 
     def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
         """The layer's own parameters by name at one setting of the hyperparameters, shape [n]."""
@@ -41,6 +53,7 @@ class SelfTuningLayer(nn.Module):
 class _Affine(SelfTuningLayer):
     """A layer that is a product with a weight, plus a bias."""
 
+    response: Response
     weight: Any
     bias: Any
 
@@ -162,6 +175,8 @@ class SelfTuningConvTranspose3d(_TransposedConvolution, nn.ConvTranspose3d):
 class SelfTuningEmbedding(SelfTuningLayer, nn.Embedding):
     """`nn.Embedding` of indices of shape [examples, ...]; the rows respond, so that a tied output layer's rows do."""
 
+    response: Response
+
     def make_response(self, hyperparameters: int) -> Response:
         return Response(self.weight, None, self.num_embeddings, hyperparameters)
 
@@ -184,6 +199,7 @@ class SelfTuningEmbedding(SelfTuningLayer, nn.Embedding):
 class _Normalisation(SelfTuningLayer):
     """A normalisation with an affine part, which is what responds."""
 
+    response: Response
     weight: Any
     bias: Any
 

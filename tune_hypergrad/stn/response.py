@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -22,20 +22,16 @@ class Perturbation:
         """What responses are linear in, shape [n], or [examples, n]; None: weights do not respond."""
         self.linearised = False
         """Whether a response is a tangent of the unperturbed network (forward-mode AD) in place of a term of it."""
-        self.values: Mapping[str, Tensor] = {}
-        """Values of the hyperparameters for regularisers, each of shape [] or [examples]."""
 
     @contextmanager
-    def set_to(
-        self, inputs: Tensor | None = None, values: Mapping[str, Tensor] | None = None, *, linearised: bool = False
-    ) -> Iterator[None]:
+    def set_to(self, inputs: Tensor, *, linearised: bool = False) -> Iterator[None]:
         """For the body, this is what the layers see."""
-        before = self.inputs, self.linearised, self.values
-        self.inputs, self.linearised, self.values = inputs, linearised, values or {}
+        before = self.inputs, self.linearised
+        self.inputs, self.linearised = inputs, linearised
         try:
             yield
         finally:
-            self.inputs, self.linearised, self.values = before
+            self.inputs, self.linearised = before
 
 
 class Response(nn.Module):
@@ -66,7 +62,8 @@ def primal(x: Tensor) -> Tensor:
 
 
 def with_response(output: Tensor, response: Tensor, linearised: bool) -> Tensor:
-    """A layer's output with its response: as a term, or added to the output's tangent."""
+    """A layer's output with its response, in the output's dtype: as a term, or added to the output's tangent."""
+    response = response.to(output.dtype)  # autocast leaves products with biases in single precision
     if not linearised:
         return output + response
     value, tangent = forward_ad.unpack_dual(output)

@@ -6,25 +6,21 @@ STN: MacKay et al., "Self-Tuning Networks", ICLR 2019, algorithm 1. Centred STN 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from tune_hypergrad.data import Batch
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.objective import Objective
 from tune_hypergrad.stn.convert import SelfTuningNetwork
 from tune_hypergrad.stn.hyperparameters import TunedHyperparameters
-
-TrainLoss = Callable[[Tensor, Tensor, Callable[[], Mapping[str, Tensor]], Mapping[str, Tensor]], Tensor]
-"""The training loss of (output, target, parameters, hyperparameters' values), shape [].
-
-`parameters()` gives the weights by the plain model's names, at the setting of the hyperparameters that the minibatch
-shares; it costs a pass over them.
-"""
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,10 @@ def training_gradients(
     network: SelfTuningNetwork,
     tuned: TunedHyperparameters,
     variant: Variant,
-    train_loss: TrainLoss,
-    batch: Sequence[Tensor],
+    objective: Objective,
+    batch: Batch,
     perturbations: Tensor,
+    fixed: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradients of a training step.
 
@@ -68,9 +65,10 @@ def training_gradients(
         network: in training mode.
         tuned: hyperparameters; they are constants here.
         variant: the method.
-        train_loss: of one batch.
+        objective: the regularised training loss; its regularisers are attached to the network.
         batch: inputs and, last, target, of `examples` examples each.
         perturbations: shape [examples, n].
+        fixed: values of hyperparameters that are not tuned.
 
     Returns:
         By general parameters and by response parameters; those without influence are left out.
@@ -80,20 +78,20 @@ def training_gradients(
     with torch.no_grad():
         inputs = response_inputs(tuned, variant, perturbations)
         shared = response_inputs(tuned, variant, tuned.shared(perturbations))
-        perturbed = tuned.values(perturbations)
-        current = tuned.values()
-    *x, target = batch
+        perturbed = {**(fixed or {}), **tuned.values(perturbations)}
+        current = {**(fixed or {}), **tuned.values()}
+    *x, target = objective.transform(batch, perturbed)
     if not variant.linearised:
-        with network.perturbation.set_to(inputs, perturbed):
-            output = network(*x)
-        loss = train_loss(output, target, partial(network.parameters_at, shared), perturbed)
+        with network.perturbation.set_to(inputs):
+            prediction = objective.predict(partial(network.call, x), general, perturbed)
+        loss = objective.loss(prediction, target, partial(network.parameters_at, shared), perturbed)
         together = _gradients(loss, {**general, **responses})
         return _those(together, general), _those(together, responses)
-    with network.perturbation.set_to(values=current):
-        output = network(*x)
-    by_general = _gradients(train_loss(output, target, lambda: general, current), general)
-    predicted = _linearised_prediction(network, x, inputs, perturbed)
-    loss = train_loss(predicted, target, partial(network.parameters_at, shared), perturbed)
+    *plain_x, plain_target = objective.transform(batch, current)
+    prediction = objective.predict(partial(network.call, plain_x), general, current)
+    by_general = _gradients(objective.loss(prediction, plain_target, lambda: general, current), general)
+    prediction = _linearised(network, inputs, lambda: objective.predict(partial(network.call, x), general, perturbed))
+    loss = objective.loss(prediction, target, partial(network.parameters_at, shared), perturbed)
     return by_general, _gradients(loss, responses)
 
 
@@ -102,7 +100,7 @@ def validation_gradients(
     tuned: TunedHyperparameters,
     variant: Variant,
     loss: Callable[[Tensor, Tensor], Tensor],
-    batch: Sequence[Tensor],
+    batch: Batch,
     perturbations: Tensor,
     *,
     entropy_weight: float,
@@ -126,7 +124,7 @@ def validation_gradients(
     *x, target = batch
     inputs = response_inputs(tuned, variant, perturbations)
     if linearised:
-        output = _linearised_prediction(network, x, inputs, {})
+        output = _linearised(network, inputs, lambda: network(*x))
     else:
         with network.perturbation.set_to(inputs):
             output = network(*x)
@@ -136,16 +134,23 @@ def validation_gradients(
     return value.detach(), by_hyperparameters, by_scales
 
 
-def _linearised_prediction(
-    network: SelfTuningNetwork, x: Sequence[Tensor], inputs: Tensor, values: Mapping[str, Tensor]
-) -> Tensor:
-    """The unperturbed prediction, a constant, plus its change to first order in the weights' response."""
-    with forward_ad.dual_level(), network.perturbation.set_to(inputs, values, linearised=True):
-        output = network(*x)
-        if not isinstance(output, Tensor):
-            raise InputError(f"the model gives a {type(output).__name__}: a self-tuning network has to give a tensor")
-        value, tangent = cast("tuple[Tensor, Tensor | None]", forward_ad.unpack_dual(output))
-    return value.detach() if tangent is None else value.detach() + tangent
+def _linearised(network: SelfTuningNetwork, inputs: Tensor, predict: Callable[[], Any]) -> Any:
+    """Unperturbed predictions, constants, plus their change to first order in the weights' response.
+
+    Args:
+        network: what predicts.
+        inputs: what responses are linear in.
+        predict: gives a pytree of tensors.
+    """
+
+    def to_first_order(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            raise InputError(f"the model gives a {type(leaf).__name__}: a self-tuning network has to give tensors")
+        value, tangent = cast("tuple[Tensor, Tensor | None]", forward_ad.unpack_dual(leaf))
+        return value.detach() if tangent is None else value.detach() + tangent
+
+    with forward_ad.dual_level(), network.perturbation.set_to(inputs, linearised=True):
+        return tree_map(to_first_order, predict())
 
 
 def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,10 +47,13 @@ class TrialSettings:
     """Results in one training run; each evaluates the validation and test splits where that makes sense."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.reports, bool) or not isinstance(self.reports, int) or self.reports < 1:
-            raise InputError(f"reports is {self.reports!r}: a run makes a whole number of at least 1")
+        self._check_reports()
         self.training()
         get_optimizer(self.optimizer)
+
+    def _check_reports(self) -> None:
+        if isinstance(self.reports, bool) or not isinstance(self.reports, int) or self.reports < 1:
+            raise InputError(f"reports is {self.reports!r}: a run makes a whole number of at least 1")
 
     def constants(self) -> Mapping[str, Any]:
         """What every trial's config holds that does not say otherwise."""

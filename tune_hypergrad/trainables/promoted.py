@@ -59,9 +59,11 @@ class ContinuesPromoted(tune.Trainable):
         shorter = config.get(PROMOTED_FROM)
         if shorter is None:
             return
-        if f"_{self.trial_id}_" not in self._storage.trial_dir_name:
+        assert self._storage is not None
+        own = self._storage.trial_dir_name
+        if f"_{self.trial_id}_" not in str(own):
             raise InputError(
-                f"the folder {self._storage.trial_dir_name} is not named after its trial {self.trial_id}, so trial "
+                f"the folder {own} is not named after its trial {self.trial_id}, so trial "
                 f"{shorter}'s cannot be found either: leave trial_dirname_creator unset"
             )
         checkpoint = _last_checkpoint(self._storage, shorter)

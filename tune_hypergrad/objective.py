@@ -1,0 +1,123 @@
+"""The training objective: the loss of regularised predictions, at given values of the hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tune_hypergrad.data import Batch
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.regularisers import Context, Regulariser, Strength
+
+Parameters = Callable[[], Mapping[str, Tensor]]
+"""Gives the trainable parameters by the model's names; called only by a loss that needs them."""
+
+TrainLoss = Callable[[Any, Any, Parameters, Mapping[str, Any]], Tensor]
+"""The loss of (output, target, parameters, hyperparameters' values), shape []."""
+
+
+class Prediction(NamedTuple):
+    """What a model makes of one batch in training: a pytree of tensors, so that it can be linearised as a whole."""
+
+    output: Any
+    """The model's output."""
+    activations: dict[str, Tensor]
+    """What its modules left for penalties."""
+
+
+class Objective:
+    """A training loss and the regularisers of one model, and how a training step goes through them.
+
+    ```python
+    *inputs, target = objective.transform(batch, values)
+    prediction = objective.predict(lambda factors: model(*inputs), parameters, values)
+    loss = objective.loss(prediction, target, lambda: parameters, values)
+    ```
+
+    Regularisers that lack a value for one of their hyperparameters do nothing, and draw no random numbers.
+
+    Args:
+        train_loss: of a model's output.
+        regularisers: attached to the model here.
+        model: what is trained; copies of it made afterwards are regularised as well.
+
+    Raises:
+        InputError: a regulariser finds nothing in the model to act on.
+    """
+
+    def __init__(self, train_loss: TrainLoss, regularisers: Sequence[Regulariser], model: nn.Module) -> None:
+        self._train_loss, self._regularisers, self._model = train_loss, tuple(regularisers), model
+        self._context = Context()
+        for regulariser in self._regularisers:
+            regulariser.attach(model, self._context)
+
+    def transform(self, batch: Batch, values: Mapping[str, Any]) -> Batch:
+        """The batch that is trained on in place of `batch`."""
+        for regulariser, own in self._active(values):
+            batch = regulariser.transform(batch, own)
+        return batch
+
+    def predict(
+        self, call: Callable[[dict[str, Tensor]], Any], parameters: Mapping[str, Tensor], values: Mapping[str, Any]
+    ) -> Prediction:
+        """The regularised model's prediction.
+
+        Args:
+            call: runs the model on its inputs with some parameters multiplied by factors, by name.
+            parameters: the model's trainable parameters.
+            values: the hyperparameters' values.
+        """
+        factors: dict[str, Tensor] = {}
+        seen: dict[str, Tensor] = {}
+        for regulariser, own in self._active(values):
+            seen |= own
+            for name, factor in regulariser.weight_factors(parameters, own).items():
+                factors[name] = factors[name] * factor if name in factors else factor
+        with self._context.set_to(seen) as activations:
+            return Prediction(call(factors), activations)
+
+    def loss(self, prediction: Prediction, target: Any, parameters: Parameters, values: Mapping[str, Any]) -> Tensor:
+        """The training loss with all penalties, shape []."""
+        parameters = cache(parameters)  # self-tuning networks make them anew at each call
+        loss = self._train_loss(prediction.output, target, parameters, values)
+        for regulariser, own in self._active(values):
+            if type(regulariser).penalty is not Regulariser.penalty:
+                term = regulariser.penalty(parameters(), prediction.activations, own)
+                loss = loss if term is None else loss + term
+        return loss
+
+    def _active(self, values: Mapping[str, Any]) -> list[tuple[Regulariser, dict[str, Tensor]]]:
+        """Regularisers that have their values, and these as tensors: numbers become such as the model's weights are."""
+        like = next(self._model.parameters())
+        active = []
+        for regulariser in self._regularisers:
+            names = regulariser.hyperparameters
+            if all(name in values for name in names):
+                active.append((regulariser, {name: _as_tensor(values[name], like) for name in names}))
+        return active
+
+
+def strengths(regularisers: Sequence[Regulariser]) -> dict[str, Strength]:
+    """What the hyperparameters of all of them can be; several may share one.
+
+    Raises:
+        InputError: two that share a hyperparameter disagree on what it can be.
+    """
+    found: dict[str, tuple[Regulariser, Strength]] = {}
+    for regulariser in regularisers:
+        for name, strength in regulariser.hyperparameters.items():
+            first, known = found.setdefault(name, (regulariser, strength))
+            if known != strength:
+                raise InputError(
+                    f"{type(first).__name__} and {type(regulariser).__name__} both have a hyperparameter {name!r}, of "
+                    "different ranges: rename one"
+                )
+    return {name: strength for name, (_, strength) in found.items()}
+
+
+def _as_tensor(value: Any, like: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=like.dtype, device=like.device)

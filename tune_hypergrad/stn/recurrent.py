@@ -1,0 +1,183 @@
+"""Recurrent layers whose weights respond to hyperparameters, written out of products with one weight each.
+
+torch's own layers run as long as there is nothing to respond to. Otherwise the inputs of all time steps go through one
+product, the recurrence through one for each time step, with all gates in it; forward-mode derivatives, which torch's
+fused layers do not have, come with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.stn.layers import register
+from tune_hypergrad.stn.products import OfProducts, Product
+
+State = tuple[Tensor, ...]
+"""What a recurrence hands on, output first."""
+
+_WEIGHT, _BIAS = "weight_", "bias_"
+
+
+class _Recurrence(OfProducts):
+    """A layer with own parameters `weight_<product>` and `bias_<product>`."""
+
+    states: int
+    """How many tensors the state has; the first one is the output."""
+
+    def step(self, gates: Tensor, state: State, products: Mapping[str, Product], suffix: str) -> State:
+        """One time step.
+
+        Args:
+            gates: what the input contributes to them, shape [examples, gates].
+            state: before the step, each of shape [examples, features].
+            products: all of the layer's.
+            suffix: of the names of this layer's and direction's products.
+        """
+        raise NotImplementedError
+
+    def products(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        names = (own.removeprefix(_WEIGHT) for own in self._parameters if own.startswith(_WEIGHT))
+        return {name: (getattr(self, _WEIGHT + name), getattr(self, _BIAS + name, None)) for name in names}
+
+    @property
+    def response_weights(self) -> dict[str, str]:
+        return {_WEIGHT + name: f"response.{name}.weight" for name in self.products()}
+
+    def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, (weight, bias) in self.products_at(inputs).items():
+            found[_WEIGHT + name] = weight
+            if bias is not None:
+                found[_BIAS + name] = bias
+        return found
+
+    def _packed(self, state: State) -> Any:
+        """The state as torch's layer has it: a tensor, or a tuple of several."""
+        return state if self.states > 1 else state[0]
+
+    def _unpacked(self, state: Any) -> State:
+        return tuple(state) if self.states > 1 else (state,)
+
+
+class _LSTMStep(_Recurrence):
+    states = 2
+
+    def step(self, gates: Tensor, state: State, products: Mapping[str, Product], suffix: str) -> State:
+        output, cell = state
+        i, f, g, o = (gates + products["hh" + suffix](output)).chunk(4, -1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        output = o.sigmoid() * cell.tanh()
+        projection = products.get("hr" + suffix)
+        return output if projection is None else projection(output), cell
+
+
+class _GRUStep(_Recurrence):
+    states = 1
+
+    def step(self, gates: Tensor, state: State, products: Mapping[str, Product], suffix: str) -> State:
+        (output,) = state
+        r, z, n = gates.chunk(3, -1)
+        by_output = products["hh" + suffix](output).chunk(3, -1)
+        reset, update = (r + by_output[0]).sigmoid(), (z + by_output[1]).sigmoid()
+        new = (n + reset * by_output[2]).tanh()
+        return (new + update * (output - new),)
+
+
+class _Layers(_Recurrence):
+    """Layers of recurrences, in one or both directions, over batches of padded sequences."""
+
+    def state_shapes(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Of each tensor of the state, for the layer's input."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Output and final state, both as torch's layer gives them, of the same arguments."""
+        self._check(input)
+        given = () if hx is None else self._unpacked(hx)
+        if self.runs_plain(input, *given):
+            return super().forward(input, hx)
+        rnn = cast(nn.RNNBase, self)
+        initial = given or tuple(input.new_zeros(shape) for shape in self.state_shapes(input))
+        rnn.check_forward_args(input, self._packed(initial), None)
+        output, final = self._run(rnn, input.transpose(0, 1) if rnn.batch_first else input, initial)
+        return output.transpose(0, 1) if rnn.batch_first else output, self._packed(final)
+
+    def _check(self, x: Any) -> None:
+        if isinstance(x, PackedSequence):
+            raise InputError(f"{type(self).__name__} does not respond on a PackedSequence: pass a padded tensor")
+        self.check_batch(x, 3, 0 if self.batch_first else 1)
+
+    def _run(self, rnn: nn.RNNBase, x: Tensor, initial: State) -> tuple[Tensor, State]:
+        """Output and final state for input of shape [time, examples, features]."""
+        products = self.responding()
+        directions = ("", "_reverse") if rnn.bidirectional else ("",)
+        finals: list[State] = []
+        for layer in range(rnn.num_layers):
+            outputs = []
+            for direction in directions:
+                state = tuple(of_all[len(finals)] for of_all in initial)
+                suffix = f"_l{layer}{direction}"
+                output, final = self._over_time(x, state, products, suffix, backwards=bool(direction))
+                outputs.append(output)
+                finals.append(final)
+            x = torch.cat(outputs, -1)
+            if layer < rnn.num_layers - 1:
+                x = F.dropout(x, rnn.dropout, rnn.training)
+        return x, tuple(torch.stack(of_all) for of_all in zip(*finals, strict=True))
+
+    def _over_time(
+        self, x: Tensor, state: State, products: Mapping[str, Product], suffix: str, backwards: bool
+    ) -> tuple[Tensor, State]:
+        steps = products["ih" + suffix](x).unbind()
+        outputs = []
+        for gates in reversed(steps) if backwards else steps:
+            state = self.step(gates, state, products, suffix)
+            outputs.append(state[0])
+        return torch.stack(outputs[::-1] if backwards else outputs), state
+
+
+@register(nn.LSTM)
+class SelfTuningLSTM(_LSTMStep, _Layers, nn.LSTM):  # type: ignore[misc]  # one forward in place of overloads
+    """`nn.LSTM` on batches of padded sequences."""
+
+    def state_shapes(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
+        return self.get_expected_hidden_size(x, None), self.get_expected_cell_size(x, None)
+
+
+@register(nn.GRU)
+class SelfTuningGRU(_GRUStep, _Layers, nn.GRU):  # type: ignore[misc]  # likewise
+    """`nn.GRU` on batches of padded sequences."""
+
+    def state_shapes(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
+        return (self.get_expected_hidden_size(x, None),)
+
+
+class _Cell(_Recurrence):
+    """One time step as a layer of its own."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """The state after the step, as torch's cell gives it, of the same arguments."""
+        self.check_batch(input, 2, 0)
+        given = () if hx is None else self._unpacked(hx)
+        if self.runs_plain(input, *given):
+            return super().forward(input, hx)
+        state = given or (input.new_zeros(len(input), cast(int, self.hidden_size)),) * self.states
+        products = self.responding()
+        return self._packed(self.step(products["ih"](input), state, products, ""))
+
+
+@register(nn.LSTMCell)
+class SelfTuningLSTMCell(_LSTMStep, _Cell, nn.LSTMCell):
+    """`nn.LSTMCell` on batches."""
+
+
+@register(nn.GRUCell)
+class SelfTuningGRUCell(_GRUStep, _Cell, nn.GRUCell):
+    """`nn.GRUCell` on batches."""

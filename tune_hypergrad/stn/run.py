@@ -1,0 +1,315 @@
+"""The training run of a self-tuning network: training and validation steps in turn, in resumable pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from math import isfinite, isnan, log
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tune_hypergrad.budget import GRADIENTS_PER, Cost
+from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.hypergradients.inner_loop import Evaluation, InnerLoop, State
+from tune_hypergrad.hypergradients.optimizers import get_optimizer
+from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.stn.convert import self_tuning
+from tune_hypergrad.stn.hyperparameters import TunedHyperparameter, TunedHyperparameters
+from tune_hypergrad.stn.steps import VARIANTS, response_inputs, training_gradients, validation_gradients
+
+# What a draw is for, beside the inner loop's streams.
+_TRAINING_PERTURBATION, _VALIDATION_PERTURBATION = range(100, 102)
+
+
+@dataclass(frozen=True)
+class SelfTuningSettings:
+    """How a self-tuning network is trained; defaults are those of Delta-STN's published runs."""
+
+    variant: str = "delta-stn"
+    """The method: "stn", "centered-stn" or "delta-stn"."""
+    initial: Mapping[str, float] = field(default_factory=dict)
+    """Values to begin with; those missing begin in the middle of the unconstrained scale."""
+    scale: float = 1.0
+    """Standard deviation of the perturbations to begin with, on the unconstrained scale."""
+    train_steps: int = 5
+    """Training steps in one turn."""
+    val_steps: int = 1
+    """Validation steps, on hyperparameters and scales, in one turn."""
+    warm_up: float = 5
+    """Epochs before the first validation step."""
+    hyper_optimizer: str = "rmsprop"
+    """What moves hyperparameters and scales: one of the inner optimizers, with torch's defaults."""
+    hyper_lr: float = 1e-2
+    """Its learning rate."""
+    entropy_weight: float = 1e-3
+    """How much a wide perturbation is worth."""
+    linearised_validation: bool = False
+    """Whether validation steps linearise the prediction in the response, too."""
+    val_batch_size: int | None = None
+    """Validation examples in a step; None is the problem's batch size."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise InputError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
+        get_optimizer(self.hyper_optimizer)
+        for name, least in (("train_steps", 1), ("val_steps", 0), ("val_batch_size", 1)):
+            value = getattr(self, name)
+            if name == "val_batch_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+        for name in ("warm_up", "hyper_lr", "entropy_weight"):
+            value = getattr(self, name)
+            if not (_is_finite(value) and value >= 0):
+                raise InputError(f"{name} is {value!r}: it must be a finite number of at least 0")
+        if not (_is_finite(self.scale) and self.scale > 0):
+            raise InputError(f"scale is {self.scale!r}: it must be a finite number above 0")
+        for name, value in self.initial.items():
+            if not _is_finite(value):
+                raise InputError(f"hyperparameter {name!r} begins at {value!r}: it must be one finite number")
+
+
+class Incumbent(NamedTuple):
+    """The best weights so far, and the hyperparameters that belong to them."""
+
+    step: int
+    """Training steps that led to them."""
+    val_loss: float
+    """Over the whole validation split."""
+    values: dict[str, float]
+    """The hyperparameters."""
+    weights: dict[str, Tensor]
+    """A state dict of the plain model."""
+
+
+def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None:
+    """Refuse hyperparameters that a self-tuning network of this inner loop cannot tune.
+
+    Raises:
+        InputError: nothing uses one of them, it is the optimizer's, or its range is more than its regulariser takes.
+    """
+    problem = loop.problem
+    known = {**problem.regulariser_hyperparameters, **problem.train_loss_hyperparameters}
+    for definition in tuned:
+        name = definition.name
+        if name in loop.optimizer.hyperparameters:
+            raise InputError(
+                f"{name!r} is the optimizer's, and no part of the training loss that weights respond to: fix it, tune "
+                "it outside, or use a regulariser such as WeightDecay in its place"
+            )
+        if name not in known and name not in problem.model_hyperparameters:
+            raise InputError(
+                f"nothing uses the hyperparameter {name!r}: the problem's regularisers and train loss have "
+                f"{', '.join(known) or 'none'}{did_you_mean(name, known)}"
+            )
+        strength = problem.regulariser_hyperparameters.get(name)
+        if strength is not None and not strength.lower <= definition.lower <= definition.largest <= strength.upper:
+            raise InputError(
+                f"hyperparameter {name!r} is searched from {definition.lower:g} to {definition.largest:g}: its "
+                f"regulariser takes {strength.lower:g} to {strength.upper:g}"
+            )
+    loop.check_names({definition.name: None for definition in tuned})
+
+
+class SelfTuningRun:
+    """One training run whose regularisation is tuned on the way.
+
+    Every number is a function of the inner loop's seed and the step: a run that is loaded from `state_dict` continues
+    bit for bit on a CPU.
+
+    Args:
+        loop: what is trained; enter `loop.running()` around `advance` and `judge`.
+        tuned: what is tuned; one draw serves a minibatch where the problem knows no value for each example.
+        settings: how.
+
+    Raises:
+        InputError: something cannot be tuned, or begins outside its range; no layer of the model responds.
+    """
+
+    def __init__(self, loop: InnerLoop, tuned: Collection[TunedHyperparameter], settings: SelfTuningSettings) -> None:
+        check_tuned(loop, tuned)
+        self.loop, self.settings, self.variant = loop, settings, VARIANTS[settings.variant]
+        shared = loop.problem.per_minibatch_hyperparameters
+        tuned = [replace(each, per_example=each.per_example and each.name not in shared) for each in tuned]
+        self.tuned = TunedHyperparameters(
+            tuned, initial=settings.initial, scale=settings.scale, dtype=loop.dtype, device=loop.device
+        )
+        self.network = self_tuning(loop.model, len(self.tuned))
+        self._general = self.network.general_parameters()
+        self._responses = self.network.response_parameters()
+        self._weights = [_as_views(self._general.values()), _as_views(self._responses.values())]
+        self._slots = [tuple(torch.zeros_like(flat) for _ in loop.optimizer.slots) for flat in self._weights]
+        self._hyper_optimizer = get_optimizer(settings.hyper_optimizer)
+        self._hyper_slots = tuple(
+            torch.zeros(2 * len(self.tuned), dtype=loop.dtype, device=loop.device) for _ in self._hyper_optimizer.slots
+        )
+        self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.settings.fixed), dtype=torch.float64)
+        self.position = 0
+        """Training steps taken."""
+        self.val_steps = 0
+        """Validation steps taken."""
+        self.incumbent: Incumbent | None = None
+        self.cost = Cost()
+
+    @property
+    def done(self) -> bool:
+        """Whether all training steps have been taken."""
+        return self.position == self.loop.steps
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The hyperparameters at present."""
+        return {name: float(value.detach()) for name, value in self.tuned.values().items()}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The standard deviations of their perturbations at present, on the unconstrained scale."""
+        return dict(zip(self.tuned.definitions, self.tuned.log_scales.detach().exp().tolist(), strict=True))
+
+    @property
+    def history(self) -> dict[str, tuple[float, ...]]:
+        """The values at every training step so far, held ones too: what a plain training run replays."""
+        taken = self._path[: self.position].T.tolist()
+        names = (*self.tuned.definitions, *self.loop.settings.fixed)
+        return {name: tuple(values) for name, values in zip(names, taken, strict=True)}
+
+    def advance(self, steps: int) -> None:
+        """Take training steps, as many as are left at the most, and the validation steps that fall between them."""
+        settings, first = self.settings, round(self.settings.warm_up * self.loop.problem.steps_per_epoch)
+        for _ in range(min(steps, self.loop.steps - self.position)):
+            self._train()
+            since = self.position - first
+            if since > 0 and since % settings.train_steps == 0:
+                for _ in range(settings.val_steps):
+                    self._validate()
+
+    def judge(self) -> Evaluation:
+        """Evaluate the present weights on the validation split, and keep them if they are the best so far."""
+        state = self.state
+        evaluation = self.loop.evaluate(state)
+        self.cost += self.loop.eval_cost("val")
+        best = None if self.incumbent is None else self.incumbent.val_loss
+        if best is None or evaluation.loss < best or (isnan(best) and not isnan(evaluation.loss)):
+            self.incumbent = Incumbent(self.position, evaluation.loss, self.values, self._plain_state_dict())
+        return evaluation
+
+    @property
+    def state(self) -> State:
+        """The plain model's weights at the present hyperparameters, as the inner loop has them."""
+        with torch.no_grad():
+            params = self.loop.flatten(self.network.parameters_at(self._present_inputs()))
+        buffers = {name: buffer.clone() for name, buffer in self.network.model.named_buffers()}
+        return State(params, (), buffers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's state, of tensors and plain values."""
+        return {
+            "position": self.position,
+            "val_steps": self.val_steps,
+            "weights": [flat.clone() for flat in self._weights],
+            "slots": list(self._slots),
+            "buffers": {name: buffer.clone() for name, buffer in self.network.model.named_buffers()},
+            "tuned": (self.tuned.unconstrained.detach().clone(), self.tuned.log_scales.detach().clone()),
+            "hyper_slots": self._hyper_slots,
+            "path": self._path[: self.position].clone(),
+            "incumbent": None if self.incumbent is None else tuple(self.incumbent),
+            "cost": tuple(vars(self.cost).values()),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.position, self.val_steps = saved["position"], saved["val_steps"]
+        with torch.no_grad():
+            for flat, value in zip(self._weights, saved["weights"], strict=True):
+                flat.copy_(value)
+            buffers = dict(self.network.model.named_buffers())
+            for name, value in saved["buffers"].items():
+                buffers[name].copy_(value)
+            self.tuned.unconstrained.copy_(saved["tuned"][0])
+            self.tuned.log_scales.copy_(saved["tuned"][1])
+        self._slots = [tuple(slots) for slots in saved["slots"]]
+        self._hyper_slots = tuple(saved["hyper_slots"])
+        self._path[: self.position] = saved["path"]
+        self.incumbent = None if saved["incumbent"] is None else Incumbent(*saved["incumbent"])
+        self.cost = Cost(*saved["cost"])
+
+    def _train(self) -> None:
+        loop, step = self.loop, self.position
+        held = loop.held_at(step)
+        self._path[step] = torch.tensor([*self.values.values(), *held.values()], dtype=torch.float64)
+        self.network.train()
+        batch = loop.batch(step)
+        perturbations = self._perturbations(_TRAINING_PERTURBATION, step, loop.problem.batch_size)
+        loop.seed_model(step)
+        gradients = training_gradients(
+            self.network, self.tuned, self.variant, loop.objective, batch, perturbations, held
+        )
+        # weight decay pulls weights to zero, not their responses
+        undecayed = {"weight_decay": 0.0} if "weight_decay" in loop.optimizer.hyperparameters else {}
+        for index, (parameters, found, h) in enumerate(
+            ((self._general, gradients[0], {}), (self._responses, gradients[1], undecayed))
+        ):
+            gradient = torch.cat([found.get(name, torch.zeros_like(p)).reshape(-1) for name, p in parameters.items()])
+            with torch.no_grad():
+                weights, self._slots[index] = loop.update(self._weights[index], gradient, self._slots[index], h, step)
+                self._weights[index].copy_(weights)
+        self.position += 1
+        kind = "delta_stn_step" if self.variant.linearised else "stn_step"
+        self.cost += Cost(steps=1, examples=loop.problem.batch_size, gradients=GRADIENTS_PER[kind])
+
+    def _validate(self) -> None:
+        loop, settings = self.loop, self.settings
+        size = min(settings.val_batch_size or loop.problem.batch_size, len(loop.split("val")))
+        self.network.eval()
+        loop.seed_model(-1 - self.val_steps)
+        _, *gradients = validation_gradients(
+            self.network,
+            self.tuned,
+            self.variant,
+            loop.problem.loss,
+            loop.val_batch(self.val_steps, size),
+            self._perturbations(_VALIDATION_PERTURBATION, self.val_steps, size),
+            entropy_weight=settings.entropy_weight,
+            linearised=settings.linearised_validation,
+        )
+        with torch.no_grad():
+            before = (torch.cat([self.tuned.unconstrained, self.tuned.log_scales]), *self._hyper_slots)
+            h = {**self._hyper_optimizer.hyperparameters, "lr": settings.hyper_lr}
+            moved, slots = self._hyper_optimizer.update(before[0], torch.cat(gradients), before[1:], h, self.val_steps)
+            # where training diverged, nothing is known of the hyperparameters
+            after = [torch.where(new.isfinite(), new, old) for new, old in zip((moved, *slots), before, strict=True)]
+            self._hyper_slots = tuple(after[1:])
+            unconstrained, log_scales = after[0].chunk(2)
+            self.tuned.unconstrained.copy_(unconstrained)
+            # scales and their squares stay what the type can hold
+            limit = log(torch.finfo(self.loop.dtype).max) / 2
+            self.tuned.log_scales.copy_(log_scales.clamp(-limit, limit))
+        self.val_steps += 1
+        batches = size / loop.problem.batch_size
+        self.cost += Cost(gradients=batches * GRADIENTS_PER["self_tuning_val_step"])
+
+    def _perturbations(self, stream: int, number: int, examples: int) -> Tensor:
+        generator = torch.Generator().manual_seed(fold_seed(self.loop.settings.seed, stream, number))
+        return self.tuned.perturbations(examples, generator)
+
+    def _present_inputs(self) -> Tensor:
+        return response_inputs(self.tuned, self.variant, torch.zeros_like(self.tuned.unconstrained)).detach()
+
+    def _plain_state_dict(self) -> dict[str, Tensor]:
+        state = self.network.general_state_dict(self._present_inputs())
+        return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+
+
+def _as_views(parameters: Collection[torch.nn.Parameter]) -> Tensor:
+    """One vector that the parameters become views of, so that an optimizer writes to all of them at once."""
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    for p, chunk in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.data = chunk.view(p.shape)
+    return flat
