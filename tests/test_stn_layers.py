@@ -268,3 +268,14 @@ def test_compiled_networks_see_the_perturbation_of_the_moment():
             torch.testing.assert_close(perturbed, network(x))
         assert (perturbed - plain).abs().max() > 0.01
     torch.testing.assert_close(compiled(x), plain)
+
+
+def test_frozen_layers_do_not_respond():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    network = self_tuning(model, N)
+    assert {name.split(".")[0] for name in network.response_parameters()} == {"2"}
+    assert network.without_rule == ("1",)  # the first is frozen as a whole
+    with pytest.raises(InputError, match="no layer whose weights can respond"):
+        self_tuning(nn.Linear(3, 2).requires_grad_(False), N)

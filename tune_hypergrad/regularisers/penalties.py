@@ -94,7 +94,7 @@ class _OfOutputs(Regulariser):
 
     @property
     def hyperparameters(self) -> dict[str, Strength]:
-        return {self.weight: _ON_WEIGHTS}
+        return {self.weight: _ON_ACTIVATIONS}
 
     def attach(self, model: nn.Module, context: Context) -> None:
         layers = dict(model.named_modules())

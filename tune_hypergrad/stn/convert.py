@@ -98,8 +98,9 @@ class SelfTuningNetwork(nn.Module):
 def self_tuning(model: nn.Module, hyperparameters: int) -> SelfTuningNetwork:
     """Convert a copy of a model.
 
-    Layers that `RULES` knows respond; weights that are shared keep being shared, and so do their responses. Their
-    names, attributes and the model's `forward` stay as they are.
+    Layers that `RULES` knows respond, unless a parameter of theirs is frozen (`requires_grad=False`); weights that are
+    shared keep being shared, and so do their responses. Their names, attributes and the model's `forward` stay as they
+    are.
 
     Args:
         model: any module.
@@ -117,8 +118,9 @@ def self_tuning(model: nn.Module, hyperparameters: int) -> SelfTuningNetwork:
         rule = RULES.get(type(layer))
         if layer in within:
             continue
-        if rule is None or not rule.applies_to(layer):
-            if next(layer.parameters(recurse=False), None) is not None:
+        trainable = [p.requires_grad for p in layer.parameters(recurse=False)]
+        if rule is None or not rule.applies_to(layer) or not all(trainable):
+            if any(trainable):
                 without_rule.append(name or type(layer).__name__)
             continue
         layer.__class__ = rule

@@ -80,16 +80,18 @@ def training_gradients(
         shared = response_inputs(tuned, variant, tuned.shared(perturbations))
         perturbed = {**(fixed or {}), **tuned.values(perturbations)}
         current = {**(fixed or {}), **tuned.values()}
-    *x, target = objective.transform(batch, perturbed)
     if not variant.linearised:
+        *x, target = objective.transform(batch, perturbed)
         with network.perturbation.set_to(inputs):
             prediction = objective.predict(partial(network.call, x), general, perturbed)
         loss = objective.loss(prediction, target, partial(network.parameters_at, shared), perturbed)
         together = _gradients(loss, {**general, **responses})
         return _those(together, general), _those(together, responses)
-    *plain_x, plain_target = objective.transform(batch, current)
-    prediction = objective.predict(partial(network.call, plain_x), general, current)
-    by_general = _gradients(objective.loss(prediction, plain_target, lambda: general, current), general)
+    # the general weights' step comes first: it draws what a plain step draws, so that it can be replayed
+    *x, target = objective.transform(batch, current)
+    prediction = objective.predict(partial(network.call, x), general, current)
+    by_general = _gradients(objective.loss(prediction, target, lambda: general, current), general)
+    *x, target = objective.transform(batch, perturbed)
     prediction = _linearised(network, inputs, lambda: objective.predict(partial(network.call, x), general, perturbed))
     loss = objective.loss(prediction, target, partial(network.parameters_at, shared), perturbed)
     return by_general, _gradients(loss, responses)
