@@ -1,14 +1,14 @@
-"""The steps of self-tuning networks, against problems whose best response is known in closed form."""
+"""The steps of self-tuning networks, against finite differences and objectives that are written out."""
 
 import math
 
 import pytest
 import torch
 from ray import tune
-from scipy.optimize import minimize_scalar
 from torch import nn
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.objective import Objective
 from tune_hypergrad.stn import (
     VARIANTS,
     TunedHyperparameter,
@@ -20,105 +20,6 @@ from tune_hypergrad.stn import (
 )
 
 F64 = torch.float64
-FEATURES = 10
-
-
-class Ridge:
-    """Linear regression with penalty exp(l) / 2 ||w||^2 on noisy data, and what is best, in closed form."""
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=generator, dtype=F64)
-
-        weights, scales = normal(FEATURES), torch.linspace(0.3, 1.5, FEATURES, dtype=F64)
-
-        def examples(count):
-            x = normal(count, FEATURES) * scales
-            return x, x @ weights + 3 * normal(count)
-
-        self.train, self.val = examples(30), examples(200)
-        best = minimize_scalar(self.outer_loss, bounds=(-8, 4), method="bounded", options={"xatol": 1e-9})
-        self.optimum = best.x
-
-    def best_response(self, log_l2):
-        x, y = self.train
-        return torch.linalg.solve(
-            x.T @ x / len(x) + math.exp(log_l2) * torch.eye(FEATURES, dtype=F64), x.T @ y / len(x)
-        )
-
-    def best_response_jacobian(self, log_l2, step=1e-5):
-        return (self.best_response(log_l2 + step) - self.best_response(log_l2 - step)) / (2 * step)
-
-    def outer_loss(self, log_l2):
-        x, y = self.val
-        return float(self.loss(x @ self.best_response(log_l2), y))
-
-    @staticmethod
-    def loss(output, target):
-        return (output.squeeze(-1) - target).square().mean() / 2
-
-    def train_loss(self, output, target, params, values):
-        return self.loss(output, target) + values["log_l2"].exp() / 2 * params()["weight"].square().sum()
-
-
-def self_tuned(ridge, variant, start, response_lr, steps=4000):
-    """Alternate steps; returns the network and where the hyperparameter was after every step."""
-    torch.manual_seed(1)
-    model = nn.Linear(FEATURES, 1, bias=False, dtype=F64)
-    nn.init.normal_(model.weight, std=0.1)
-    network = self_tuning(model, 1)
-    free = TunedHyperparameter("log_l2", -math.inf, math.inf, per_example=False)
-    tuned = TunedHyperparameters([free], initial={"log_l2": start}, scale=0.2, dtype=F64)
-    generator = torch.Generator().manual_seed(0)
-    general, responses = network.general_parameters(), network.response_parameters()
-    optimizers = [
-        torch.optim.SGD(general.values(), lr=0.1),
-        torch.optim.SGD(responses.values(), lr=response_lr),
-        torch.optim.Adam([tuned.unconstrained], lr=0.01),
-    ]
-    path = []
-    for step in range(steps):
-        if step == steps - 1000:  # less noise at the end
-            optimizers[1].param_groups[0]["lr"] = response_lr / 10
-        by_general, by_responses = training_gradients(
-            network, tuned, variant, ridge.train_loss, ridge.train, tuned.perturbations(30, generator)
-        )
-        for parameters, gradients in ((general, by_general), (responses, by_responses)):
-            for name, parameter in parameters.items():
-                parameter.grad = gradients[name]
-        _, by_hyperparameters, _ = validation_gradients(
-            network, tuned, variant, ridge.loss, ridge.val, tuned.perturbations(200, generator), entropy_weight=0.0
-        )
-        tuned.unconstrained.grad = by_hyperparameters if step >= 200 else torch.zeros(1, dtype=F64)
-        for optimizer in optimizers:
-            optimizer.step()
-        path.append(tuned.unconstrained.item())
-    return network, path
-
-
-@pytest.fixture(scope="module")
-def ridge():
-    return Ridge()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "start", "response_lr"),
-    [("delta-stn", -3.0, 1.0), ("delta-stn", 1.5, 1.0), ("centered-stn", -3.0, 1.0), ("stn", -3.0, 0.1)],
-)
-def test_ridge_regression_reaches_the_bilevel_optimum(ridge, name, start, response_lr):
-    network, path = self_tuned(ridge, VARIANTS[name], start, response_lr)
-    reached = sum(path[-1000:]) / 1000
-    assert math.exp(reached) == pytest.approx(math.exp(ridge.optimum), rel=0.02)
-    if name == "delta-stn":
-        response = network.model.response
-        jacobian = (response.weight_scale * response.weight).squeeze(0)
-        exact = ridge.best_response_jacobian(path[-1])
-        assert (jacobian - exact).norm() < 0.05 * exact.norm()
-        weights = network.general_parameters()["weight"].squeeze(0)
-        assert (weights - ridge.best_response(path[-1])).norm() < 0.02 * weights.norm()
 
 
 def small(variant, per_example=True):
@@ -186,7 +87,8 @@ def test_validation_gradients_against_finite_differences(variant, linearised):
 def test_training_gradients_are_of_each_methods_objective(variant):
     network, tuned, batch, method = small(variant)
     perturbations = tuned.perturbations(6, torch.Generator().manual_seed(2)).detach()
-    by_general, by_responses = training_gradients(network, tuned, method, weighted, batch, perturbations)
+    objective = Objective(weighted, (), network.model)
+    by_general, by_responses = training_gradients(network, tuned, method, objective, batch, perturbations)
     u = tuned.unconstrained.detach()
     origin = torch.zeros_like(u) if method.centred else u
     inputs, shared = origin + perturbations, origin + perturbations[0] * torch.tensor([0.0, 1.0])
