@@ -125,9 +125,12 @@ def outcomes(out: Path, budget: Budget) -> pd.DataFrame:
     for folder in sorted(out.glob("seed*")):
         results = within(read_results(folder), budget)
         for name, found in results.groupby("method"):
-            best = found.loc[found["val_loss"].idxmin()]
-            figures = ("val_loss", "val_accuracy", "test_loss", "test_accuracy")
-            rows.append({"method": name, "seed": int(folder.name[4:]), **{k: float(best[k]) for k in figures}})
+            alive = found[found["val_loss"].notna()]
+            row = {"method": name, "seed": int(folder.name[4:]), "diverged": alive.empty}
+            if not alive.empty:
+                best = alive.loc[alive["val_loss"].idxmin()]
+                row |= {key: float(best[key]) for key in ("val_loss", "val_accuracy", "test_loss", "test_accuracy")}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -136,16 +139,17 @@ def report(out: Path, budget: Budget) -> None:
     best = outcomes(out, budget)
     best.to_json(out / "results.json", orient="records", indent=1)
     lines = [
-        "| method | validation loss (mean, least to largest) | validation accuracy | test accuracy | seeds |",
+        "| method | validation loss: mean (range) | validation accuracy | test accuracy | seeds that did not diverge |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name in (name for name in METHODS if name in set(best["method"])):
-        rows = best[best["method"] == name]
+        own = best[best["method"] == name]
+        rows = own[~own["diverged"]]
         cells = [
             _spread(rows["val_loss"], 1, 4),
             *(_spread(rows[k], 100, 1) for k in ("val_accuracy", "test_accuracy")),
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(rows)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(rows)} of {len(own)} |")
     table = "\n".join(lines) + "\n"
     (out / "table.md").write_text(table)
     print(table)
