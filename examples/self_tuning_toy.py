@@ -80,15 +80,10 @@ class Ridge:
         """Tune, from `start` of log L2; everything but the variant is the same for the three methods."""
         problem = Problem(self.model, self.train, self.val, loss=self.loss, train_loss=self.train_loss, batch_size=30)
         loop = InnerLoop(problem, TrainingSettings(steps, fixed={"lr": 0.01, "momentum": 0.9}, seed=seed))
-        how: dict[str, Any] = {
-            "scale": 0.5,
-            "train_steps": 1,
-            "warm_up": 300,
-            "hyper_optimizer": "sgd",
-            "hyper_lr": 0.05,
-        }
+        how: dict[str, Any] = {"scale": 0.5, "train_steps": 1, "warm_up": 300, "val_batch_size": 200}
+        how |= {"hyper_optimizer": "sgd", "hyper_lr": 0.05, "entropy_weight": 0.003}
         initial = {"u": start - self.log_unit}
-        settings = SelfTuningSettings(variant, initial, hyper_lr=0.05, entropy_weight=0.003, val_batch_size=200, **how)
+        settings = SelfTuningSettings(variant, initial, **how)
         run = SelfTuningRun(loop, self.tuned, settings)
         with loop.running():
             run.advance(steps)
