@@ -30,9 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from tune_hypergrad import Problem, Schedule, problems
+from tune_hypergrad import Problem, problems
 from tune_hypergrad.hypergradients import Descent, InnerLoop, OuterLoop, TrainingSettings, hypergradient_run
-from tune_hypergrad.report import plot_schedules
 from tune_hypergrad.space import Range
 
 WINDOWS = 10
@@ -135,6 +134,18 @@ def draw_search(histories: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
+def draw_schedules(found: dict[str, list[float]]) -> Figure:
+    """Learning rates over the epoch."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, lr in found.items():
+        axes.stairs(lr, [step / len(lr) for step in range(len(lr) + 1)], baseline=None, linewidth=1.8, label=name)
+    axes.set(xlabel="training progress", ylabel="learning rate", xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,8 +176,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(report))
     draw_search(histories).savefig(options.out / "search.png", dpi=150)
-    schedules = {name: Schedule({"lr": tuple(lr)}) for name, lr in found.items()}
-    plot_schedules(schedules).savefig(options.out / "schedules.png", dpi=150)
+    draw_schedules(found).savefig(options.out / "schedules.png", dpi=150)
 
 
 if __name__ == "__main__":

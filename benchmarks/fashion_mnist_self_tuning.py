@@ -1,6 +1,6 @@
 """Self-tuning networks against black-box search on Fashion-MNIST, at one budget.
 
-    python benchmarks/fashion_mnist_self_tuning.py --data-dir DATA --out docs/self_tuning
+    python benchmarks/fashion_mnist_self_tuning.py --data-dir DATA --run RUN --out docs/self_tuning
 
 A fixed subset of 10,000 training images (and 2,000 others to validate on), SimpleCNN at a quarter of its width, SGD
 with momentum 0.9 and batches of 128, after the Fashion-MNIST experiment of Bae and Grosse (2020). The learning rate is
@@ -15,8 +15,8 @@ as 20 plain trainings of 10 epochs, in gradient evaluations with everything coun
 
 Black-box trainings are judged after every epoch too, so that each counts with its best epoch. The figure of merit is
 the lowest validation loss within the budget; the test accuracy printed beside it belongs to the same weights. Writes
-`results.json`, `table.md`, `loss.png` and `hyperparameters.png` to the output folder; `--report` does so from the
-results there are, so that methods and seeds may be run one by one.
+`results.json`, `table.md`, `loss.png` and `hyperparameters.png` to the output folder. A run that was interrupted goes
+on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -31,22 +31,28 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from ray import tune
-from ray.tune.search import Searcher
 
 from tune_hypergrad import (
     STN,
     BOHBSearch,
     Budget,
     CenteredSTN,
+    Comparison,
     DeltaSTN,
     FixedSchedule,
+    Method,
     Problem,
     RandomSearch,
+    Retraining,
     problems,
 )
-from tune_hypergrad.experiment import ray_session, read_results, run_method, within
+from tune_hypergrad.comparison.plan import Plan
+from tune_hypergrad.comparison.run import run_plan
+from tune_hypergrad.ledger import Account
+from tune_hypergrad.methods import Task
 from tune_hypergrad.problems.networks import simple_cnn
 from tune_hypergrad.regularisers import Cutout, Dropout
+from tune_hypergrad.searchers.queue import QueueSearch
 
 SPACE = {
     "input_dropout": tune.uniform(0, 0.95),
@@ -84,65 +90,67 @@ def subset(data_dir: str | None) -> Problem:
     )
 
 
-def contender(name: str, problem: Problem, seed: int, steps: int) -> tuple[type[tune.Trainable], Searcher]:
-    """What a method's trials run, and what chooses their hyperparameters."""
+def method(name: str) -> Method:
+    """What chooses a method's configurations, and what its trials run."""
     if name in SELF_TUNING:
-        trainable = SELF_TUNING[name].from_problem(problem, space=SPACE, initial=INITIAL, steps=steps, fixed=FIXED)
-        # one trial; its length is more than the budget lets it have
-        return trainable, RandomSearch(
-            {"seed": tune.randint(0, 2**16)}, "val_loss", "min", seed=seed, points_to_evaluate=[{"seed": seed}]
-        )
-    plain = FixedSchedule.from_problem(
-        problem, steps=EPOCHS * problem.steps_per_epoch, fixed=FIXED, seed=seed, reports=EPOCHS
-    )
-    if name == "rs":
-        return plain, RandomSearch(SPACE, "val_loss", "min", EPOCHS, seed)
-    return plain, BOHBSearch(SPACE, "val_loss", "min", EPOCHS / 9, EPOCHS, 3, seed)
+        return Method(name, lambda task: QueueSearch([{}]), partial(self_tuning, SELF_TUNING[name]), concurrent=1)
+    searches = {
+        "rs": lambda task: RandomSearch(SPACE, "val_loss", "min", EPOCHS, task.seed),
+        "bohb": lambda task: BOHBSearch(SPACE, "val_loss", "min", EPOCHS / 9, EPOCHS, 3, task.seed),
+    }
+    return Method(name, searches[name], plain)
 
 
-def measure(names: list[str], seeds: list[int], data_dir: str | None, out: Path) -> None:
-    """Run what has not been run yet."""
+def plain(task: Task) -> type[tune.Trainable]:
+    """A training run, judged after every epoch."""
+    return FixedSchedule.from_problem(task.problem, steps=task.steps, fixed=FIXED, reports=EPOCHS)
+
+
+def self_tuning(trainable: type[DeltaSTN], task: Task) -> type[tune.Trainable]:
+    """One run, longer than the budget lets it be."""
+    steps = TRAININGS * task.steps
+    return trainable.from_problem(task.problem, space=SPACE, initial=INITIAL, steps=steps, fixed=FIXED)
+
+
+def measure(names: list[str], seeds: list[int], data_dir: str | None, out: Path) -> Comparison:
+    """Run all side by side; the test split is reported with every result."""
     problem = subset(data_dir)
-    budget = budget_of(problem)
-    with ray_session():
-        for seed in seeds:
-            for name in names:
-                folder = out / f"seed{seed}" / name
-                if not folder.exists():
-                    trainable, searcher = contender(name, problem, seed, int(budget.amount))
-                    concurrent = 1 if name in SELF_TUNING else None
-                    run_method(name, trainable, searcher, budget, folder, concurrent=concurrent)
+    steps = EPOCHS * problem.steps_per_epoch
+    plan = Plan(
+        problem=problem,
+        task=Task(problem, SPACE, steps),
+        methods=tuple(map(method, names)),
+        budget=Budget(TRAININGS * steps, "gradients"),
+        seeds=tuple(seeds),
+        resources={"cpu": 1},
+        retraining=Retraining(seeds=0),
+    )
+    return run_plan(plan, out, resume=out.exists())
 
 
-def budget_of(problem: Problem) -> Budget:
-    """What every method may spend."""
-    return Budget(TRAININGS * EPOCHS * problem.steps_per_epoch, "gradients")
-
-
-def outcomes(out: Path, budget: Budget) -> pd.DataFrame:
+def outcomes(comparison: Comparison) -> pd.DataFrame:
     """The best result of every method and seed."""
     rows = []
-    for folder in sorted(out.glob("seed*")):
-        results = within(read_results(folder), budget)
-        for name, found in results.groupby("method"):
-            alive = found[found["val_loss"].notna()]
-            row = {"method": name, "seed": int(folder.name[4:]), "diverged": alive.empty}
-            if not alive.empty:
-                best = alive.loc[alive["val_loss"].idxmin()]
-                row |= {key: float(best[key]) for key in ("val_loss", "val_accuracy", "test_loss", "test_accuracy")}
-            rows.append(row)
+    for account in comparison.accounts.itertuples():
+        found = comparison.incumbents(Account(account.method, account.seed))
+        row = {"method": account.method, "seed": account.seed, "diverged": found.empty}
+        if not found.empty:
+            best = found.iloc[-1]
+            row |= {key: float(best[key]) for key in ("val_loss", "val_accuracy", "test_loss", "test_accuracy")}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def report(out: Path, budget: Budget) -> None:
+def report(comparison: Comparison, out: Path) -> None:
     """Write the table and the pictures."""
-    best = outcomes(out, budget)
+    out.mkdir(parents=True, exist_ok=True)
+    best = outcomes(comparison)
     best.to_json(out / "results.json", orient="records", indent=1)
     lines = [
         "| method | validation loss: mean (range) | validation accuracy | test accuracy | seeds that did not diverge |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name in (name for name in METHODS if name in set(best["method"])):
+    for name in comparison.methods:
         own = best[best["method"] == name]
         rows = own[~own["diverged"]]
         cells = [
@@ -153,8 +161,8 @@ def report(out: Path, budget: Budget) -> None:
     table = "\n".join(lines) + "\n"
     (out / "table.md").write_text(table)
     print(table)
-    draw_losses(out, budget).savefig(out / "loss.png", dpi=120)
-    draw_hyperparameters(out, budget).savefig(out / "hyperparameters.png", dpi=120)
+    draw_losses(comparison).savefig(out / "loss.png", dpi=120)
+    draw_hyperparameters(comparison).savefig(out / "hyperparameters.png", dpi=120)
 
 
 def _spread(values: pd.Series, factor: float, digits: int) -> str:
@@ -163,36 +171,34 @@ def _spread(values: pd.Series, factor: float, digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def draw_losses(out: Path, budget: Budget) -> Figure:
+def draw_losses(comparison: Comparison) -> Figure:
     """Lowest validation loss so far against the share of the budget, a line for every seed."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for index, name in enumerate(METHODS):
-        label: str | None = name
-        for folder in sorted(out.glob(f"seed*/{name}")):
-            results = within(read_results(folder.parent), budget)
-            own = results[results["method"] == name]
-            share = own[f"spent/{budget.unit}"] / budget.amount
-            axes.step(share, own["val_loss"].cummin(), where="post", color=f"C{index}", label=label, linewidth=1.2)
-            label = None
+    for index, name in enumerate(comparison.methods):
+        for seed in comparison.settings["seeds"]:
+            own = comparison.incumbents(Account(name, seed))
+            share = [*(own[f"spent/{comparison.budget.unit}"] / comparison.budget.amount), 1]
+            losses = [*own["val_loss"], *own["val_loss"].tail(1)] or [float("nan")]
+            label = name if seed == comparison.settings["seeds"][0] else None
+            axes.step(share, losses, where="post", color=f"C{index}", label=label, linewidth=1.2)
     axes.set(xlabel="share of the budget spent", ylabel="lowest validation loss so far", ylim=(None, 1.0))
     axes.set_title("Fashion-MNIST, 10,000 images, SimpleCNN at a quarter of its width", fontsize=10)
     axes.legend(frameon=False)
     return figure
 
 
-def draw_hyperparameters(out: Path, budget: Budget) -> Figure:
+def draw_hyperparameters(comparison: Comparison) -> Figure:
     """Hyperparameters of the self-tuning networks over their training, a line for every seed."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     panels: Any = figure.subplots(2, 3, sharex=True)
+    results = comparison.results
     for axes, key in zip(panels.flat, SPACE, strict=True):
-        for index, name in enumerate(METHODS):
-            label: str | None = name
-            for folder in sorted(out.glob(f"seed*/{name}")) if name in SELF_TUNING else ():
-                results = within(read_results(folder.parent), budget)
-                own = results[results["method"] == name]
+        for index, name in enumerate(comparison.methods):
+            for seed in comparison.settings["seeds"] if name in SELF_TUNING else ():
+                own = results[(results["method"] == name) & (results["seed"] == seed) & ~results["lost"]]
+                label = name if seed == comparison.settings["seeds"][0] else None
                 axes.plot(own["cost/steps"], own[f"schedule/{key}"], color=f"C{index}", label=label, linewidth=1)
-                label = None
         axes.set_title(key, fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel("training steps")
@@ -204,14 +210,12 @@ def main() -> None:
     """Measure, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir")
-    parser.add_argument("--out", type=Path, default=Path("self_tuning"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--run", type=Path, default=Path("self_tuning"), help="folder of the comparison itself")
+    parser.add_argument("--out", type=Path, default=Path("self_tuning/tables"))
+    parser.add_argument("--methods", nargs="+", default=["rs", "bohb", "stn", "delta-stn"], choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="only draw what there is")
     options = parser.parse_args()
-    if not options.report:
-        measure(options.methods, options.seeds, options.data_dir, options.out)
-    report(options.out, budget_of(subset(options.data_dir)))
+    report(measure(options.methods, options.seeds, options.data_dir, options.run), options.out)
 
 
 if __name__ == "__main__":

@@ -352,9 +352,32 @@ def test_affine_wants_a_name():
         Affine()
 
 
-def test_cutout_wants_a_hole():
-    with pytest.raises(InputError, match="max_holes=0"):
-        Cutout(max_holes=0)
+@pytest.mark.parametrize("most", [0, -1, 2.5, 2.0, True, "2", None])
+def test_cutout_wants_a_whole_number_of_holes(most):
+    with pytest.raises(InputError, match=f"max_holes={most!r}: it must be a whole number of at least 1"):
+        Cutout(max_holes=most)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Affine(rotation="same", translation="same"),
+        lambda: Affine("r", "t", "same", "same"),
+        lambda: Cutout(length="same", holes="same"),
+    ],
+)
+def test_each_strength_wants_a_name_of_its_own(make):
+    with pytest.raises(InputError, match="has the name 'same' for two hyperparameters: give each its own"):
+        make()
+
+
+@pytest.mark.parametrize("make", [Brightness, Contrast, Saturation, Hue])
+def test_one_number_is_for_all_channels(make):
+    x = normalised()
+    assert torch.equal(apply(make(0.5, 0.25), x, 0.4), apply(make((0.5,), (0.25,)), x, 0.4))
+    assert torch.equal(apply(make(mean=0, std=1), x, 0.4), apply(make([0.0], [1.0]), x, 0.4))
+    with pytest.raises(InputError, match=r"mean=125\.3 and std=63\.0: give those of pixels in"):
+        make(125.3, 63.0)
 
 
 # --- colours

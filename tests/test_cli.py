@@ -1,17 +1,13 @@
 """The command line: what it lists, what it refuses before Ray starts, and one experiment from end to end."""
 
-import json
 import sys
 
-import numpy as np
-import pandas as pd
 import pytest
 import ray
 from typer.testing import CliRunner
 
-from tune_hypergrad import InputError, Schedule, cli
-from tune_hypergrad.experiment import RESULTS_FILE
-from tune_hypergrad.methods import METHODS
+from tune_hypergrad import InputError, cli
+from tune_hypergrad.comparison import Comparison
 
 OWN_PROBLEM = """
 import torch
@@ -74,7 +70,7 @@ def test_problems_and_methods_are_listed(capsys):
 
 def test_help_names_the_commands():
     shown = CliRunner().invoke(cli.app, ["--help"])
-    assert shown.exit_code == 0 and all(name in shown.output for name in ("run", "plot", "problems", "methods"))
+    assert shown.exit_code == 0 and all(name in shown.output for name in ("compare", "report", "problems", "methods"))
 
 
 @pytest.mark.parametrize(
@@ -87,13 +83,16 @@ def test_help_names_the_commands():
         (["digits_mlp", "--budget", "nan"], "'nan'"),
         (["digits_mlp", "--method", "fsd"], "'fsd'"),
         (["digits_mlp", "--optimizer", "sdg"], "'sdg'"),
-        (["digits_mlp", "--epochs", "0"], "--epochs"),
-        (["digits_mlp", "--epochs", "nan"], "--epochs"),
-        (["digits_mlp", "--epochs", "0.01"], "--epochs 0.01"),
-        (["digits_mlp", "--windows", "0"], "windows=0"),
+        (["digits_mlp", "--epochs", "0"], "epochs is 0"),
+        (["digits_mlp", "--epochs", "nan"], "epochs is nan"),
+        (["digits_mlp", "--epochs", "0.01"], "epochs is 0.01"),
+        (["digits_mlp", "--reference", "grid"], "grid:N"),
+        (["digits_mlp", "--reference", "grid:3"], "needs at least"),
+        (["digits_mlp", "--retrain-on", "test"], "'test'"),
+        (["digits_mlp", "--progress", "loud"], "'loud'"),
+        (["digits_mlp", "--method", "rs", "--method", "rs"], "two methods called 'rs'"),
         (["digits_mlp", "--epochs", "1", "--windows", "99"], "'lr'"),
         (["digits_mlp", "--batch-size", "100000"], "batch_size 100000"),
-        (["digits_mlp", "--seed", "-1"], "seed"),
         (["digits_mlp", "--method", "bohb", "--min-budget", "0.1"], "min_budget is 0.1"),
         (["digits_mlp", "--method", "hb", "--min-budget", "20"], "min_budget 20.0 is above max_budget 10.0"),
         (["digits_mlp", "--method", "hb", "--eta", "1"], "eta is 1.0"),
@@ -104,7 +103,7 @@ def test_help_names_the_commands():
     ],
 )
 def test_bad_input_is_one_line_before_ray_starts(ray_must_not_start, capsys, tmp_path, arguments, words):
-    status, _, err = outcome(capsys, "run", *arguments, "--out", tmp_path / "out")
+    status, _, err = outcome(capsys, "compare", *arguments, "--out", tmp_path / "out")
     assert status == 2 and words in err
     assert err.count("\n") == 1 and err.startswith("error: ")
     assert not (tmp_path / "out").exists()
@@ -124,13 +123,13 @@ def test_bad_input_is_one_line_before_ray_starts(ray_must_not_start, capsys, tmp
     ],
 )
 def test_own_problems_that_cannot_work_are_one_line(ray_must_not_start, capsys, tmp_path, own_file, name, words):
-    status, _, err = outcome(capsys, "run", f"{own_file}:{name}", "--out", tmp_path / "out")
+    status, _, err = outcome(capsys, "compare", f"{own_file}:{name}", "--out", tmp_path / "out")
     assert status == 2 and words in err and err.count("\n") == 1
 
 
 def test_a_file_that_does_not_import_is_one_line(ray_must_not_start, capsys, tmp_path):
     (tmp_path / "broken.py").write_text("def f(:\n  pass\n")
-    status, _, err = outcome(capsys, "run", f"{tmp_path / 'broken.py'}:f", "--out", tmp_path / "out")
+    status, _, err = outcome(capsys, "compare", f"{tmp_path / 'broken.py'}:f", "--out", tmp_path / "out")
     assert status == 2 and "SyntaxError" in err and err.count("\n") == 1
 
 
@@ -143,59 +142,48 @@ def test_own_problems_are_loaded(own_file, name):
 def test_an_earlier_runs_folder_is_not_overwritten(ray_must_not_start, capsys, tmp_path):
     (tmp_path / "kept").write_text("x")
     for out in (tmp_path, tmp_path / "kept"):
-        status, _, err = outcome(capsys, "run", "digits_mlp", "--out", out)
+        status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", out)
         assert status == 2 and err.count("\n") == 1
     assert (tmp_path / "kept").read_text() == "x"
 
 
-def test_plotting_a_folder_without_results_is_refused(capsys, tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        status, _, err = outcome(capsys, "plot", folder)
-        assert status == 2 and "has no results" in err and err.count("\n") == 1
-    status, _, err = outcome(capsys, "plot", tmp_path, "--unit", "epochs")
-    assert status == 2 and "'epochs'" in err
+def test_what_is_no_comparison_is_refused(capsys, tmp_path):
+    for arguments in (["report", tmp_path], ["report", tmp_path / "nowhere"], ["compare", "--resume", tmp_path]):
+        status, _, err = outcome(capsys, *arguments)
+        assert status == 2 and "give the folder that" in err and err.count("\n") == 1
+
+
+def test_resuming_takes_no_problem_and_beginning_needs_one(ray_must_not_start, capsys, tmp_path):
+    status, _, err = outcome(capsys, "compare", "digits_mlp", "--resume", tmp_path)
+    assert status == 2 and "leave out 'digits_mlp'" in err
+    status, _, err = outcome(capsys, "compare")
+    assert status == 2 and "there is no problem" in err
 
 
 def test_an_error_in_a_problem_shows_its_brackets(capsys):
     with pytest.raises(InputError):
         raise InputError("[not markup]")
-    status, _, err = outcome(capsys, "run", "[b]digits[/b]")
+    status, _, err = outcome(capsys, "compare", "[b]digits[/b]")
     assert status == 2 and "[b]digits[/b]" in err
 
 
 @pytest.mark.slow
-def test_an_experiment_from_end_to_end(ray_session, capsys, tmp_path):
+def test_a_comparison_from_end_to_end(ray_session, capsys, tmp_path):
     out = tmp_path / "out"
-    methods = [word for name in METHODS for word in ("--method", name)]
-    run = ["run", "digits_mlp", "--budget", "12e", "--epochs", "1", "--windows", "3", *methods, "--quiet"]
-    run += ["--min-budget", "0.3"]
-    status, shown, err = outcome(capsys, *run, "--out", out)
+    options = ["--budget", "12e", "--epochs", "1", "--windows", "3", "--retrain-seeds", "1", "--min-budget", "0.3"]
+    methods = [word for name in ("fds", "hb", "cosine") for word in ("--method", name)]
+    status, shown, err = outcome(capsys, "compare", "digits_mlp", *options, *methods, "--out", out)
     assert status == 0, err
-    results = pd.read_csv(out / "results.csv")
-    limit, unit = json.loads((out / "settings.json").read_text())["budget"]
-    assert unit == "gradients" and f"may spend {limit:,.0f} gradients" in shown
-    for name in METHODS:
-        assert f"{name} found " in shown.replace("\n", " ")
-        assert (out / name / RESULTS_FILE).is_file()
-        rows = results[results["method"] == name]
-        best = rows.loc[rows["val_loss"].idxmin()]
-        found = Schedule.load(out / name / "schedule.json").values
-        if name == "hd":  # the values of every inner step, of which results carry the current ones
-            assert len(found["lr"]) == 17 and found["lr"][-1] == pytest.approx(best["schedule/lr"], abs=0.05)
-        elif METHODS[name].tunes_regularisation:  # likewise; the optimizer's are held within a trial
-            assert len(found["lr"]) == 1 and len(found["dropout"]) >= best["cost/steps"]
-        else:
-            assert list(found["lr"]) == pytest.approx([best[f"schedule/lr/{window}"] for window in range(3)])
-        # the budget is spent, and overrun by one report of each of two trials at most
-        largest_report = rows["spent/gradients"].diff().fillna(rows["spent/gradients"]).max()
-        assert limit <= rows["spent/gradients"].max() < limit + 2 * largest_report
-        assert np.isfinite(best["val_loss"])
-    for name in ("hb", "bohb"):
-        epochs = results[results["method"] == name].groupby("budget")["cost/steps"].max()
-        assert epochs.to_dict() == pytest.approx({1 / 3: round(17 / 3), 1: 17})
-    written = {name: (out / name).read_bytes() for name in ("regret.png", "schedule.png")}
-    assert all(picture.startswith(b"\x89PNG") and len(picture) > 5000 for picture in written.values())
-    for name in written:
-        (out / name).unlink()
-    status, shown, err = outcome(capsys, "plot", out, "--unit", "steps", "--reference", "0.9")
-    assert status == 0 and (out / "regret.png").is_file() and (out / "schedule.png").is_file()
+    assert all(name in shown for name in ("fds", "hb", "cosine", "report.html"))
+    comparison = Comparison(out)
+    assert comparison.methods == ["fds", "hb", "cosine"] and set(comparison.accounts["reason"]) == {"budget spent"}
+    epochs = comparison.results[comparison.results["method"] == "hb"].groupby("budget")["cost/steps"].max()
+    assert epochs.to_dict() == pytest.approx({1 / 3: round(17 / 3), 1: 17})
+    # finished already: resuming writes the report again
+    (out / "report.html").unlink()
+    status, _, err = outcome(capsys, "compare", "--resume", out, "--progress", "quiet")
+    assert status == 0 and (out / "report.html").exists(), err
+    again = Comparison(out).accounts
+    assert list(again["spent/gradients"]) == list(comparison.accounts["spent/gradients"])
+    (out / "report.html").unlink()
+    assert outcome(capsys, "report", out)[0] == 0 and (out / "report.html").exists()

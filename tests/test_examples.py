@@ -1,5 +1,6 @@
 """Every example runs as it stands, and does what its first line says."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_examples_run(path, ray_session, tmp_path, monkeypatch, capsys):
         assert all(name in shown for name in names["INSIDE"])
     elif path.stem == "own_problem":
         assert "d loss / d l2" in shown
+    elif path.stem == "loop_to_problem":
+        by_hand, tuned = (float(shown.split(f"{name} ")[1].split()[0].strip(",")) for name in ("by hand", "tuned"))
+        assert tuned < by_hand
+    elif path.stem == "asha_and_pbt":
+        epochs = json.loads(shown.split("epochs of each trial ")[1].splitlines()[0])
+        assert len(epochs) == 8 and min(epochs) < max(epochs) == 4
+        rates = [json.loads(line.split("learning rates ")[1]) for line in shown.splitlines() if line.startswith("PBT")]
+        assert len(rates) == 4 and max(map(len, rates)) > 1
+    elif path.stem == "lightning_replay":
+        assert len({rate for rate, _ in names["module"].used}) == 4 and len(names["module"].used) == 80
+        assert float(shown.split("accuracy ")[1].split(",")[0]) > 0.9
     elif path.stem == "self_tuning_toy":
         assert shown.count("best 0.369") == 12
         assert Path("self_tuning_toy.png").stat().st_size > 5000

@@ -189,6 +189,28 @@ class TestDropout:
         x = torch.ones(2000, 10)
         assert_share(predict(model, [Dropout("dropout", "*.1")], {"dropout": 0.5}, x).output == 0, 0.5)
 
+    @pytest.mark.parametrize(("kind", "shape", "_"), KINDS)
+    def test_inputs_by_keyword(self, kind: type[nn.Module], shape: tuple[int, ...], _: Any) -> None:
+        model, x = alone(kind()), torch.ones(shape)
+        objective = Objective(lambda *_: torch.zeros(()), [Dropout()], model)
+        assert not objective.predict(lambda factors: model[0](input=x), {}, {"dropout": 1.0}).output.any()
+        assert torch.equal(model.eval()[0](input=x), x)
+
+    @pytest.mark.parametrize("regulariser", [Dropout("rate"), VariationalDropout("rate", "0")])
+    def test_rates_of_examples_that_the_tensor_has_not(self, regulariser: Regulariser) -> None:
+        message = r"rates for 4 examples, .* shape \(20, 5, 3\), which has 20 along dimension 0: .* in per_minibatch$"
+        with pytest.raises(InputError, match=message) as caught:
+            predict(alone(nn.Dropout()), [regulariser], {"rate": double(*RATES)}, torch.ones(20, 5, 3))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("regulariser", [Dropout("rate"), VariationalDropout("rate", "0")])
+    def test_one_tensor_for_all_examples(self, regulariser: Regulariser) -> None:
+        y = predict(alone(nn.Dropout()), [regulariser], {"rate": double(0, 0.5, 0.5, 0.9)}, torch.ones(1, 3, 4000))
+        dropped = y.output == 0
+        assert dropped.shape == (4, 3, 4000) and not torch.equal(dropped[1], dropped[2])
+        for rate, example in zip((0, 0.5, 0.5, 0.9), dropped, strict=True):
+            assert_share(example[0], rate)
+
 
 class Tagger(nn.Module):
     """Gives every time step's features, by way of a recurrent network."""
@@ -280,6 +302,18 @@ class TestEmbeddingDropout:
         y = predict(model, [EmbeddingDropout()], {"embedding_dropout": 0.3}, words).output
         assert_share(y[:, 0] == 0, 0.3)
         assert torch.equal(y[:, 0], y[:, 1]) and torch.equal(y[:, 0], y[:, 2])
+
+    def test_rates_of_examples_that_the_words_have_not(self) -> None:
+        positions, values = torch.arange(7), {"embedding_dropout": double(*RATES)}
+        with pytest.raises(InputError, match=r"rates for 4 examples, .* has 7 along dimension 0: .* arange\(t\)"):
+            predict(alone(nn.Embedding(9, 3)), [EmbeddingDropout()], values, positions)
+
+    def test_one_row_of_words_for_all_examples(self) -> None:
+        model, words = alone(nn.Embedding(3000, 2)), torch.arange(3000)[None]
+        y = predict(model, [EmbeddingDropout()], {"embedding_dropout": double(*RATES)}, words).output
+        assert y.shape == (4, 3000, 2)
+        for rate, example in zip(RATES, y, strict=True):
+            assert_share(example[:, 0] == 0, rate)
 
     def test_limits(self) -> None:
         model, words = alone(nn.Embedding(9, 3)), torch.randint(9, (4, 6))
@@ -494,6 +528,30 @@ class TestPenalties:
         torch.testing.assert_close(ar, 2 + (weights[:, None, None] * h.square()).mean())
         tar = self.loss([TemporalActivationRegularisation("recurrent", "w")], model, {"w": weight}, words)
         torch.testing.assert_close(tar, 2 + (weights[:, None, None] * (h[:, 1:] - h[:, :-1]).square()).mean())
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("kind", "mean"), [(ActivationRegularisation, 100), (TemporalActivationRegularisation, 400)]
+    )
+    def test_of_activations_in_half_precision(self, kind: Any, mean: float, dtype: torch.dtype) -> None:
+        """Their sum is beyond the type's range, or too coarse."""
+        x = torch.full((4, 3, 1000), 10.0, dtype=dtype) * torch.tensor([1, -1, 1])[:, None]
+        assert self.loss([kind("0", "w")], alone(nn.Identity()).to(dtype), {"w": torch.ones(4)}, x) == 2 + mean
+
+    @pytest.mark.parametrize("shape", [(4, 3), (4,)])
+    def test_changes_without_time(self, shape: tuple[int, ...]) -> None:
+        message = r"^TemporalActivationRegularisation acts on outputs of shape \[examples, time, features\], not \[4"
+        with pytest.raises(InputError, match=message) as caught:
+            self.loss([TemporalActivationRegularisation("0")], alone(nn.Identity()), {"tar": 0.1}, torch.ones(shape))
+        assert str(caught.value).endswith(": choose other modules")
+
+    def test_numbers_are_as_precise_as_trained_weights(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 3).bfloat16().requires_grad_(False), nn.Linear(3, 2).double())
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        objective = Objective(lambda *_: torch.zeros((), dtype=torch.float64), [WeightDecay("w", "1.*")], model)
+        loss = objective.loss(Prediction(None, {}), None, lambda: parameters, {"w": 0.1})
+        squares = sum(p.square().sum() for p in parameters.values()) / 2
+        torch.testing.assert_close(loss, 0.1 * squares, rtol=1e-12, atol=0)
 
     def test_of_several_modules_add_up(self) -> None:
         model, words = Tagger().double(), torch.randint(50, (4, 7))

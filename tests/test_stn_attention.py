@@ -170,16 +170,13 @@ def test_forward_mode_derivatives_without_perturbation(kind, weights):
 @by_layer
 def test_weights_can_be_replaced_with_their_responses(kind):
     layer, network, args, _ = make(kind)
-    rules = network.model.response_weights
-    assert rules.keys() == {name for name, _ in layer.named_parameters() if name.endswith("weight")}
     inputs = torch.randn(N, dtype=torch.float64)
-    at, parameters = network.parameters_at(inputs), dict(network.model.named_parameters())
-    for own, response in rules.items():
-        mask = (torch.rand_like(parameters[own]) < 0.5).double()
-        assert parameters[response].shape == mask.shape
-        replaced = {name: parameters[name] * mask for name in (own, response)}
+    at = network.parameters_at(inputs)
+    assert network.model.responses.keys() == at.keys()
+    for own, parameter in layer.named_parameters():
+        mask = (torch.rand_like(parameter) < 0.5).double()
         with network.perturbation.set_to(inputs):
-            output = functional_call(network.model, replaced, args)
+            output = network.call(args, {own: mask})
         torch.testing.assert_close(output, functional_call(layer, {**at, own: at[own] * mask}, args))
 
 
@@ -227,6 +224,30 @@ def test_in_a_transformer_layer_it_responds_in_evaluation_too(batch_first):
         with network.perturbation.set_to(inputs):
             output = network(x)
         torch.testing.assert_close(output, functional_call(layer, network.parameters_at(inputs), x))
+
+
+@pytest.mark.parametrize("frozen", ["in_proj_weight", "out_proj.weight", "out_proj.bias"])
+def test_with_a_frozen_projection_it_does_not_respond(frozen):
+    model = nn.ModuleList([nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64), nn.Linear(2, 2)])
+    model[0].get_parameter(frozen).requires_grad_(False)
+    network = self_tuning(model, N)
+    assert type(network.model[0]) is nn.MultiheadAttention and "0" in network.without_rule
+    assert {name.split(".")[0] for name in network.response_parameters()} == {"1"}
+
+
+@pytest.mark.parametrize("kind", ["packed", "separate"])
+def test_what_is_shared_shares_its_response(kind):
+    torch.manual_seed(0)
+    layers = [nn.MultiheadAttention(WIDTH, HEADS, **LAYERS[kind], dtype=torch.float64) for _ in range(2)]
+    layers[1].in_proj_bias, layers[1].out_proj = layers[0].in_proj_bias, layers[0].out_proj
+    network = self_tuning(nn.ModuleList(layers), N)
+    for p in network.response_parameters().values():
+        nn.init.normal_(p, std=0.5)
+    inputs = torch.randn(N, dtype=torch.float64)
+    first, second = (layer.parameters_at(inputs) for layer in network.model)
+    for name in ("in_proj_bias", "out_proj.weight", "out_proj.bias"):
+        assert torch.equal(first[name], second[name])
+        assert not torch.equal(first[name], network.model[0].get_parameter(name))
 
 
 @pytest.mark.parametrize("keywords", [{"add_bias_kv": True}, {"add_zero_attn": True}])

@@ -100,6 +100,93 @@ def test_each_example_sees_the_weights_at_its_own_hyperparameters(kind):
         torch.testing.assert_close(layer_there(x)[[example]], output[[example]])
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_parameters_can_be_multiplied_with_their_responses(kind):
+    layer, network, x = make(kind)
+    layer.eval(), network.eval()
+    inputs = torch.randn(N, dtype=torch.float64)
+    at = network.parameters_at(inputs)
+    assert network.model.responses.keys() == at.keys() == dict(layer.named_parameters()).keys()
+    for name, parameter in layer.named_parameters():
+        mask = (torch.rand_like(parameter) < 0.5).double()
+        with network.perturbation.set_to(inputs):
+            output = network.call((x,), {name: mask})
+        torch.testing.assert_close(output, functional_call(layer, {**at, name: at[name] * mask}, x))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_inputs_by_keyword(kind):
+    layer, network, x = make(kind)
+    torch.testing.assert_close(network.model(input=x), layer(x))
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_transposed_convolutions_take_the_size_of_their_output(kind):
+    plain = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[kind](2, 3, 3, stride=2).double()
+    network = self_tuning(plain, N)
+    for p in network.response_parameters().values():
+        nn.init.normal_(p)
+    x, inputs, size = torch.randn(EXAMPLES, 2, *[3] * kind).double(), torch.randn(N).double(), [8] * kind
+    at = network.parameters_at(inputs)
+    with network.perturbation.set_to(inputs):
+        by_keyword, by_place = network.model(x, output_size=size), network.model(x, size)
+    assert torch.equal(by_keyword, by_place) and list(by_keyword.shape[2:]) == size
+    torch.testing.assert_close(by_keyword, functional_call(plain, at, x, {"output_size": size}))
+
+
+NO_EXAMPLES = {
+    "positions": (nn.Embedding(9, 5), torch.arange(7)),
+    "examples and times in one": (nn.Linear(5, 6), torch.zeros(EXAMPLES * 7, 5)),
+    "times first": (nn.Linear(5, 6), torch.zeros(7, EXAMPLES, 5)),
+    "images and times in one": (nn.Conv2d(1, 2, 3), torch.zeros(EXAMPLES * 7, 1, 8, 8)),
+    "transposed": (nn.ConvTranspose1d(1, 2, 3), torch.zeros(EXAMPLES * 7, 1, 8)),
+    "normalised": (nn.BatchNorm1d(5), torch.zeros(EXAMPLES * 7, 5)),
+    "positions, normalised": (nn.LayerNorm(5), torch.zeros(7, 5)),
+}
+
+
+@pytest.mark.parametrize("linearised", [True, False])
+@pytest.mark.parametrize("kind", NO_EXAMPLES)
+def test_what_has_no_examples_to_respond_by_is_refused(kind, linearised):
+    layer, x = NO_EXAMPLES[kind]
+    network, inputs = self_tuning(layer, N), torch.zeros(EXAMPLES, N)
+    with network.perturbation.set_to(inputs[0]):
+        assert network(x).shape == layer(x).shape
+    perturbed = network.perturbation.set_to(inputs, linearised=linearised)
+    message = r"perturbation is of 4 examples, .* along dimension 0, .* positions as arange\(t\).expand\(b, t\)"
+    with forward_ad.dual_level(), perturbed, pytest.raises(InputError, match=message) as caught:
+        network(x)
+    assert "\n" not in str(caught.value)
+
+
+ONE_FOR_ALL = ["Linear on sequences", "Conv2d", "ConvTranspose1d", "GroupNorm", "LayerNorm without bias", "Embedding"]
+
+
+@pytest.mark.parametrize("linearised", [True, False])
+@pytest.mark.parametrize("kind", ONE_FOR_ALL)
+def test_one_input_for_all_examples(kind, linearised):
+    _, network, x = make(kind)
+    inputs = torch.randn(EXAMPLES, N, dtype=torch.float64)
+    outputs = []
+    for one in (x[:1], x[:1].expand_as(x)):
+        with forward_ad.dual_level(), network.perturbation.set_to(inputs, linearised=linearised):
+            outputs.append(forward_ad.unpack_dual(network(one)))
+    torch.testing.assert_close(*(output.primal for output in outputs))
+    if linearised:
+        torch.testing.assert_close(*(output.tangent for output in outputs))
+    assert len(outputs[0].primal) == EXAMPLES
+
+
+def test_padding_does_not_respond():
+    network = self_tuning(nn.Embedding.from_pretrained(torch.randn(9, 5), freeze=False, padding_idx=0), N)
+    words = torch.tensor([[0, 3, 0]]).expand(EXAMPLES, 3)
+    with network.perturbation.set_to(torch.randn(EXAMPLES, N)):
+        output = network(words)
+    scale = network.model.response.weight_scale
+    (gradient,) = torch.autograd.grad((output * torch.randn_like(output)).sum(), scale)
+    assert gradient[3].all() and not gradient[[0, 1, 2, 4, 5, 6, 7, 8]].any()
+
+
 class Small(nn.Module):
     """Convolution, normalisation, pooling and two linear layers; its forward looks at its layers' attributes."""
 
@@ -198,6 +285,80 @@ def test_weights_that_are_shared_stay_shared():
     torch.testing.assert_close(model(x), output)
 
 
+@pytest.mark.parametrize("shared", [("weight", "bias"), ("bias",)])
+def test_biases_that_are_shared_share_their_responses(shared):
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)).double()
+    for name in shared:
+        setattr(model[2], name, getattr(model[0], name))
+    network = self_tuning(model, N)
+    assert len(network.response_parameters()) == 8 - 2 * len(shared)
+    for p in network.response_parameters().values():
+        nn.init.normal_(p)
+    inputs, x = torch.randn(N).double(), torch.randn(EXAMPLES, 5).double()
+    with network.perturbation.set_to(inputs):
+        output = network(x)
+    torch.testing.assert_close(functional_call(model, network.parameters_at(inputs), x), output)
+    model.load_state_dict(network.general_state_dict(inputs))
+    torch.testing.assert_close(model(x), output)
+
+
+class OwnLinear(nn.Linear):
+    """Has no rule."""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (nn.Conv2d(3, 3, 2), nn.ConvTranspose2d(3, 3, 2), "its outputs in one are not its outputs in the other"),
+        (nn.Conv1d(3, 4, 2), nn.ConvTranspose1d(4, 3, 2), "its outputs in one are not its outputs in the other"),
+        (nn.Linear(3, 4), OwnLinear(3, 4), "responds in the first only: .* register a rule for OwnLinear"),
+    ],
+)
+def test_a_weight_whose_response_cannot_be_shared_is_refused(first, second, message):
+    second.weight = first.weight
+    with pytest.raises(InputError, match=f"'0' and '1' share 'weight', .*{message}") as caught:
+        self_tuning(nn.Sequential(first, second), N)
+    assert "\n" not in str(caught.value)
+    first.weight.requires_grad_(False)
+    assert self_tuning(nn.Sequential(first, second, nn.Linear(1, 1)), N).without_rule == ("0", "1")
+
+
+def test_transposed_convolutions_can_share_a_weight():
+    model = nn.Sequential(nn.ConvTranspose1d(3, 3, 2), nn.ConvTranspose1d(3, 3, 2)).double()
+    model[1].weight = model[0].weight
+    network = self_tuning(model, N)
+    for p in network.response_parameters().values():
+        nn.init.normal_(p)
+    inputs, x = torch.randn(N).double(), torch.randn(EXAMPLES, 3, 4).double()
+    with network.perturbation.set_to(inputs):
+        output = network(x)
+    torch.testing.assert_close(functional_call(model, network.parameters_at(inputs), x), output)
+
+
+def test_a_module_may_be_called_response():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.response = nn.Linear(5, 5)
+            self.again, self.norm = self.response, nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            return self.norm(self.response(self.again(x)))
+
+    model = Net().double().eval()
+    network = self_tuning(model, N).eval()
+    assert network.general_parameters().keys() == dict(model.named_parameters()).keys()
+    assert network.general_state_dict().keys() == model.state_dict().keys()
+    assert len(network.response_parameters()) == 8
+    for p in network.response_parameters().values():
+        nn.init.normal_(p)
+    inputs, x = torch.randn(N).double(), torch.randn(EXAMPLES, 5).double()
+    with network.perturbation.set_to(inputs):
+        output = network(x)
+    model.load_state_dict(network.general_state_dict(inputs))
+    torch.testing.assert_close(model(x), output)
+
+
 def test_layers_without_a_rule_are_named_and_rules_can_be_added():
     class Scale(nn.Module):
         def __init__(self):
@@ -252,6 +413,14 @@ def test_autocast():
     assert low[0].dtype == torch.bfloat16
     for one, other in zip(exact, low, strict=True):
         torch.testing.assert_close(one, other.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "GroupNorm", "LayerNorm"])
+def test_normalisation_under_autocast_keeps_the_plain_layers_type(kind):
+    layer, network, x = make(kind, torch.float32)
+    for inputs in (None, torch.randn(N), torch.randn(EXAMPLES, N)):
+        with torch.autocast("cpu", dtype=torch.bfloat16), network.perturbation.set_to(inputs):
+            assert network(x.bfloat16()).dtype == layer(x.bfloat16()).dtype
 
 
 def test_compiled_networks_see_the_perturbation_of_the_moment():

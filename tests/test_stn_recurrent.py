@@ -157,20 +157,16 @@ def test_forward_mode_derivatives_in_single_precision(kind):
 @by_kind
 def test_weights_can_be_replaced_with_their_responses(kind):
     layer, network, args = make(kind)
-    rules = network.model.response_weights
-    own, mask = next((name, p) for name, p in layer.named_parameters() if name.startswith("weight_hh"))
-    assert rules.keys() == {name for name, _ in layer.named_parameters() if name.startswith("weight")}
-    assert all(network.model.get_parameter(r).shape == layer.get_parameter(o).shape for o, r in rules.items())
-    mask = (torch.rand_like(mask) < 0.5).double()
     inputs = torch.randn(N, dtype=torch.float64)
-    parameters = dict(network.model.named_parameters())
-    replaced = {name: parameters[name] * mask for name in (own, rules[own])}
     at = network.parameters_at(inputs)
-    with network.perturbation.set_to(inputs):
-        output = functional_call(network.model, replaced, args)
-    torch.testing.assert_close(output, functional_call(layer, {**at, own: at[own] * mask}, args))
-    output = functional_call(network.model, replaced, args)
-    torch.testing.assert_close(output, functional_call(layer, {own: layer.get_parameter(own) * mask}, args))
+    assert network.model.responses.keys() == at.keys()
+    for own, parameter in layer.named_parameters():
+        mask = (torch.rand_like(parameter) < 0.5).double()
+        with network.perturbation.set_to(inputs):
+            output = network.call(args, {own: mask})
+        torch.testing.assert_close(output, functional_call(layer, {**at, own: at[own] * mask}, args))
+        output = network.call(args, {own: mask})
+        torch.testing.assert_close(output, functional_call(layer, {own: parameter * mask}, args))
     torch.testing.assert_close(copy.deepcopy(network)(*args), layer(*args))
 
 
@@ -207,12 +203,13 @@ def test_evaluation_and_state_dict_are_the_plain_layers(kind):
 
 def test_shared_weights_share_their_responses():
     model = nn.ModuleList([nn.GRUCell(FEATURES, HIDDEN), nn.GRUCell(FEATURES, HIDDEN)])
-    model[1].weight_hh = model[0].weight_hh
+    model[1].weight_hh, model[1].bias_hh = model[0].weight_hh, model[0].bias_hh
     first, second = self_tuning(model, N).model
     assert first.weight_hh is second.weight_hh and first.weight_ih is not second.weight_ih
-    assert first.response["hh"].weight is second.response["hh"].weight
-    assert first.response["hh"].weight_scale is second.response["hh"].weight_scale
-    assert first.response["ih"].weight is not second.response["ih"].weight
+    for name, parameter in first.response["hh"].named_parameters():
+        assert parameter is second.response["hh"].get_parameter(name)
+    for name, parameter in first.response["ih"].named_parameters():
+        assert parameter is not second.response["ih"].get_parameter(name)
 
 
 @pytest.mark.parametrize(

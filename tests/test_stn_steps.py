@@ -18,6 +18,7 @@ from tune_hypergrad.stn import (
     tuned_hyperparameters,
     validation_gradients,
 )
+from tune_hypergrad.stn.steps import response_inputs
 
 F64 = torch.float64
 
@@ -124,6 +125,16 @@ def test_training_gradients_are_of_each_methods_objective(variant):
             torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
 
 
+def test_centred_inputs_are_the_perturbations_however_far_the_hyperparameters_are():
+    network, _, _, method = small("delta-stn")
+    tuned = TunedHyperparameters([TunedHyperparameter("a", -math.inf, math.inf)], initial={"a": 1e6}, scale=1e-3)
+    perturbations = tuned.perturbations(6, torch.Generator().manual_seed(0))
+    inputs = response_inputs(network, tuned, method, perturbations)
+    assert inputs.dtype == F64 and torch.equal(inputs, perturbations.double())
+    for gradient in torch.autograd.grad(inputs.sum(), (tuned.unconstrained, perturbations)):
+        assert (gradient.sum() == 6).all()
+
+
 def test_values_and_their_scale_are_each_others_inverse():
     cases = [
         (TunedHyperparameter("a", 0.0, 0.95), 0.2),
@@ -152,9 +163,18 @@ def test_perturbations_have_the_tuned_scale_and_one_draw_where_told():
     assert tuned.shared(draws)[0] == 0 and tuned.shared(draws)[1] == draws[0, 1]
 
 
+@pytest.mark.parametrize(("lower", "upper"), [(1.0, 0.5), (0.5, 0.5), (math.nan, 1.0), (0.0, math.nan)])
+def test_a_range_without_room_is_refused(lower, upper):
+    with pytest.raises(InputError, match=r"'a' has the range \[.*\], which leaves no room: .* lower < upper$"):
+        TunedHyperparameter("a", lower, upper)
+
+
 @pytest.mark.parametrize(
     ("space", "options", "part"),
     [
+        ({"a": tune.uniform(1, 0)}, {}, r"'a' has the range \[1.*, 0.*\], which leaves no room"),
+        ({"a": tune.loguniform(0.1, 0.01)}, {}, r"'a' has the range \[0.1, 0.01\], which leaves no room"),
+        ({"a": 0.5}, {"per_minibatch": ["a"]}, "per_minibatch has 'a', which is not tuned: nothing is$"),
         ({"lr": tune.uniform(0, 1)}, {}, "'lr' is the optimizer's"),
         ({"a": tune.choice([1, 2])}, {}, "'a' cannot be tuned"),
         ({"a": tune.quniform(0, 1, 0.1)}, {}, "'a' cannot be tuned"),

@@ -1,6 +1,7 @@
 """Self-tuning networks as trials: results, checkpoints, and life under searchers, schedulers and failures."""
 
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from test_trainables import make, refusal, run_to_end
 from tiny_problem import numbers, ours
 
 from tune_hypergrad import STN, BOHBSearch, CenteredSTN, DeltaSTN, FixedSchedule, RandomSearch, Schedule
-from tune_hypergrad.regularisers import Dropout, WeightDecay
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.regularisers import Dropout, EmbeddingDropout, WeightDecay
 
 EPOCHS = 4
 SPACE = {
@@ -259,6 +261,107 @@ class _Bias(torch.nn.Module):
 
     def forward(self, x):
         return x[:, 0, :3, 0] + self.bias
+
+
+class _Words(torch.nn.Module):
+    """Tells whole sentences apart; where its layers look for examples is for `how` to say."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.words, self.positions = how, torch.nn.Embedding(11, 6), torch.nn.Embedding(20, 6)
+        self.dropout, self.hidden = torch.nn.Dropout(0.1), torch.nn.Linear(6, 6)
+        self.head = torch.nn.Linear(6, 3)
+        self.positions.requires_grad_(how != "frozen positions")
+
+    def forward(self, words):
+        b, t = words.shape
+        positions = torch.arange(t)
+        if self.how not in ("positions", "frozen positions"):
+            positions = positions.expand(1 if self.how == "one row of positions" else b, t)
+        x = self.words(words) + self.positions(positions)
+        if self.how == "dropout on all":
+            x = self.dropout(x.flatten(0, 1)).unflatten(0, (b, t))
+        if self.how == "times first":
+            x = self.hidden(x.transpose(0, 1)).transpose(0, 1)
+        if self.how == "decoder on all":
+            x = self.hidden(x.flatten(0, 1)).unflatten(0, (b, t))
+        if self.how == "own error" and hasattr(self.positions, "response"):
+            raise KeyError("of its own")
+        return self.head(self.dropout(x).mean(1))
+
+
+def sentences(examples):
+    generator = torch.Generator().manual_seed(examples)
+    words = torch.randint(11, (examples, 7), generator=generator)
+    return words, words[:, 0] % 3
+
+
+def of_words(how, **fields):
+    """Batches of as many examples as a sentence has words, so that either passes for the other."""
+    given = {"train": sentences(70), "val": sentences(14), "batch_size": 7, "regularisers": [Dropout()]}
+    return Problem(lambda: _Words(how), **{**given, **fields})
+
+
+def words_settings(**settings):
+    return {"space": {"dropout": SPACE["dropout"]}, "steps": 20, "warm_up": 0, **settings}
+
+
+@pytest.mark.parametrize("trainable", CLASSES.values())
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("positions", "SelfTuningEmbedding: the perturbation is of 5 examples, but the input of shape (7,)"),
+        ("times first", "SelfTuningLinear: the perturbation is of 5 examples, but the input of shape (7, 5, 6)"),
+        ("decoder on all", "SelfTuningLinear: the perturbation is of 5 examples, but the input of shape (35, 6)"),
+        ("dropout on all", "dropout has rates for 5 examples, but acts on a tensor of shape (35, 6)"),
+        ("own error", "a self-tuning step on 5 examples fails: KeyError: 'of its own'"),
+    ],
+)
+def test_a_network_that_loses_its_examples_is_refused_before_any_trial(trainable, how, words):
+    assert words in refusal(trainable.from_problem, of_words(how), **words_settings())
+
+
+def test_embedding_dropout_of_positions_is_refused_before_any_trial():
+    problem = of_words("frozen positions", regularisers=[EmbeddingDropout("dropout")])
+    words = refusal(DeltaSTN.from_problem, problem, **words_settings())
+    assert "dropout has rates for 5 examples, but acts on a tensor of shape (7, 6)" in words
+    problem = problem.replace(regularisers=[EmbeddingDropout("dropout", "words")])
+    assert run_to_end(make(DeltaSTN, None, problem, **words_settings()))
+
+
+@pytest.mark.parametrize("trainable", CLASSES.values())
+@pytest.mark.parametrize("how", ["positions of each", "one row of positions"])
+def test_a_network_that_keeps_its_examples_is_tried_out_and_leaves_no_trace(trainable, how):
+    def run():
+        return [ours(result) for result in run_to_end(make(trainable, None, of_words(how), **words_settings()))]
+
+    expected = run()
+    torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    trainable.from_problem(of_words(how), **words_settings())
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert run() == expected
+
+
+def test_one_draw_for_a_minibatch_lets_dropout_have_any_shape():
+    problem, settings = of_words("dropout on all"), words_settings(per_minibatch=("dropout",))
+    assert run_to_end(make(DeltaSTN, None, problem, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"warm_up": 3, "train_steps": 6}, True),
+        ({"warm_up": 3, "train_steps": 5}, False),
+        ({"warm_up": 5}, True),
+        ({"warm_up": 5, "val_steps": 0}, False),
+        ({"warm_up": 0, "train_steps": 21}, True),
+    ],
+)
+def test_a_run_that_ends_before_it_tunes_anything_is_warned_of(caplog, settings, warned):
+    DeltaSTN.from_problem(regularised_problem(), **{**SETTINGS, **settings})
+    said = [record.getMessage() for record in caplog.records if "tunes nothing: lower warm_up" in record.getMessage()]
+    assert len(said) == warned and all("a run of 20 steps" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import schedule
 
 if TYPE_CHECKING:
+    from tune_hypergrad.comparison import Comparison, Retraining, compare
+    from tune_hypergrad.methods import Method
     from tune_hypergrad.searchers import (
         BOHBSearch,
         BOSearch,
@@ -30,6 +32,7 @@ _NEEDS_RAY = {
     "BOHBSearch": "searchers",
     "BOSearch": "searchers",
     "CenteredSTN": "trainables",
+    "Comparison": "comparison",
     "DeltaSTN": "trainables",
     "FDS": "trainables",
     "HD": "trainables",
@@ -37,8 +40,11 @@ _NEEDS_RAY = {
     "HyperBandSearch": "searchers",
     "HypergradientSearch": "searchers",
     "InnerRun": "trainables",
+    "Method": "methods",
     "RandomSearch": "searchers",
+    "Retraining": "comparison",
     "STN": "trainables",
+    "compare": "comparison",
     "continuing": "trainables",
     "hpbandster_result": "searchers",
 }
@@ -51,6 +57,7 @@ __all__ = [
     "BOSearch",
     "Budget",
     "CenteredSTN",
+    "Comparison",
     "Cost",
     "DeltaSTN",
     "FixedSchedule",
@@ -59,10 +66,13 @@ __all__ = [
     "HypergradientSearch",
     "InnerRun",
     "InputError",
+    "Method",
     "Problem",
     "RandomSearch",
+    "Retraining",
     "Schedule",
     "check_problem",
+    "compare",
     "continuing",
     "hpbandster_result",
     "hypergradient",

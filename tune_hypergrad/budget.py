@@ -43,6 +43,10 @@ class Cost:
     """Seconds of work times the devices granted (GPUs, else CPUs)."""
     wall_seconds: float = 0.0
     """Seconds of work by the clock."""
+    hypergradients: float = 0.0
+    """The part of `gradients` that found hypergradients: tangents, reverse passes, validation gradients, responses."""
+    evaluations: float = 0.0
+    """The part of `gradients` that evaluated the validation split."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -57,14 +61,18 @@ class Cost:
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> Cost:
         """The cost that a result carries, flat (`cost/steps`) or nested (`cost: {steps: ...}`); zero where absent."""
-        nested = result.get("cost", {})
+        cost = result.get("cost")
+        nested = cost if isinstance(cost, Mapping) else {}  # a trainable may have a result of that name
         return cls(*(result.get(f"cost/{f.name}", nested.get(f.name, 0)) for f in fields(cls)))
 
 
-UNITS = tuple(f.name for f in fields(Cost))
+UNITS = ("steps", "examples", "gradients", "device_seconds", "wall_seconds")
+"""What a budget can be a limit on."""
 
 _SUFFIXES = {
     "g": ("gradients", 1.0),
+    "k": ("examples", 1e3),
+    "M": ("examples", 1e6),
     "s": ("device_seconds", 1.0),
     "m": ("device_seconds", 60.0),
     "h": ("device_seconds", 3600.0),
@@ -91,7 +99,8 @@ class Budget:
         """Read a budget as a person writes it.
 
         `20e` is as many gradient evaluations as 20 epochs of plain training have steps; `5000g` (or `5000`) are
-        gradient evaluations; `90s`, `30m` and `2h` are device-seconds, -minutes and -hours.
+        gradient evaluations; `500k` and `2M` are thousands and millions of training examples; `90s`, `30m` and `2h` are
+        device-seconds, -minutes and -hours.
 
         Raises:
             InputError: it is not such a text, or not above zero.
@@ -104,7 +113,7 @@ class Budget:
         if amount != amount or suffix not in ("e", *_SUFFIXES):
             raise InputError(
                 f"budget {text!r} is not understood: write 20e (epochs of plain training), 5000g (gradients), "
-                "90s, 30m or 2h"
+                "500k (examples), 90s, 30m or 2h"
             )
         if suffix == "e":
             return cls(amount * steps_per_epoch, "gradients")
@@ -114,30 +123,3 @@ class Budget:
     def spent_by(self, cost: Cost) -> float:
         """Share of the budget that `cost` has used; 1 and more is all of it."""
         return float(getattr(cost, self.unit)) / self.amount
-
-
-class Ledger:
-    """Costs by trial, from the cumulative costs that their results carry.
-
-    A trial that falls back to a checkpoint reports less than before. What it had spent beyond its new count is kept as
-    lost: work that is done twice is counted twice.
-    """
-
-    def __init__(self) -> None:
-        self._latest: dict[str, Cost] = {}
-        self._lost: dict[str, Cost] = {}
-
-    def charge(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Record what a trial has spent by the time of this result; the same result twice counts once."""
-        cost, latest = Cost.from_result(result), self._latest.get(trial_id, Cost())
-        if cost.gradients < latest.gradients or cost.steps < latest.steps:
-            self._lost[trial_id] = self._lost.get(trial_id, Cost()) + latest - cost
-        self._latest[trial_id] = cost
-
-    def __contains__(self, trial_id: str) -> bool:
-        """Whether the trial has been charged for anything."""
-        return trial_id in self._latest
-
-    def total(self) -> Cost:
-        """What all trials have spent so far, lost work included."""
-        return sum((*self._latest.values(), *self._lost.values()), Cost())

@@ -1,4 +1,4 @@
-"""The command line: `tune-hypergrad run`, `plot`, `problems`, `methods`."""
+"""The command line: `tune-hypergrad compare`, `report`, `problems`, `methods`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,9 +19,6 @@ from rich.table import Table
 from tune_hypergrad.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from tune_hypergrad.budget import Budget
     from tune_hypergrad.problem import Problem
 
 
@@ -35,8 +33,6 @@ class Tuned(str, Enum):
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
-_SETTINGS_FILE = "settings.json"
-
 
 @app.callback()
 def describe() -> None:
@@ -44,18 +40,30 @@ def describe() -> None:
 
 
 @app.command()
-def run(
-    problem: Annotated[str, typer.Argument(help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME.")],
-    method: Annotated[list[str], typer.Option(help="Repeat for several methods.")] = ["fds", "rs"],  # noqa: B006
+def compare(
+    problem: Annotated[
+        str | None, typer.Argument(help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Repeat for several. [default: all but centered-stn]")
+    ] = None,
     budget: Annotated[
-        str, typer.Option(help="Each method's: 600e (epochs of plain training), 5000g (gradients), 90s, 30m, 2h.")
-    ] = "600e",
-    out: Annotated[Path, typer.Option(help="Folder for results; it must not hold an earlier run.")] = Path("results"),
+        str,
+        typer.Option(help="Of each method: 300e (epochs of plain training), 5000g (gradients), 500k (examples), 2h."),
+    ] = "300e",
+    out: Annotated[Path, typer.Option(help="Folder for everything; it must not hold an earlier run.")] = Path(
+        "results"
+    ),
+    resume: Annotated[Path | None, typer.Option(help="Go on with the comparison in this folder.")] = None,
+    seeds: Annotated[int, typer.Option(help="Run every method so many times.", min=1)] = 1,
+    first_seed: Annotated[int, typer.Option(help="The seeds count from here.", min=0)] = 0,
     epochs: Annotated[float, typer.Option(help="Length of one training run.")] = 10.0,
-    windows: Annotated[int, typer.Option(help="Learning rates in the schedule.")] = 7,
+    windows: Annotated[int, typer.Option(help="Learning rates in the schedule.", min=1)] = 7,
     optimizer: Annotated[str, typer.Option(help="Inner optimizer.")] = "sgd",
     batch_size: Annotated[int | None, typer.Option(help="Instead of the problem's own.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    tune: Annotated[
+        Tuned | None, typer.Option(help="What the search space has. [default: all, where there are regularisers]")
+    ] = None,
     min_budget: Annotated[
         float | None,
         typer.Option(help="Epochs of the shortest runs of hb and bohb. [default: max-budget / 27, or a step a window]"),
@@ -64,106 +72,140 @@ def run(
         float | None, typer.Option(help="Epochs of the longest runs of rs, bo, hb and bohb. [default: epochs]")
     ] = None,
     stn_epochs: Annotated[
-        float | None,
-        typer.Option(help="Length of a training run of stn, centered-stn and delta-stn. [default: 10 x epochs]"),
-    ] = None,
-    tune: Annotated[
-        Tuned | None,
-        typer.Option(help="What the search space has. [default: all for stn methods, else optimizer]"),
+        float | None, typer.Option(help="Length of a self-tuning network's training run. [default: 10 x epochs]")
     ] = None,
     eta: Annotated[float, typer.Option(help="hb and bohb let one in eta configurations train eta times longer.")] = 3,
-    cpus: Annotated[float, typer.Option(help="CPUs per trial.", min=0.1)] = 1.0,
+    cpus: Annotated[float, typer.Option(help="CPUs per trial.", min=0.0)] = 1.0,
     gpus: Annotated[float, typer.Option(help="GPUs per trial; fractions share one.", min=0.0)] = 0.0,
+    concurrent: Annotated[
+        int | None, typer.Option(help="Trials at once; with 1, runs repeat exactly. [default: what fits]", min=1)
+    ] = None,
+    retrain_seeds: Annotated[int, typer.Option(help="Trainings of every incumbent for the test.", min=0)] = 3,
+    retrain_on: Annotated[str, typer.Option(help='"train" or "train+val".')] = "train",
+    reference: Annotated[
+        str, typer.Option(help='What regret is measured from: "best", a number, or "grid:N", N trainings.')
+    ] = "best",
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster ('auto' finds it).")] = None,
+    storage: Annotated[str | None, typer.Option(help="Where trials go, such as s3://bucket/folder.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data, in torchvision's layout.")] = None,
     download: Annotated[bool, typer.Option(help="Fetch missing data.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+    progress: Annotated[str, typer.Option(help='"auto", "quiet" or "json".')] = "auto",
 ) -> None:
-    """Tune a problem's hyperparameters, method by method, each with the same budget."""
-    from tune_hypergrad.budget import Budget
+    """Tune a problem by several methods at once, each with the same budget, and report what they found."""
+    given = dict(locals())
+    if resume is not None:
+        if problem is not None:
+            raise InputError(f"--resume {resume} goes on with what is there: leave out {problem!r}")
+        given = {**_saved_command(resume), "out": resume, "address": address, "progress": progress}
+    elif problem is None:
+        raise InputError("there is no problem to work on: name one, such as digits, or --resume a folder")
+    _compare(**{**given, "resume": resume is not None})
 
-    task_problem = load_problem(problem, data_dir=data_dir, seed=seed, batch_size=batch_size, download=download)
-    if not 0 < epochs < float("inf"):
-        raise InputError(f"--epochs is {epochs:g}: it must be above zero and finite")
-    steps = round(epochs * task_problem.steps_per_epoch)
-    if steps < 1:
-        raise InputError(f"--epochs {epochs:g} is less than one inner step of {task_problem.steps_per_epoch} per epoch")
-    limit = Budget.parse(budget, steps_per_epoch=task_problem.steps_per_epoch)
-    if out.is_file():
-        raise InputError(f"{out} is a file: choose a folder with --out")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: choose another folder with --out, or remove it")
 
-    from tune_hypergrad.experiment import Interrupted, Resources, ray_session, read_results, run_method
-    from tune_hypergrad.methods import Task, customary, get_method, optimizer_space, regularisation_space
-    from tune_hypergrad.progress import ProgressBar
+def _compare(
+    *,
+    problem: str,
+    method: list[str] | None,
+    out: Path,
+    resume: bool,
+    seeds: int,
+    first_seed: int,
+    windows: int,
+    tune: str | None,
+    stn_epochs: float | None,
+    cpus: float,
+    gpus: float,
+    concurrent: int | None,
+    retrain_seeds: int,
+    retrain_on: str,
+    reference: str,
+    batch_size: int | None,
+    data_dir: Path | None,
+    download: bool,
+    **options: Any,
+) -> None:
+    """`compare`, with its options as they came or were saved."""
+    command = {name: value for name, value in locals().items() if name not in ("options", "resume", "out")} | options
+    loaded = load_problem(problem, data_dir=data_dir, seed=first_seed, batch_size=batch_size, download=download)
 
-    chosen_methods = [get_method(name) for name in dict.fromkeys(method)]
-    if tune is None:
-        tune = Tuned.ALL if any(chosen.tunes_regularisation for chosen in chosen_methods) else Tuned.OPTIMIZER
-    space = {} if tune is Tuned.REGULARISATION else optimizer_space(optimizer, windows)
-    space |= {} if tune is Tuned.OPTIMIZER else regularisation_space(task_problem)
-    task = Task(
-        task_problem,
-        space,
-        steps,
-        optimizer,
-        seed,
-        min_budget,
-        max_budget,
-        eta,
-        fixed=customary(optimizer) if tune is Tuned.REGULARISATION else {},
-        self_tuning_epochs=stn_epochs,
-    )
-    # made before Ray starts: what cannot work is found out before any trial
-    ready = [(chosen, *chosen.make(task)) for chosen in chosen_methods]
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {"problem": problem, "steps": steps, "budget": [limit.amount, limit.unit], "seed": seed}
-    settings |= {"min_budget": min_budget, "max_budget": max_budget, "eta": eta, "tune": tune.value}
-    (out / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
-    console.print(f"{problem}: runs of {steps} inner steps; each method may spend {limit.amount:,.0f} {limit.unit}")
-    console.print(f"to tune: {', '.join(space)}", soft_wrap=True, highlight=False)
-    for chosen in chosen_methods:
-        left = [name for name in space if name not in chosen.tunable(task)]
-        if left:
-            told = f"{chosen.name} cannot tune {', '.join(left)}: left at their defaults"
-            console.print(told, soft_wrap=True, highlight=False)
-    with ray_session(address):
-        for chosen, trainable, searcher in ready:
-            try:
-                run_method(
-                    chosen.name,
-                    trainable,
-                    searcher,
-                    limit,
-                    out / chosen.name,
-                    resources=Resources(cpus, gpus),
-                    concurrent=chosen.concurrent,
-                    callbacks=[] if quiet else [ProgressBar(chosen.name, limit)],
-                )
-            except Interrupted:
-                console.print(f"stopped: `tune-hypergrad plot {out}` shows the results so far", soft_wrap=True)
-                raise typer.Exit(130) from None
-    write_report(out, read_results(out), limit)
+    from tune_hypergrad.comparison import Interrupted, Retraining
+    from tune_hypergrad.comparison import compare as run
+    from tune_hypergrad.comparison.report import summary_table
+    from tune_hypergrad.comparison.run import COMMAND_FILE
+
+    if not resume:
+        if out.is_file():
+            raise InputError(f"{out} is a file: choose a folder with --out")
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"{out} is not empty: --resume {out} goes on with it; or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / COMMAND_FILE).write_text(json.dumps(command, indent=1, default=str))
+    try:
+        comparison = run(
+            loaded,
+            method,
+            space=_space(loaded, options["optimizer"], windows, tune),
+            seeds=range(first_seed, first_seed + seeds),
+            out=out,
+            resume=resume,
+            resources={"cpu": cpus, "gpu": gpus},
+            max_concurrent=concurrent,
+            retraining=Retraining(retrain_seeds, data=retrain_on),
+            reference=_number_or_text(reference),
+            self_tuning_epochs=stn_epochs,
+            **options,
+        )
+    except InputError:
+        if not resume and not (out / "settings.json").exists():  # nothing has begun
+            (out / COMMAND_FILE).unlink()
+            with suppress(OSError):
+                out.rmdir()
+        raise
+    except Interrupted:
+        told = f"stopped: {out / 'report.html'} has the results so far; `tune-hypergrad compare --resume {out}` goes on"
+        Console(stderr=True).print(told, soft_wrap=True, highlight=False)
+        raise typer.Exit(130) from None
+    if options["progress"] == "auto":
+        console.print(summary_table(comparison))
+        console.print(f"in {out}: report.html, summary.md, results.csv, */schedule.json", highlight=False)
+
+
+def _saved_command(folder: Path) -> dict[str, Any]:
+    from tune_hypergrad.comparison.run import COMMAND_FILE
+
+    file = folder / COMMAND_FILE
+    if not file.is_file():
+        raise InputError(f"{folder} has no {COMMAND_FILE}: give the folder that `tune-hypergrad compare --out` wrote")
+    return dict(json.loads(file.read_text()))
+
+
+def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None) -> dict[str, Any]:
+    from tune_hypergrad.methods import optimizer_space, regularisation_space
+
+    if tuned is None:
+        tuned = Tuned.ALL if problem.regulariser_hyperparameters else Tuned.OPTIMIZER
+    space = {} if tuned == Tuned.REGULARISATION else optimizer_space(optimizer, windows)
+    return space if tuned == Tuned.OPTIMIZER else {**space, **regularisation_space(problem)}
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @app.command()
-def plot(
-    folder: Annotated[Path, typer.Argument(help="What `run --out` wrote.")],
-    unit: Annotated[str, typer.Option(help="Cost on the horizontal axis.")] = "gradients",
-    reference: Annotated[float | None, typer.Option(help="Measure regret against this value.")] = None,
+def report(
+    folder: Annotated[Path, typer.Argument(help="What `compare --out` wrote.")],
 ) -> None:
-    """Draw an experiment's pictures and table again, finished or not."""
-    from tune_hypergrad.budget import UNITS, Budget
-    from tune_hypergrad.experiment import read_results
+    """Write a comparison's report again, finished or not."""
+    from tune_hypergrad.comparison.records import Comparison
+    from tune_hypergrad.comparison.report import summary_table, write_report
 
-    if unit not in UNITS:
-        raise InputError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
-    results = read_results(folder)
-    settings_file = folder / _SETTINGS_FILE
-    if not settings_file.is_file():
-        raise InputError(f"{folder} has no {_SETTINGS_FILE}: give the folder that `tune-hypergrad run --out` wrote")
-    write_report(folder, results, Budget(*json.loads(settings_file.read_text())["budget"]), unit, reference)
+    comparison = Comparison(folder)
+    write_report(comparison)
+    console.print(summary_table(comparison))
 
 
 @app.command()
@@ -210,35 +252,6 @@ def load_problem(name: str, **options: Any) -> Problem:
             made = made.replace(batch_size=options["batch_size"])
     made.check()
     return made
-
-
-def write_report(
-    folder: Path, results: pd.DataFrame, limit: Budget, unit: str | None = None, reference: float | None = None
-) -> None:
-    """Write `results.csv`, every method's `schedule.json` and the pictures into `folder`; print the table."""
-    from tune_hypergrad.experiment import best_row, found_schedule, within
-    from tune_hypergrad.report import plot_regret, plot_schedules, summary_table
-    from tune_hypergrad.schedules import Schedule
-
-    results.to_csv(folder / "results.csv", index=False)
-    results = within(results, limit)
-    schedules = {}
-    for method in results["method"].unique():
-        best = best_row(results, method)
-        if best is not None:
-            schedules[method] = found_schedule(folder, best)
-            schedules[method].save(folder / method / "schedule.json")
-    console.print(summary_table(results, limit))
-    for method, found in schedules.items():
-        windows = max(map(len, found.values.values()))
-        at_the_end = Schedule({name: (v,) for name, v in found.at_step(windows - 1, windows).items()})
-        shown = str(found) if windows <= 20 else f"a value for every inner step, at the end {at_the_end}"
-        console.print(f"{method} found {shown}", soft_wrap=True, highlight=False)
-    if schedules:
-        plot_regret(results, unit or limit.unit, reference).savefig(folder / "regret.png", dpi=150)
-        plot_schedules(schedules).savefig(folder / "schedule.png", dpi=150)
-    written = ("results.csv", "*/schedule.json", "regret.png", "schedule.png")
-    console.print(f"in {folder}: {', '.join(written)}", highlight=False)
 
 
 def main() -> None:

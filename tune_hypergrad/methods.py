@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from math import cos, pi
+from typing import Any, TypeAlias
 
 from ray import tune
+from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.errors import InputError, did_you_mean
@@ -16,6 +18,8 @@ from tune_hypergrad.regularisers import Strength
 from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
 from tune_hypergrad.space import gradient_ranges, schedule
 from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule
+
+_STEPS_PER_REPORT = 150  # what a result costs beside them is little
 
 
 @dataclass(frozen=True)
@@ -100,61 +104,68 @@ class Task:
             )
 
 
+Trainable: TypeAlias = type[tune.Trainable] | Callable[[dict[str, Any]], Any]
+
+
+def plain_training(task: Task) -> Trainable:
+    """`FixedSchedule` on the task: what trials of black-box searchers run, whose configs hold the hyperparameters."""
+    return FixedSchedule.from_problem(task.problem, **_common(task), reports=training_reports(task))
+
+
+def training_reports(task: Task) -> int:
+    """Results in one plain training run: one an epoch, but at most one in 150 steps."""
+    return max(1, task.steps // max(task.problem.steps_per_epoch, _STEPS_PER_REPORT))
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way to choose hyperparameters."""
+    """A way to choose hyperparameters: any Ray searcher, with the trainable that its trials run.
+
+    ```python
+    tpe = Method("tpe", searcher=lambda task: OptunaSearch(metric="val_loss", mode="min", seed=task.seed))
+    compare(problem, ["fds", "bohb", tpe], budget="600e")
+    ```
+
+    A searcher without a space of its own is given the task's, as Ray gives it the Tuner's `param_space`. Trials report
+    `val_loss` and, in the unit of the budget, `cost/...`, as all trainables of this package do; seconds are taken by
+    the clock where a trainable does not say.
+    """
 
     name: str
-    """What the command line calls it."""
-    description: str
+    """What reports and the command line call it."""
+    searcher: Callable[[Task], Searcher]
+    """Makes its searcher for a task, one for every seed."""
+    trainable: Callable[[Task], Trainable] = plain_training
+    """Makes what its trials run for a task; by default plain training with the config's hyperparameters."""
+    resources: Mapping[str, float] | PlacementGroupFactory | None = None
+    """What each of its trials gets, such as {"cpu": 1, "gpu": 0.25}; None is what all methods get."""
+    description: str = ""
     """One line for people."""
-    make: Callable[[Task], tuple[type[tune.Trainable], Searcher]]
-    """Its trainable and its searcher for a task."""
     concurrent: int | None = None
-    """Trials it can run at once; None is no limit."""
-    tunes_regularisation: bool = False
-    """Whether it tunes the training loss and its regularisers within a training run."""
+    """Trials of one seed that it can run at once; None is no limit."""
     tunable: Callable[[Task], Mapping[str, Any]] = field(default=lambda task: task.space)
     """The part of a task's space that it can tune."""
 
 
-def _black_box(make: Callable[[Task], Searcher]) -> Callable[[Task], tuple[type[tune.Trainable], Searcher]]:
-    """A searcher's trials train plainly, from scratch to their budget, and are judged by the last validation loss."""
+def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Task], Searcher]:
+    """A searcher whose trials train plainly, from scratch, for as many epochs as it says."""
 
-    def of_task(task: Task) -> tuple[type[tune.Trainable], Searcher]:
-        return FixedSchedule.from_problem(task.problem, **_common(task), reports=1), make(task)
+    def of_task(task: Task) -> Searcher:
+        return search(task.space, "val_loss", "min", *(getattr(task, name) for name in settings), task.seed)
 
     return of_task
-
-
-def _random_search(task: Task) -> Searcher:
-    return RandomSearch(task.space, "val_loss", "min", task.longest, task.seed)
-
-
-def _bo(task: Task) -> Searcher:
-    return BOSearch(task.space, "val_loss", "min", task.longest, task.seed)
-
-
-def _hyperband(task: Task) -> Searcher:
-    return HyperBandSearch(task.space, "val_loss", "min", task.shortest, task.longest, task.eta, task.seed)
-
-
-def _bohb(task: Task) -> Searcher:
-    return BOHBSearch(task.space, "val_loss", "min", task.shortest, task.longest, task.eta, task.seed)
 
 
 def _common(task: Task) -> dict[str, Any]:
     return {"steps": task.steps, "optimizer": task.optimizer, "seed": task.seed, "fixed": task.fixed}
 
 
-def _fds(task: Task) -> tuple[type[tune.Trainable], Searcher]:
-    task = replace(task, space=_derivable(task))
-    return FDS.from_problem(task.problem, space=task.space, **_common(task), reports=4), _restarts(task)
+def _fds(task: Task) -> Trainable:
+    return FDS.from_problem(task.problem, space=_derivable(task), **_common(task), reports=4)
 
 
-def _hypergradient_descent(task: Task) -> tuple[type[tune.Trainable], Searcher]:
-    task = replace(task, space={name: _one_window(value) for name, value in _derivable(task).items()})
-    return HD.from_problem(task.problem, space=task.space, **_common(task), reports=1), _restarts(task)
+def _hypergradient_descent(task: Task) -> Trainable:
+    return HD.from_problem(task.problem, space=_constants(task), **_common(task))
 
 
 def _derivable(task: Task) -> dict[str, Any]:
@@ -163,35 +174,75 @@ def _derivable(task: Task) -> dict[str, Any]:
     return {name: value for name, value in task.space.items() if name not in without}
 
 
-def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], tuple[type[tune.Trainable], Searcher]]:
-    """Regularisation is tuned inside the training run, the optimizer outside, from run to run."""
+def _constants(task: Task) -> dict[str, Any]:
+    """What has a derivative, without windows: hypergradient descent makes its own schedule."""
+    return {name: _one_window(value) for name, value in _derivable(task).items()}
 
-    def of_task(task: Task) -> tuple[type[tune.Trainable], Searcher]:
-        inside = task.part(of_training_loss=True)
-        if not inside:
-            raise InputError(
-                f"a self-tuning network has nothing to tune in {', '.join(task.space)}: the search space needs a "
-                "hyperparameter of the problem's regularisers or train loss"
-            )
-        outside = {name: _one_window(value) for name, value in task.part(of_training_loss=False).items()}
-        epochs = task.self_tuning_steps / task.problem.steps_per_epoch
-        settings = {**_common(task), "steps": task.self_tuning_steps, "warm_up": min(5, epochs / 20)}
-        made = trainable.from_problem(task.problem, space=inside, **settings)
-        # a run is a search of its own: the optimizer's hyperparameters begin at customary values
-        first = {name: value for name, value in customary(task.optimizer).items() if name in outside}
-        space = outside or {"seed": tune.randint(0, 2**31)}
-        return made, RandomSearch(
-            space, "val_loss", "min", seed=task.seed, points_to_evaluate=[first or {"seed": task.seed}]
-        )
+
+def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searcher]:
+    """Begin from zero; where budget is left when that has ended, begin again from random points."""
+
+    def of_task(task: Task) -> Searcher:
+        tuned = space(task)
+        origin = Descent(gradient_ranges(tuned)[0]).values
+        point = {name: _like(tuned[name], values.tolist()) for name, values in origin.items()}
+        return RandomSearch(tuned, metric="val_loss", mode="min", seed=task.seed, points_to_evaluate=[point])
 
     return of_task
 
 
-def _restarts(task: Task) -> Searcher:
-    """Begin from zero; where budget is left when that has ended, begin again from random points."""
-    origin = Descent(gradient_ranges(task.space)[0]).values
-    point = {name: _like(task.space[name], values.tolist()) for name, values in origin.items()}
-    return RandomSearch(task.space, metric="val_loss", mode="min", seed=task.seed, points_to_evaluate=[point])
+def _inside(task: Task) -> dict[str, Any]:
+    """What a self-tuning network tunes.
+
+    Raises:
+        InputError: nothing.
+    """
+    inside = task.part(of_training_loss=True)
+    if not inside:
+        raise InputError(
+            f"a self-tuning network has nothing to tune in {', '.join(task.space)}: the search space needs a "
+            "hyperparameter of the problem's regularisers or train loss"
+        )
+    return inside
+
+
+def _by_self_tuning(task: Task) -> Mapping[str, Any]:
+    """All of the space, the optimizer from run to run, if there is something to tune inside a run."""
+    return task.space if task.part(of_training_loss=True) else {}
+
+
+def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
+    """Regularisation is tuned inside the training run."""
+
+    def of_task(task: Task) -> Trainable:
+        epochs = task.self_tuning_steps / task.problem.steps_per_epoch
+        settings = {**_common(task), "steps": task.self_tuning_steps, "warm_up": min(5, epochs / 20)}
+        return trainable.from_problem(task.problem, space=_inside(task), **settings)
+
+    return of_task
+
+
+def _around_self_tuning(task: Task) -> Searcher:
+    """The optimizer is tuned from run to run; it begins at customary values, since a run is a search of its own."""
+    outside = {name: _one_window(value) for name, value in task.part(of_training_loss=False).items()}
+    if not outside:
+        return _seeds(task)
+    first = {name: value for name, value in customary(task.optimizer).items() if name in outside}
+    return RandomSearch(outside, "val_loss", "min", seed=task.seed, points_to_evaluate=[first])
+
+
+def _seeds(task: Task) -> Searcher:
+    """Nothing is searched: trials differ by their random numbers."""
+    return RandomSearch({"seed": tune.randint(0, 2**31)}, "val_loss", "min", seed=task.seed)
+
+
+def _cosine(task: Task) -> Trainable:
+    """Plain training with customary hyperparameters and a learning rate that falls as half a cosine."""
+    values = {**customary(task.optimizer), **task.fixed}
+    lr, steps = values["lr"], task.steps
+    if isinstance(lr, int | float):  # else it is held at a schedule
+        values["lr"] = {str(step): lr * (1 + cos(pi * step / steps)) / 2 for step in range(steps)}
+    return plain_training(replace(task, fixed=values))
 
 
 def _like(entry: Any, values: list[float]) -> Any:
@@ -208,45 +259,79 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "fds",
-            "forward-mode differentiation with sharing: descend by exact hypergradients of whole runs",
+            _restarts(_derivable),
             _fds,
-            1,
+            description="forward-mode differentiation with sharing: descend by exact hypergradients of whole runs",
+            concurrent=1,
             tunable=_derivable,
         ),
         Method(
             "hd",
-            "hypergradient descent: hyperparameters move at every inner step, greedily",
+            _restarts(_constants),
             _hypergradient_descent,
-            1,
+            description="hypergradient descent: hyperparameters move at every inner step, greedily",
+            concurrent=1,
             tunable=_derivable,
         ),
-        Method("rs", "random search: independent draws, each trained in full", _black_box(_random_search)),
-        Method("bo", "Bayesian optimisation: BOHB's model, each configuration trained in full", _black_box(_bo)),
-        Method("hb", "Hyperband: random draws, of which the best train longer", _black_box(_hyperband)),
-        Method("bohb", "BOHB: Hyperband with draws from a model of the results so far", _black_box(_bohb)),
         Method(
             "stn",
-            "self-tuning network: regularisation is tuned while the weights train",
+            _around_self_tuning,
             _self_tuning(STN),
-            1,
-            tunes_regularisation=True,
+            description="self-tuning network: regularisation is tuned while the weights train",
+            concurrent=1,
+            tunable=_by_self_tuning,
         ),
         Method(
             "centered-stn",
-            "STN whose responses are centred, Delta-STN's ablation",
+            _around_self_tuning,
             _self_tuning(CenteredSTN),
-            1,
-            tunes_regularisation=True,
+            description="STN whose responses are centred, Delta-STN's ablation",
+            concurrent=1,
+            tunable=_by_self_tuning,
         ),
         Method(
             "delta-stn",
-            "Delta-STN: a self-tuning network with linearised responses",
+            _around_self_tuning,
             _self_tuning(DeltaSTN),
-            1,
-            tunes_regularisation=True,
+            description="Delta-STN: a self-tuning network with linearised responses",
+            concurrent=1,
+            tunable=_by_self_tuning,
+        ),
+        Method(
+            "rs",
+            _black_box(RandomSearch, "longest"),
+            description="random search: independent draws, each trained in full",
+        ),
+        Method(
+            "bo",
+            _black_box(BOSearch, "longest"),
+            description="Bayesian optimisation: BOHB's model, each configuration trained in full",
+        ),
+        Method(
+            "hb",
+            _black_box(HyperBandSearch, "shortest", "longest", "eta"),
+            description="Hyperband: random draws, of which the best train longer",
+        ),
+        Method(
+            "bohb",
+            _black_box(BOHBSearch, "shortest", "longest", "eta"),
+            description="BOHB: Hyperband with draws from a model of the results so far",
+        ),
+        Method(
+            "cosine",
+            _seeds,
+            _cosine,
+            description="no search: customary hyperparameters and a cosine learning rate, the best of many seeds",
+            tunable=lambda task: {},
         ),
     )
 }
+
+FLOOR = "cosine"
+"""The method that tunes nothing, which others should be better than."""
+
+BY_DEFAULT = tuple(name for name in METHODS if name != "centered-stn")
+"""What `compare` compares."""
 
 
 def get_method(name: str) -> Method:

@@ -91,8 +91,8 @@ class Objective:
         return loss
 
     def _active(self, values: Mapping[str, Any]) -> list[tuple[Regulariser, dict[str, Tensor]]]:
-        """Regularisers that have their values, and these as tensors: numbers become such as the model's weights are."""
-        like = next(self._model.parameters())
+        """Regularisers that have their values, and these as tensors: numbers become such as the trained weights are."""
+        like = next(p for p in self._model.parameters() if p.requires_grad)
         active = []
         for regulariser in self._regularisers:
             names = regulariser.hyperparameters

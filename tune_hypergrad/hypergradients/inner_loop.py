@@ -312,14 +312,19 @@ class InnerLoop:
 
     def step_cost(self, hessian_columns: int = 0) -> Cost:
         """Cost of one training step that also carries `hessian_columns` tangent columns."""
-        gradients = GRADIENTS_PER["step"] + hessian_columns * GRADIENTS_PER["hessian_column"]
-        return Cost(steps=1, examples=self.problem.batch_size, gradients=gradients)
+        tangents = hessian_columns * GRADIENTS_PER["hessian_column"]
+        gradients = GRADIENTS_PER["step"] + tangents
+        return Cost(steps=1, examples=self.problem.batch_size, gradients=gradients, hypergradients=tangents)
 
     def eval_cost(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
         """Cost of evaluating a split, or `examples` of it, with or without its gradient."""
         total = len(self.split(which))
         batches = (total if examples is None else min(examples, total)) / self.problem.batch_size
-        return Cost(gradients=batches * GRADIENTS_PER["val_gradient" if gradient else "evaluation"])
+        if gradient:
+            spent = batches * GRADIENTS_PER["val_gradient"]
+            return Cost(gradients=spent, hypergradients=spent)
+        spent = batches * GRADIENTS_PER["evaluation"]
+        return Cost(gradients=spent, evaluations=spent)
 
     def unflatten(self, params: Tensor) -> dict[str, Tensor]:
         """Views of the flat weights by parameter name."""

@@ -80,7 +80,7 @@ class ReverseRun(HypergradientRun):
         for name, value in dh.items():
             windows = self.hypergradients[name]
             windows[len(windows) * step // loop.steps] += value
-        self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"])
+        self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
 
     def _give_up(self) -> None:
         """The run diverged: going back would only find out step by step that there is no derivative."""

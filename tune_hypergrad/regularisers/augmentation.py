@@ -36,6 +36,7 @@ class Affine(Regulariser):
     def __post_init__(self) -> None:
         if not self.hyperparameters:
             raise InputError("Affine has nothing to tune: name one or more of rotation, translation, scale and shear")
+        _require_different_names(self, self.rotation, self.translation, self.scale, self.shear)
 
     @property
     def hyperparameters(self) -> dict[str, Strength]:
@@ -120,8 +121,10 @@ class Cutout(Regulariser):
     """The most holes an image can have: as many centres are drawn, whatever the strengths."""
 
     def __post_init__(self) -> None:
-        if self.max_holes < 1:
-            raise InputError(f"Cutout has max_holes={self.max_holes}: it needs at least 1")
+        most = self.max_holes
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise InputError(f"Cutout has max_holes={most!r}: it must be a whole number of at least 1")
+        _require_different_names(self, self.length, self.holes)
 
     @property
     def hyperparameters(self) -> dict[str, Strength]:
@@ -146,6 +149,15 @@ class Cutout(Regulariser):
         first = (centres - length[:, None] // 2)[:, :, None]
         pixels = torch.arange(size, device=device)
         return (first <= pixels) & (pixels < first + length[:, None, None])
+
+
+def _require_different_names(regulariser: Regulariser, *names: str | None) -> None:
+    given = [name for name in names if name is not None]
+    for name in given:
+        if given.count(name) > 1:
+            raise InputError(
+                f"{type(regulariser).__name__} has the name {name!r} for two hyperparameters: give each its own"
+            )
 
 
 def images(x: Any, regulariser: Regulariser) -> Tensor:

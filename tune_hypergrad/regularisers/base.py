@@ -123,6 +123,19 @@ def first_output(output: Any) -> Tensor:
     return first
 
 
+def require_time(output: Tensor, regulariser: str) -> None:
+    """Refuse a module's output that is not of shape [examples, time, features, ...].
+
+    Raises:
+        InputError: it is not.
+    """
+    if output.ndim < 3:
+        raise InputError(
+            f"{regulariser} acts on outputs of shape [examples, time, features], not {list(output.shape)}: choose "
+            "other modules"
+        )
+
+
 def trainable(model: nn.Module) -> list[str]:
     """Names of the parameters that are trained."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -6,6 +6,7 @@ Factors are drawn and mean what they do in torchvision's `ColorJitter`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
@@ -33,15 +34,16 @@ class _Colour(Regulariser):
     bounds: ClassVar[Strength] = _HALF_RANGE
     """What the strength can be."""
 
-    mean: tuple[float, ...]
-    """What was subtracted from each channel of pixels in [0, 1], or from all: (0.0,) for images as they were."""
-    std: tuple[float, ...]
-    """What each channel, or all, was divided by then: (1.0,) for images as they were."""
+    mean: float | tuple[float, ...]
+    """What was subtracted from each channel of pixels in [0, 1], or from all: 0.0 for images as they were."""
+    std: float | tuple[float, ...]
+    """What each channel, or all, was divided by then: 1.0 for images as they were."""
     strength: str
     """Name of the hyperparameter."""
 
     def __post_init__(self) -> None:
-        if not all(0 <= mean <= 1 for mean in self.mean) or not all(std > 0 for std in self.std):
+        means, stds = self._statistics
+        if not all(0 <= mean <= 1 for mean in means) or not all(std > 0 for std in stds):
             raise InputError(
                 f"{type(self).__name__} has mean={self.mean} and std={self.std}: give those of pixels in [0, 1]"
             )
@@ -55,10 +57,16 @@ class _Colour(Regulariser):
         self._check_channels(x.shape[1])
         strength = strengths(values[self.strength], x)[:, None, None, None]
         draws = torch.rand(len(x), 1, 1, 1, dtype=strength.dtype, device=x.device)
-        mean, std = (strength.new_tensor(by_channel)[:, None, None] for by_channel in (self.mean, self.std))
+        mean, std = (strength.new_tensor(by_channel)[:, None, None] for by_channel in self._statistics)
         changed = self._changed(x.to(strength.dtype) * std + mean, strength, draws).clamp(0, 1)
         # there and back again is not exact
         return (torch.where(strength == 0, x, ((changed - mean) / std).to(x.dtype)), *batch[1:])
+
+    @property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel, or of all."""
+        mean, std = (tuple(x) if isinstance(x, Iterable) else (x,) for x in (self.mean, self.std))
+        return mean, std
 
     def _changed(self, pixels: Tensor, strength: Tensor, draws: Tensor) -> Tensor:
         """New pixels for those in [0, 1]; strengths and draws, uniform in [0, 1), are of shape [examples, 1, 1, 1]."""
@@ -68,7 +76,7 @@ class _Colour(Regulariser):
         name = type(self).__name__
         if self.needs_rgb and channels != 3:
             raise InputError(f"{name} needs images of 3 channels, red, green and blue, not {channels}: leave it out")
-        for what, by_channel in (("mean", self.mean), ("std", self.std)):
+        for what, by_channel in zip(("mean", "std"), self._statistics, strict=True):
             if len(by_channel) not in (1, channels):
                 raise InputError(f"{name} has {what}={by_channel}, but images have {channels} channels: give one each")
 

@@ -18,14 +18,23 @@ from tune_hypergrad.regularisers.base import (
     as_factor,
     first_output,
     matching,
+    require_time,
     trainable,
 )
 
-_RATE = Strength(neutral=0.0, lower=0.0, upper=1.0, usual=(0.0, 0.95))
+
+class _AtRate(Regulariser):
+    """A regulariser with one hyperparameter, the share of something that becomes zero."""
+
+    rate: str
+
+    @property
+    def hyperparameters(self) -> dict[str, Strength]:
+        return {self.rate: Strength(neutral=0.0, lower=0.0, upper=1.0, usual=(0.0, 0.95))}
 
 
 @dataclass(frozen=True)
-class Dropout(Regulariser):
+class Dropout(_AtRate):
     """The rate of a model's plain dropout modules: `nn.Dropout`, `nn.Dropout1d`, `nn.Dropout2d`, `nn.Dropout3d`.
 
     Without a value for it, the modules keep the rate that they were made with. Of several regularisers that could have
@@ -40,10 +49,6 @@ class Dropout(Regulariser):
     modules: str = "*"
     """Which dropout modules: their names, or a pattern such as "features.*"."""
 
-    @property
-    def hyperparameters(self) -> dict[str, Strength]:
-        return {self.rate: _RATE}
-
     def attach(self, model: nn.Module, context: Context) -> None:
         plain = {name: layer for name, layer in model.named_modules() if type(layer) in DROPOUTS}
         for name in matching(list(plain), self.modules, "plain dropout module"):
@@ -51,7 +56,7 @@ class Dropout(Regulariser):
 
 
 @dataclass(frozen=True)
-class VariationalDropout(Regulariser):
+class VariationalDropout(_AtRate):
     """Dropout with one mask for all time steps of a sequence, at a module's output of shape [examples, time, ...].
 
     Source: Gal and Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016.
@@ -61,10 +66,6 @@ class VariationalDropout(Regulariser):
     """Name of the hyperparameter: the share of features that become zero, below 1."""
     modules: str = "*dropout"
     """At which modules' outputs: their names, or a pattern; plain dropout modules act no more by themselves."""
-
-    @property
-    def hyperparameters(self) -> dict[str, Strength]:
-        return {self.rate: _RATE}
 
     def attach(self, model: nn.Module, context: Context) -> None:
         layers = {name: layer for name, layer in model.named_modules() if name and not isinstance(layer, TunedDropout)}
@@ -76,7 +77,7 @@ class VariationalDropout(Regulariser):
 
 
 @dataclass(frozen=True)
-class EmbeddingDropout(Regulariser):
+class EmbeddingDropout(_AtRate):
     """Whole words of an example's vocabulary become zero vectors, and the others are scaled up.
 
     Source: Gal and Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016.
@@ -87,10 +88,6 @@ class EmbeddingDropout(Regulariser):
     modules: str = "*"
     """Which `nn.Embedding` modules: their names, or a pattern."""
 
-    @property
-    def hyperparameters(self) -> dict[str, Strength]:
-        return {self.rate: _RATE}
-
     def attach(self, model: nn.Module, context: Context) -> None:
         embeddings = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Embedding)}
         for name in matching(list(embeddings), self.modules, "embedding"):
@@ -98,7 +95,7 @@ class EmbeddingDropout(Regulariser):
 
 
 @dataclass(frozen=True)
-class DropConnect(Regulariser):
+class DropConnect(_AtRate):
     """Elements of weights become zero, with one mask for a minibatch and all time steps; the others are scaled up.
 
     Source: Wan et al., "Regularization of Neural Networks using DropConnect", 2013; on recurrent weights: Merity et
@@ -111,10 +108,6 @@ class DropConnect(Regulariser):
     """Name of the hyperparameter: the share of elements, below 1."""
     parameters: str = "*weight_hh*"
     """Which parameters: their names, or a pattern; by default the recurrent weights."""
-
-    @property
-    def hyperparameters(self) -> dict[str, Strength]:
-        return {self.rate: _RATE}
 
     def attach(self, model: nn.Module, context: Context) -> None:
         matching(trainable(model), self.parameters, "trainable parameter")
@@ -134,12 +127,12 @@ class TunedDropout(nn.Module):
     mask_shape: Callable[[Tensor], Sequence[int]]
     """Shape of the mask for some inputs: ones stand for dimensions over which it is the same."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Inputs of shape [examples, ...]; as they are in evaluation."""
         rate = self.context.values.get(self.hyperparameter) if self.training else None
         if rate is None:
-            return cast(Tensor, super().forward(x))
-        return x * _mask(rate, x, self.mask_shape(x))
+            return cast(Tensor, super().forward(input))
+        return input * _mask(rate, input, self.mask_shape(input))
 
 
 class _TunedDropout(TunedDropout, nn.Dropout):
@@ -167,11 +160,7 @@ def _one_for_each_channel(x: Tensor) -> Sequence[int]:
 
 
 def _one_for_all_times(x: Tensor) -> Sequence[int]:
-    if x.ndim < 3:
-        raise InputError(
-            f"VariationalDropout acts on outputs of shape [examples, time, features], not {list(x.shape)}: "
-            "choose other modules"
-        )
+    require_time(x, VariationalDropout.__name__)
     return [len(x), 1, *x.shape[2:]]
 
 
@@ -224,11 +213,24 @@ class _DropWords:
             return None
         words = cast(Tensor, inputs[0])
         vocabulary = _mask(rate, output, [len(words), cast(nn.Embedding, module).num_embeddings])
-        return output * vocabulary.gather(1, words.reshape(len(words), -1)).reshape(words.shape).unsqueeze(-1)
+        # of one row of words for all examples, each example drops its own
+        fates = vocabulary.gather(1, words.reshape(len(words), -1).expand(len(vocabulary), -1))
+        return output * fates.reshape(len(vocabulary), *words.shape[1:], 1)
 
 
 def _mask(rate: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros at this rate, shape [] or [examples], else 1 / (1 - rate): shape `shape`, in `like`'s dtype."""
+    """Zeros at this rate, shape [] or [examples], else 1 / (1 - rate): shape `shape`, in `like`'s dtype.
+
+    Where the shape has one entry for all examples, and they have a rate each, the mask has one for each of them.
+    """
+    if rate.ndim and shape[0] not in (1, len(rate)):
+        raise InputError(
+            f"dropout has rates for {len(rate)} examples, but acts on a tensor of shape {tuple(like.shape)}, which has "
+            f"{shape[0]} along dimension 0: let examples stay there (positions as arange(t).expand(b, t)), choose "
+            "other modules, or name the rate in per_minibatch"
+        )
+    if rate.ndim:
+        shape = [len(rate), *shape[1:]]
     # half precision is too coarse for small rates
     dtype = torch.promote_types(rate.dtype, torch.float32)
     draws = torch.rand(tuple(shape), dtype=dtype, device=like.device)

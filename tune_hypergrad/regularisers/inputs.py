@@ -15,18 +15,24 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.regularisers.base import Regulariser, Strength, Values, as_factor
 
 
-@dataclass(frozen=True)
-class InputNoise(Regulariser):
-    """Normal noise on every element of the first input, which has to be floating."""
+class _OfDeviation(Regulariser):
+    """A regulariser with one hyperparameter, the standard deviation of something."""
 
     differentiable: ClassVar[bool] = True
 
-    deviation: str = "input_noise"
-    """Name of the hyperparameter: the noise's standard deviation."""
+    deviation: str
 
     @property
     def hyperparameters(self) -> dict[str, Strength]:
         return {self.deviation: Strength(neutral=0.0, lower=0.0, upper=inf, usual=(0.0, 1.0))}
+
+
+@dataclass(frozen=True)
+class InputNoise(_OfDeviation):
+    """Normal noise on every element of the first input, which has to be floating."""
+
+    deviation: str = "input_noise"
+    """Name of the hyperparameter: the noise's standard deviation."""
 
     def transform(self, batch: Batch, values: Values) -> Batch:
         x = _floating(batch[0], self)
@@ -34,17 +40,11 @@ class InputNoise(Regulariser):
 
 
 @dataclass(frozen=True)
-class InputScaling(Regulariser):
+class InputScaling(_OfDeviation):
     """The first input times `exp(d z)`, with a standard normal z for each example and a deviation d."""
-
-    differentiable: ClassVar[bool] = True
 
     deviation: str = "input_scaling"
     """Name of the hyperparameter: the standard deviation of the factor's logarithm."""
-
-    @property
-    def hyperparameters(self) -> dict[str, Strength]:
-        return {self.deviation: Strength(neutral=0.0, lower=0.0, upper=inf, usual=(0.0, 1.0))}
 
     def transform(self, batch: Batch, values: Values) -> Batch:
         x = _floating(batch[0], self)

@@ -18,6 +18,7 @@ from tune_hypergrad.regularisers.base import (
     Values,
     first_output,
     matching,
+    require_time,
     trainable,
 )
 
@@ -150,6 +151,7 @@ class TemporalActivationRegularisation(_OfOutputs):
     """Name of the hyperparameter."""
 
     def _size(self, output: Tensor) -> Tensor:
+        require_time(output, type(self).__name__)
         return (output[:, 1:] - output[:, :-1]).square()
 
 
@@ -165,6 +167,9 @@ class _Record:
 
 
 def _mean_by_example(x: Tensor) -> Tensor:
-    """Means of [examples, ...] over all but the first dimension, shape [examples]; 0 where there is nothing."""
+    """Means of [examples, ...] over all but the first dimension, shape [examples]; 0 where there is nothing.
+
+    At least in single precision: in half, a sum may be infinite where the mean is not.
+    """
     elements = x.shape[1:].numel()
-    return x.reshape(len(x), elements).sum(1) / max(elements, 1)
+    return x.reshape(len(x), elements).sum(1, dtype=torch.promote_types(x.dtype, torch.float32)) / max(elements, 1)

@@ -31,7 +31,7 @@ from tune_hypergrad.searchers.brackets import Bracket
 from tune_hypergrad.searchers.configspace import Translation, translate
 from tune_hypergrad.searchers.master import ConfigId, Generator, Master, Sampler
 from tune_hypergrad.searchers.results import STATE_KEY, ExperimentResult, read_result
-from tune_hypergrad.searchers.snapshot import saved_trials
+from tune_hypergrad.searchers.snapshot import SavedTrial, saved_trials
 from tune_hypergrad.space import schedules_in
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
@@ -100,6 +100,11 @@ class HpBandSterSearch(Searcher):
     @abstractmethod
     def _make_bracket(self) -> Callable[[int], Bracket]:
         """A pure function that gives bracket `index`, counted from 0."""
+
+    @property
+    def resume_promoted(self) -> bool:
+        """Whether trials continue from the checkpoints of shorter ones, which have to be kept for that."""
+        return self._resume_promoted
 
     @property
     def stopper(self) -> Stopper:
@@ -223,8 +228,18 @@ class HpBandSterSearch(Searcher):
         driver that was killed in between leaves trials that ended without our having been told, and jobs whose trial
         nobody remembers.
         """
-        self._load(str(max(Path(checkpoint_dir).glob(self.CKPT_FILE_TMPL.format("*")))))
-        trials = saved_trials(checkpoint_dir)
+        path = str(max(Path(checkpoint_dir).glob(self.CKPT_FILE_TMPL.format("*"))))
+        self.restore_among(path, saved_trials(checkpoint_dir))
+
+    def restore_among(self, checkpoint_path: str, trials: Mapping[str, SavedTrial] | None) -> None:
+        """Continue the same experiment from a file that `save` wrote, given what Ray knows of its trials.
+
+        Args:
+            checkpoint_path: the file.
+            trials: Ray's by id: we take results that we have missed, and jobs of others start again; None believes
+                the file.
+        """
+        self._load(checkpoint_path)
         if trials is None:
             return
         for trial_id in list(self._jobs):

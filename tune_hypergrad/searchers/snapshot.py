@@ -1,12 +1,17 @@
-"""What Ray's snapshot of an experiment says of its trials."""
+"""Ray's snapshots of an experiment: what they say of its trials, and copies of which no file can be torn."""
 
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyarrow.fs import FileSelector, FileSystem
 from ray.tune.experiment import Trial
+
+_OF_SNAPSHOTS = ("experiment_state-", "search_gen_state-", "searcher-state-")
+_TEMPORARY = "-tmp-"  # in the name under which Ray has a searcher save itself, before the one it gets
 
 
 class SavedTrial(NamedTuple):
@@ -16,6 +21,13 @@ class SavedTrial(NamedTuple):
     """One of Ray's, such as "RUNNING" or "TERMINATED"."""
     last_result: dict[str, Any]
     """Empty where it had none."""
+    config: dict[str, Any]
+    """What its searcher suggested."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will not run again."""
+        return self.status in (Trial.TERMINATED, Trial.ERROR)
 
 
 def saved_trials(folder: str) -> dict[str, SavedTrial] | None:
@@ -27,5 +39,48 @@ def saved_trials(folder: str) -> dict[str, SavedTrial] | None:
     for description, progress in json.loads(newest.read_text())["trial_data"]:
         trial = Trial.from_json_state(description, stub=True)
         trial.restore_run_metadata(progress)
-        trials[trial.trial_id] = SavedTrial(trial.status, dict(trial.last_result or {}))
+        last = trial.run_metadata.last_result  # the trial's own property makes one up where there is none
+        trials[trial.trial_id] = SavedTrial(trial.status, dict(last), dict(trial.config))
     return trials
+
+
+def keep_snapshot(file: Path, saved: Path) -> None:
+    """Copy the snapshot that Ray is taking into one file, which is replaced whole or not at all.
+
+    Ray writes the trials' states, then the searcher's, then brings them to the storage one by one: a process that dies
+    meanwhile leaves files of different moments, or half a file.
+
+    Args:
+        file: the copy.
+        saved: where Ray had the searcher save itself just now.
+    """
+    name = saved.name.partition(_TEMPORARY)[2] or saved.name
+    states = sorted(path for path in saved.parent.iterdir() if path.name.startswith(_OF_SNAPSHOTS))
+    # of earlier sessions there are some too: this one writes its first search generator's state after its searcher's
+    newest = {path.name.partition("-")[0]: path for path in states}
+    files = {path.name: path.read_bytes() for path in newest.values()}
+    temporary = file.with_suffix(".tmp")
+    temporary.write_bytes(pickle.dumps({**files, name: saved.read_bytes()}))
+    temporary.replace(file)
+
+
+def put_snapshot_back(file: Path, experiment: str) -> bool:
+    """Make a copy that `keep_snapshot` took the experiment's only snapshot; whether there was one to go on from.
+
+    Args:
+        file: the copy.
+        experiment: Ray's folder of the experiment, a path or an address.
+    """
+    files: dict[str, bytes] = pickle.loads(file.read_bytes()) if file.exists() else {}
+    trials = [content for name, content in files.items() if name.startswith("experiment_state-")]
+    has_trials = any(json.loads(content)["trial_data"] for content in trials)
+    if not has_trials or not any(name.startswith("search_gen_state-") for name in files):
+        return False
+    filesystem, folder = FileSystem.from_uri(experiment)
+    for found in filesystem.get_file_info(FileSelector(folder)):
+        if found.base_name.startswith(_OF_SNAPSHOTS):
+            filesystem.delete_file(found.path)
+    for name, content in files.items():
+        with filesystem.open_output_stream(f"{folder}/{name}") as stream:
+            stream.write(content)
+    return True

@@ -53,8 +53,13 @@ class SelfTuningMultiheadAttention(OfProducts, nn.MultiheadAttention):
         return found
 
     @property
-    def response_weights(self) -> dict[str, str]:
-        return {_weight(name): f"response.{name}.weight" for name in self.products()}
+    def responses(self) -> dict[str, tuple[str, ...]]:
+        names = list(self.products())
+        found: dict[str, tuple[str, ...]] = {_weight(name): (f"response.{name}.weight",) for name in names}
+        if self.in_proj_bias is not None:
+            found["in_proj_bias"] = tuple(f"response.{name}.bias" for name in names if name != "out_proj")
+            found["out_proj.bias"] = ("response.out_proj.bias",)
+        return found
 
     def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
         products = self.products_at(inputs)

@@ -20,7 +20,11 @@ from tune_hypergrad.errors import InputError, did_you_mean
 
 @dataclass(frozen=True)
 class TunedHyperparameter:
-    """One hyperparameter: where its values lie and how it is perturbed."""
+    """One hyperparameter: where its values lie and how it is perturbed.
+
+    Raises:
+        InputError: bounds that leave no room.
+    """
 
     name: str
     """Its name in the search space."""
@@ -34,6 +38,13 @@ class TunedHyperparameter:
     """Values are rounded down to whole numbers; no gradient passes, and none is needed."""
     per_example: bool = True
     """Whether every example of a batch has a perturbation of its own."""
+
+    def __post_init__(self) -> None:
+        if not self.lower < self.upper:
+            raise InputError(
+                f"hyperparameter {self.name!r} has the range [{self.lower}, {self.upper}], which leaves no room: pass "
+                "a constant, or lower < upper"
+            )
 
     @property
     def largest(self) -> float:
@@ -201,7 +212,7 @@ def tuned_hyperparameters(
     names = [definition.name for definition in tuned]
     for name in per_minibatch:
         if name not in names:
-            raise InputError(f"per_minibatch has {name!r}, which is not tuned: {', '.join(names)}")
+            raise InputError(f"per_minibatch has {name!r}, which is not tuned: {', '.join(names) or 'nothing is'}")
     return tuned, constants
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tune_hypergrad.errors import InputError
 from tune_hypergrad.stn.response import Perturbation, Response, primal, with_response
 
 
@@ -26,6 +27,8 @@ class SelfTuningLayer(nn.Module):
     """What to respond to; shared by the layers of a network."""
     children_within: tuple[str, ...] = ()
     """Names of children whose parameters the layer's own forward uses, and which respond as part of the layer."""
+    output_dim: int = 0
+    """Along which dimension of a weight its outputs lie."""
 
     @classmethod
     def applies_to(cls, layer: nn.Module) -> bool:
@@ -41,13 +44,34 @@ class SelfTuningLayer(nn.Module):
         raise NotImplementedError
 
     @property
-    def response_weights(self) -> dict[str, str]:
-        """Name of each weight that responds to that of its response's weight, both within the layer."""
-        return {"weight": "response.weight"}
+    def responses(self) -> dict[str, tuple[str, ...]]:
+        """Name of each parameter that responds to those of its response, both within the layer.
+
+        There is one, or one for each of as many equal parts of the parameter's first dimension; beside each is its
+        `<name>_scale`.
+        """
+        names = [name for name in ("weight", "bias") if getattr(self.response, name, None) is not None]
+        return {name: (f"response.{name}",) for name in names}
 
     def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
         """The layer's own parameters by name at one setting of the hyperparameters, shape [n]."""
         raise NotImplementedError
+
+    def check_examples(self, x: Tensor, dim: int = 0, *, one_for_all: bool = True) -> None:
+        """Refuse an input that has not the perturbation's examples along a dimension, or a single entry for them all.
+
+        Raises:
+            InputError: it is such an input.
+        """
+        inputs, shape = self.perturbation.inputs, tuple(x.shape)
+        if inputs is None or inputs.ndim == 1 or not shape or shape[dim] == len(inputs):
+            return
+        if shape[dim] != 1 or not one_for_all:
+            raise InputError(
+                f"{type(self).__name__}: the perturbation is of {len(inputs)} examples, but the input of shape {shape} "
+                f"has {shape[dim]} along dimension {dim}, where this layer takes its batch: let examples stay there, "
+                "and give positions as arange(t).expand(b, t)"
+            )
 
 
 class _Affine(SelfTuningLayer):
@@ -71,14 +95,15 @@ class _Affine(SelfTuningLayer):
     def make_response(self, hyperparameters: int) -> Response:
         return Response(self.weight, self.bias, self.outputs, hyperparameters)
 
-    def forward(self, x: Tensor, *further: Any) -> Tensor:
-        output = cast(Tensor, super().forward(x, *further))
+    def forward(self, input: Tensor, *further: Any) -> Tensor:
+        output = cast(Tensor, super().forward(input, *further))
         seen = self.perturbation
         if seen.inputs is None:
             return output
+        self.check_examples(input)
         response = self.response
         scale = self._by_channel(seen.inputs @ response.weight_scale.T, output)
-        change = scale * self.product(primal(x) if seen.linearised else x, response.weight, *further)
+        change = scale * self.product(primal(input) if seen.linearised else input, response.weight, *further)
         if response.bias is not None and response.bias_scale is not None:
             change = change + self._by_channel((seen.inputs @ response.bias_scale.T) * response.bias, output)
         return with_response(output, change, seen.linearised)
@@ -134,7 +159,11 @@ class SelfTuningConv3d(_Convolution, nn.Conv3d):
 
 class _TransposedConvolution(_Affine):
     channel_dim = 1
+    output_dim = 1
     convolve: Callable[..., Tensor]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(input, output_size)
 
     @property
     def outputs(self) -> int:
@@ -180,16 +209,17 @@ class SelfTuningEmbedding(SelfTuningLayer, nn.Embedding):
     def make_response(self, hyperparameters: int) -> Response:
         return Response(self.weight, None, self.num_embeddings, hyperparameters)
 
-    def forward(self, x: Tensor) -> Tensor:
-        output = super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
         seen = self.perturbation
         if seen.inputs is None:
             return output
+        self.check_examples(input)
         inputs = seen.inputs
         if inputs.ndim == 2:
-            inputs = inputs.reshape(len(inputs), *[1] * (x.ndim - 1), -1)
-        scale = (F.embedding(x, self.response.weight_scale) * inputs).sum(-1, keepdim=True)
-        change = scale * F.embedding(x, self.response.weight, self.padding_idx)
+            inputs = inputs.reshape(len(inputs), *[1] * (input.ndim - 1), -1)
+        scale = (F.embedding(input, self.response.weight_scale, self.padding_idx) * inputs).sum(-1, keepdim=True)
+        change = scale * F.embedding(input, self.response.weight, self.padding_idx)
         return with_response(output, change, seen.linearised)
 
     def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -215,11 +245,12 @@ class _Normalisation(SelfTuningLayer):
         ones = torch.ones_like(self.weight).flatten()
         return Response(ones, None if self.bias is None else ones, len(ones), hyperparameters)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         seen = self.perturbation
         if seen.inputs is None:
-            return cast(Tensor, super().forward(x))
-        normalised = self.normalise(x)
+            return cast(Tensor, super().forward(input))
+        self.check_examples(input)
+        normalised = self.normalise(input)
         output = normalised * self.by_channel(self.weight, normalised)
         if self.bias is not None:
             output = output + self.by_channel(self.bias, normalised)
@@ -227,7 +258,8 @@ class _Normalisation(SelfTuningLayer):
         change = (primal(normalised) if seen.linearised else normalised) * self.by_channel(weight, normalised)
         if bias is not None:
             change = change + self.by_channel(bias, normalised)
-        return with_response(output, change, seen.linearised)
+        # under autocast, products with parameters in single precision are single
+        return with_response(output.to(normalised.dtype), change, seen.linearised)
 
     def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
         weight, bias = self._changes(inputs)

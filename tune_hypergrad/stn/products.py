@@ -94,14 +94,12 @@ class OfProducts(SelfTuningLayer):
 
     def check_batch(self, x: Tensor, dims: int, examples_dim: int) -> None:
         """Refuse what has not `dims` dimensions, or not the perturbation's examples along one of them."""
-        name, shape, inputs = type(self).__name__, tuple(x.shape), self.perturbation.inputs
         if x.ndim != dims:
-            raise InputError(f"{name} takes a batch, a tensor with {dims} dimensions, not one of shape {shape}")
-        if inputs is not None and inputs.ndim == 2 and len(inputs) != shape[examples_dim]:
             raise InputError(
-                f"{name}: the perturbation is of {len(inputs)} examples, but the input of shape {shape} has "
-                f"{shape[examples_dim]} along dimension {examples_dim}, where this layer takes its batch"
+                f"{type(self).__name__} takes a batch, a tensor with {dims} dimensions, not one of shape "
+                f"{tuple(x.shape)}"
             )
+        self.check_examples(x, examples_dim, one_for_all=False)
 
     def _product(self, response: Response, weight: Tensor, bias: Tensor | None) -> Product:
         inputs, scale, shift = self.perturbation.inputs, None, None

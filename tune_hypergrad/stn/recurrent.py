@@ -47,8 +47,13 @@ class _Recurrence(OfProducts):
         return {name: (getattr(self, _WEIGHT + name), getattr(self, _BIAS + name, None)) for name in names}
 
     @property
-    def response_weights(self) -> dict[str, str]:
-        return {_WEIGHT + name: f"response.{name}.weight" for name in self.products()}
+    def responses(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for name, (_, bias) in self.products().items():
+            found[_WEIGHT + name] = (f"response.{name}.weight",)
+            if bias is not None:
+                found[_BIAS + name] = (f"response.{name}.bias",)
+        return found
 
     def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
         found = {}

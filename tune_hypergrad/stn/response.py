@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
@@ -62,10 +63,16 @@ def primal(x: Tensor) -> Tensor:
 
 
 def with_response(output: Tensor, response: Tensor, linearised: bool) -> Tensor:
-    """A layer's output with its response, in the output's dtype: as a term, or added to the output's tangent."""
+    """A layer's output with its response, in the output's dtype: as a term, or added to the output's tangent.
+
+    Where the response is of several examples and the output one for all of them, the result is of the examples.
+    """
     response = response.to(output.dtype)  # autocast leaves products with biases in single precision
     if not linearised:
         return output + response
     value, tangent = forward_ad.unpack_dual(output)
-    response = response.expand_as(value)
+    shape = torch.broadcast_shapes(value.shape, response.shape)
+    if shape != value.shape:
+        value = value.expand(shape).clone()  # a value that shares memory with itself cannot have a tangent
+    response = response.expand(shape)
     return cast(Tensor, forward_ad.make_dual(value, response if tangent is None else tangent + response))

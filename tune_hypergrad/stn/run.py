@@ -134,18 +134,16 @@ class SelfTuningRun:
         self.loop, self.settings, self.variant = loop, settings, VARIANTS[settings.variant]
         shared = loop.problem.per_minibatch_hyperparameters
         tuned = [replace(each, per_example=each.per_example and each.name not in shared) for each in tuned]
-        self.tuned = TunedHyperparameters(
-            tuned, initial=settings.initial, scale=settings.scale, dtype=loop.dtype, device=loop.device
-        )
+        # half precision is too coarse for what moves by small steps
+        options: dict[str, Any] = {"dtype": torch.promote_types(loop.dtype, torch.float32), "device": loop.device}
+        self.tuned = TunedHyperparameters(tuned, initial=settings.initial, scale=settings.scale, **options)
         self.network = self_tuning(loop.model, len(self.tuned))
         self._general = self.network.general_parameters()
         self._responses = self.network.response_parameters()
         self._weights = [_as_views(self._general.values()), _as_views(self._responses.values())]
         self._slots = [tuple(torch.zeros_like(flat) for _ in loop.optimizer.slots) for flat in self._weights]
         self._hyper_optimizer = get_optimizer(settings.hyper_optimizer)
-        self._hyper_slots = tuple(
-            torch.zeros(2 * len(self.tuned), dtype=loop.dtype, device=loop.device) for _ in self._hyper_optimizer.slots
-        )
+        self._hyper_slots = tuple(torch.zeros(2 * len(self.tuned), **options) for _ in self._hyper_optimizer.slots)
         self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.settings.fixed), dtype=torch.float64)
         self.position = 0
         """Training steps taken."""
@@ -162,7 +160,9 @@ class SelfTuningRun:
     @property
     def values(self) -> dict[str, float]:
         """The hyperparameters at present."""
-        return {name: float(value.detach()) for name, value in self.tuned.values().items()}
+        values = self.tuned.values()
+        # together, since each number asked of a GPU waits for it
+        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     @property
     def scales(self) -> dict[str, float]:
@@ -257,8 +257,13 @@ class SelfTuningRun:
                 weights, self._slots[index] = loop.update(self._weights[index], gradient, self._slots[index], h, step)
                 self._weights[index].copy_(weights)
         self.position += 1
-        kind = "delta_stn_step" if self.variant.linearised else "stn_step"
-        self.cost += Cost(steps=1, examples=loop.problem.batch_size, gradients=GRADIENTS_PER[kind])
+        gradients_spent = GRADIENTS_PER["delta_stn_step" if self.variant.linearised else "stn_step"]
+        self.cost += Cost(
+            steps=1,
+            examples=loop.problem.batch_size,
+            gradients=gradients_spent,
+            hypergradients=gradients_spent - GRADIENTS_PER["step"],
+        )
 
     def _validate(self) -> None:
         loop, settings = self.loop, self.settings
@@ -284,19 +289,20 @@ class SelfTuningRun:
             self._hyper_slots = tuple(after[1:])
             unconstrained, log_scales = after[0].chunk(2)
             self.tuned.unconstrained.copy_(unconstrained)
-            # scales and their squares stay what the type can hold
+            # scales and their squares stay what the weights' type can hold
             limit = log(torch.finfo(self.loop.dtype).max) / 2
             self.tuned.log_scales.copy_(log_scales.clamp(-limit, limit))
         self.val_steps += 1
-        batches = size / loop.problem.batch_size
-        self.cost += Cost(gradients=batches * GRADIENTS_PER["self_tuning_val_step"])
+        spent = size / loop.problem.batch_size * GRADIENTS_PER["self_tuning_val_step"]
+        self.cost += Cost(gradients=spent, hypergradients=spent)
 
     def _perturbations(self, stream: int, number: int, examples: int) -> Tensor:
         generator = torch.Generator().manual_seed(fold_seed(self.loop.settings.seed, stream, number))
         return self.tuned.perturbations(examples, generator)
 
     def _present_inputs(self) -> Tensor:
-        return response_inputs(self.tuned, self.variant, torch.zeros_like(self.tuned.unconstrained)).detach()
+        perturbations = torch.zeros_like(self.tuned.unconstrained)
+        return response_inputs(self.network, self.tuned, self.variant, perturbations).detach()
 
     def _plain_state_dict(self) -> dict[str, Tensor]:
         state = self.network.general_state_dict(self._present_inputs())

@@ -41,13 +41,16 @@ VARIANTS = {
 """The methods by name."""
 
 
-def response_inputs(tuned: TunedHyperparameters, variant: Variant, perturbations: Tensor) -> Tensor:
+def response_inputs(
+    network: SelfTuningNetwork, tuned: TunedHyperparameters, variant: Variant, perturbations: Tensor
+) -> Tensor:
     """What responses are linear in, of the perturbations' shape, differentiable by the hyperparameters.
 
     A centred response has the value of the perturbation, and the derivative of the perturbed hyperparameters.
     """
-    perturbed = tuned.unconstrained + perturbations
-    return perturbed - tuned.unconstrained.detach() if variant.centred else perturbed
+    u = tuned.unconstrained
+    # in this order, nothing cancels
+    return (perturbations + (u - u.detach() if variant.centred else u)).to(network.dtype)
 
 
 def training_gradients(
@@ -76,8 +79,8 @@ def training_gradients(
     general, responses = network.general_parameters(), network.response_parameters()
     perturbations = perturbations.detach()
     with torch.no_grad():
-        inputs = response_inputs(tuned, variant, perturbations)
-        shared = response_inputs(tuned, variant, tuned.shared(perturbations))
+        inputs = response_inputs(network, tuned, variant, perturbations)
+        shared = response_inputs(network, tuned, variant, tuned.shared(perturbations))
         perturbed = {**(fixed or {}), **tuned.values(perturbations)}
         current = {**(fixed or {}), **tuned.values()}
     if not variant.linearised:
@@ -124,7 +127,7 @@ def validation_gradients(
         The validation loss, and the gradients by `tuned.unconstrained` and `tuned.log_scales`, of shapes [], [n], [n].
     """
     *x, target = batch
-    inputs = response_inputs(tuned, variant, perturbations)
+    inputs = response_inputs(network, tuned, variant, perturbations)
     if linearised:
         output = _linearised(network, inputs, lambda: network(*x))
     else:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
+import ray
 import torch
 from ray import tune
 
@@ -65,6 +67,42 @@ class TrialSettings:
         return TrainingSettings(**{**shared, **changes})
 
 
+class Stored:
+    """A problem that goes to Ray's object store once, however many trainables are made for it.
+
+    Args:
+        problem: what is stored when this is first pickled within a Ray session.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem: Problem | None = problem
+        self._reference: ray.ObjectRef[Problem] | None = None
+        self._session = ""
+
+    def get(self) -> Problem:
+        """The problem; its tensors are shared by the processes of a node."""
+        if self._problem is None:
+            assert self._reference is not None
+            self._problem = ray.get(self._reference)
+        return self._problem
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not ray.is_initialized():
+            return {"_problem": self._problem, "_reference": None, "_session": ""}
+        session = ray.get_runtime_context().get_job_id()
+        if self._reference is None or self._session != session:
+            self._reference, self._session = ray.put(self.get()), session
+        return {"_problem": None, "_reference": self._reference, "_session": session}
+
+
+_STORED: WeakValueDictionary[int, Stored] = WeakValueDictionary()  # by the problem's id, which it keeps from reuse
+
+
+def stored(problem: Problem) -> Stored:
+    """The one `Stored` of a problem."""
+    return _STORED.setdefault(id(problem), Stored(problem))
+
+
 class ProblemTrainable(tune.Trainable):
     """Base of the trainables that work on a `Problem`.
 
@@ -73,6 +111,9 @@ class ProblemTrainable(tune.Trainable):
     """
 
     Settings: ClassVar[type[TrialSettings]] = TrialSettings
+    schedule_by_step: ClassVar[bool] = False
+    """Whether `found` has a value for every step so far of the run that the last result judged, so that the result's
+    own scalars do not tell it."""
 
     @classmethod
     def from_problem(cls, problem: Problem, **settings: Any) -> type[tune.Trainable]:
@@ -94,7 +135,7 @@ class ProblemTrainable(tune.Trainable):
         problem.check()
         made = cls.Settings(**settings)
         cls.validate(*split_config(problem, made, {}))
-        return tune.with_parameters(cls, problem=problem, settings=made)  # type: ignore[no-any-return]
+        return tune.with_parameters(cls, problem=stored(problem), settings=made)  # type: ignore[no-any-return]
 
     @classmethod
     @abstractmethod
@@ -127,7 +168,9 @@ class ProblemTrainable(tune.Trainable):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from a `state_dict`; called after `begin`."""
 
-    def setup(self, config: dict[str, Any], problem: Problem, settings: TrialSettings) -> None:  # type: ignore[override]
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], problem: Problem | Stored, settings: TrialSettings
+    ) -> None:
         """Called by Ray when an actor starts."""
         resources = getattr(self.trial_resources, "required_resources", {}) or {}
         cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
@@ -138,27 +181,34 @@ class ProblemTrainable(tune.Trainable):
                 "the trial was granted a GPU, but this torch cannot use one: install a CUDA build of torch"
             )
         self.device = "cuda" if gpus else None
-        self._problem, self._settings = problem, settings
+        self._problem = problem.get() if isinstance(problem, Stored) else problem
+        self._settings = settings
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Called by Ray when an actor is reused for another trial."""
         self._seconds = self._uncharged = 0.0
+        self._last: dict[str, Any] = {}
         self.problem, settings, hyperparameters = split_config(self._problem, self._settings, new_config)
         self.begin(settings, hyperparameters)
         return True
 
     def step(self) -> dict[str, Any]:
         """One report, called by Ray."""
+        if self._last.get("done"):  # restored at its end, which the driver did not live to see
+            return dict(self._last)
         begun, uncharged = time.perf_counter(), self._uncharged
         result = self.work()
         self._seconds += time.perf_counter() - begun - (self._uncharged - uncharged)
         seconds = Cost(device_seconds=self._seconds * self._devices, wall_seconds=self._seconds)
-        return {**result, **(self.spent + seconds).as_result()}
+        self._last = {**result, **(self.spent + seconds).as_result()}
+        return dict(self._last)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Called by Ray: the whole state, from which a trial continues to the same numbers."""
-        torch.save({"trial": self.state_dict(), "seconds": self._seconds}, Path(checkpoint_dir) / _STATE_FILE)
+        last = {"of": self.trial_id, "result": self._last}
+        saved = {"trial": self.state_dict(), "seconds": self._seconds, "last": last}
+        torch.save(saved, Path(checkpoint_dir) / _STATE_FILE)
         if self.found is not None:
             self.found.save(Path(checkpoint_dir) / SCHEDULE_FILE)
 
@@ -167,7 +217,8 @@ class ProblemTrainable(tune.Trainable):
         # tensors go back to where they were: the outer loop's stay on the CPU when the inner loop's are on a GPU
         place = None if torch.cuda.is_available() else "cpu"
         saved = torch.load(Path(checkpoint) / _STATE_FILE, weights_only=True, map_location=place)
-        self._seconds = saved["seconds"]
+        self._seconds, last = saved["seconds"], saved["last"]
+        self._last = last["result"] if last["of"] == self.trial_id else {}  # other trials go on from its end
         self.load_state_dict(saved["trial"])
 
     def evaluate_test(self, loop: InnerLoop, state: State) -> dict[str, float]:
@@ -218,3 +269,9 @@ def _steps_within(epochs: Any, steps_per_epoch: int) -> int:
 def evaluation_results(split: str, evaluation: Evaluation) -> dict[str, float]:
     """Flat scalars such as `val_loss`, `val_accuracy`."""
     return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
+
+
+def run_position(step: int, steps: int) -> dict[str, int]:
+    """Flat scalars that say how far the training run had come whose weights a result judges: `run/step` of
+    `run/steps`."""
+    return {"run/step": step, "run/steps": steps}

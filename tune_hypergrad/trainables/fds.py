@@ -16,7 +16,7 @@ from tune_hypergrad.hypergradients.run import hypergradient_scalars
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import Range, gradient_ranges
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 from tune_hypergrad.trainables.inner_run import InnerRunSettings
 
 
@@ -109,7 +109,7 @@ class FDS(ProblemTrainable):
         self.run = settings.make_run(self.loop, self.outer.values)
         self._earlier = Cost()  # the cost of completed runs
         self._untrained: dict[str, float] = {}
-        self._last: dict[str, Any] = {}
+        self._results: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
 
     def work(self) -> dict[str, Any]:
@@ -120,9 +120,11 @@ class FDS(ProblemTrainable):
             if self.run.done:
                 self._take_outer_step()
         limit = self.settings.outer_steps
+        run = run_position(self.loop.steps if self.outer.outer_step else 0, self.loop.steps)
         return {
-            **self._last,
+            **self._results,
             **self._best,
+            **run,
             "outer_step": self.outer.outer_step,
             "setbacks": self.outer.setbacks,
             "largest_step": self.outer.descent.largest_step,
@@ -139,7 +141,7 @@ class FDS(ProblemTrainable):
         self._earlier += self.loop.eval_cost("val")
         unknown = {name: torch.full_like(values, torch.nan) for name, values in self.run.hyperparameters.items()}
         self._record(self._untrained, unknown)
-        self._best = _incumbent_results(self._last)
+        self._best = _incumbent_results(self._results)
 
     def _take_outer_step(self) -> None:
         result, state = self.run.result(), self.run.state
@@ -148,14 +150,14 @@ class FDS(ProblemTrainable):
         self._record(figures, result.hypergradients)
         self.outer.tell(result.val_loss, result.hypergradients, self._untrained["val_loss"])
         if self.outer.incumbent is not None and self.outer.incumbent.outer_step == self.outer.outer_step - 1:
-            self._best = _incumbent_results(self._last)
+            self._best = _incumbent_results(self._results)
         self._earlier += self.run.cost
         self.run = self.settings.make_run(self.loop, self.outer.values)
 
     def _record(self, figures: dict[str, float], hypergradients: Hyperparameters) -> None:
         """Remember a run's figures, its schedule and its hypergradients as flat scalars."""
         schedule = self._schedule(self.outer.values).to_scalars()
-        self._last = {**figures, **schedule, **hypergradient_scalars(hypergradients)}
+        self._results = {**figures, **schedule, **hypergradient_scalars(hypergradients)}
 
     @property
     def found(self) -> Schedule | None:
@@ -173,7 +175,7 @@ class FDS(ProblemTrainable):
             "outer": self.outer.state_dict(),
             "run": self.run.state_dict(),
             "earlier": tuple(vars(self._earlier).values()),
-            "results": (self._untrained, self._last, self._best),
+            "results": (self._untrained, self._results, self._best),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -181,7 +183,7 @@ class FDS(ProblemTrainable):
         self.run = self.settings.make_run(self.loop, self.outer.values, saved["run"]["differentiation"])
         self.run.load_state_dict(saved["run"])
         self._earlier = Cost(*saved["earlier"])
-        self._untrained, self._last, self._best = (dict(results) for results in saved["results"])
+        self._untrained, self._results, self._best = (dict(results) for results in saved["results"])
 
 
 def _incumbent_results(last: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tune_hypergrad.hypergradients.inner_loop import State
 from tune_hypergrad.hypergradients.run import check_values
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 from tune_hypergrad.trainables.promoted import ContinuesPromoted
 
 
@@ -37,6 +37,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         check_values(self.loop, values)
         self._hyperparameters = {name: v.to(self.loop.device, self.loop.dtype) for name, v in values.items()}
         self._schedule = Schedule({**held, **hyperparameters}) if held or hyperparameters else None
+        self.end = settings.steps
         self._chunk = -(-settings.steps // settings.reports)
         self._state = self.loop.initial_state()
         self._step = 0
@@ -45,7 +46,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
     def work(self) -> dict[str, Any]:
         loop = self.loop
         with loop.running():
-            for step in range(self._step, min(self._step + self._chunk, loop.steps)):
+            for step in range(self._step, min(self._step + self._chunk, self.end)):
                 self._state = loop.step(self._state, loop.scalars(self._hyperparameters, step), step)
                 self._step += 1
                 self._spent += loop.step_cost()
@@ -55,7 +56,8 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
                 **evaluation_results("val", evaluation),
                 **self.evaluate_test(loop, self._state),
                 **({} if self._schedule is None else self._schedule.to_scalars()),
-                "done": self._step == loop.steps,
+                **run_position(self._step, loop.steps),
+                "done": self._step >= self.end,
             }
 
     def load_promoted(self, checkpoint: tune.Checkpoint) -> None:

@@ -10,7 +10,7 @@ from tune_hypergrad.hypergradients import InnerLoop, OnlineRun
 from tune_hypergrad.hypergradients.run import hypergradient_scalars
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 from tune_hypergrad.trainables.fds import DescentSettings
 
 
@@ -45,6 +45,7 @@ class HD(ProblemTrainable):
     """
 
     Settings: ClassVar[type[TrialSettings]] = HDSettings
+    schedule_by_step: ClassVar[bool] = True
 
     @classmethod
     def validate(cls, problem: Problem, settings: HDSettings, hyperparameters: dict[str, Any]) -> None:
@@ -72,6 +73,7 @@ class HD(ProblemTrainable):
                 **self.evaluate_test(loop, run.state),
                 **Schedule.from_tensors(self.online.descent.values).to_scalars(),
                 **hypergradient_scalars(self.online.last_hypergradients),
+                **run_position(run.position, run.position),
                 "done": run.done,
             }
 

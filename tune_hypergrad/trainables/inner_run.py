@@ -14,7 +14,7 @@ from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class InnerRun(ProblemTrainable):
             **hypergradient_scalars(
                 run.hypergradients if run.done else {k: v * nan for k, v in run.hypergradients.items()}
             ),
+            **run_position(loop.steps if run.done else 0, loop.steps),
             "untrained_val_loss": self._untrained["val_loss"],
             "differentiation": run.differentiation,
             "done": run.done,

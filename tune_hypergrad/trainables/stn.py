@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.stn.hyperparameters import tuned_hyperparameters
 from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 
 _logger = logging.getLogger(__name__)
 
@@ -83,12 +84,20 @@ class DeltaSTN(ProblemTrainable):
     """
 
     Settings: ClassVar[type[TrialSettings]] = SelfTuningTrialSettings
+    schedule_by_step: ClassVar[bool] = True
 
     @classmethod
     def validate(cls, problem: Problem, settings: SelfTuningTrialSettings, hyperparameters: dict[str, Any]) -> None:
-        without = settings.make_run(problem, hyperparameters).network.without_rule
+        at_once = replace(settings, warm_up=0, train_steps=1, val_steps=1, val_batch_size=None)
+        run = at_once.make_run(problem, hyperparameters)
+        without = run.network.without_rule
         if without:
             _logger.warning("these modules' weights do not respond to hyperparameters: %s", ", ".join(without))
+        first = round(settings.warm_up * problem.steps_per_epoch) + settings.train_steps
+        if settings.val_steps and first > settings.steps:
+            said = "a run of %d steps, whose first validation step is after %d, tunes nothing: lower warm_up"
+            _logger.warning(said, settings.steps, first)
+        _try_out(run)
 
     def begin(self, settings: SelfTuningTrialSettings, hyperparameters: dict[str, Any]) -> None:
         self.settings = settings
@@ -112,6 +121,7 @@ class DeltaSTN(ProblemTrainable):
             **now,
             **self._best,
             **{f"scale/{name}": scale for name, scale in run.scales.items()},
+            **run_position(run.position, run.position),
             "done": run.done or (patience is not None and self._without_progress >= patience),
         }
 
@@ -139,6 +149,28 @@ class DeltaSTN(ProblemTrainable):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.run.load_state_dict(saved["run"])
         self._best, self._without_progress = dict(saved["best"]), saved["without_progress"]
+
+
+def _try_out(run: SelfTuningRun) -> None:
+    """A training and a validation step of a run that has no further use.
+
+    The batch is as large as nothing else in model and data, so that no other dimension passes for the examples.
+
+    Raises:
+        InputError: a step fails.
+    """
+    loop = run.loop
+    with loop.running():
+        shapes = [leaf.shape[1:] for leaf in tree_leaves(loop.batch(0)) if isinstance(leaf, torch.Tensor)]
+        taken = {size for shape in (*shapes, *(p.shape for p in loop.model.parameters())) for size in shape}
+        sizes = range(3, len(loop.split("train")) + 1, 2)
+        size = next((size for size in sizes if size not in taken), loop.problem.batch_size)
+        loop.problem = loop.problem.replace(batch_size=size)
+        try:
+            run.advance(1)
+        except Exception as error:
+            said = error if isinstance(error, InputError) else in_one_line(error)
+            raise InputError(f"a self-tuning step on {size} examples fails: {said}") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""What `compare` costs beside Ray Tune with random search: trials of known length that only sleep.
+
+    python benchmarks/compare_overhead.py
+
+Contenders take turns in one Ray session; each runs as many trials of as many reports, two at once. The ratio is of
+seconds from handing the work over to having the last result (`compare`'s report, which is written after that, is
+timed apart), median and range over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import RunConfig, TuneConfig
+
+from tune_hypergrad import Budget, Method, RandomSearch, Retraining, compare, problems
+from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.comparison.report import write_report
+
+SPACE = {"x": tune.uniform(0, 1)}
+
+
+class Sleeper(tune.Trainable):
+    """Sleeps a tenth of a second for every report."""
+
+    REPORTS, SECONDS = 10, 0.1
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.x, self.reports = config["x"], 0
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        time.sleep(self.SECONDS)
+        self.reports += 1
+        return {"val_loss": self.x, "cost/gradients": float(self.reports), "done": self.reports == self.REPORTS}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        (Path(checkpoint_dir) / "reports").write_text(str(self.reports))
+
+    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+        self.reports = int((Path(checkpoint) / "reports").read_text())
+
+
+def with_ray_tune(trials: int, folder: Path) -> float:
+    """Seconds that plain Ray Tune takes."""
+    begun = time.perf_counter()
+    tune.Tuner(
+        tune.with_resources(Sleeper, {"cpu": 1}),
+        param_space=SPACE,
+        tune_config=TuneConfig(num_samples=trials, metric="val_loss", mode="min", reuse_actors=True),
+        run_config=RunConfig(storage_path=str(folder), verbose=0),
+    ).fit()
+    return time.perf_counter() - begun
+
+
+def with_compare(trials: int, folder: Path) -> tuple[float, float]:
+    """Seconds that `compare` takes, without its report, and those of the report."""
+    asleep = Method("rs", lambda task: RandomSearch(SPACE, "val_loss", "min", seed=task.seed), lambda task: Sleeper)
+    begun = time.perf_counter()
+    comparison = compare(
+        problems.get("digits_mlp"),
+        [asleep],
+        budget=Budget(trials * Sleeper.REPORTS),
+        space=SPACE,
+        retraining=Retraining(seeds=0),
+        out=folder / "compare",
+        progress="quiet",
+    )
+    total = time.perf_counter() - begun
+    if comparison.accounts["trials"].sum() != trials:
+        raise RuntimeError(f"{comparison.accounts['trials'].sum()} trials ran, not {trials}")
+    begun = time.perf_counter()
+    write_report(Comparison(comparison.folder))
+    report = time.perf_counter() - begun
+    return total - report, report
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ratios, seconds = [], []
+    for round_ in range(options.rounds + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            trials = options.trials if round_ else 4  # the first is to warm up
+            of_ray = with_ray_tune(trials, Path(folder))
+            ours, report = with_compare(trials, Path(folder))
+            if round_:
+                ratios.append(ours / of_ray)
+                seconds.append((of_ray, ours, report))
+    asleep = options.trials * Sleeper.REPORTS * Sleeper.SECONDS / 2
+    print(f"{options.trials} trials, {asleep:.0f} s asleep, two at once; {options.rounds} rounds")
+    for name, values in zip(("Ray Tune", "compare", "its report"), zip(*seconds, strict=True), strict=True):
+        print(f"{name}: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
+    print(f"ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""`compare` from end to end: budgets, fairness, failures, resumption, repetition."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from ray import tune
+from ray.tune import Callback
+from self_tuning import regularised_problem
+from tiny_problem import tiny_problem
+
+from tune_hypergrad import FixedSchedule, InputError, Method, RandomSearch, Retraining, compare
+from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison import Comparison, Interrupted
+from tune_hypergrad.comparison.records import RETRAINING
+from tune_hypergrad.ledger import LEDGER_FILE
+from tune_hypergrad.methods import BY_DEFAULT
+
+HERE = Path(__file__).parent
+SPACE = {"lr": tune.uniform(0, 0.5), "momentum": tune.uniform(0, 0.9)}
+QUICK = {"space": SPACE, "epochs": 2, "progress": "quiet", "retraining": Retraining(seeds=1)}
+
+
+def random_search(task):
+    return RandomSearch(SPACE, "val_loss", "min", seed=task.seed)
+
+
+def check(comparison):
+    """What is true of every comparison that came to its end."""
+    unit, accounts = comparison.budget.unit, comparison.accounts
+    counted = comparison.results[~comparison.results["lost"]]
+    assert not counted[["id", "iteration"]].duplicated().any()
+    for row in accounts.to_dict("records"):
+        own = counted[(counted["method"] == row["method"]) & (counted["seed"] == row["seed"])]
+        costs = own.groupby("id")[f"cost/{unit}"]
+        assert row[f"spent/{unit}"] == pytest.approx(costs.max().sum())
+        largest = costs.diff().fillna(own[f"cost/{unit}"]).max()
+        assert row[f"spent/{unit}"] < comparison.budget.amount + largest, f"{row['method']} is over by two results"
+    for name in ("report.html", "summary.md", "results.csv", "ledger.jsonl", "settings.json"):
+        assert (comparison.folder / name).stat().st_size > 100, name
+
+
+def test_bad_arguments_are_refused_before_anything_runs(tmp_path):
+    problem, out = tiny_problem(), tmp_path / "out"
+    twice = [Method("same", random_search), Method("same", random_search)]
+    for arguments, words in [
+        ({"methods": "rs"}, "give a list"),
+        ({"methods": []}, "no methods"),
+        ({"methods": twice}, "two methods called 'same'"),
+        ({"methods": [Method("a/b", random_search)]}, "letters"),
+        ({"methods": [Method(RETRAINING, random_search)]}, RETRAINING),
+        ({"methods": ["delta-stn"]}, "nothing to tune"),
+        ({"methods": [Method("odd", lambda task: 3)]}, "odd's searcher is a int"),
+        ({"methods": ["rs"], "budget": "plenty"}, "'plenty'"),
+        ({"methods": ["rs"], "seeds": [0, 0]}, "seeds is [0, 0]"),
+        ({"methods": ["rs"], "seeds": 0}, "seeds is 0"),
+        ({"methods": ["rs"], "epochs": 0.001}, "epochs is 0.001"),
+        ({"methods": ["rs"], "speed": 3}, "no argument 'speed'"),
+        ({"methods": ["rs"], "reference": "grid:2"}, "needs at least 4"),
+        ({"methods": ["rs"], "max_concurrent": 0}, "max_concurrent is 0"),
+        ({"methods": ["rs"], "resources": {"cpu": -1}}, "resources are"),
+        ({"methods": ["rs"], "resume": True}, "nothing to resume"),
+    ]:
+        with pytest.raises(InputError) as refused:
+            compare(problem, **{**QUICK, "out": out, **arguments})
+        assert words in str(refused.value) and "\n" not in str(refused.value)
+        assert not out.exists()
+    with pytest.raises(InputError, match="it takes a Problem"):
+        compare("digits", out=out)
+
+
+def test_trials_that_never_fit_are_refused(ray_session, tmp_path):
+    with pytest.raises(InputError, match="asks for 99 CPU, more than the cluster's 2"):
+        compare(tiny_problem(), ["rs"], **QUICK, resources={"cpu": 99}, out=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_all_methods_spend_one_budget_and_the_test_split_is_read_at_the_end(ray_session, tmp_path):
+    comparison = compare(
+        regularised_problem(),
+        budget="40e",
+        epochs=2,
+        seeds=2,
+        progress="quiet",
+        out=tmp_path / "out",
+        retraining=Retraining(seeds=2, shares=(0.5, 1.0)),
+        self_tuning_epochs=8,
+    )
+    check(comparison)
+    assert comparison.methods == list(BY_DEFAULT) and len(comparison.accounts) == 2 * len(BY_DEFAULT)
+    assert set(comparison.accounts["reason"]) == {"budget spent"}
+    assert (comparison.accounts["share"] >= 1).all() and (comparison.accounts["share"] < 1.2).all()
+    assert not any("test" in column for column in comparison.results), "a search has read the test split"
+    finals = comparison.retrained[comparison.retrained["share"] == 1].groupby(["method", "seed"]).size()
+    assert (finals == 2).all() and len(finals) == 2 * len(BY_DEFAULT)
+    assert np.isfinite(comparison.retrained["test_loss"].astype(float)).all()
+    for method in BY_DEFAULT:
+        assert comparison.schedule(method).values
+    leftovers = [path for path in comparison.folder.glob("trials/*/checkpoint_*")]
+    assert len(leftovers) <= 4, "checkpoints that no resumption needs are kept"
+    named = {trial["trial"]: trial["id"] for trial in comparison.trials.to_dict("records")}
+    folders = {path.name.split("_")[1] for path in (comparison.folder / "trials").iterdir() if path.is_dir()}
+    assert set(named.values()) == folders and any(name.startswith("delta-stn-1-") for name in named)
+
+
+@pytest.mark.slow
+def test_with_one_trial_at_a_time_a_comparison_repeats(ray_session, tmp_path):
+    csv, configs = [], []
+    for name in ("one", "two"):
+        comparison = compare(
+            tiny_problem(), ["fds", "bohb", "rs"], budget="30e", **QUICK, max_concurrent=1, out=tmp_path / name
+        )
+        check(comparison)
+        frame = pd.read_csv(comparison.folder / "results.csv")
+        timeless = [column for column in frame if column not in ("time", "id") and "seconds" not in column]
+        csv.append(frame[timeless].to_csv())
+        configs.append([json.dumps(config, sort_keys=True) for config in comparison.trials["config"]])
+    assert csv[0] == csv[1] and configs[0] == configs[1]
+
+
+class FailingSearch(RandomSearch):
+    """Fails at its third suggestion."""
+
+    def suggest(self, trial_id):
+        if len(self._jobs) + len(self.result().get_all_runs()) >= 2:
+            raise KeyError("a bug")
+        return super().suggest(trial_id)
+
+
+def exploding_loss(output, target, *, params, l2=0.0):
+    raise RuntimeError("a bug in the loss")
+
+
+def reports_nothing_useful(config):
+    tune.report({"speed": 3.0})
+
+
+def plain_function(config):
+    """A user's own function, which knows nothing of costs."""
+    for step in range(3):
+        time.sleep(0.02)
+        tune.report({"val_loss": config["lr"] + 1 / (step + 1)})
+
+
+@pytest.mark.slow
+def test_one_methods_bug_does_not_take_the_others_down(ray_session, tmp_path):
+    bad_loss = tiny_problem(train_loss=None)
+    bad_loss.train_loss = exploding_loss
+    methods = [
+        "rs",
+        Method("bad-search", lambda task: FailingSearch(SPACE, "val_loss", "min", seed=task.seed)),
+        Method("bad-trials", random_search, lambda task: _broken),
+        Method("no-metric", random_search, lambda task: reports_nothing_useful),
+        Method("no-costs", random_search, lambda task: plain_function),
+        Method("diverging", lambda task: RandomSearch({"lr": tune.uniform(1e30, 1e31)}, "val_loss", "min", seed=0)),
+    ]
+    comparison = compare(tiny_problem(), methods, budget="20e", **QUICK, max_failures=0, out=tmp_path / "out")
+    check(comparison)
+    accounts = comparison.accounts.set_index("method")
+    reasons = accounts["reason"]
+    assert reasons["rs"] == reasons["diverging"] == "budget spent"
+    assert "its searcher failed: KeyError: 'a bug'" in reasons["bad-search"] and accounts["results"]["bad-search"] == 2
+    assert "3 trials in a row failed" in reasons["bad-trials"] and "a bug in the trial" in reasons["bad-trials"]
+    assert "do not report 'val_loss'" in reasons["no-metric"]
+    assert "do not report 'cost/gradients'" in reasons["no-costs"] and accounts["failed"]["no-costs"] == 3
+    assert np.isnan(accounts["val_loss"]["diverging"])
+    summary = (comparison.folder / "summary.md").read_text()
+    assert "a bug in the trial" in summary and "KeyError" in summary
+
+
+class _broken(tune.Trainable):
+    def step(self):
+        raise ValueError("a bug in the trial")
+
+
+@pytest.mark.slow
+def test_trainables_without_costs_can_be_compared_by_time(ray_session, tmp_path):
+    comparison = compare(
+        tiny_problem(),
+        ["rs", Method("own", random_search, lambda task: plain_function)],
+        budget=Budget(1.0, "device_seconds"),
+        **QUICK,
+        out=tmp_path / "out",
+    )
+    check(comparison)
+    accounts = comparison.accounts.set_index("method")
+    assert (accounts["share"] >= 1).all() and accounts["spent/gradients"]["own"] == 0
+
+
+class KillTrials(Callback):
+    """Kills the process of every fourth result's trial, three times in all."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        killed = list(self.folder.glob("killed-*"))
+        if len(killed) < 3 and result["training_iteration"] == 2 + len(killed) and not result.get("done"):
+            (self.folder / f"killed-{trial.trial_id}-{result['training_iteration']}").touch()
+            os.kill(result["pid"], signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_killed_trials_go_on_and_what_is_done_twice_is_counted_apart(ray_session, tmp_path):
+    comparison = compare(
+        tiny_problem(), ["fds", "hd"], budget="120e", **QUICK, callbacks=[KillTrials(tmp_path)], out=tmp_path / "out"
+    )
+    check(comparison)
+    assert len(list(tmp_path.glob("killed-*"))) == 3
+    assert set(comparison.accounts["reason"]) == {"budget spent"}
+    assert (comparison.trials["status"] == "retried").sum() == 3
+    for log in comparison.folder.glob("trials/*/result.json"):
+        own = comparison.results[comparison.results["id"] == log.parent.name.split("_")[1]]
+        assert len(own) in (0, len(log.read_text().splitlines())), "a result is missing"
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {here!r})
+import ray
+from test_compare import QUICK
+from tiny_problem import tiny_problem
+from tune_hypergrad import compare
+ray.init(address={address!r}, log_to_driver=False, runtime_env={{"env_vars": {{"PYTHONPATH": {paths!r}}}}})
+compare(tiny_problem(), ["fds", "bohb", "rs"], budget="150e", **QUICK, out={out!r}, resume={resume})
+"""
+
+
+def driver(address, out, resume=False):
+    paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
+    code = DRIVER.format(here=str(HERE), address=address, paths=paths, out=str(out), resume=resume)
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+
+
+def wait_for(file, text, times, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not file.exists() or file.read_text().count(text) < times:
+        assert time.monotonic() < deadline, f"{file} has no {times} times {text!r}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "times"), [('"result"', 4), ('"retrains"', 2)], ids=["searching", "retraining"])
+def test_a_killed_driver_is_resumed_to_a_consistent_end(ray_session, tmp_path, text, times):
+    out = tmp_path / "out"
+    process = driver(ray_session, out)
+    wait_for(out / LEDGER_FILE, text, times)
+    process.kill()
+    process.wait()
+    assert driver(ray_session, out, resume=True).wait(timeout=240) == 0
+    comparison = Comparison(out)
+    check(comparison)
+    assert set(comparison.accounts["reason"]) == {"budget spent"}
+    assert comparison.retrained.groupby("method").size().min() >= 1
+    assert not comparison.retrained[["method", "seed", "share", "training_seed"]].duplicated().any()
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_report_and_resuming_ends_it(ray_session, tmp_path):
+    out = tmp_path / "out"
+    process = driver(ray_session, out)
+    wait_for(out / LEDGER_FILE, '"result"', 4)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    assert (out / "report.html").exists() and "unfinished" in (out / "summary.md").read_text().lower()
+    with pytest.raises(InputError, match="another budget"):
+        compare(tiny_problem(), ["fds", "bohb", "rs"], budget="10e", **QUICK, out=out, resume=True)
+    with pytest.raises(InputError, match="is not empty"):
+        compare(tiny_problem(), ["fds", "bohb", "rs"], budget="150e", **QUICK, out=out)
+    assert driver(ray_session, out, resume=True).wait(timeout=240) == 0
+    check(Comparison(out))
+
+
+@pytest.mark.slow
+def test_regret_against_a_grid_search(ray_session, tmp_path):
+    comparison = compare(tiny_problem(), ["rs"], budget="20e", **QUICK, reference="grid:9", out=tmp_path / "out")
+    check(comparison)
+    grid = comparison.ledger.trials.values()
+    assert sum(record.account.method == "grid" for record in grid) == 9
+    assert set(comparison.retrained["method"]) == {"rs", "grid"}
+
+
+@pytest.mark.slow
+def test_methods_may_ask_for_resources_of_their_own(ray_session, tmp_path):
+    wide = Method("wide", random_search, resources={"cpu": 2})
+    comparison = compare(tiny_problem(), ["rs", wide], budget="20e", **QUICK, out=tmp_path / "out")
+    check(comparison)
+    granted = comparison.trials.groupby("method")["cpu"].unique()
+    assert list(granted["wide"]) == [2] and list(granted["rs"]) == [1]
+
+
+def test_a_folder_without_a_comparison_is_refused(tmp_path):
+    with pytest.raises(InputError, match="give the folder"):
+        Comparison(tmp_path)
+    assert issubclass(Interrupted, Exception) and FixedSchedule is not None

@@ -1,0 +1,198 @@
+"""Progress displays: what they show, how often, and that they pickle and never raise."""
+
+import io
+import json
+import pickle
+import sys
+import types
+
+import pytest
+from rich.console import Console
+
+from tune_hypergrad.comparison import progress
+from tune_hypergrad.comparison.progress import JsonLines, Log, Notebook, Quiet, Speed, Status, Terminal, make_display
+from tune_hypergrad.comparison.records import GRID, RETRAINING
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.ledger import Account
+
+INF = float("inf")
+
+
+def status(method="fds", seed=0, share=0.5, trials=2, running=1, val_loss=0.25, reason=None):
+    return Status(Account(method, seed), share, trials, running, val_loss, reason)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when a test says so."""
+    now = types.SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+def shown(renderable, width=100):
+    console = Console(width=width, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_seeds_of_a_method_are_one_row():
+    (row,) = progress.rows(
+        [status(share=0.2), status(seed=1, share=1.3, trials=5, val_loss=0.1, reason="budget spent")]
+    )
+    assert (row.share, row.trials, row.running, row.val_loss, row.reason) == (0.6, 7, 2, 0.1, None)
+
+
+def test_a_row_says_why_all_seeds_have_stopped():
+    (row,) = progress.rows([status(reason="budget spent"), status(seed=1, reason="search ended")])
+    assert row.reason == "budget spent; search ended"
+
+
+def test_retrainings_have_no_budget_and_come_last_once_they_have_begun():
+    rows = progress.rows([status(RETRAINING, share=0.0, trials=3), status(), status(GRID, trials=0)])
+    assert [(row.method, row.share) for row in rows] == [("fds", 0.5), (RETRAINING, None)]
+
+
+def test_time_left_is_what_remains_at_the_speed_of_all_together():
+    speed = Speed()
+    assert speed.overview([status(share=0.1), status("rs", share=0.3)], 50.0).left is None
+    seen = speed.overview([status(share=0.4), status("rs", share=0.5), status(RETRAINING, share=0)], 60.0)
+    assert seen.left == pytest.approx(1.1 / 0.5 * 10)  # 0.5 budgets in 10 seconds, 1.1 remain
+    assert (seen.share, seen.elapsed) == (pytest.approx(0.45), 10)
+
+
+def test_who_has_stopped_has_nothing_left_to_spend():
+    speed = Speed()
+    speed.overview([status(share=0.0), status("rs", share=0.0)], 0.0)
+    seen = speed.overview([status(share=0.5), status("rs", share=0.1, reason="search ended")], 6.0)
+    assert seen.left == pytest.approx(0.5 / 0.6 * 6) and seen.share == 0.75
+    assert speed.overview([status(share=1.1, reason="budget spent")], 9.0).left == 0
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_table_has_a_line_for_each_method_and_one_for_all(width):
+    speed = Speed()
+    speed.overview([status(share=0.0)], 0.0)
+    many = [
+        status(share=0.62),
+        status("broken", share=0.0, val_loss=INF, reason="3 trials in a row failed: " + 9 * "error "),
+    ]
+    lines = shown(progress.progress_table(speed.overview(many, 125.0)), width).splitlines()
+    assert len(lines) == 5 and all(len(line) <= width for line in lines)
+    assert "62 %" in lines[1] and "2 (1)" in lines[1] and "0.25" in lines[1]
+    assert "0 %" in lines[2] and "3 trials" in lines[2]
+    assert "81 %" in lines[3] and "2 min so far, about 77 s left" in lines[4]
+
+
+def test_all_of_a_budget_is_said_to_be_spent_when_it_is():
+    assert "99 %" in shown(progress.progress_table(Speed().overview([status(share=0.9999)], 0.0)))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("quiet", Quiet), ("json", JsonLines), ("auto", Log)])
+def test_displays_by_name(mode, kind):
+    assert type(make_display(mode)) is kind
+
+
+def test_auto_looks_where_it_is(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+    assert type(make_display("auto")) is Terminal
+    notebook = types.SimpleNamespace(is_jupyter=True, is_terminal=False)
+    monkeypatch.setattr(progress, "Console", lambda **options: notebook)
+    assert type(make_display("auto")) is Notebook
+
+
+def test_another_name_is_refused():
+    with pytest.raises(InputError, match="progress is 'loud'"):
+        make_display("loud")
+
+
+def test_a_log_gets_a_line_every_half_minute_and_at_the_end(clock, capsys):
+    log = Log()
+    for _ in range(100):
+        log.update([status()])
+        clock.seconds += 1
+    assert len(capsys.readouterr().err.splitlines()) == 4
+    log.update([status(share=1.02, reason="budget spent")], finished=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "100 % of the budgets spent, finished after 2 min; fds 100 %, 2 trials, val loss 0.25"
+
+
+def test_json_is_one_valid_object_a_line_once_a_second(clock, capsys):
+    display = JsonLines()
+    for _ in range(8):
+        display.update([status(), status("rs", val_loss=INF)])
+        clock.seconds += 0.25
+    display.update([status(), status("rs", val_loss=INF)], finished=True)
+
+    def refuse(name):
+        raise ValueError(name)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in capsys.readouterr().out.splitlines()]
+    assert [line["finished"] for line in lines] == [False, False, True]
+    assert lines[0]["share"] == 0.5 and lines[-1]["elapsed"] == 2
+    assert [row["val_loss"] for row in lines[0]["methods"]] == [0.25, None]
+
+
+def test_quiet_says_nothing(capsys):
+    Quiet().update([status()], finished=True)
+    Quiet().close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminals_table_is_drawn_at_most_four_times_a_second(clock, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(progress.Live, "update", lambda self, table, refresh: drawn.append(shown(table)))
+    display = Terminal()
+    for _ in range(10):
+        display.update([status()])
+        clock.seconds += 0.1
+    assert len(drawn) == 4
+    display.update([status(share=1.0)], finished=True)
+    assert "100 %" in drawn[-1] and "finished" in drawn[-1] and display._live is None
+    display.close()
+
+
+def test_a_notebooks_frame_is_shown_once_and_then_updated(clock, monkeypatch):
+    frames = []
+    handle = types.SimpleNamespace(update=frames.append)
+    module = types.ModuleType("IPython.display")
+    module.display = lambda frame, display_id: frames.append(frame) or handle
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    display = Notebook()
+    display.update([status()])
+    clock.seconds += 5
+    display.update([status(share=0.7)])
+    assert [frame.loc["fds", "budget spent"] for frame in frames] == ["50 %", "70 %"]
+    assert frames[-1].loc["all", "budget spent"] == "70 %" and display._handle is handle
+
+
+@pytest.mark.parametrize("kind", [Quiet, Log, JsonLines, Terminal, Notebook])
+def test_displays_pickle_while_they_show(kind, capsys):
+    display = kind()
+    display.update([status()])
+    copy = pickle.loads(pickle.dumps(display))
+    copy.update([status()], finished=True)
+    copy.close()
+    display.close()
+    display.close()
+
+
+def test_a_display_that_fails_is_silent_from_then_on(capsys, caplog):
+    class Broken(Log):
+        seconds = 0.0
+        tries = 0
+
+        def show(self, overview, finished):
+            self.tries += 1
+            raise OSError("the terminal is gone")
+
+    display = Broken()
+    for _ in range(3):
+        display.update([status()])
+    display.close()
+    assert display.tries == 1 and caplog.text.count("progress cannot be shown any more") == 1
+
+
+def test_durations_are_told_in_words():
+    assert [progress.duration(s) for s in (42, 300, 7500)] == ["42 s", "5 min", "2 h 05 min"]

@@ -1,0 +1,229 @@
+"""`Plan`: what a comparison compares, checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import ray
+from ray.tune import PlacementGroupFactory
+from ray.tune.search import Searcher
+
+from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.records import RETRAINING
+from tune_hypergrad.comparison.reference import GRID, grid_points
+from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.ledger import Account
+from tune_hypergrad.methods import BY_DEFAULT, FLOOR, METHODS, Method, Task, get_method, optimizer_space, regularisation_space
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
+from tune_hypergrad.searchers.queue import QueueSearch
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, checked."""
+
+    problem: Problem
+    """What incumbents are trained on again."""
+    task: Task
+    """What methods work on."""
+    methods: tuple[Method, ...]
+    """Who takes part."""
+    budget: Budget
+    """Of each of them with each seed."""
+    seeds: tuple[int, ...]
+    """Of methods and their trials."""
+    resources: Mapping[str, float] | PlacementGroupFactory
+    """What a trial gets whose method does not say."""
+    retraining: Retraining = field(default_factory=Retraining)
+    """How incumbents are trained again."""
+    reference: float | str = "best"
+    """What regret is measured from."""
+    max_concurrent: int | None = None
+    """Trials at once."""
+
+    def __post_init__(self) -> None:
+        self.grid  # noqa: B018, what cannot work is found here
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise InputError(f"max_concurrent is {self.max_concurrent}: it must be at least 1, or None")
+
+    @property
+    def grid(self) -> list[dict[str, Any]]:
+        """The configurations of the grid search, if there is one."""
+        if isinstance(self.reference, int | float) or self.reference == "best":
+            return []
+        kind, _, trainings = self.reference.partition(":")
+        if kind != GRID or not trainings.isdigit():
+            raise InputError(f'reference is {self.reference!r}: give a number, "best", or "grid:N" for N trainings')
+        return grid_points(self.task.space, int(trainings))
+
+    def trainables(self) -> dict[str, Any]:
+        """What each method's trials run.
+
+        Raises:
+            InputError: a method cannot work on the task.
+        """
+        made = {method.name: method.trainable(self.task) for method in self.methods}
+        made[RETRAINING] = self.retraining.trainable(replace(self.task, problem=self.problem))
+        return {**made, GRID: METHODS["rs"].trainable(self.task)} if self.grid else made
+
+    def factories(self) -> dict[str, PlacementGroupFactory]:
+        """What each method's trials ask of the cluster."""
+        asked = {method.name: method.resources or self.resources for method in self.methods}
+        asked |= {RETRAINING: self.resources, GRID: self.resources}
+        return {name: _factory(resources) for name, resources in asked.items()}
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of resources are asked for."""
+        return len(set(map(_kind, self.factories().values())))
+
+    def searchers(self) -> dict[Account, Searcher]:
+        """Every method's searcher for every seed.
+
+        Raises:
+            InputError: a method cannot work on the task.
+        """
+        pairs = ((method, seed) for seed in self.seeds for method in self.methods)
+        return {Account(method.name, seed): self._searcher(method, seed) for method, seed in pairs}
+
+    def portfolio(self, searchers: Mapping[Account, Searcher], folder: Path, key: str) -> PortfolioSearch:
+        """The searcher that owns all methods' searchers."""
+        methods = {method.name: method for method in self.methods}
+        kinds = {name: _kind(factory) for name, factory in self.factories().items()}
+        contenders = [
+            Contender(
+                account,
+                searcher,
+                self.budget,
+                methods[account.method].concurrent,
+                kinds[account.method],
+                {"seed": account.seed},
+            )
+            for account, searcher in searchers.items()
+        ]
+        if self.grid:
+            contenders.append(Contender(Account(GRID, 0), QueueSearch(self.grid), None, None, kinds[GRID], {"seed": 0}))
+        again = RetrainingSearch(folder, key, self.retraining, self.problem.model_hyperparameters)
+        contenders.append(Contender(Account(RETRAINING, 0), again, None, None, kinds[RETRAINING]))
+        return PortfolioSearch(contenders, folder, key, max_concurrent=self.max_concurrent)
+
+    def _searcher(self, method: Method, seed: int) -> Searcher:
+        # methods of one seed do not share their draws, lest they look at the same configurations
+        own = fold_seed(seed, crc32(method.name.encode())) % 2**32
+        task = replace(self.task, seed=own)
+        searcher = method.searcher(task)
+        if not isinstance(searcher, Searcher):
+            raise InputError(f"{method.name}'s searcher is a {type(searcher).__name__}: make a ray.tune Searcher")
+        searcher.set_search_properties("val_loss", "min", dict(task.space))
+        return searcher
+
+    def check_resources(self) -> None:
+        """See that every method's trials fit the cluster.
+
+        Raises:
+            InputError: some never will.
+        """
+        cluster = ray.cluster_resources()
+        for name, factory in self.factories().items():
+            for resource, amount in factory.required_resources.items():
+                if amount > cluster.get(resource, 0):
+                    raise InputError(
+                        f"a trial of {name} asks for {amount:g} {resource}, more than the cluster's "
+                        f"{cluster.get(resource, 0):g}: ask for less"
+                    )
+
+    def settings(self) -> dict[str, Any]:
+        """What `settings.json` says of all this."""
+        tunable = {method.name: method.tunable(self.task) for method in self.methods}
+        return {
+            "version": _VERSION,
+            "problem": self.problem.name,
+            "steps": self.task.steps,
+            "optimizer": self.task.optimizer,
+            "budget": [self.budget.amount, self.budget.unit],
+            "methods": [
+                {
+                    "name": method.name,
+                    "description": method.description,
+                    "cannot_tune": [name for name in self.task.space if name not in tunable[method.name]],
+                    "resources": self.factories()[method.name].required_resources,
+                }
+                for method in self.methods
+            ],
+            "seeds": list(self.seeds),
+            "space": {name: _in_words(entry) for name, entry in self.task.space.items()},
+            "reference": self.reference,
+            "retraining": {
+                "seeds": self.retraining.seeds,
+                "shares": list(self.retraining.shares),
+                "data": self.retraining.data,
+            },
+        }
+
+
+def default_space(problem: Problem, optimizer: str = "sgd", windows: int = 7) -> dict[str, Any]:
+    """A search space for the optimizer and for what regularisers the problem has."""
+    regularisation = regularisation_space(problem) if problem.regulariser_hyperparameters else {}
+    return {**optimizer_space(optimizer, windows), **regularisation}
+
+
+def chosen_methods(methods: Sequence[str | Method] | None, task: Task) -> tuple[Method, ...]:
+    """The methods that take part; by default those that can work on the task."""
+    if methods is None:
+        return tuple(method for method in map(get_method, BY_DEFAULT) if _can_work(method, task))
+    if isinstance(methods, str | Method):
+        raise InputError(f"methods is {methods!r}: give a list")
+    chosen = [method if isinstance(method, Method) else get_method(method) for method in methods]
+    names = [method.name for method in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"there are two methods called {name!r}: give each a name of its own")
+        if name in (RETRAINING, GRID) or not name.replace("-", "").replace("_", "").isalnum():
+            raise InputError(f"a method is called {name!r}: choose a name of letters, digits, - and _")
+    if not chosen:
+        raise InputError(f"there are no methods to compare: choose some of {', '.join(METHODS)}")
+    return tuple(chosen)
+
+
+def _can_work(method: Method, task: Task) -> bool:
+    return method.name == FLOOR or bool(method.tunable(task))
+
+
+def listed_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    listed = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not listed or len(set(listed)) < len(listed) or not all(isinstance(s, int) and 0 <= s < 2**32 for s in listed):
+        raise InputError(f"seeds is {seeds!r}: give a number of at least 1, or a list of different whole numbers")
+    return listed
+
+
+def _factory(resources: Mapping[str, float] | PlacementGroupFactory) -> PlacementGroupFactory:
+    if isinstance(resources, PlacementGroupFactory):
+        return resources
+    names = {"cpu": "CPU", "gpu": "GPU", "cpus": "CPU", "gpus": "GPU"}
+    bundle = {names.get(name.lower(), name): float(amount) for name, amount in resources.items() if amount}
+    if any(amount < 0 for amount in bundle.values()) or not bundle:
+        raise InputError(f"resources are {dict(resources)!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}")
+    return PlacementGroupFactory([bundle])
+
+
+def _kind(factory: PlacementGroupFactory) -> str:
+    return json.dumps([factory.bundles, factory.strategy], sort_keys=True)
+
+
+def _in_words(entry: Any) -> str:
+    windows = f", {len(entry)} windows" if isinstance(entry, Mapping) else ""
+    domain = next(iter(entry.values())) if isinstance(entry, Mapping) else entry
+    if not hasattr(domain, "domain_str"):
+        return str(domain)
+    sampler = type(domain.get_sampler()).__name__.strip("_").lower()
+    return f"{sampler} {domain.domain_str}{windows}"

@@ -1,0 +1,332 @@
+"""Live progress of a comparison: a table in a terminal or a notebook, lines in a log, JSON for programs, or nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tune_hypergrad.comparison.records import GRID, RETRAINING
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.ledger import Account
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where an account stands."""
+
+    account: Account
+    """Whose."""
+    share: float
+    """Of its budget, spent; it may be more than 1."""
+    trials: int
+    """Begun so far."""
+    running: int
+    """Of them, now."""
+    val_loss: float
+    """The incumbent's; inf where there is none."""
+    reason: str | None
+    """Why nothing more is suggested; None while it goes on."""
+
+
+class Display(Protocol):
+    """Shows how a comparison is getting on; it pickles, and raises nothing."""
+
+    def update(self, statuses: Sequence[Status], finished: bool = False) -> None:
+        """Show where everybody stands; the last time, `finished`."""
+
+    def close(self) -> None:
+        """Nothing more will be shown; it may be called again."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's accounts together."""
+
+    method: str
+    share: float | None
+    """Of its budgets; None for those that have none."""
+    trials: int
+    running: int
+    val_loss: float
+    reason: str | None
+    """None while one of them goes on."""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Where everybody stands."""
+
+    rows: Sequence[Row]
+    share: float
+    """Of all budgets; accounts that have stopped count as having spent theirs."""
+    elapsed: float
+    """Seconds since the first look."""
+    left: float | None
+    """Seconds until all budgets are spent at the speed so far; None while it is unknown."""
+
+
+def make_display(mode: str) -> Display:
+    """A display by name.
+
+    Args:
+        mode: "auto" for people, wherever they look from; "quiet" for nothing; "json" for a JSON object a line on
+            standard output.
+
+    Raises:
+        InputError: another name.
+    """
+    if mode == "quiet":
+        return Quiet()
+    if mode == "json":
+        return JsonLines()
+    if mode != "auto":
+        raise InputError(f"progress is {mode!r}: it is one of auto, quiet, json")
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        return Notebook()
+    return Terminal() if console.is_terminal else Log()
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def update(self, statuses: Sequence[Status], finished: bool = False) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
+class _Shown(ABC):
+    """What displays that show something have in common: when they do, and what becomes of errors."""
+
+    seconds: ClassVar[float]
+    """Between two times at which something is shown, at least."""
+
+    def __init__(self) -> None:
+        self._speed = Speed()
+        self._last: float | None = None
+        self._failed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_failed": self._failed}  # handles do not pickle, and other processes have other clocks
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
+    def update(self, statuses: Sequence[Status], finished: bool = False) -> None:
+        """Show where everybody stands, unless that was done a moment ago."""
+        now = time.monotonic()
+        if self._failed or (not finished and self._last is not None and now - self._last < self.seconds):
+            return
+        self._last = now
+        try:
+            self.show(self._speed.overview(statuses, now), finished)
+            if finished:
+                self.end()
+        except Exception:
+            self._give_up()
+
+    def close(self) -> None:
+        """Nothing more will be shown."""
+        try:
+            self.end()
+        except Exception:
+            self._give_up()
+
+    @abstractmethod
+    def show(self, overview: Overview, finished: bool) -> None:
+        """Show it, now."""
+
+    def end(self) -> None:
+        """Let go of what is held."""
+        return
+
+    def _give_up(self) -> None:
+        if not self._failed:
+            self._failed = True
+            _logger.warning("progress cannot be shown any more; the comparison goes on", exc_info=True)
+
+
+class Speed:
+    """How fast budgets are spent, from the first look on."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+
+    def overview(self, statuses: Sequence[Status], now: float) -> Overview:
+        """Everybody at a time, in seconds."""
+        limited = [status for status in statuses if _has_budget(status.account.method)]
+        spent = sum(min(1.0, status.share) for status in limited)
+        remaining = sum(max(0.0, 1 - status.share) for status in limited if status.reason is None)
+        if self._first is None:
+            self._first = (now, spent)
+        elapsed, gained = now - self._first[0], spent - self._first[1]
+        left = 0.0 if remaining == 0 else remaining * elapsed / gained if gained > 0 else None
+        share = 1 - remaining / len(limited) if limited else 1.0
+        return Overview(rows(statuses), share, elapsed, left)
+
+
+class Terminal(_Shown):
+    """A table on standard error, drawn again in place."""
+
+    seconds = 0.25
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: Live | None = None
+
+    def show(self, overview: Overview, finished: bool) -> None:
+        """Draw the table."""
+        table = progress_table(overview, finished)
+        if self._live is None:
+            self._live = Live(table, console=Console(stderr=True), auto_refresh=False)
+            self._live.start()
+        self._live.update(table, refresh=True)
+
+    def end(self) -> None:
+        """Leave the last table where it is."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+
+class Log(_Shown):
+    """Plain lines on standard error, every half minute and at the end."""
+
+    seconds = 30.0
+
+    def show(self, overview: Overview, finished: bool) -> None:
+        """Write a line."""
+        print(progress_line(overview, finished), file=sys.stderr, flush=True)
+
+
+class JsonLines(_Shown):
+    """JSON objects on standard output, a line each: what `Overview` has, its `rows` as `methods`, and `finished`."""
+
+    seconds = 1.0
+
+    def show(self, overview: Overview, finished: bool) -> None:
+        """Write a line."""
+        methods = [
+            {**vars(row), "val_loss": row.val_loss if math.isfinite(row.val_loss) else None} for row in overview.rows
+        ]
+        totals = {"share": overview.share, "elapsed": overview.elapsed, "left": overview.left, "finished": finished}
+        print(json.dumps({**totals, "methods": methods}), flush=True)
+
+
+class Notebook(_Shown):
+    """A data frame in a notebook's cell, shown again in place."""
+
+    seconds = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handle: Any = None
+
+    def show(self, overview: Overview, finished: bool) -> None:
+        """Show the frame."""
+        import pandas as pd
+
+        cells = [_cells(row) for row in overview.rows]
+        frame = pd.DataFrame([*cells, ("all", _percent(overview.share), "", "", _time_text(overview, finished))])
+        frame.columns = ["method", "budget spent", "trials (running)", "validation loss", ""]
+        frame = frame.set_index("method")
+        if self._handle is None:
+            self._handle = import_module("IPython.display").display(frame, display_id=True)
+        else:
+            self._handle.update(frame)
+
+
+def rows(statuses: Sequence[Status]) -> list[Row]:
+    """One row a method, over its seeds; those without a budget come last, once they have a trial."""
+    made = []
+    for method in dict.fromkeys(status.account.method for status in statuses):
+        own = [status for status in statuses if status.account.method == method]
+        reasons = [status.reason for status in own]
+        share = sum(min(1.0, status.share) for status in own) / len(own) if _has_budget(method) else None
+        losses = [status.val_loss for status in own if math.isfinite(status.val_loss)]
+        best = min(losses, default=math.inf) if share is not None else math.inf
+        reason = None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
+        made.append(Row(method, share, sum(s.trials for s in own), sum(s.running for s in own), best, reason))
+    return sorted((row for row in made if row.share is not None or row.trials), key=lambda row: row.share is None)
+
+
+def progress_table(overview: Overview, finished: bool = False) -> Table:
+    """What a terminal shows."""
+    caption = _time_text(overview, finished)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
+    table.add_column("method", style="bold")
+    table.add_column("budget", min_width=8)
+    for heading in ("", "trials", "val loss"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in overview.rows:
+        method, percent, trials, loss, note = _cells(row)
+        bar = "" if row.share is None else ProgressBar(total=1.0, completed=row.share, width=20)
+        table.add_row(_cut(method), bar, percent, trials, loss, _cut(note))
+    bar = ProgressBar(total=1.0, completed=overview.share, width=20)
+    table.add_row("all", bar, _percent(overview.share))
+    return table
+
+
+def progress_line(overview: Overview, finished: bool = False) -> str:
+    """What a log gets."""
+    parts = []
+    for row in overview.rows:
+        loss = f", val loss {row.val_loss:.4g}" if math.isfinite(row.val_loss) else ""
+        share = f"{_percent(row.share)}, " if row.share is not None else ""
+        parts.append(f"{row.method} {share}{row.trials} trials{loss}")
+    return "; ".join([f"{_percent(overview.share)} of the budgets spent, {_time_text(overview, finished)}", *parts])
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as 42 s, 5 min or 2 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _has_budget(method: str) -> bool:
+    return method not in (RETRAINING, GRID)
+
+
+def _cells(row: Row) -> tuple[str, str, str, str, str]:
+    running = f" ({row.running})" if row.running else ""
+    loss = f"{row.val_loss:.4g}" if math.isfinite(row.val_loss) else "-"
+    note = row.reason or ""
+    return row.method, "" if row.share is None else _percent(row.share), f"{row.trials}{running}", loss, note
+
+
+def _cut(text: str) -> Text:
+    """What a narrow terminal cuts rather than wraps."""
+    return Text(text if len(text) <= 32 else f"{text[:31]}…", no_wrap=True, overflow="ellipsis")
+
+
+def _percent(share: float) -> str:
+    return f"{math.floor(100 * share + 1e-9)} %"  # 100 % is said of what is all spent
+
+
+def _time_text(overview: Overview, finished: bool) -> str:
+    if finished:
+        return f"finished after {duration(overview.elapsed)}"
+    left = {None: "time left unknown", 0.0: "budgets spent"}.get(overview.left)
+    return f"{duration(overview.elapsed)} so far, {left or f'about {duration(overview.left or 0)} left'}"

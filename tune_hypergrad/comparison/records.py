@@ -1,0 +1,389 @@
+"""What a comparison's folder tells: results, trials, accounts and retrainings as data frames; incumbents and regret."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tune_hypergrad.budget import UNITS, Budget, Cost
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULES_FOLDER, Account, Ledger, read_events
+from tune_hypergrad.schedules import Schedule
+
+SETTINGS_FILE = "settings.json"
+"""In a comparison's folder: what was compared, and how."""
+RETRAINING = "retraining"
+"""The account of retrainings; it has no budget."""
+GRID = "grid"
+"""The account of a grid search, which others are measured by; it has no budget."""
+
+_BOOKKEEPING = ("event", "retrains", "config", "resources", "known")
+_HIGHER_IS_BETTER = ("accuracy", "auc", "f1", "iou", "precision", "recall", "r2", "score")
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What regret is measured in, and from where."""
+
+    column: str
+    """Of `retrained`; "val_loss" where nothing was measured on a test split."""
+    reference: float
+    """What regret is the shortfall from; NaN where nothing was measured."""
+    source: str
+    """"given", "grid", or "best" for the best seen."""
+
+    @property
+    def label(self) -> str:
+        """For axes and headings."""
+        return measure_label(self.column)
+
+    @property
+    def larger_is_better(self) -> bool:
+        """As for accuracies; losses and errors are the other way round."""
+        return larger_is_better(self.column)
+
+    @property
+    def percent(self) -> bool:
+        """Whether regret is shown in points of per cent."""
+        return self.column.endswith("accuracy")
+
+    @property
+    def tested(self) -> bool:
+        """Whether it was measured on the test split."""
+        return self.column != "val_loss"
+
+    def regret(self, value: Any) -> Any:
+        """The shortfall of a value, or of each in a series."""
+        shortfall = self.reference - value if self.larger_is_better else value - self.reference
+        return shortfall * (100 if self.percent else 1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison, finished or not.
+
+    ```python
+    comparison = Comparison("results")
+    comparison.summary                          # a pandas DataFrame, one row a method
+    comparison.schedule("fds").scheduler(optimizer, total_steps=3000)
+    ```
+
+    Raises:
+        InputError: the folder has no comparison.
+    """
+
+    folder: Path
+    """Where `compare` wrote."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+        if not (self.folder / SETTINGS_FILE).is_file():
+            raise InputError(f"{self.folder} has no {SETTINGS_FILE}: give the folder that `compare` wrote")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What `settings.json` holds: problem, methods, budget, seeds, space, versions."""
+        return dict(json.loads((self.folder / SETTINGS_FILE).read_text()))
+
+    @property
+    def budget(self) -> Budget:
+        """What every method with every seed may spend."""
+        return Budget(*self.settings["budget"])
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The ledger as it is now; `write` nothing to it."""
+        return Ledger(self.folder / LEDGER_FILE)
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """The ledger's events, as `Ledger` describes them."""
+        return read_events(self.folder / LEDGER_FILE)
+
+    @cached_property
+    def results(self) -> pd.DataFrame:
+        """Every result of the methods' trials, in the order in which they came.
+
+        Columns: method, seed, trial (name), id, iteration, time, `lost` (whether it does not count, since its work was
+        done again), `cost/<unit>` (the trial's, cumulative), `spent/<unit>` (the account's after this result, work
+        lost not included), val_loss, val_<metric>, `schedule/...`, whatever else a trainable reports.
+        """
+        rows = []
+        spent: dict[Account, Cost] = {}  # by what counts in the end, so that it never falls when work is lost later
+        latest: dict[str, Cost] = {}
+        for line, event in enumerate(self.events):
+            if event["event"] != "result" or event["method"] == RETRAINING:
+                continue
+            account, cost = Account(event["method"], event["seed"]), Cost.from_result(event)
+            lost = line in self.ledger.lost_lines
+            after = spent.get(account, Cost()) + cost - latest.get(event["id"], Cost())
+            if not lost:
+                spent[account], latest[event["id"]] = after, cost
+            row = {key: value for key, value in event.items() if key not in _BOOKKEEPING}
+            rows.append({**row, "val_loss": _number(event.get("val_loss")), **_by_unit("spent", after), "lost": lost})
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """Every time a trial's process ran, retrainings included: one row from a start to an end or a retry.
+
+        Columns: method, seed, trial, id, started, ended (seconds since 1970; NaN while it runs), status ("running",
+        "completed", "budget", "failed", "retried", "forgotten"), error, `cpu`, `gpu` (granted), config.
+        """
+        rows: dict[str, dict[str, Any]] = {}  # the open one of each trial
+        done: list[dict[str, Any]] = []
+
+        def close(trial_id: str, when: float, status: str, error: str | None = None) -> None:
+            row = rows.pop(trial_id, None)
+            if row is not None:
+                done.append({**row, "ended": when, "status": status, "error": error})
+
+        latest = 0.0
+        for event in self.events:
+            kind, when = event["event"], event["time"]
+            if kind == "start":
+                close(event["id"], when, "retried")
+                keys = ("method", "seed", "trial", "id", "config")
+                granted = {"cpu": event["resources"].get("CPU", 0), "gpu": event["resources"].get("GPU", 0)}
+                rows[event["id"]] = {**{key: event[key] for key in keys}, "started": when, **granted}
+            elif kind in ("end", "retry"):
+                close(event["id"], when, event.get("status", "retried"), event.get("error"))
+            elif kind == "resume":
+                for trial_id in list(rows):
+                    close(trial_id, latest, "retried" if trial_id in event["known"] else "forgotten")
+            latest = when
+        running = [{**row, "ended": np.nan, "status": "running", "error": None} for row in rows.values()]
+        return pd.DataFrame(sorted([*done, *running], key=lambda row: float(row["started"])))
+
+    @cached_property
+    def accounts(self) -> pd.DataFrame:
+        """One row for every method and seed, in the order of the settings.
+
+        Columns: method, seed, trials (started), results (that count), failed (trials), `spent/<unit>`,
+        `lost/<unit>` (work done again), `failed/<unit>` (the part of `spent` in trials that failed), share (of the
+        budget spent), reason (why nothing more was suggested; None while it goes on), val_loss (the incumbent's).
+        """
+        rows = []
+        for account in self._accounts():
+            records = [record for record in self.ledger.trials.values() if record.account == account]
+            spent = self.ledger.spent(account)
+            best = self.incumbents(account).tail(1)
+            rows.append(
+                {
+                    "method": account.method,
+                    "seed": account.seed,
+                    "trials": len(records),
+                    "results": sum(len(record.charges) for record in records),
+                    "failed": sum(record.status == "failed" for record in records),
+                    "share": self.budget.spent_by(spent),
+                    "reason": self.ledger.stopped.get(account),
+                    "val_loss": float(best["val_loss"].iloc[0]) if len(best) else np.nan,
+                    **_by_unit("spent", spent),
+                    **_by_unit("lost", self.ledger.lost(account)),
+                    **_by_unit("failed", self.ledger.failed(account)),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def retrained(self) -> pd.DataFrame:
+        """Every finished training of an incumbent from scratch, on which the test split was read.
+
+        Columns: method ("grid" for a grid's), seed, `share` (of the budget, after which it was still the incumbent),
+        `spent/<unit>` (of the account when the incumbent was found), training_seed, val_loss, test_loss,
+        test_<metric>, ...
+        """
+        jobs = {event["id"]: event["retrains"] for event in self.events if "retrains" in event}
+        last = {
+            event["id"]: event
+            for line, event in enumerate(self.events)
+            if event["event"] == "result" and event["method"] == RETRAINING and line not in self.ledger.lost_lines
+        }
+        skipped = {*_BOOKKEEPING, "method", "seed", "trial", "id", "iteration", "time"}
+        rows = [
+            {**jobs[trial_id], **{key: value for key, value in event.items() if key not in skipped}}
+            for trial_id, event in last.items()
+            if event.get("done")
+        ]
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row a method: budget spent, trials, incumbents by validation and their retrainings on the test split."""
+        rows = []
+        for method, own in self.accounts.groupby("method", sort=False):
+            row: dict[str, Any] = {"method": method, "trials": int(own["trials"].sum()), "share": own["share"].mean()}
+            row |= {"val_loss": own["val_loss"].mean(), "val_loss_min": own["val_loss"].min()}
+            row |= {"val_loss_max": own["val_loss"].max()}
+            tested = self.final_figures(str(method))
+            for measure in self.test_measures:
+                values = tested[measure] if measure in tested else pd.Series(dtype=float)
+                row |= {measure: values.mean(), f"{measure}_min": values.min(), f"{measure}_max": values.max()}
+            rows.append({**row, "reason": "; ".join(dict.fromkeys(own["reason"].dropna()))})
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """The first of `test_measures`, or the validation loss, and the settings' reference for it."""
+        wanted, grid = self.settings.get("reference", "best"), self._means_of_retrainings(grid=True)
+        own, measures = self._means_of_retrainings(grid=False), self.test_measures
+        if own.empty or not measures:
+            return Yardstick("val_loss", float(self.accounts["val_loss"].min()), "best")
+        column = measures[0]
+        if not isinstance(wanted, str):
+            return Yardstick(column, float(wanted), "given")
+        source = "grid" if wanted == "grid" and not grid.empty else "best"
+        seen = (grid[grid["share"] == grid["share"].max()] if source == "grid" else own)[column]
+        return Yardstick(column, float(seen.max() if larger_is_better(column) else seen.min()), source)
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """The `incumbents` of all accounts, each account's in order: columns method, seed, `spent/<unit>`, val_loss."""
+        columns = ["method", "seed", *(f"spent/{unit}" for unit in UNITS), "val_loss"]
+        frames = [self.incumbents(account).reindex(columns=columns) for account in self._accounts()]
+        return pd.concat([own for own in frames if len(own)] or frames[:1], ignore_index=True)
+
+    @cached_property
+    def regret(self) -> pd.DataFrame:
+        """How far every account's incumbents fell short of the reference, in the order in which they were found.
+
+        Columns: method, seed, `spent/<unit>` (of the account when the incumbent was found), value (of the yardstick,
+        the mean over the training seeds), regret. Without retrainings on a test split they are the incumbents' own
+        validation losses.
+        """
+        columns = ["method", "seed", *(f"spent/{unit}" for unit in UNITS), "value"]
+        if self.yardstick.tested:
+            frame = self._means_of_retrainings(grid=False).rename(columns={self.yardstick.column: "value"})
+        else:
+            frame = self.history.rename(columns={"val_loss": "value"})
+        frame = frame.reindex(columns=columns).reset_index(drop=True)
+        frame["regret"] = self.yardstick.regret(frame["value"])
+        return frame
+
+    def final_regret(self, method: str) -> pd.Series:
+        """The regret of a method's last incumbents, one for each seed that has any."""
+        own = self.regret[self.regret["method"] == method]
+        return own.groupby("seed").tail(1).set_index("seed")["regret"]
+
+    @property
+    def spent_share(self) -> float:
+        """The part of all budgets that is spent; methods that have stopped early have spent theirs."""
+        stopped = self.accounts["reason"].notna()
+        return float(self.accounts["share"].clip(upper=1).where(~stopped, 1.0).mean())
+
+    @property
+    def finished(self) -> bool:
+        """Whether every method has stopped with every seed, and incumbents are retrained."""
+        running = not self.trials.empty and bool((self.trials["status"] == "running").any())
+        retrains = bool((self.settings.get("retraining") or {}).get("seeds"))
+        waits_for = [*self._accounts(), *([Account(RETRAINING, 0)] if retrains else [])]
+        return not running and all(account in self.ledger.stopped for account in waits_for)
+
+    @property
+    def interruptions(self) -> list[tuple[float, float]]:
+        """When nothing ran: from the last event before an interruption to the resuming, in seconds since 1970."""
+        pairs = zip(self.events, self.events[1:], strict=False)
+        return [(before["time"], event["time"]) for before, event in pairs if event["event"] == "resume"]
+
+    @property
+    def test_measures(self) -> list[str]:
+        """Columns of `retrained` that were measured on the test split: metrics first, then the loss."""
+        found = [name for name in self.retrained if str(name).startswith("test_")]
+        return sorted(map(str, found), key=lambda name: (name == "test_loss", name))
+
+    def final_figures(self, method: str) -> pd.DataFrame:
+        """A method's last incumbents retrained: one row a seed, the mean over the trainings' seeds."""
+        frame = self.retrained
+        if frame.empty:
+            return frame
+        own = frame[frame["method"] == method]
+        return own[own["share"] == own["share"].max()].groupby("seed").mean(numeric_only=True).reset_index()
+
+    def incumbents(self, account: Account) -> pd.DataFrame:
+        """The results at which an account's validation loss was the lowest so far, within its budget, if it has one."""
+        frame = self.results
+        if frame.empty:
+            return frame.reindex(columns=["method", "seed", "val_loss", *(f"spent/{unit}" for unit in UNITS)])
+        own = frame[(frame["method"] == account.method) & (frame["seed"] == account.seed) & ~frame["lost"]]
+        before = own[f"spent/{self.budget.unit}"].shift(fill_value=0)
+        within = (before < self.budget.amount) | (account.method == GRID)
+        own = own[within & np.isfinite(own["val_loss"])]
+        best_before = own["val_loss"].cummin().shift()
+        return own[best_before.isna() | (own["val_loss"] < best_before)]
+
+    def schedule(self, method: str, seed: int | None = None) -> Schedule:
+        """The schedule of a method's incumbent; by default that of the seed with the lowest validation loss.
+
+        Raises:
+            InputError: there is none.
+        """
+        own = self.accounts[self.accounts["method"] == method]
+        own = own[np.isfinite(own["val_loss"])] if seed is None else own[own["seed"] == seed]
+        rows = pd.DataFrame()
+        if not own.empty:
+            best = own.loc[own["val_loss"].idxmin()] if seed is None else own.iloc[0]
+            rows = self.incumbents(Account(method, int(best["seed"])))
+        if rows.empty:
+            raise InputError(f"{method} has no incumbent in {self.folder}: it is one of {', '.join(self.methods)}")
+        return self.schedule_of(rows.iloc[-1])
+
+    def schedule_of(self, row: Mapping[str, Any] | pd.Series) -> Schedule:
+        """The schedule that a result was reached with."""
+        return schedule_of(row, self.folder)
+
+    @property
+    def methods(self) -> list[str]:
+        """Names, in the order in which they were given."""
+        return [method["name"] for method in self.settings["methods"]]
+
+    def _means_of_retrainings(self, grid: bool) -> pd.DataFrame:
+        """Retrainings of the grid's best or of the methods', one row an incumbent, in the order of cost."""
+        frame = self.retrained
+        own = frame if frame.empty else frame[(frame["method"] == GRID) == grid]
+        if own.empty:
+            return own
+        means = own.groupby(["method", "seed", "share"], sort=False).mean(numeric_only=True).reset_index()
+        return means.sort_values([f"spent/{self.budget.unit}", "share"], kind="stable", ignore_index=True)
+
+    def _accounts(self) -> list[Account]:
+        return [Account(method, seed) for method in self.methods for seed in self.settings["seeds"]]
+
+
+def schedule_of(row: Mapping[str, Any] | pd.Series, folder: Path) -> Schedule:
+    """The schedule that a result was reached with: its own scalars, or the file that it names."""
+    named = row.get("schedule_file")
+    if isinstance(named, str):
+        return Schedule.load(folder / SCHEDULES_FOLDER / named)
+    windows: dict[str, dict[int, float]] = {}
+    for key, value in row.items():
+        prefix, _, name = str(key).partition("/")
+        if prefix == "schedule" and value == value:
+            name, _, window = name.partition("/")
+            windows.setdefault(name, {})[int(window or 0)] = float(value)
+    return Schedule({name: tuple(values[i] for i in sorted(values)) for name, values in windows.items()})
+
+
+def larger_is_better(measure: str) -> bool:
+    """Whether a measure such as "test_accuracy" is better the larger it is; others are errors and losses."""
+    return any(word in _HIGHER_IS_BETTER for word in measure.lower().split("_"))
+
+
+def measure_label(measure: str) -> str:
+    """A column such as "val_loss" in words."""
+    split, _, name = measure.partition("_")
+    return f"{'validation' if split == 'val' else split} {name.replace('_', ' ')}"
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _by_unit(prefix: str, cost: Cost) -> dict[str, float]:
+    return {f"{prefix}/{unit}": value for unit, value in asdict(cost).items()}

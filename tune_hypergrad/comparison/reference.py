@@ -1,0 +1,70 @@
+"""A grid search, as a reference that methods are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from math import ceil, exp, floor, inf, log
+from typing import Any
+
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized
+
+from tune_hypergrad.errors import InputError
+
+GRID = "grid"
+"""The account of a grid search; it has no budget."""
+
+
+def grid_points(space: Mapping[str, Any], trainings: int) -> list[dict[str, Any]]:
+    """Configurations on a full grid over a space, of which a schedule's windows share one value.
+
+    Args:
+        space: Ray domains by name.
+        trainings: as many points at the most; every hyperparameter gets the same number of values, at the middles of
+            as many parts of its range.
+
+    Raises:
+        InputError: `trainings` does not allow two values for each, or a domain is of an unknown kind.
+    """
+    tuned = [name for name, entry in space.items() if isinstance(_domain(entry), Domain)]
+    values = floor(trainings ** (1 / len(tuned)) + 1e-9) if tuned else 1
+    if values < 2 and tuned:
+        raise InputError(
+            f"a grid over {len(tuned)} hyperparameters needs at least {2 ** len(tuned)} trainings, not {trainings}: "
+            f"give grid:{2 ** len(tuned)} or more, or search fewer"
+        )
+    columns = [_values(name, _domain(space[name]), values) for name in tuned]
+    return [
+        {**space, **{name: _like(space[name], value) for name, value in zip(tuned, point, strict=True)}}
+        for point in product(*columns)
+    ]
+
+
+def _domain(entry: Any) -> Any:
+    return next(iter(entry.values())) if isinstance(entry, Mapping) else entry
+
+
+def _like(entry: Any, value: Any) -> Any:
+    return dict.fromkeys(entry, value) if isinstance(entry, Mapping) else value
+
+
+def _values(name: str, domain: Any, count: int) -> list[Any]:
+    shares = [(i + 0.5) / count for i in range(count)]
+    if isinstance(domain, Categorical):
+        categories = list(domain.categories)
+        return [categories[i] for i in dict.fromkeys(int(len(categories) * share) for share in shares)]
+    if not isinstance(domain, Float | Integer) or not -inf < domain.lower < domain.upper < inf:
+        raise InputError(f"a grid cannot cover {name!r}: {type(domain).__name__} has no range")
+    sampler: Any = domain.get_sampler()  # type: ignore[no-untyped-call]
+    step = sampler.q if isinstance(sampler, Quantized) else None
+    logarithmic = isinstance(sampler.get_sampler() if step else sampler, LogUniform)
+    low, high = (log(domain.lower), log(domain.upper)) if logarithmic else (domain.lower, domain.upper)
+    middles = [low + (high - low) * share for share in shares]
+    points = [exp(middle) if logarithmic else middle for middle in middles]
+    whole = isinstance(domain, Integer)
+    if step and not (whole and step == 1):  # multiples of it, the domain's upper end included
+        multiples = ceil(domain.lower / step - 1e-9), floor(domain.upper / step + 1e-9)
+        points = [min(max(floor(point / step + 0.5), multiples[0]), multiples[1]) * step for point in points]
+    elif whole:
+        points = [floor(point) for point in points]
+    return list(dict.fromkeys(points))

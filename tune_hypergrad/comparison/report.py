@@ -1,0 +1,283 @@
+"""A comparison's report: tables, pictures, schedules and results as files, and one HTML page with all of it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from tune_hypergrad.comparison import pictures, tables
+from tune_hypergrad.comparison.drawing import COST_LABELS, INK, NARROW
+from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.comparison.series import Granted, distinct_units
+from tune_hypergrad.comparison.tables import TextTable
+
+REPORT_FILE = "report.html"
+"""In a comparison's folder: one page, which needs no network and no other file."""
+SUMMARY_FILE = "summary.md"
+"""In a comparison's folder: the tables."""
+RESULTS_FILE = "results.csv"
+"""In a comparison's folder: `Comparison.results`."""
+PICTURES_FOLDER = "pictures"
+"""In a comparison's folder: every picture as PNG and SVG."""
+SCHEDULE_FILE = "schedule.json"
+"""In a method's folder: its best schedule."""
+
+_TEMPLATE = "report.html.j2"
+_FIRST_COLUMNS = ("method", "seed", "trial", "iteration")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, drawn when its width is known."""
+
+    name: str
+    """Of its files."""
+    caption: str
+    """One line below it."""
+    alt: str
+    """What it shows, to who cannot see it."""
+    draw: Callable[..., Figure]
+    """Takes a width."""
+
+
+def write_report(comparison: Comparison) -> Path:
+    """Write everything that is made of a comparison, finished or not, into its folder; the path of its page."""
+    folder = comparison.folder
+    _results(comparison).to_csv(folder / RESULTS_FILE, index=False)
+    for method, schedule in pictures.best_schedules(comparison).items():
+        (folder / method).mkdir(exist_ok=True)
+        schedule.save(folder / method / SCHEDULE_FILE)
+    (folder / SUMMARY_FILE).write_text(summary_text(comparison), encoding="utf-8")
+    page = folder / REPORT_FILE
+    page.write_text(_page(comparison, _write_pictures(comparison)), encoding="utf-8")
+    return page
+
+
+def summary_table(comparison: Comparison) -> Table:
+    """One row a method, for the terminal; the least regret stands out. Ranges are those of regret alone."""
+    text, measures = tables.results(comparison), len(comparison.test_measures)
+    shown = [0, 1, *range(2, 2 + min(1, measures)), *range(2 + measures, len(text.columns))]
+    shown = [i for i in shown if text.columns[i].heading != "over"]
+    title = f"{comparison.settings.get('problem', 'Comparison')}: {tables.state(comparison)}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    widest = max((len(line) for row in text.rows for line in row[1].splitlines()), default=0)
+    for i in shown:
+        column, least = text.columns[i], widest - 3 if i == 1 else None  # "-" is shorter than " to "
+        table.add_column(column.heading, justify="right" if column.number else "left", min_width=least)
+    means = [comparison.final_regret(method).mean() for method in comparison.methods]
+    best = min((mean for mean in means if np.isfinite(mean)), default=None)
+    for row, mean in zip(text.rows, means, strict=True):
+        cells = [row[i].replace(" to ", "-") if i == 1 else row[i].split("\n")[0] for i in shown]
+        table.add_row(*cells, style="bold" if mean == best else None)
+    return table
+
+
+def summary_text(comparison: Comparison) -> str:
+    """The tables in Markdown."""
+    facts = tables.facts(comparison)
+    parts = [
+        f"# Comparison: {facts.get('Problem', comparison.folder.name)}",
+        f"State: {tables.state(comparison)}.",
+        "\n".join(f"- {name}: {_in_cell(text)}" for name, text in facts.items()),
+        "## Results",
+        _markdown(tables.results(comparison)),
+        "\n".join(f"- {note}" for note in tables.notes(comparison)),
+        "## Methods",
+        _markdown(tables.methods(comparison)),
+        f"## Costs in {COST_LABELS[comparison.budget.unit]}, means over seeds",
+        _markdown(tables.costs(comparison)),
+        "## Failures",
+        _markdown(tables.failures(comparison)) if tables.failures(comparison).rows else "None.",
+        "## Search space",
+        _markdown(tables.space(comparison)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
+    """A report's pictures by section: "regret", "other_units", "validation", "schedules", "spending", "utilisation"."""
+    units = distinct_units(comparison)
+    granted, unit = Granted.of(comparison), COST_LABELS[comparison.budget.unit]
+    measure = comparison.yardstick
+    regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.methods)
+    losses = "; ".join(f"{row['method']} {row['val_loss']:.4g}" for _, row in comparison.summary.iterrows())
+    regret = f"{tables.regret_heading(measure).capitalize()} of the incumbents against"
+    where = "as tested after retraining" if measure.tested else "by validation"
+
+    def of(units: list[str]) -> str:
+        return " and ".join(COST_LABELS[unit] for unit in units)
+
+    sections = {
+        "regret": [
+            Picture(
+                f"regret_{unit}",
+                f"Regret against {COST_LABELS[unit]}, {where}.",
+                f"{regret} {COST_LABELS[unit]}. At the end: {regrets}.",
+                partial(pictures.regret, comparison, unit),
+            )
+            for unit in units[:2]
+        ],
+        "other_units": [
+            Picture(
+                "regret_in_other_units",
+                f"Regret against {of(units[2:])}. Units in proportion to others are left out.",
+                f"{regret} {of(units[2:])}.",
+                partial(pictures.regrets, comparison, units[2:]),
+            )
+        ],
+        "validation": [
+            Picture(
+                "validation",
+                f"Validation loss of the incumbents against {unit}.",
+                f"Lowest validation loss so far of every method against {unit}. At the end: {losses}.",
+                partial(pictures.validation, comparison, comparison.budget.unit),
+            )
+        ],
+        "schedules": [
+            Picture(
+                "schedules",
+                f"Each method's best schedule; as numbers in METHOD/{SCHEDULE_FILE}.",
+                "Hyperparameters over training progress. " + _schedules_in_words(comparison),
+                partial(pictures.schedules, comparison),
+            )
+        ],
+        "spending": [
+            Picture(
+                "spending",
+                f"What the budgets went into, in {unit}, means over seeds; in per cent of the budget, what was spent "
+                "and what was lost beside it.",
+                "Bars of spending against the budget; the table of costs below has their numbers.",
+                partial(pictures.spending, comparison),
+            )
+        ],
+        "utilisation": [
+            Picture(
+                "utilisation",
+                "What trials held of the cluster." + (_lines_in_words(granted) if granted else ""),
+                "Share of the cluster granted over time. " + (granted.text if granted else ""),
+                partial(pictures.utilisation, comparison),
+            )
+        ],
+    }
+    return sections if units[2:] else {**sections, "other_units": []}
+
+
+def inline_svg(figure: Figure, prefix: str, alt: str) -> Markup:
+    """A figure as an SVG element of a page: text is text in the page's colour, names are its own, nothing is linked."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    head, body = svg.split(">", 1)
+    viewbox = re.search(r'viewBox="[^"]*"', head)
+    assert viewbox is not None
+    body = re.sub(r'\bid="', f'id="{prefix}-', body)
+    body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
+    body = body.replace("url(#", f"url(#{prefix}-").replace(INK, "currentColor")
+    body = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", body)
+    body = re.sub(r"<!--.*?-->\s*|\n\s*(?=<)", "", body, flags=re.DOTALL)
+    label = Markup.escape(alt)
+    return Markup(f'<svg class="picture" {viewbox.group()} role="img" aria-label="{label}">{body}')
+
+
+def _page(comparison: Comparison, drawn: Mapping[str, list[dict[str, object]]]) -> str:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    look = pictures.look_of(comparison)
+    return environment.get_template(_TEMPLATE).render(
+        problem=comparison.settings.get("problem") or comparison.folder.name,
+        state=tables.state(comparison),
+        finished=comparison.finished,
+        facts=tables.facts(comparison),
+        notes=tables.notes(comparison),
+        pictures=drawn,
+        unit=COST_LABELS[comparison.budget.unit],
+        colors={method: look.color(method) for method in comparison.methods},
+        results=tables.results(comparison),
+        methods=tables.methods(comparison),
+        costs=tables.costs(comparison),
+        failures=tables.failures(comparison),
+        space=tables.space(comparison),
+    )
+
+
+def _write_pictures(comparison: Comparison) -> dict[str, list[dict[str, object]]]:
+    """Write every picture's files; what the page shows of them, by section."""
+    folder = comparison.folder / PICTURES_FOLDER
+    folder.mkdir(exist_ok=True)
+    shown: dict[str, list[dict[str, object]]] = {}
+    for section, found in all_pictures(comparison).items():
+        shown[section] = []
+        for picture in found:
+            wide, narrow = _laid_out(picture.draw()), _laid_out(picture.draw(width=NARROW))
+            wide.savefig(folder / f"{picture.name}.png", dpi=150)
+            with rc_context({"svg.hashsalt": picture.name}):
+                wide.savefig(folder / f"{picture.name}.svg", metadata={"Date": None})
+            svgs = {
+                "wide": inline_svg(wide, f"{picture.name}-w", picture.alt),
+                "narrow": inline_svg(narrow, f"{picture.name}-n", picture.alt),
+            }
+            shown[section].append({"caption": picture.caption, **svgs})
+    return shown
+
+
+def _laid_out(figure: Figure) -> Figure:
+    """The figure with its layout found once for all files."""
+    figure.draw_without_rendering()
+    with rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+        figure.set_layout_engine(None)
+    return figure
+
+
+def _results(comparison: Comparison) -> pd.DataFrame:
+    frame = comparison.results
+    first = [name for name in _FIRST_COLUMNS if name in frame] if len(frame) else list(_FIRST_COLUMNS)
+    return frame.reindex(columns=[*first, *sorted(name for name in frame if name not in first)])
+
+
+def _lines_in_words(granted: Granted) -> str:
+    gaps = " Interruptions are left out; dotted lines are where they were." if granted.gaps else ""
+    return gaps + (" The solid line is where the first method had spent its budget." if granted.first_finished else "")
+
+
+def _schedules_in_words(comparison: Comparison) -> str:
+    found = pictures.best_schedules(comparison)
+    return "; ".join(
+        f"{method}: {', '.join(f'{name} {values[0]:.3g} to {values[-1]:.3g}' for name, values in s.values.items())}"
+        for method, s in found.items()
+    )
+
+
+def _markdown(table: TextTable) -> str:
+    lines = [
+        [column.heading for column in table.columns],
+        ["--:" if column.number else ":--" for column in table.columns],
+        *table.rows,
+    ]
+    return "\n".join(f"| {' | '.join(map(_in_cell, line))} |" for line in lines)
+
+
+def _in_cell(text: str) -> str:
+    first, *more = text.splitlines() or [""]
+    return " ".join([first, *(f"({line})" for line in more)]).replace("|", r"\|")
+
+
+def _mean(values: pd.Series) -> str:
+    return f"{values.mean():.3g}" if len(values) else "none"

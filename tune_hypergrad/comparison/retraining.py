@@ -1,0 +1,125 @@
+"""Incumbents trained again from scratch: one routine for all methods, and the first that reads the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+from ray.tune.search import Searcher
+from torch.utils.data import ConcatDataset, TensorDataset
+
+from tune_hypergrad.comparison.records import RETRAINING, Comparison
+from tune_hypergrad.data import Split
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.ledger import Account
+from tune_hypergrad.methods import Task, training_reports
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.searchers.portfolio import PORTFOLIO, RETRAINS, portfolio_of
+from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.trainables.retrained import Retrained
+
+_FIRST_SEED = 1_000_000  # beyond those that searches use
+_KEPT = ("batch_size", "optimizer", "clip_gradient")
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """How incumbents are trained again."""
+
+    seeds: int = 3
+    """Trainings of each, with seeds that no search has used."""
+    shares: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """The incumbents after these shares of the budget are trained; what is the incumbent twice is trained once."""
+    data: str = "train"
+    """"train", or "train+val": what the test split is then predicted from has more examples."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 0:
+            raise InputError(f"retraining with {self.seeds!r} seeds: give a whole number; 0 leaves it out")
+        if self.data not in ("train", "train+val"):
+            raise InputError(f'retraining on {self.data!r}: give "train" or "train+val"')
+        if not self.shares or not all(0 < share <= 1 for share in self.shares) or max(self.shares) != 1:
+            raise InputError(f"retraining after the shares {self.shares}: give some above 0, the last of them 1")
+
+    def trainable(self, task: Task) -> type[tune.Trainable]:
+        """What retrainings run."""
+        problem = task.problem if self.data == "train" else with_val(task.problem)
+        reports = training_reports(task)
+        return Retrained.from_problem(problem, steps=task.steps, optimizer=task.optimizer, reports=reports)
+
+
+class RetrainingSearch(QueueSearch):
+    """Suggests the retrainings of every account that has come to its end.
+
+    Args:
+        folder: the comparison's.
+        key: of the portfolio that this is part of.
+        retraining: how many, and of what.
+        kept: entries of a trial's config that are no hyperparameters of a schedule, such as the model's arguments.
+    """
+
+    def __init__(self, folder: Path, key: str, retraining: Retraining, kept: Sequence[str]) -> None:
+        super().__init__([])
+        self._folder, self._key, self._retraining, self._kept = folder, key, retraining, (*_KEPT, *kept)
+        self._seen: set[Account] = set()
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next retraining; None while accounts are still at work."""
+        portfolio = portfolio_of(self._key)
+        for account in portfolio.ended_accounts():
+            if account not in self._seen:
+                self._seen.add(account)
+                self.queue.extend(self._jobs(account))
+        suggestion = super().suggest(trial_id)
+        others = {account for account in portfolio.contenders if account.method != RETRAINING}
+        return None if suggestion == Searcher.FINISHED and not others <= self._seen else suggestion
+
+    def get_state(self) -> dict[str, Any]:
+        """What `save` writes."""
+        return {**super().get_state(), "_seen": self._seen}
+
+    def _jobs(self, account: Account) -> list[dict[str, Any]]:
+        """Configs of an account's retrainings."""
+        comparison = Comparison(self._folder)
+        rows = comparison.incumbents(account)
+        if rows.empty or not self._retraining.seeds:
+            return []
+        configs = comparison.trials.drop_duplicates("id").set_index("id")["config"]
+        budget = comparison.budget
+        spent = rows[f"spent/{budget.unit}"]
+        latest: dict[int, float] = {}  # row to the largest share after which it was the incumbent
+        for share in sorted(self._retraining.shares):
+            # the last result of a trial may go over the budget and still counts
+            within = rows if share == 1 else rows[spent <= share * budget.amount]
+            if len(within):
+                latest[int(within.index[-1])] = share
+        jobs = []
+        for index, share in latest.items():
+            row = rows.loc[index]
+            config = configs[row["id"]]
+            of = {**account._asdict(), "share": share}
+            of |= {str(key): float(row[key]) for key in rows.columns if str(key).startswith("spent/")}
+            job = {
+                **{name: config[name] for name in self._kept if name in config},
+                **comparison.schedule_of(row).to_config(),
+                "steps": max(1, int(row["run/steps"])),
+                "until": int(row["run/step"]),
+            }
+            for seed in range(self._retraining.seeds):
+                label = {RETRAINS: {**of, "training_seed": seed}}
+                jobs.append({**job, "seed": _FIRST_SEED + seed, PORTFOLIO: label})
+        return jobs
+
+
+def with_val(problem: Problem) -> Problem:
+    """The problem with its validation examples among those of training; what is reported of them then means little."""
+    train, val = problem.train, problem.val
+    assert isinstance(train, Split) and isinstance(val, Split)
+    if train.tensors is not None and val.tensors is not None:
+        return problem.replace(train=tuple(torch.cat(pair) for pair in zip(train.tensors, val.tensors, strict=True)))
+    parts = [TensorDataset(*s.tensors) if s.tensors is not None else s.dataset for s in (train, val)]
+    return problem.replace(train=ConcatDataset(parts))  # type: ignore[arg-type]

@@ -1,0 +1,388 @@
+"""`compare`: methods side by side, in one `tune.Tuner` on one cluster, each with the same budget."""
+
+from __future__ import annotations
+
+import errno
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray import tune
+from ray.tune import (
+    Callback,
+    CheckpointConfig,
+    FailureConfig,
+    PlacementGroupFactory,
+    RunConfig,
+    TuneConfig,
+)
+from ray.tune.search import Searcher
+
+from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space, listed_seeds
+from tune_hypergrad.comparison.progress import Display, Status, make_display
+from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
+from tune_hypergrad.comparison.report import write_report
+from tune_hypergrad.comparison.retraining import Retraining
+from tune_hypergrad.comparison.session import cluster_session
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.ledger import LEDGER_FILE, Account, Ledger
+from tune_hypergrad.methods import Method, Task
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.searchers.portfolio import (
+    PORTFOLIO,
+    SNAPSHOT_FILE,
+    WAITING,
+    PortfolioStopper,
+    portfolio_of,
+    trial_name,
+)
+from tune_hypergrad.searchers.snapshot import put_snapshot_back
+from tune_hypergrad.trainables.dispatching import Dispatching
+
+COMMAND_FILE = "command.json"
+"""In a comparison's folder, where the command line made it: its options, for resuming."""
+
+_TRIALS_FOLDER = "trials"
+_OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs")
+_PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "numpy")
+
+
+class Interrupted(Exception):
+    """A person stopped the comparison; it can be resumed."""
+
+
+def compare(
+    problem: Problem,
+    methods: Sequence[str | Method] | None = None,
+    *,
+    budget: str | Budget = "300e",
+    space: Mapping[str, Any] | None = None,
+    seeds: int | Sequence[int] = 1,
+    epochs: float = 10.0,
+    optimizer: str = "sgd",
+    resources: Mapping[str, float] | PlacementGroupFactory | None = None,
+    out: str | Path = "results",
+    resume: bool = False,
+    retraining: Retraining | None = None,
+    reference: float | str = "best",
+    max_concurrent: int | None = None,
+    max_failures: int = 2,
+    storage: str | None = None,
+    address: str | None = None,
+    progress: str = "auto",
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Comparison:
+    """Tune a problem by several methods at once, each with the same budget, and report what they found.
+
+    ```python
+    comparison = compare(problem, ["fds", "bohb", "rs"], budget="600e", seeds=3, out="results")
+    comparison.summary                      # and results/report.html
+    comparison.schedule("fds")
+    ```
+
+    All trials share one Ray cluster; the next is always one of the method that has spent the smallest share of its
+    budget. The test split is not read before all is found: then incumbents are trained again from scratch, by one
+    routine for all, and tested.
+
+    Args:
+        problem: what is trained.
+        methods: names of built-in methods, or `Method`s of your own; by default all that can work on the problem but
+            the ablation "centered-stn".
+        budget: what every method with every seed may spend, such as "600e" (see `Budget.parse`). At the most one
+            result of one trial goes over it. Retraining is not part of it.
+        space: Ray domains by name, the same for all; by default a learning-rate schedule of 7 windows, momentum and
+            weight decay, and the problem's regularisers.
+        seeds: of the methods and their trials: a number of them, from 0 on, or a list.
+        epochs: length of one training run.
+        optimizer: inner optimizer.
+        resources: what every trial gets, by default {"cpu": 1}; {"gpu": 0.25} puts four on a GPU; a `Method` may
+            say otherwise for its own.
+        out: folder for everything, which must be empty or not there; where the cluster has several nodes, on a file
+            system that all see, or give `storage`.
+        resume: go on with the comparison in `out`, with the same arguments.
+        retraining: how incumbents are trained again.
+        reference: what regret is measured from: a value on the test split, "best" (the best seen), or "grid:N", a
+            grid search of at most N trainings, which is not part of any budget.
+        max_concurrent: trials at once; None leaves it to the cluster. With 1, the same seeds give the same trials.
+        max_failures: restarts of a trial that fails, from its last checkpoint.
+        storage: where Ray keeps trials and checkpoints, such as "s3://bucket/folder"; by default in `out`.
+        address: a Ray cluster to join ("auto" finds it); by default this session's, else one of this machine's own.
+        progress: "auto" (a table in a terminal or a notebook, lines in a log), "quiet" or "json".
+        callbacks: further Ray callbacks, such as MLflow's or Weights & Biases'.
+        **settings: further fields of `Task`: min_budget, max_budget, eta, fixed, self_tuning_epochs.
+
+    Returns:
+        What was found; `out` has it as report.html, summary.md, results.csv, ledger.jsonl and pictures.
+
+    Raises:
+        InputError: something cannot work; nothing has been run then.
+        Interrupted: Ctrl-C; `resume=True` goes on.
+    """
+    if not isinstance(problem, Problem):
+        raise InputError(f"compare was given a {type(problem).__name__}: it takes a Problem")
+    problem.check()
+    if space is None:
+        space = default_space(problem, optimizer)
+    if not 0 < epochs < float("inf"):
+        raise InputError(f"epochs is {epochs:g}: it must be above zero and finite")
+    steps = round(epochs * problem.steps_per_epoch)
+    if steps < 1:
+        raise InputError(f"epochs is {epochs:g}, less than one inner step of {problem.steps_per_epoch} an epoch")
+    limit = budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch)
+    unknown = [name for name in settings if name not in _OF_TASKS]
+    if unknown:
+        raise InputError(f"compare has no argument {unknown[0]!r}")
+    # searches never see the test split
+    task = Task(problem.replace(test=None), space, steps, optimizer, **settings)
+    plan = Plan(
+        problem=problem,
+        task=task,
+        methods=chosen_methods(methods, task),
+        budget=limit,
+        seeds=listed_seeds(seeds),
+        resources={"cpu": 1} if resources is None else resources,
+        retraining=retraining or Retraining(),
+        reference=reference,
+        max_concurrent=max_concurrent,
+    )
+    return run_plan(
+        plan,
+        out,
+        resume=resume,
+        max_failures=max_failures,
+        storage=storage,
+        address=address,
+        progress=progress,
+        callbacks=callbacks,
+    )
+
+
+def run_plan(
+    plan: Plan,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    max_failures: int = 2,
+    storage: str | None = None,
+    address: str | None = None,
+    progress: str = "auto",
+    callbacks: Sequence[Callback] = (),
+) -> Comparison:
+    """Carry a plan out, or go on with it, and write the report; arguments and errors are those of `compare`."""
+    folder = Path(out).resolve()
+    display = make_display(progress)
+    trainables, searchers = plan.trainables(), plan.searchers()
+    key = _key_of(folder, plan) if resume else _new_key(folder)
+    try:
+        with cluster_session(address, pending=WAITING * plan.kinds):
+            plan.check_resources()
+            _write_settings(folder, plan, key)
+            _DISPLAYS[key] = display
+            finished = _run(plan, trainables, searchers, folder, key, max_failures, storage, callbacks)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"the disk of {folder} is full: make room, then resume") from error
+        raise
+    finally:
+        _DISPLAYS.pop(key, None)
+        display.close()
+    comparison = Comparison(folder)
+    write_report(comparison)
+    if not finished:
+        raise Interrupted(f"stopped: {folder} has the results so far; resume goes on from there")
+    return comparison
+
+
+class ComparisonCallback(Callback):
+    """Tells the portfolio of its trials' beginnings and ends, and a display of everybody's progress.
+
+    Args:
+        key: of the portfolio.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._shown = 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Ray."""
+        portfolio_of(self.key).started(trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Ray."""
+        portfolio_of(self.key).ended(trial)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Ray when a trial has failed and is tried again."""
+        portfolio_of(self.key).retried(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Ray when a trial has failed for good."""
+        portfolio_of(self.key).failed(trial)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called by Ray."""
+        if time.monotonic() - self._shown >= 0.25:
+            self._show()
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Called by Ray."""
+        self._show(finished=portfolio_of(self.key).finished)
+
+    def _show(self, finished: bool = False) -> None:
+        self._shown = time.monotonic()
+        portfolio = portfolio_of(self.key)
+        statuses = [
+            Status(
+                account,
+                0.0 if contender.budget is None else contender.budget.spent_by(portfolio.ledger.spent(account)),
+                contender.suggested,
+                len(contender.live),
+                portfolio.best.get(account, float("inf")),
+                portfolio.ledger.stopped.get(account),
+            )
+            for account, contender in portfolio.contenders.items()
+        ]
+        _DISPLAYS[self.key].update(statuses, finished=finished)
+
+
+_DISPLAYS: dict[str, Display] = {}
+
+
+def _run(
+    plan: Plan,
+    trainables: Mapping[str, Any],
+    searchers: Mapping[Account, Searcher],
+    folder: Path,
+    key: str,
+    max_failures: int,
+    storage: str | None,
+    callbacks: Sequence[Callback],
+) -> bool:
+    """Run or go on; whether it came to its end."""
+    parameters = {"trainables": dict(trainables), "unit": plan.budget.unit, "metric": "val_loss"}
+    dispatching = tune.with_parameters(Dispatching, **parameters)
+    factories = plan.factories()
+    trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
+    trials = f"{storage.rstrip('/')}/{folder.name}-{key}" if storage else str(folder)
+    path = f"{trials}/{_TRIALS_FOLDER}"
+    if put_snapshot_back(folder / SNAPSHOT_FILE, path):
+        tuner = tune.Tuner.restore(path, trainable)
+    else:
+        _forget(folder, path)
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=TuneConfig(
+                search_alg=plan.portfolio(searchers, folder, key),
+                metric="val_loss",
+                mode="min",
+                num_samples=-1,
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_folder,
+            ),
+            run_config=RunConfig(
+                name=_TRIALS_FOLDER,
+                storage_path=trials,
+                stop=PortfolioStopper(key),
+                verbose=0,
+                callbacks=[ComparisonCallback(key), *callbacks],
+                failure_config=FailureConfig(max_failures=max_failures),
+                checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=1),
+            ),
+        )
+    tuner.fit()
+    return portfolio_of(key).finished  # Ray catches Ctrl-C, stops the trials and returns
+
+
+def _forget(folder: Path, trials: str) -> None:
+    """What a driver left that was killed before Ray had saved anything."""
+    if (folder / LEDGER_FILE).exists():
+        Ledger(folder / LEDGER_FILE).write("resume", known=[])
+    with suppress(FileNotFoundError):
+        if "://" not in trials:
+            shutil.rmtree(trials)
+
+
+def _key_of(folder: Path, plan: Plan) -> str:
+    """The key of the portfolio to go on with.
+
+    Raises:
+        InputError: there is none, or it had another plan.
+    """
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        raise InputError(f"{folder} has nothing to resume: there is no {SETTINGS_FILE}")
+    saved = json.loads(file.read_text())
+    for name, value in json.loads(json.dumps(plan.settings())).items():
+        if saved.get(name) != value:
+            made = saved.get(name)
+            raise InputError(f"{folder} was made with another {name}, {made!r}: resume with the same arguments")
+    if saved["folder"] != str(folder):
+        raise InputError(f"{folder} was begun as {saved['folder']}: move it back there to resume")
+    return str(saved["key"])
+
+
+def _new_key(folder: Path) -> str:
+    """A key for a new portfolio.
+
+    Raises:
+        InputError: its folder holds something.
+    """
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: choose a folder")
+    if folder.exists() and any(file.name != COMMAND_FILE for file in folder.iterdir()):
+        raise InputError(f"{folder} is not empty: choose another folder, resume what is in it, or remove it")
+    return uuid4().hex[:8]
+
+
+def _write_settings(folder: Path, plan: Plan, key: str) -> None:
+    """Write what is compared, how, with what versions and on which machine; where it was begun already, only the
+    latter anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / SETTINGS_FILE
+    resources = ray.cluster_resources()
+    machine = {
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+        "CPU": resources.get("CPU", 0),
+        "GPU": resources.get("GPU", 0),
+        "processor": _processor(),
+    }
+    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    settings = {**plan.settings(), "key": key, "folder": str(folder), "started": begun, "versions": versions}
+    if file.exists():
+        settings = json.loads(file.read_text())
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**settings, "machine": machine}, indent=1))
+    temporary.replace(file)
+
+
+def _processor() -> str:
+    """This node's, by its name where the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _trial_name(trial: Any) -> str:
+    return trial_name(trial.config)
+
+
+def _trial_folder(trial: Any) -> str:
+    label = trial.config[PORTFOLIO]
+    # what continues a shorter trial finds its folder by the id between underscores
+    return f"{label['method']}_{trial.trial_id}_{label['seed']}-{label['trial']}"

@@ -1,0 +1,242 @@
+"""A comparison in words and tables: what was compared, what came out, what failed and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tune_hypergrad.comparison.drawing import COST_LABELS
+from tune_hypergrad.comparison.records import GRID, RETRAINING, Comparison, Yardstick, measure_label
+from tune_hypergrad.comparison.series import spending_parts
+
+_ERROR_LETTERS = 200
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's heading, and whether it holds numbers."""
+
+    heading: str
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts, of which the first column names the rows."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+
+
+def state(comparison: Comparison) -> str:
+    """Whether it is finished, or how far it is."""
+    if comparison.finished:
+        return "finished"
+    if comparison.accounts["reason"].notna().all():
+        return "unfinished: the searches are over, incumbents are being trained again"
+    return f"unfinished: {100 * comparison.spent_share:.0f} % of the budgets spent"
+
+
+def facts(comparison: Comparison) -> dict[str, str]:
+    """What was compared, on what, by what."""
+    settings, budget = comparison.settings, comparison.budget
+    found = {
+        "Problem": str(settings.get("problem", "")),
+        "Training run": f"{settings.get('steps')} inner steps" if settings.get("steps") else "",
+        "Inner optimizer": settings.get("optimizer", ""),
+        "Budget": f"{amount(budget.amount)} {COST_LABELS[budget.unit]} for every method with every seed",
+        "Seeds": ", ".join(map(str, settings["seeds"])),
+        "Retraining": _retraining(settings.get("retraining") or {}),
+        "Regret": reference(comparison),
+        "Started": _date(settings.get("started")),
+        "Ran for": _running_time(comparison),
+        "Machine": _machine(settings.get("machine") or {}),
+        "Versions": ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items()),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def reference(comparison: Comparison) -> str:
+    """What regret is measured in, and from."""
+    measure = comparison.yardstick
+    if not math.isfinite(measure.reference):
+        return ""
+    source = {"given": "the given reference", "grid": "what a grid search found", "best": "the best seen"}
+    points = " in points of per cent" if measure.percent else ""
+    value = _percent(measure.reference) if measure.percent else f"{measure.reference:.4g}"
+    return f"shortfall of {measure.label}{points} from {source[measure.source]}, {value}"
+
+
+def results(comparison: Comparison) -> TextTable:
+    """One row a method: what it spent, and what its incumbents reached, mean and range over seeds."""
+    measure, tests = comparison.yardstick, comparison.test_measures
+    headings = [regret_heading(measure), *map(measure_label, tests), "validation loss"]
+    headings += ["budget spent", "over", "trials", "failed"]
+    rows = []
+    for method in comparison.methods:
+        own = comparison.accounts[comparison.accounts["method"] == method]
+        over = max(0.0, float(own["share"].max()) - 1)
+        tested = comparison.final_figures(method).reindex(columns=tests)
+        cells = [method, spread(comparison.final_regret(method), decimals=2 if measure.percent else None)]
+        cells += [spread(tested[name], percent=name.endswith("accuracy")) for name in tests]
+        cells += [spread(own["val_loss"]), f"{100 * own['share'].mean():.0f} %", _over(over)]
+        rows.append([*cells, str(int(own["trials"].sum())), str(int(own["failed"].sum()) or "-")])
+    return TextTable([Column("method", number=False), *map(Column, headings)], rows)
+
+
+def methods(comparison: Comparison) -> TextTable:
+    """One row a method: what it is, what it cannot tune, what its trials got and why it stopped."""
+    columns = [
+        Column(name, number=False) for name in ("method", "what it does", "cannot tune", "a trial gets", "stopped")
+    ]
+    rows = []
+    for entry in comparison.settings["methods"]:
+        reasons = comparison.accounts.loc[comparison.accounts["method"] == entry["name"], "reason"]
+        told = ["goes on" if not isinstance(reason, str) else _short(reason) for reason in reasons]
+        counts = {reason: told.count(reason) for reason in told}
+        stopped = [f"{reason} ({count} of {len(told)} seeds)" for reason, count in counts.items()]
+        granted = ", ".join(f"{value:g} {name}" for name, value in entry.get("resources", {}).items())
+        cannot = ", ".join(entry.get("cannot_tune", ())) or "-"
+        stop = "; ".join(counts if len(counts) == 1 else stopped)
+        rows.append([entry["name"], entry.get("description", ""), cannot, granted, stop])
+    return TextTable(columns, rows)
+
+
+def costs(comparison: Comparison) -> TextTable:
+    """One row a method: what the budget went into, and what was lost beside it; means over seeds."""
+    parts = spending_parts(comparison)
+    headings = ["lost besides" if part == "lost" else str(part) for part in parts]
+    rows = [[str(method), *(amount(value) if value else "-" for value in row)] for method, row in parts.iterrows()]
+    return TextTable([Column("method", number=False), *map(Column, headings)], rows)
+
+
+def failures(comparison: Comparison) -> TextTable:
+    """What went wrong with trials, equal errors of a method's in one row; of interruptions, what they forgot."""
+    columns = [Column("method", number=False), Column("times"), *(Column(name, False) for name in ("what", "error"))]
+    trials = comparison.trials
+    if trials.empty:
+        return TextTable(columns, [])
+    words = {"failed": "failed for good", "retried": "started again", "forgotten": "forgotten by an interruption"}
+    errors = trials["error"].map(lambda error: _short(error) if isinstance(error, str) else "")
+    kept = trials["status"].isin(["failed", "forgotten"]) | ((trials["status"] == "retried") & (errors != ""))
+    named = pd.DataFrame({"method": trials["method"], "status": trials["status"], "error": errors})[kept]
+    order = [*comparison.methods, GRID, RETRAINING]
+    counted = sorted(named.value_counts(sort=False).items(), key=lambda item: order.index(item[0][0]))
+    return TextTable(columns, [[name, str(count), words[status], error] for (name, status, error), count in counted])
+
+
+def space(comparison: Comparison) -> TextTable:
+    """What was searched."""
+    entries = comparison.settings.get("space", {})
+    columns = [Column("hyperparameter", number=False), Column("range", number=False)]
+    return TextTable(columns, [[name, str(text)] for name, text in entries.items()])
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """How to read the tables, and what is special about this comparison."""
+    found = [
+        "Incumbents are chosen by validation loss alone; of several seeds, tables give the mean and the range.",
+        "At the most one result of each method and seed goes over its budget.",
+    ]
+    measure = comparison.yardstick
+    if not measure.tested:
+        found.append(
+            "Nothing was measured on a test split: regret is in the validation loss that incumbents were chosen by."
+        )
+    if measure.source == "best" and math.isfinite(measure.reference):
+        found.append("The reference is the best of the values compared, so one of them has no regret by construction.")
+    retrained = comparison.retrained
+    if len(retrained) and "test_loss" in retrained:
+        diverged = int((~np.isfinite(retrained["test_loss"].astype(float))).sum())
+        if diverged:
+            found.append(
+                f"{diverged} of {len(retrained)} retrainings ended without a finite test loss; means leave them out."
+            )
+    if comparison.interruptions:
+        times = {1: "once", 2: "twice"}.get(len(comparison.interruptions), f"{len(comparison.interruptions)} times")
+        found.append(f"The comparison was interrupted {times}; what was done again is lost, and not of any budget.")
+    return found
+
+
+def spread(values: pd.Series, percent: bool = False, decimals: int | None = None) -> str:
+    """The mean of some values, and in a second line their range if there are several."""
+    finite = values.astype(float).dropna()
+    if finite.empty:
+        return "none"
+
+    def shown(value: float) -> str:
+        if percent:
+            return f"{100 * value:.2f}"
+        return f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}"
+
+    unit = " %" if percent else ""
+    if len(finite) == 1:
+        return f"{shown(finite.iloc[0])}{unit}"
+    return f"{shown(finite.mean())}{unit}\n{shown(finite.min())} to {shown(finite.max())}"
+
+
+def amount(value: float) -> str:
+    """A cost, with as many decimals as tell something."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.3g}"
+
+
+def regret_heading(measure: Yardstick) -> str:
+    """Of a column."""
+    return f"regret in {measure.label}{' (points)' if measure.percent else ''}"
+
+
+def _over(share: float) -> str:
+    if share <= 0:
+        return "-"
+    return f"{100 * share:.0f} %" if share >= 0.005 else "< 1 %"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _short(error: str) -> str:
+    line = next((line.strip() for line in error.splitlines() if line.strip()), "")
+    return line if len(line) <= _ERROR_LETTERS else f"{line[: _ERROR_LETTERS - 1]}…"
+
+
+def _retraining(planned: dict[str, Any]) -> str:
+    if not planned.get("seeds"):
+        return "none"
+    data = {"train": "the training split", "train+val": "the training and validation splits"}
+    where = data.get(planned.get("data", "train"), planned.get("data"))
+    shares = ", ".join(f"{100 * share:g}" for share in planned.get("shares", ()))
+    times = "once" if planned["seeds"] == 1 else f"{planned['seeds']} times"
+    return f"incumbents after {shares} % of the budget, {times} each from scratch, on {where}"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    counts = [("nodes", "node"), ("CPU", "CPU"), ("GPU", "GPU")]
+    parts = [f"{machine[k]:g} {name}{'' if machine[k] == 1 else 's'}" for k, name in counts if machine.get(k)]
+    return ", ".join([*parts, *([str(machine["processor"])] if machine.get("processor") else [])])
+
+
+def _date(started: str | None) -> str:
+    if not started:
+        return ""
+    try:
+        when = datetime.fromisoformat(started)
+    except ValueError:
+        return started
+    return f"{when.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
+
+
+def _running_time(comparison: Comparison) -> str:
+    if not comparison.events:
+        return ""
+    idle = sum(end - start for start, end in comparison.interruptions)
+    seconds = comparison.events[-1]["time"] - comparison.events[0]["time"] - idle
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

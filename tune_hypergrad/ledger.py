@@ -1,0 +1,213 @@
+"""`Ledger`: what happened to every trial of a comparison and what each method has spent, as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tune_hypergrad.budget import Cost
+
+LEDGER_FILE = "ledger.jsonl"
+"""In a comparison's folder: one JSON object a line, appended as things happen."""
+SCHEDULES_FOLDER = "schedules"
+"""In a comparison's folder: schedules that results refer to by file name, since they are too long for a ledger."""
+
+
+class Account(NamedTuple):
+    """Who spends: a method, run with one seed."""
+
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.seed}"
+
+
+class Charge(NamedTuple):
+    """A trial's cumulative cost at one of its results."""
+
+    iteration: int
+    cost: Cost
+    line: int
+
+
+@dataclass
+class TrialRecord:
+    """What is known of a trial."""
+
+    account: Account
+    name: str
+    charges: list[Charge] = field(default_factory=list)
+    """Of the results that count, in order."""
+    lost: Cost = field(default_factory=Cost)
+    """Spent on work that was done again, or whose trial was forgotten."""
+    status: str = "running"
+    """"running", "completed", "budget" (ended as the budget was spent), "failed" or "forgotten"."""
+
+    @property
+    def spent(self) -> Cost:
+        """What its results that count have cost."""
+        return self.charges[-1].cost if self.charges else Cost()
+
+    @property
+    def spent_last(self) -> Cost:
+        """The part of it that the last of them has cost."""
+        return self.spent - self.charges[-2].cost if len(self.charges) > 1 else self.spent
+
+
+class Ledger:
+    """Events in order; what follows from them.
+
+    Events are JSON objects with `event`, `time` (seconds since 1970) and, of trials, `method`, `seed`, `trial` (a name
+    such as "fds-0-1") and `id` (Ray's):
+
+    - `start`: a trial's process begins or begins again; `config`, `resources`.
+    - `result`: `iteration`, the trial's cumulative `cost/...`, `val_loss` and whatever else it reported.
+    - `end`: `status` ("completed", "budget", "failed"), `error`.
+    - `retry`: the process failed and will be started again; `error`.
+    - `stop`: of an account, not a trial: nothing more is suggested; `reason`.
+    - `resume`: the experiment goes on after an interruption; `known`, the ids of trials that Ray remembers.
+
+    A result whose iteration is not above the trial's last one repeats work since a checkpoint: what it repeats no
+    longer counts, and its cost is lost. So is everything of a trial that is not known on resuming. Lost work was not
+    the method's doing: it is no part of what an account has `spent`, and is shown beside it.
+
+    The file is strict JSON: a result's number that is not finite is null there, and NaN again when it is read.
+
+    Args:
+        path: the file that holds the events so far, if it exists, and gets those to come; None keeps them in memory.
+
+    A last line that the end of a process has torn is passed over, and cut off before the next is written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.trials: dict[str, TrialRecord] = {}
+        """By Ray's id."""
+        self.stopped: dict[Account, str] = {}
+        """Accounts that suggest nothing more, and why."""
+        self.lost_lines: set[int] = set()
+        """Numbers of the lines whose results do not count."""
+        self._spent: dict[Account, Cost] = {}
+        self._lost: dict[Account, Cost] = {}
+        self._lines, self._opened = 0, False
+        if path is not None:
+            for event in read_events(path):
+                self._apply(event)
+
+    def write(self, event: str, **content: Any) -> None:
+        """Append an event and take note of it.
+
+        Raises:
+            OSError: the file cannot be written; nothing is taken note of then.
+        """
+        made = _plain({"event": event, "time": time.time(), **content})
+        if self.path is not None:
+            line = json.dumps(made, allow_nan=False) + "\n"
+            if not self._opened:
+                _cut_torn_line(self.path)
+            self._opened = False  # should this fail, it may leave half a line
+            with self.path.open("a") as file:
+                file.write(line)
+            self._opened = True
+        self._apply(_with_numbers(made))
+
+    def repeats(self, trial_id: str, iteration: int, cost: Cost) -> bool:
+        """Whether this is the trial's last result once more, which Ray sends when a function returns."""
+        record = self.trials.get(trial_id)
+        last = record.charges[-1] if record is not None and record.charges else None
+        return last is not None and (last.iteration, last.cost) == (iteration, cost)
+
+    def spent(self, account: Account) -> Cost:
+        """What an account's trials have spent on results that count."""
+        return self._spent.get(account, Cost())
+
+    def lost(self, account: Account) -> Cost:
+        """What an account's trials have spent on work that was done again or forgotten."""
+        return self._lost.get(account, Cost())
+
+    def failed(self, account: Account) -> Cost:
+        """The part of `spent` that went into trials that failed for good."""
+        failed = (trial for trial in self.trials.values() if trial.account == account and trial.status == "failed")
+        return sum((trial.spent for trial in failed), Cost())
+
+    @property
+    def accounts(self) -> list[Account]:
+        """All that have been mentioned, in order."""
+        return list(dict.fromkeys([*(record.account for record in self.trials.values()), *self.stopped]))
+
+    def _apply(self, event: Mapping[str, Any]) -> None:
+        kind, line = event["event"], self._lines
+        self._lines += 1
+        if kind == "resume":
+            known = set(event["known"])
+            for trial_id, record in self.trials.items():
+                if trial_id not in known:
+                    self._lose(record, 0)
+                    record.status = "forgotten"
+            self.stopped.clear()  # each says so again
+        elif kind == "stop":
+            self.stopped[Account(event["method"], event["seed"])] = event["reason"]
+        else:
+            account = Account(event["method"], event["seed"])
+            record = self.trials.setdefault(event["id"], TrialRecord(account, event["trial"]))
+            if kind == "result":
+                self._charge(record, Charge(event["iteration"], Cost.from_result(event), line))
+            record.status = event["status"] if kind == "end" else "running"
+
+    def _charge(self, record: TrialRecord, charge: Charge) -> None:
+        kept = len(record.charges)
+        while kept and record.charges[kept - 1].iteration >= charge.iteration:
+            kept -= 1
+        self._lose(record, kept)
+        self._spent[record.account] = self.spent(record.account) + charge.cost - record.spent
+        record.charges.append(charge)
+
+    def _lose(self, record: TrialRecord, kept: int) -> None:
+        """Only the first `kept` of a trial's charges count."""
+        if kept < len(record.charges):
+            before = record.spent
+            self.lost_lines.update(charge.line for charge in record.charges[kept:])
+            del record.charges[kept:]
+            lost = before - record.spent
+            record.lost += lost
+            self._spent[record.account] = self.spent(record.account) - lost
+            self._lost[record.account] = self.lost(record.account) + lost
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events in a ledger's file; a last line without an end was being written as the process died."""
+    content = path.read_bytes() if path.exists() else b""
+    return [_with_numbers(json.loads(line)) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+
+def _cut_torn_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _with_numbers(event: dict[str, Any]) -> dict[str, Any]:
+    """A result's nulls stand for numbers that were not finite."""
+    if event["event"] != "result":
+        return event
+    return {key: math.nan if value is None else value for key, value in event.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value in what strict JSON has: null for a number that is not finite, text for an object without a form."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if getattr(value, "ndim", None) == 0:  # NumPy's and torch's numbers
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

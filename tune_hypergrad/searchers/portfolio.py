@@ -1,0 +1,472 @@
+"""`PortfolioSearch`: many methods' searchers as one, which shares the cluster among them by what each has spent."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
+
+import ray.cloudpickle as pickle
+from pyarrow.fs import FileSelector, FileType
+from ray.tune import Stopper
+from ray.tune.experiment import Trial
+from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
+from ray.tune.search import Searcher
+
+from tune_hypergrad.budget import Budget, Cost
+from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULES_FOLDER, Account, Ledger, read_events
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.searchers.snapshot import SavedTrial, keep_snapshot, saved_trials
+
+PORTFOLIO = "portfolio"
+"""Key in a trial's config: its account and its number, `{"method": "fds", "seed": 0, "trial": 1}`, beside what a
+suggestion has there itself."""
+RETRAINS = "retrains"
+"""Key within it, of trials that train an incumbent again: whose and which."""
+FOUND = "found"
+"""Key in a result: a schedule too long for scalars, `{name: values}`, which is kept as a file."""
+SCHEDULE_FILE = "schedule_file"
+"""Key in the ledger: that file."""
+SNAPSHOT_FILE = "snapshot.pkl"
+"""In the portfolio's folder: what Ray's last snapshot had, complete."""
+
+WAITING = 2
+"""Trials of each kind of resources that may wait for their place: one for the actor that becomes free next, and one for
+which a new actor starts meanwhile. With one, short trials would pass a single actor on and use no second."""
+
+_BUDGET = "budget"  # in a trial's config: the length of its training run
+_FAILURES_IN_A_ROW = 3
+_UNKNOWN_REPORT = 0.1  # share of the budget that an account's first result is thought to cost
+_NOT_RECORDED = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, "config", "trial_id", "experiment_tag", "checkpoint_dir_name"}
+_LEDGERS_OWN = {"event", "time", "method", "seed", "trial", "id", "iteration"}  # results of these names give way
+
+_logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class RestoresAmong(Protocol):
+    """A searcher that can be told which of its trials Ray remembers."""
+
+    def restore_among(self, checkpoint_path: str, trials: Mapping[str, SavedTrial] | None) -> None:
+        """Continue from a file that `save` wrote."""
+
+
+@dataclass
+class Contender:
+    """One account's searcher, and where it stands."""
+
+    account: Account
+    """Whose trials these are."""
+    searcher: Searcher
+    """What suggests their configs."""
+    budget: Budget | None
+    """What they may spend together; None is no limit, and such contenders come after all others."""
+    concurrent: int | None = None
+    """How many may run at once; None is no limit."""
+    resources: str = ""
+    """What each asks of the cluster, as a name: of each kind, `WAITING` trials wait for their place at a time."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What every trial's config has that its suggestion does not say."""
+    suggested: int = 0
+    """Trials so far."""
+    failures: int = 0
+    """Trials in a row that failed before their first result."""
+    failed: str = ""
+    """Why it has stopped for good, if it or its trials have failed."""
+    largest: float = 0.0
+    """The most that a result has cost, as a share of the budget."""
+    live: dict[str, float | None] = field(default_factory=dict)
+    """Trials that run, by id: what their next result is thought to cost as a share of the budget, or None before
+    their first."""
+
+    @property
+    def committed(self) -> float:
+        """Share of the budget that the results on their way are thought to cost."""
+        return sum(self._expected(cost) for cost in self.live.values())
+
+    def committed_before_last(self, *further: float | None) -> float:
+        """The most of that, with further trials', that can be spent when all results but one have come."""
+        expected = [self._expected(cost) for cost in (*self.live.values(), *further)]
+        return sum(expected) - min(expected, default=0.0)
+
+    def _expected(self, cost: float | None) -> float:
+        return (self.largest or _UNKNOWN_REPORT) if cost is None else cost
+
+
+class PortfolioSearch(Searcher):
+    """Suggest a trial of the method that has spent the smallest share of its budget.
+
+    Results on their way count as spent at the cost of the same trial's last one, so that a method whose first result is
+    long in coming does not take the whole cluster. A method that has nothing to suggest just now is passed over; one
+    whose budget is spent, or would be by what is on its way, starts nothing more; nothing is paused. When a searcher
+    raises, or three of a method's trials in a row fail before their first result, that method stops and the
+    others go on.
+
+    It goes together with `PortfolioStopper`, which ends trials as the budget is spent: a trial that reports ends if
+    the results on their way could spend the rest with one of them still to come, so that at the most one result of one
+    trial goes over the budget.
+
+    All state is here or in the ledger's file, and the latter is right where they differ: it is written at every
+    result, Ray's snapshots from time to time.
+
+    Args:
+        contenders: the methods' searchers, one for every method and seed.
+        folder: gets the ledger, schedules that are too long for it, and a copy of Ray's last snapshot.
+        key: by which `PortfolioStopper` and callbacks find this object; Ray restores them apart.
+        max_concurrent: trials of all methods together that may run at once; None leaves it to the cluster.
+        metric: result that trials are judged by.
+        mode: "min" or "max".
+    """
+
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        folder: Path,
+        key: str,
+        *,
+        max_concurrent: int | None = None,
+        metric: str = "val_loss",
+        mode: str = "min",
+    ) -> None:
+        super().__init__(metric=metric, mode=mode)
+        self.contenders = {contender.account: contender for contender in contenders}
+        self.key, self.max_concurrent = key, max_concurrent
+        self.finished = False
+        """Whether nothing will be suggested any more."""
+        self.ledger = Ledger(folder / LEDGER_FILE)
+        self.best: dict[Account, float] = {}
+        """Lowest metric so far (highest where the mode is "max"), for progress displays."""
+        self._folder = folder
+        self._accounts: dict[str, Account] = {}
+        self._waiting: dict[str, str] = {}  # trial to the kind of resources that it waits for
+        self._cut: set[str] = set()
+        self._strangers: set[str] = set()  # trials that their searchers do not know, being restored to before them
+        self._ended: list[Trial] = []
+        self._to_sweep: list[Trial] = []
+        _PORTFOLIOS[key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ended": [], "_to_sweep": []}  # these trials hold what does not pickle
+
+    # What Ray asks a searcher
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Called by Ray: the object that runs makes itself known."""
+        _PORTFOLIOS[self.key] = self
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next trial's config; None while nobody has a suggestion; FINISHED when nobody will have one."""
+        if self.max_concurrent is not None and len(self._accounts) >= self.max_concurrent:
+            return None
+        for contender in sorted(self._open(), key=self._priority):
+            suggestion = self._suggestion_of(contender, trial_id)
+            if suggestion is not None:
+                return suggestion
+        if not self._accounts and self._open():  # who has nothing to suggest now will never have
+            stuck = min(self._open(), key=self._priority)
+            self._stop(stuck, "it has nothing to suggest, although none of its trials runs")
+            return self.suggest(trial_id)  # others may have waited for its end
+        self.finished = not self._accounts and not self._open()
+        return Searcher.FINISHED if self.finished else None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass a result on to the trial's searcher."""
+        if trial_id in self._accounts and trial_id not in self._strangers:
+            contender = self.contenders[self._accounts[trial_id]]
+            self._call(contender, contender.searcher.on_trial_result, trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass a trial's end on to its searcher."""
+        account = self._accounts.pop(trial_id, None)
+        if account is not None:
+            contender = self.contenders[account]
+            contender.live.pop(trial_id, None)
+            self._placed(trial_id)
+            if trial_id not in self._strangers:
+                self._call(contender, contender.searcher.on_trial_complete, trial_id, result=result, error=error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write the state of all searchers into one file."""
+        contenders = self.contenders.items()
+        state = {
+            "searchers": {account: self._call(c, _saved, c.searcher) for account, c in contenders},
+            "counts": {account: (c.suggested, c.failures, c.largest, c.failed) for account, c in contenders},
+            "live": {account: [id for id in c.live if id not in self._strangers] for account, c in contenders},
+            "cut": self._cut,
+        }
+        Path(checkpoint_path).write_bytes(pickle.dumps(state))
+        keep_snapshot(self._folder / SNAPSHOT_FILE, Path(checkpoint_path))
+        self._sweep()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Continue from a file that `save` wrote, beside what Ray knows of trials, and the ledger as it is now.
+
+        The three were not written at the same moment. What Ray does not know of is forgotten, what it knows to have
+        ended has ended.
+        """
+        _PORTFOLIOS[self.key] = self
+        trials = saved_trials(str(Path(checkpoint_path).parent)) or {}
+        self.ledger = Ledger(self._folder / LEDGER_FILE)
+        self.ledger.write("resume", known=list(trials))
+        state = pickle.loads(Path(checkpoint_path).read_bytes())
+        for account, contender in self.contenders.items():
+            contender.suggested, contender.failures, contender.largest, contender.failed = state["counts"][account]
+            if contender.failed:
+                self._stop(contender, contender.failed)
+            own = {id: trial for id, trial in trials.items() if account_of(trial.config) == account}
+            contender.suggested = max([contender.suggested, *(t.config[PORTFOLIO]["trial"] for t in own.values())])
+            contender.live = {id: None for id, trial in own.items() if not trial.ended}
+            saved, live = state["searchers"][account], state["live"][account]
+            self._call(contender, _restore_searcher, contender.searcher, saved, live, own)
+        self._accounts = {id: c.account for c in self.contenders.values() for id in c.live}
+        self._strangers = {id for c in self.contenders.values() for id in c.live if id not in state["live"][c.account]}
+        self._cut, self._waiting, self.best = set(state["cut"]), {}, {}
+        for line, event in enumerate(read_events(self._folder / LEDGER_FILE)):
+            if event["event"] == "result" and line not in self.ledger.lost_lines:
+                self._note_best(Account(event["method"], event["seed"]), event.get(str(self.metric)))
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """Called by Ray's `Tuner.restore`."""
+        self.restore(str(max(Path(checkpoint_dir).glob(self.CKPT_FILE_TMPL.format("*")))))
+
+    # What the stopper and the callback tell
+
+    def charge(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Take a result into the ledger; whether its trial has to stop since the budget is spent, or will be by the
+        results on their way. `FOUND` is taken out of the result."""
+        config = result["config"]
+        account, name = account_of(config), trial_name(config)
+        contender = self.contenders[account]
+        found = result.pop(FOUND, None)
+        iteration, cost = int(result["training_iteration"]), Cost.from_result(result)
+        if self.ledger.repeats(trial_id, iteration, cost):
+            return False
+        row = {key: value for key, value in result.items() if _is_recorded(key, value)}
+        row |= {key: value for key, value in config.items() if key == _BUDGET}
+        row |= {} if found is None else {SCHEDULE_FILE: self._keep(found, f"{name}-{iteration}.json")}
+        self.ledger.write("result", **_named(config, trial_id), iteration=iteration, **{**row, **cost.as_result()})
+        self._note_best(account, result.get(str(self.metric)))
+        if contender.budget is None:
+            return False
+        step = max(0.0, contender.budget.spent_by(self.ledger.trials[trial_id].spent_last))
+        contender.largest, contender.live[trial_id] = max(contender.largest, step), step
+        if result.get("done"):
+            return False
+        must_stop = self._share(contender) + contender.committed_before_last() >= 1
+        if must_stop:
+            self._cut.add(trial_id)
+        return must_stop
+
+    def started(self, trial: Trial) -> None:
+        """A trial's process has begun, or begun again."""
+        self._placed(trial.trial_id)
+        asked = trial.placement_group_factory
+        resources: dict[str, float] = {} if asked is None else asked.required_resources
+        suggestion = {key: value for key, value in trial.config.items() if key != PORTFOLIO}
+        retrains = {key: value for key, value in trial.config[PORTFOLIO].items() if key == RETRAINS}
+        named = _named(trial.config, trial.trial_id)
+        self.ledger.write("start", **named, **retrains, config=suggestion, resources=resources)
+
+    def ended(self, trial: Trial) -> None:
+        """A trial has come to its end."""
+        status = "budget" if trial.trial_id in self._cut else "completed"
+        self._cut.discard(trial.trial_id)
+        contender = self.contenders[account_of(trial.config)]
+        contender.failures = 0
+        self.ledger.write("end", **_named(trial.config, trial.trial_id), status=status)
+        if not getattr(contender.searcher, "resume_promoted", False):
+            self._ended.append(trial)
+
+    def retried(self, trial: Trial) -> None:
+        """A trial's process has failed and will be started again."""
+        self.ledger.write("retry", **_named(trial.config, trial.trial_id), error=_error_of(trial))
+
+    def failed(self, trial: Trial) -> None:
+        """A trial has failed for good."""
+        error, contender = _error_of(trial), self.contenders[account_of(trial.config)]
+        self.ledger.write("end", **_named(trial.config, trial.trial_id), status="failed", error=error)
+        reported = bool(self.ledger.trials[trial.trial_id].charges)
+        contender.failures = 0 if reported else contender.failures + 1
+        if contender.failures >= _FAILURES_IN_A_ROW:
+            self._fail(contender, f"{_FAILURES_IN_A_ROW} trials in a row failed: {error}")
+
+    # How it decides
+
+    def _open(self) -> list[Contender]:
+        return [c for account, c in self.contenders.items() if account not in self.ledger.stopped]
+
+    def ended_accounts(self) -> list[Account]:
+        """Those that suggest nothing more and of which no trial runs."""
+        return [a for a, contender in self.contenders.items() if a in self.ledger.stopped and not contender.live]
+
+    def _share(self, contender: Contender) -> float:
+        return 0.0 if contender.budget is None else contender.budget.spent_by(self.ledger.spent(contender.account))
+
+    def _priority(self, contender: Contender) -> tuple[bool, float, int]:
+        expected = self._share(contender) + (contender.committed if contender.budget is not None else 0.0)
+        return contender.budget is None, expected, len(contender.live)
+
+    def _suggestion_of(self, contender: Contender, trial_id: str) -> dict[str, Any] | None:
+        if contender.budget is not None and self._share(contender) >= 1:
+            self._stop(contender, "budget spent")
+            return None
+        full = contender.concurrent is not None and len(contender.live) >= contender.concurrent
+        spoken_for = (
+            contender.budget is not None and self._share(contender) + contender.committed_before_last(None) >= 1
+        )
+        queue = list(self._waiting.values()).count(contender.resources)
+        if full or queue >= WAITING or spoken_for:
+            return None
+        suggestion = self._call(contender, contender.searcher.suggest, trial_id)
+        if suggestion == Searcher.FINISHED:
+            self._stop(contender, "search ended")
+        if not isinstance(suggestion, dict):
+            return None
+        contender.suggested += 1
+        contender.live[trial_id] = None
+        self._accounts[trial_id] = contender.account
+        self._waiting[trial_id] = contender.resources
+        label = {**suggestion.get(PORTFOLIO, {}), **contender.account._asdict(), "trial": contender.suggested}
+        return {**contender.config, **suggestion, PORTFOLIO: label}
+
+    def _call(self, contender: Contender, function: Any, *arguments: Any, **named: Any) -> Any:
+        """A call of a method's searcher, which is the end of that method if it raises."""
+        try:
+            return function(*arguments, **named)
+        except Exception as error:
+            _logger.warning("the searcher of %s failed", contender.account, exc_info=True)
+            self._fail(contender, f"its searcher failed: {in_one_line(error)}")
+            return None
+
+    def _fail(self, contender: Contender, reason: str) -> None:
+        contender.failed = contender.failed or reason
+        self._stop(contender, reason)
+
+    def _stop(self, contender: Contender, reason: str) -> None:
+        if contender.account not in self.ledger.stopped:
+            self.ledger.write("stop", **contender.account._asdict(), reason=reason)
+
+    def _placed(self, trial_id: str) -> None:
+        self._waiting.pop(trial_id, None)
+
+    def _keep(self, found: Mapping[str, Any], name: str) -> str:
+        folder = self._folder / SCHEDULES_FOLDER
+        folder.mkdir(exist_ok=True)
+        Schedule(found).save(folder / name)
+        return name
+
+    def _sweep(self) -> None:
+        """Delete checkpoints of trials that the last two snapshots know to have ended: no restore needs them."""
+        for trial in self._to_sweep:
+            storage = trial.storage
+            assert storage is not None
+            for info in storage.storage_filesystem.get_file_info(
+                FileSelector(storage.trial_fs_path, allow_not_found=True)
+            ):
+                if info.type == FileType.Directory and info.base_name.startswith("checkpoint_"):
+                    storage.storage_filesystem.delete_dir(info.path)
+        self._to_sweep, self._ended = self._ended, []
+
+    def _note_best(self, account: Account, value: Any) -> None:
+        if value is not None and math.isfinite(value):
+            choose = min if self.mode == "min" else max
+            self.best[account] = choose(self.best.get(account, value), value)
+
+
+class PortfolioStopper(Stopper):
+    """Charges every result to its account and ends trials as budgets are spent.
+
+    It holds the portfolio's key and not the portfolio, since Ray restores searchers and stoppers as separate copies.
+
+    Args:
+        key: of the portfolio.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether the trial has to stop."""
+        return portfolio_of(self.key).charge(trial_id, result)
+
+    def stop_all(self) -> bool:
+        """Never: it would skip `on_trial_complete` and the last checkpoint."""
+        return False
+
+
+_PORTFOLIOS: WeakValueDictionary[str, PortfolioSearch] = WeakValueDictionary()
+
+
+def portfolio_of(key: str) -> PortfolioSearch:
+    """The portfolio that runs under this key."""
+    return _PORTFOLIOS[key]
+
+
+def account_of(config: Mapping[str, Any]) -> Account:
+    """Whose trial has this config."""
+    return Account(config[PORTFOLIO]["method"], config[PORTFOLIO]["seed"])
+
+
+def trial_name(config: Mapping[str, Any]) -> str:
+    """What people call the trial with this config, such as "fds-0-1"."""
+    label = config[PORTFOLIO]
+    return f"{label['method']}-{label['seed']}-{label['trial']}"
+
+
+def _named(config: Mapping[str, Any], trial_id: str) -> dict[str, Any]:
+    label = config[PORTFOLIO]
+    return {"method": label["method"], "seed": label["seed"], "trial": trial_name(config), "id": trial_id}
+
+
+def _is_recorded(key: Any, value: Any) -> bool:
+    """Whether an entry of a result goes into the ledger: scalars do, NumPy's included."""
+    scalar = value is None or isinstance(value, bool | int | float | str) or getattr(value, "ndim", None) == 0
+    return scalar and isinstance(key, str) and key not in _NOT_RECORDED | _LEDGERS_OWN
+
+
+def _error_of(trial: Trial) -> str:
+    """The last line of why a trial failed."""
+    error = trial.get_error()
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return in_one_line(cause)
+    lines = str(error or "").strip().splitlines()
+    return lines[-1].strip() if lines else "its process died"
+
+
+def _saved(searcher: Searcher) -> bytes | None:
+    """A searcher's state; None if it is of a kind that has no `save`."""
+    with tempfile.TemporaryDirectory() as folder, suppress(NotImplementedError):
+        path = Path(folder) / "searcher"
+        searcher.save(str(path))
+        return path.read_bytes()
+    return None
+
+
+def _restore_searcher(
+    searcher: Searcher, saved: bytes | None, live: Sequence[str], trials: Mapping[str, SavedTrial]
+) -> None:
+    """Continue a searcher of which `live` ran when it was saved, and `trials` is what Ray knows now."""
+    if saved is None:
+        raise InputError("its state could not be saved")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "searcher"
+        path.write_bytes(saved)
+        if isinstance(searcher, RestoresAmong):
+            searcher.restore_among(str(path), trials)
+            return
+        searcher.restore(str(path))
+    for trial_id in live:
+        trial = trials.get(trial_id)
+        if trial is None or trial.status == Trial.ERROR:
+            searcher.on_trial_complete(trial_id, error=True)
+        elif trial.status == Trial.TERMINATED:
+            searcher.on_trial_complete(trial_id, result=trial.last_result)

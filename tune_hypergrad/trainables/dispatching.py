@@ -1,0 +1,140 @@
+"""`Dispatching`: one Ray trainable that runs the trials of many, so that they take part in one `tune.Tuner`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Collection, Mapping
+from numbers import Real
+from typing import Any, cast
+
+from ray import tune
+from ray.train._internal.session import _TrainingResult
+from ray.tune.result import RESULT_DUPLICATE, TIME_TOTAL_S, TRIAL_INFO
+from ray.tune.trainable import wrap_function
+
+from tune_hypergrad.budget import Cost
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.searchers.portfolio import FOUND, PORTFOLIO
+
+_LONG = 50  # windows beyond which a schedule is not reported as scalars
+
+
+class Dispatching(tune.Trainable):
+    """Pass everything on to the trainable of the trial's method, which its config names.
+
+    Ray reuses actors for trials of equal resources, whatever their class: hence one class for all methods.
+
+    Args:
+        trainables: by method, classes or functions.
+        unit: of the budget; every result has to have `cost/<unit>`.
+        metric: every result has to have it.
+    """
+
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], trainables: Mapping[str, Any], unit: str, metric: str
+    ) -> None:
+        """Called by Ray when an actor starts."""
+        self._trainables = {name: _as_class(trainable) for name, trainable in trainables.items()}
+        self._unit, self._metric = unit, metric
+        self._make(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Called by Ray when an actor is reused for another trial."""
+        same = new_config[PORTFOLIO]["method"] == self._method
+        if same and self._inner.reset(self._own(new_config), storage=self._storage):
+            self._begin()
+        else:
+            self._inner.stop()
+            self._make(new_config)
+        return True
+
+    def train(self) -> dict[str, Any]:
+        """One result, called by Ray.
+
+        Raises:
+            InputError: it lacks the metric, or its cost in the budget's unit, or they are no numbers.
+        """
+        result: dict[str, Any] = self._inner.train()
+        result["config"] = self.config
+        result.pop(FOUND, None)  # that name is ours
+        self._returned = RESULT_DUPLICATE in result
+        if self._returned and self._inner.training_iteration:
+            return result  # a function has returned: Ray takes its last result once more
+        if not isinstance(result.get(self._metric), Real):
+            raise InputError(
+                f"{self._method}'s trials do not report {self._metric!r}, a number, which they are judged by"
+            )
+        result = {**self._cost_by_the_clock(result), **result}
+        if f"cost/{self._unit}" not in result:
+            raise InputError(
+                f"{self._method}'s trials do not report 'cost/{self._unit}', the unit of the budget: report it, or "
+                "give the budget in seconds"
+            )
+        for name, cost in Cost.from_result(result).as_result().items():
+            if not isinstance(cost, Real) or not math.isfinite(cost):
+                raise InputError(f"{self._method}'s trials report {name!r} as {cost!r}: it must be a finite number")
+        result = self._with_long_schedule(result)
+        self._reported = {key: value for key, value in result.items() if key != FOUND}
+        return result
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Called by Ray: the checkpoint has the result as we have reported it, which Ray may take up again."""
+        if self._returned:  # there is nothing since the last report
+            return _TrainingResult(None, {})
+        saved = self._inner.save(checkpoint_dir)
+        saved.metrics = dict(self._reported) or saved.metrics
+        return saved
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """Called by Ray."""
+        self._inner.restore(checkpoint_path)
+
+    def cleanup(self) -> None:
+        """Called by Ray."""
+        self._inner.stop()
+
+    def _make(self, config: dict[str, Any]) -> None:
+        self._method = config[PORTFOLIO]["method"]
+        self._inner = self._trainables[self._method](config=self._own(config), storage=self._storage)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lowest = float("inf")
+        self._reported = {}
+        self._returned = False
+        self._seconds_before = self._inner._time_total  # of a shorter trial that this one continues
+
+    def _own(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config that the method's searcher suggested, and what Ray tells trials of themselves."""
+        own = {name: value for name, value in config.items() if name != PORTFOLIO}
+        return {**own, TRIAL_INFO: self._trial_info}
+
+    def _with_long_schedule(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The schedule whole instead of scalar by scalar where it is long, and only with what may be an incumbent."""
+        found: Schedule | None = getattr(self._inner, "found", None)
+        if found is None:
+            return result
+        long = {name for name, windows in found.values.items() if len(windows) > _LONG}
+        improved = result[self._metric] < self._lowest
+        self._lowest = min(self._lowest, result[self._metric])
+        kept = {key: value for key, value in result.items() if not _is_window_of(long, key)}
+        by_step = getattr(self._inner, "schedule_by_step", False)
+        return {**kept, FOUND: dict(found.values)} if improved and (long or by_step) else kept
+
+    def _cost_by_the_clock(self, result: Mapping[str, Any]) -> dict[str, float]:
+        granted = getattr(self.trial_resources, "required_resources", {}) or {}
+        devices = granted.get("GPU") or max(1, granted.get("CPU", 1))
+        seconds = result[TIME_TOTAL_S] - self._seconds_before
+        costs = Cost(device_seconds=seconds * devices, wall_seconds=seconds).as_result()
+        return {name: value for name, value in costs.items() if name.endswith("seconds")}
+
+
+def _is_window_of(names: Collection[str], key: str) -> bool:
+    kind, *parts = key.split("/")
+    return kind in ("schedule", "best_schedule", "hypergradient") and len(parts) == 2 and parts[0] in names
+
+
+def _as_class(trainable: Any) -> type[tune.Trainable]:
+    return cast("type[tune.Trainable]", trainable if inspect.isclass(trainable) else wrap_function(trainable))
