@@ -39,6 +39,20 @@ from tune_hypergrad.searchers.snapshot import SavedTrial
 
 AMOUNT = 1000
 SESSION = "2026-01-01_00-00-00"
+TRACEBACK = """\
+Failure # 1 (occurred at 2026-01-01_10-00-00)
+ray::Dispatching.train() (pid=1, ip=127.0.0.1)
+  File "train.py", line 3, in train
+    note: "not: this"
+some.module.RuntimeError: shapes do not fit
+Hint: none, or compile with assertions.
+"""
+DIED = """\
+Failure # 2 (occurred at 2026-01-01_11-00-00)
+The actor died unexpectedly before finishing this task.
+\tpid: 3
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
+"""
 CLOCK = count(1)
 """No two results take the same time."""
 KEYS = count()
@@ -77,6 +91,17 @@ class Endless(Searcher):
         self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
 
+class Lengths(Endless):
+    """Its configs say how long training runs are."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        super().__init__()
+        self.lengths, self.numbers = lengths, count(1)
+
+    def suggest(self, trial_id):
+        return {**super().suggest(trial_id), "budget": self.lengths[next(self.numbers) % len(self.lengths)]}
+
+
 class Says(Endless):
     """Suggests what it is told to, then nothing."""
 
@@ -113,12 +138,9 @@ class Process:
     spent: int = 0
     last: dict[str, Any] = field(default_factory=dict)
     status: str = "RUNNING"
-    error: Exception | None = None
+    error_file: str | None = None
     storage: Any = field(default_factory=Storage)
     placement_group_factory = SimpleNamespace(required_resources={"CPU": 1.0})
-
-    def get_error(self):
-        return self.error
 
     def result(self, value=1.0, **more):
         """Its next, as `Dispatching` makes it."""
@@ -202,9 +224,10 @@ class Loop:
         trial.status = "TERMINATED"
         self.portfolio.ended(trial)
 
-    def fail(self, trial: Process, error: Exception | None = None):
+    def fail(self, trial: Process):
         """For good."""
-        trial.error, trial.status = error or RuntimeError("shapes do not fit\nat line 3"), "ERROR"
+        trial.status, trial.error_file = "ERROR", str(self.portfolio._folder / "error.txt")
+        Path(trial.error_file).write_text(TRACEBACK)
         self.portfolio.on_trial_complete(trial.trial_id, error=True)
         self.portfolio.failed(trial)
 
@@ -246,8 +269,8 @@ def simulated_snapshots(monkeypatch):
     monkeypatch.setattr(portfolio_module, "saved_trials", saved_trials)
 
 
-def make(folder, searchers, *, amount=AMOUNT, concurrent=None, resources=None, budgets=None, **options):
-    """A portfolio of methods by name."""
+def make(folder, searchers, *, amount=AMOUNT, concurrent=None, resources=None, budgets=None, known=0.1, **options):
+    """A portfolio of methods by name, of whose results it is known what share of the budget they cost at the most."""
     contenders = [
         Contender(
             Account(name, 0),
@@ -256,6 +279,8 @@ def make(folder, searchers, *, amount=AMOUNT, concurrent=None, resources=None, b
             (concurrent or {}).get(name),
             (resources or {}).get(name, "1 CPU"),
             {"seed": 0},
+            largest=known,
+            longest=1.0,
         )
         for name, searcher in searchers.items()
     ]
@@ -292,7 +317,7 @@ def test_trials_know_whose_they_are(tmp_path):
 
 def test_the_method_that_has_spent_least_is_next_and_results_on_their_way_count(tmp_path):
     costs = {"dear": 200, "cheap": 50}
-    loop = Loop(make(tmp_path, endless("dear", "cheap")), costs=lambda account, _: costs[account.method])
+    loop = Loop(make(tmp_path, endless("dear", "cheap"), known=0), costs=lambda account, _: costs[account.method])
     for trial in (loop.ask(), loop.ask()):
         loop.portfolio.started(trial)
         loop.report(trial)
@@ -381,15 +406,19 @@ def test_shares_stay_close_whatever_the_order_in_which_trials_end(tmp_path_facto
     reports=st.integers(1, 12),
     slots=st.integers(1, 8),
     ahead=st.integers(0, 1),
+    tell_lengths=st.booleans(),
     order=st.lists(st.integers(0, 7), min_size=1, max_size=30),
 )
-def test_one_result_goes_over_a_budget_at_the_most(tmp_path_factory, costs, reports, slots, ahead, order):
-    """Every trial's results cost the same, other trials' something else."""
+def test_one_result_goes_over_a_budget_at_the_most(tmp_path_factory, costs, reports, slots, ahead, tell_lengths, order):
+    """Every trial's results cost the same, other trials' something else, which its config may tell."""
     names = [f"m{index}" for index in range(len(costs))]
-    portfolio = make(tmp_path_factory.mktemp("portfolio"), endless(*names))
+    searchers = {name: Lengths(own) if tell_lengths else Endless() for name, own in zip(names, costs, strict=True)}
+    portfolio = make(tmp_path_factory.mktemp("portfolio"), searchers)
     by_name = dict(zip(names, costs, strict=True))
     for name, own in by_name.items():
-        of(portfolio, name).largest = max(own) / AMOUNT  # known from earlier ones
+        contender = of(portfolio, name)  # what follows is known from earlier ones
+        contender.largest, contender.longest = (1, max(own)) if tell_lengths else (max(own), 1)
+        contender.largest /= AMOUNT
     options = {"costs": lambda account, _: by_name[account.method], "reports": lambda _: reports}
     loop = Loop(portfolio, slots, ahead=ahead, **options)
     turns = count()
@@ -421,13 +450,39 @@ def test_many_cheap_trials_do_not_run_into_one_dear_trials_result(tmp_path):
 
 
 def test_nothing_is_started_once_the_results_on_their_way_will_spend_the_rest(tmp_path):
-    loop = Loop(make(tmp_path, endless("m")), slots=20, costs=lambda *_: 300)
+    loop = Loop(make(tmp_path, endless("m"), known=0), slots=20, costs=lambda *_: 300)
     loop.fill()
-    assert 10 <= len(loop.running) <= 11, "what nobody knows yet is thought to be a tenth of the budget"
-    for trial in loop.running[:3]:
+    (first,) = loop.running  # of what nobody knows yet, one runs
+    loop.report(first)
+    loop.fill()
+    assert len(loop.running) == 3, "with 300 spent, the last of three may go over the budget"
+    for trial in loop.running:
         loop.report(trial)
-    assert loop.portfolio.ledger.spent(Account("m", 0)).gradients == 900
-    assert loop.ask() is None and not reasons(loop.portfolio)
+        assert loop.ask() is None
+    assert reasons(loop.portfolio) == {"m": "budget spent"} and loop.over[Account("m", 0)] == 1
+
+
+def test_a_longer_training_run_is_thought_to_cost_as_much_more(tmp_path):
+    """And the next may be as long as the longest so far, whatever runs just now."""
+    searcher = Says(*({"budget": epochs} for epochs in (27, 1, 27, 1)))
+    loop = Loop(make(tmp_path, {"m": searcher}, known=0), slots=9)
+
+    def begin():
+        trial = loop.ask()
+        if trial is not None:
+            trial.costs, trial.started = iter([20 * trial.config["budget"]]), True
+            loop.portfolio.started(trial)
+        return trial
+
+    loop.report(begin())
+    assert (of(loop.portfolio, "m").largest, of(loop.portfolio, "m").longest) == (pytest.approx(0.02), 27)
+    for spent in (560, 1100):  # from 540 on
+        trial = begin()
+        assert begin() is None, "two of 540 each are too much"
+        loop.report(trial)
+        assert loop.portfolio.ledger.spent(Account("m", 0)).gradients == spent
+    again = restored(loop, {"m": Says()})
+    assert vars(of(again.portfolio, "m"))["longest"] == 27 and loop.over[Account("m", 0)] == 1
 
 
 def test_statuses_say_why_trials_have_ended(tmp_path):
@@ -449,7 +504,7 @@ def test_work_that_is_repeated_does_not_make_later_results_look_free(tmp_path):
     first.iteration, first.spent = 0, 0
     loop.report(first)  # 200, and 400 lost
     assert loop.portfolio.ledger.lost(Account("m", 0)).gradients == 400
-    assert of(loop.portfolio, "m").live[first.trial_id] == 0.2
+    assert of(loop.portfolio, "m").live[first.trial_id].last == 0.2
     loop.report(second)  # 400
     for trial in (first, second):  # 800
         loop.report(trial)
@@ -620,7 +675,7 @@ def test_three_trials_in_a_row_that_fail_before_a_result_stop_their_method(tmp_p
     for _ in range(3):
         assert "m" not in reasons(loop.portfolio)
         loop.fail(next_of("m"))
-    assert reasons(loop.portfolio) == {"m": "3 trials in a row failed: at line 3"}
+    assert reasons(loop.portfolio) == {"m": "3 trials in a row failed: RuntimeError: shapes do not fit"}
     loop.run()
     assert reasons(loop.portfolio)["other"] == "budget spent"
     assert loop.portfolio.ledger.failed(Account("m", 0)).gradients == 100
@@ -628,22 +683,40 @@ def test_three_trials_in_a_row_that_fail_before_a_result_stop_their_method(tmp_p
     assert len(failed) == 8
 
 
+def test_what_has_no_budget_goes_on_whatever_fails(tmp_path):
+    queue = QueueSearch([{"x": x} for x in range(5)])
+    loop = Loop(make(tmp_path, {"grid": queue}, budgets={"grid": None}), slots=1)
+    for _ in range(4):
+        loop.fill()
+        loop.fail(loop.running[0])
+    loop.run()
+    assert reasons(loop.portfolio) == {"grid": "search ended"} and len(loop.order) == 5
+
+
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("text", "words"),
     [
-        (RuntimeError("first\nsecond  "), "second"),
-        (SimpleNamespace(cause=ValueError("what was wrong\nand where")), "ValueError: what was wrong"),
+        (TRACEBACK, "RuntimeError: shapes do not fit"),
+        (DIED + TRACEBACK.replace("shapes", "types"), "RuntimeError: types do not fit"),
+        (TRACEBACK.replace(": shapes do not fit", ""), "RuntimeError"),
+        (TRACEBACK + DIED, "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"),
+        ("Failure # 1 (occurred at 2026-01-01_10-00-00)\n\n", "its process died"),
+        ("", "its process died"),
         (None, "its process died"),
-        (RuntimeError(""), "its process died"),
     ],
 )
-def test_why_a_trial_failed_is_kept_in_a_line(tmp_path, error, words):
+def test_why_a_trial_failed_is_kept_in_a_line(tmp_path, text, words):
     loop = Loop(make(tmp_path, endless("m")))
     loop.fill()
     trial = loop.running[0]
-    trial.error = error
+    trial.error_file = str(tmp_path / "error.txt")
+    if text is not None:
+        Path(trial.error_file).write_text(text)
     loop.portfolio.retried(trial)
     assert read_events(tmp_path / LEDGER_FILE)[-1]["error"] == words
+    trial.error_file = None
+    loop.portfolio.retried(trial)
+    assert read_events(tmp_path / LEDGER_FILE)[-1]["error"] == "its process died"
 
 
 def test_who_waits_for_others_outlives_their_standstill(tmp_path):
@@ -935,7 +1008,7 @@ def test_failures_in_a_row_are_counted_across_an_interruption(tmp_path, interrup
             loop = restored(loop, endless("m", "other"))
             loop.fill()
         loop.fail(next(trial for trial in loop.running if trial.config[PORTFOLIO]["method"] == "m"))
-    assert reasons(loop.portfolio) == {"m": "3 trials in a row failed: at line 3"}
+    assert reasons(loop.portfolio) == {"m": "3 trials in a row failed: RuntimeError: shapes do not fit"}
 
 
 @pytest.mark.parametrize("how", ["trials", "searcher"])

@@ -1,10 +1,10 @@
 """Ray's snapshots: what they say of trials, and copies of which no file is torn."""
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
+import ray.cloudpickle as pickle
 from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
@@ -36,10 +36,14 @@ def begin_save(folder, session, state):
     return saved
 
 
+def generator(state, finished):
+    return pickle.dumps({"counter": state, "finished": finished})
+
+
 def end_save(folder, session, saved, state):
     """Ray gives the searcher's state its name, and writes the search generator's."""
     saved.replace(folder / f"searcher-state-{session}.pkl")
-    (folder / f"search_gen_state-{session}.json").write_text(f"generator {state}")
+    (folder / f"search_gen_state-{session}.json").write_bytes(generator(state, finished=True))
 
 
 def save(folder, file, session, state):
@@ -99,9 +103,9 @@ def test_a_copy_is_taken_in_the_middle_of_a_save_and_put_back(tmp_path):
     (storage / "tuner.pkl").write_bytes(b"keep me")
     assert put_snapshot_back(file, str(storage))
     assert states_in(storage) == {
-        f"experiment_state-{FIRST}.json": experiment_state(ray_trial("two", "RUNNING")).encode(),
+        f"experiment_state-{FIRST}.json": (ray / f"experiment_state-{FIRST}.json").read_bytes(),
         f"searcher-state-{FIRST}.pkl": b"searcher two",
-        f"search_gen_state-{FIRST}.json": b"generator one",
+        f"search_gen_state-{FIRST}.json": generator("one", finished=False),
     }
     assert (storage / "tuner.pkl").read_bytes() == b"keep me"
     assert trials_in(storage) == {"two": "PENDING"}
@@ -119,7 +123,7 @@ def test_a_resumed_session_can_be_resumed_after_its_first_save(tmp_path):
     assert trials_in(storage) == {"three": "PENDING"}
     newest = max(path for path in storage.iterdir() if path.name.startswith("searcher-state-"))
     assert newest.read_bytes() == b"searcher three"
-    assert (storage / f"search_gen_state-{FIRST}.json").read_bytes() == b"generator two"
+    assert (storage / f"search_gen_state-{FIRST}.json").read_bytes() == generator("two", finished=False)
 
 
 def test_later_saves_of_a_resumed_session_leave_the_former_one_out(tmp_path):
@@ -159,7 +163,7 @@ def test_without_anything_to_go_on_from_nothing_is_touched(tmp_path):
     keep_snapshot(file, begin_save(ray, FIRST, "one"))
     assert not put_snapshot_back(file, str(storage)), "the first save of all has no search generator's state"
     (ray / f"experiment_state-{FIRST}.json").write_text(experiment_state())
-    (ray / f"search_gen_state-{FIRST}.json").write_text("generator")
+    (ray / f"search_gen_state-{FIRST}.json").write_bytes(generator("one", finished=True))
     keep_snapshot(file, next(ray.glob(".*tmp-searcher*")))
     assert not put_snapshot_back(file, str(storage)), "there are no trials"
     assert states_in(storage) == {f"searcher-state-{FIRST}.pkl": b"as it was"}

@@ -16,6 +16,7 @@ from test_trainables import make, refusal, run_to_end
 from tiny_problem import numbers, ours
 
 from tune_hypergrad import STN, BOHBSearch, CenteredSTN, DeltaSTN, FixedSchedule, RandomSearch, Schedule
+from tune_hypergrad.budget import Cost
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Dropout, EmbeddingDropout, WeightDecay
 
@@ -50,14 +51,17 @@ def saved_by(trial, folder):
 def test_a_result_for_every_epoch(trainable):
     results = run_to_end(made(trainable=trainable))
     assert [result["cost/steps"] for result in results] == [EPOCH, 2 * EPOCH, 3 * EPOCH, 4 * EPOCH]
+    assert [result["run/step"] for result in results] == [result["run/steps"] for result in results]
+    assert [result["run/step"] for result in results] == [EPOCH, 2 * EPOCH, 3 * EPOCH, 4 * EPOCH]
     figures = [f"{split}_{figure}" for split in ("val", "test") for figure in ("loss", "accuracy")]
     schedule = [f"schedule/{name}" for name in TUNED]
-    costs = [f"cost/{unit}" for unit in ("steps", "examples", "gradients", "device_seconds", "wall_seconds")]
-    expected = {*figures, *schedule, *(f"best_{name}" for name in (*figures, *schedule)), *costs, "done"}
+    run = ["run/step", "run/steps"]
+    expected = {*figures, *schedule, *(f"best_{name}" for name in (*figures, *schedule)), *Cost().as_result(), *run}
     for result in results:
         assert set(ours(result)) | {key for key in result if "seconds" in key and "cost" in key} == {
             *expected,
             *(f"scale/{name}" for name in TUNED),
+            "done",
         }
         assert all(isinstance(value, float | int | bool) for value in ours(result).values())
     assert results[0]["schedule/dropout"] == pytest.approx(0.45) and results[0]["scale/dropout"] == 1

@@ -15,7 +15,7 @@ from ray.tune.result import TRIAL_INFO
 from tiny_problem import STEPS, clusters, network, numbers, ours, penalised, tiny_problem
 
 from tune_hypergrad import FDS, HD, FixedSchedule, InnerRun, InputError, Schedule, hypergradient, schedule
-from tune_hypergrad.budget import GRADIENTS_PER
+from tune_hypergrad.budget import GRADIENTS_PER, UNITS
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 
 SCHEDULE = Schedule({"lr": (0.1, 0.3, 0.05), "momentum": (0.5,), "l2": (1e-3,)})
@@ -74,11 +74,32 @@ def test_results_have_one_set_of_keys_from_the_first_on(case):
 def test_costs_only_grow(case):
     trainable, config, settings = case
     results = run_to_end(make(trainable, config, **settings))
-    for name in ("steps", "examples", "gradients", "device_seconds", "wall_seconds"):
+    for name in UNITS:
         spent = [result[f"cost/{name}"] for result in results]
         assert spent == sorted(spent) and spent[-1] > spent[0] >= 0
         if "seconds" in name:
             assert all(a < b for a, b in pairwise(spent))
+
+
+def test_costs_of_a_kind_are_parts_of_all_gradients(case):
+    trainable, config, settings = case
+    for result in run_to_end(make(trainable, config, **settings)):
+        hypergradients, evaluations = result["cost/hypergradients"], result["cost/evaluations"]
+        assert hypergradients >= 0 and evaluations > 0 and hypergradients + evaluations < result["cost/gradients"]
+    assert (hypergradients == 0) == (trainable is FixedSchedule)
+
+
+def test_results_say_how_far_the_run_had_come_that_they_judge(case):
+    trainable, config, settings = case
+    results = run_to_end(make(trainable, config, **settings))
+    ends = {result["run/steps"] for result in results}
+    steps = [result["run/step"] for result in results]
+    assert steps == sorted(steps) and steps[-1] == STEPS
+    if trainable is HD:  # its schedule so far is what was found so far
+        assert steps == [3, 6, 9, 12] == [result["run/steps"] for result in results]
+    else:
+        assert ends == {STEPS}
+        assert steps == [3, 6, 9, 12] if trainable is FixedSchedule else set(steps) == {0, STEPS}
 
 
 def test_restoring_at_any_report_ends_with_the_same_numbers(case, tmp_path):

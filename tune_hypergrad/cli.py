@@ -41,6 +41,7 @@ def describe() -> None:
 
 @app.command()
 def compare(
+    context: typer.Context,
     problem: Annotated[
         str | None, typer.Argument(help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME.")
     ] = None,
@@ -92,14 +93,19 @@ def compare(
     progress: Annotated[str, typer.Option(help='"auto", "quiet" or "json".')] = "auto",
 ) -> None:
     """Tune a problem by several methods at once, each with the same budget, and report what they found."""
-    given = dict(locals())
+    given = {name: value for name, value in locals().items() if name != "context"}
     if resume is not None:
-        if problem is not None:
-            raise InputError(f"--resume {resume} goes on with what is there: leave out {problem!r}")
+        for name in given:
+            source = context.get_parameter_source(name)
+            by_person = source is not None and source.name == "COMMANDLINE"
+            if by_person and name not in ("resume", "address", "progress"):
+                option = repr(problem) if name == "problem" else "--" + name.replace("_", "-")
+                raise InputError(f"--resume {resume} goes on with what was begun there: leave out {option}")
         given = {**_saved_command(resume), "out": resume, "address": address, "progress": progress}
     elif problem is None:
         raise InputError("there is no problem to work on: name one, such as digits, or --resume a folder")
-    _compare(**{**given, "resume": resume is not None})
+    begun = resume is not None and (resume / "settings.json").exists()
+    _compare(**{**given, "resume": begun})
 
 
 def _compare(
@@ -131,12 +137,12 @@ def _compare(
     from tune_hypergrad.comparison import Interrupted, Retraining
     from tune_hypergrad.comparison import compare as run
     from tune_hypergrad.comparison.report import summary_table
-    from tune_hypergrad.comparison.run import COMMAND_FILE
+    from tune_hypergrad.comparison.run import BEFORE, COMMAND_FILE
 
     if not resume:
         if out.is_file():
             raise InputError(f"{out} is a file: choose a folder with --out")
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(file.name not in BEFORE for file in out.iterdir()):
             raise InputError(f"{out} is not empty: --resume {out} goes on with it; or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         (out / COMMAND_FILE).write_text(json.dumps(command, indent=1, default=str))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -14,16 +15,28 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.records import RETRAINING
-from tune_hypergrad.comparison.reference import GRID, grid_points
+from tune_hypergrad.comparison.records import GRID, RETRAINING
+from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
-from tune_hypergrad.methods import BY_DEFAULT, FLOOR, METHODS, Method, Task, get_method, optimizer_space, regularisation_space
+from tune_hypergrad.methods import (
+    BY_DEFAULT,
+    FLOOR,
+    METHODS,
+    Method,
+    Task,
+    get_method,
+    optimizer_space,
+    regularisation_space,
+)
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
 from tune_hypergrad.searchers.queue import QueueSearch
+
+OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs")
+"""Fields of `Task` that `compare` takes as they are."""
 
 _VERSION = 1
 
@@ -59,7 +72,11 @@ class Plan:
     @property
     def grid(self) -> list[dict[str, Any]]:
         """The configurations of the grid search, if there is one."""
-        if isinstance(self.reference, int | float) or self.reference == "best":
+        if self.reference == "best":
+            return []
+        if isinstance(self.reference, int | float):
+            if not isfinite(self.reference):
+                raise InputError(f"reference is {self.reference}: give a finite number")
             return []
         kind, _, trainings = self.reference.partition(":")
         if kind != GRID or not trainings.isdigit():
@@ -133,14 +150,13 @@ class Plan:
         Raises:
             InputError: some never will.
         """
-        cluster = ray.cluster_resources()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         for name, factory in self.factories().items():
-            for resource, amount in factory.required_resources.items():
-                if amount > cluster.get(resource, 0):
-                    raise InputError(
-                        f"a trial of {name} asks for {amount:g} {resource}, more than the cluster's "
-                        f"{cluster.get(resource, 0):g}: ask for less"
-                    )
+            for bundle in factory.bundles:
+                if not any(all(node.get(key, 0) >= amount for key, amount in bundle.items()) for node in nodes):
+                    asked = ", ".join(f"{amount:g} {key}" for key, amount in bundle.items())
+                    most = ", ".join(f"{max(node.get(key, 0) for node in nodes):g} {key}" for key in bundle)
+                    raise InputError(f"a trial of {name} asks for {asked}, but no node has it (at most {most})")
 
     def settings(self) -> dict[str, Any]:
         """What `settings.json` says of all this."""
@@ -150,6 +166,8 @@ class Plan:
             "problem": self.problem.name,
             "steps": self.task.steps,
             "optimizer": self.task.optimizer,
+            **{name: getattr(self.task, name) for name in OF_TASKS},
+            "max_concurrent": self.max_concurrent,
             "budget": [self.budget.amount, self.budget.unit],
             "methods": [
                 {
@@ -200,7 +218,11 @@ def _can_work(method: Method, task: Task) -> bool:
 
 
 def listed_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    listed = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    listed: tuple[Any, ...] = ()
+    if isinstance(seeds, Sequence | range) and not isinstance(seeds, str):
+        listed = tuple(seeds)
+    elif isinstance(seeds, int) and not isinstance(seeds, bool):
+        listed = tuple(range(seeds))
     if not listed or len(set(listed)) < len(listed) or not all(isinstance(s, int) and 0 <= s < 2**32 for s in listed):
         raise InputError(f"seeds is {seeds!r}: give a number of at least 1, or a list of different whole numbers")
     return listed

@@ -239,7 +239,7 @@ class Comparison:
         column = measures[0]
         if not isinstance(wanted, str):
             return Yardstick(column, float(wanted), "given")
-        source = "grid" if wanted == "grid" and not grid.empty else "best"
+        source = "grid" if wanted.partition(":")[0] == GRID and not grid.empty else "best"
         seen = (grid[grid["share"] == grid["share"].max()] if source == "grid" else own)[column]
         return Yardstick(column, float(seen.max() if larger_is_better(column) else seen.min()), source)
 

@@ -11,9 +11,6 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUnifo
 
 from tune_hypergrad.errors import InputError
 
-GRID = "grid"
-"""The account of a grid search; it has no budget."""
-
 
 def grid_points(space: Mapping[str, Any], trainings: int) -> list[dict[str, Any]]:
     """Configurations on a full grid over a space, of which a schedule's windows share one value.

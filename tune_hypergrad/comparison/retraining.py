@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from tune_hypergrad.problem import Problem
 from tune_hypergrad.searchers.portfolio import PORTFOLIO, RETRAINS, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.trainables.retrained import Retrained
+
+_logger = logging.getLogger(__name__)
 
 _FIRST_SEED = 1_000_000  # beyond those that searches use
 _KEPT = ("batch_size", "optimizer", "clip_gradient")
@@ -87,6 +90,10 @@ class RetrainingSearch(QueueSearch):
         comparison = Comparison(self._folder)
         rows = comparison.incumbents(account)
         if rows.empty or not self._retraining.seeds:
+            return []
+        if "run/steps" not in rows or rows["run/steps"].isna().any():
+            told = "%s is not trained again and tested: its trials do not report run/step, run/steps and schedule/..."
+            _logger.warning(told, account)
             return []
         configs = comparison.trials.drop_duplicates("id").set_index("id")["config"]
         budget = comparison.budget

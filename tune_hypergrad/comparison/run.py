@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import platform
 import shutil
@@ -28,7 +27,7 @@ from ray.tune import (
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space, listed_seeds
+from tune_hypergrad.comparison.plan import OF_TASKS, Plan, chosen_methods, default_space, listed_seeds
 from tune_hypergrad.comparison.progress import Display, Status, make_display
 from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
 from tune_hypergrad.comparison.report import write_report
@@ -44,6 +43,7 @@ from tune_hypergrad.searchers.portfolio import (
     WAITING,
     PortfolioStopper,
     portfolio_of,
+    raise_if_full,
     trial_name,
 )
 from tune_hypergrad.searchers.snapshot import put_snapshot_back
@@ -52,8 +52,10 @@ from tune_hypergrad.trainables.dispatching import Dispatching
 COMMAND_FILE = "command.json"
 """In a comparison's folder, where the command line made it: its options, for resuming."""
 
+BEFORE = (COMMAND_FILE, "settings.tmp")
+"""What a folder may have before anything has begun there."""
+
 _TRIALS_FOLDER = "trials"
-_OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs")
 _PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "numpy")
 
 
@@ -139,8 +141,8 @@ def compare(
     steps = round(epochs * problem.steps_per_epoch)
     if steps < 1:
         raise InputError(f"epochs is {epochs:g}, less than one inner step of {problem.steps_per_epoch} an epoch")
-    limit = budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch)
-    unknown = [name for name in settings if name not in _OF_TASKS]
+    limit = budget if isinstance(budget, Budget) else Budget.parse(str(budget), steps_per_epoch=problem.steps_per_epoch)
+    unknown = [name for name in settings if name not in OF_TASKS]
     if unknown:
         raise InputError(f"compare has no argument {unknown[0]!r}")
     # searches never see the test split
@@ -181,17 +183,21 @@ def run_plan(
 ) -> Comparison:
     """Carry a plan out, or go on with it, and write the report; arguments and errors are those of `compare`."""
     folder = Path(out).resolve()
+    if storage is not None:
+        storage = storage.rstrip("/") if "://" in storage else str(Path(storage).resolve())
     display = make_display(progress)
     trainables, searchers = plan.trainables(), plan.searchers()
-    key = _key_of(folder, plan) if resume else _new_key(folder)
+    key = _key_of(folder, plan, storage) if resume else _new_key(folder)
     try:
         with cluster_session(address, pending=WAITING * plan.kinds):
             plan.check_resources()
-            _write_settings(folder, plan, key)
+            _write_settings(folder, plan, key, storage)
             _DISPLAYS[key] = display
             finished = _run(plan, trainables, searchers, folder, key, max_failures, storage, callbacks)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        try:
+            raise_if_full(str(error))  # Ray gives the text of what a callback raises
+        except OSError:
             raise InputError(f"the disk of {folder} is full: make room, then resume") from error
         raise
     finally:
@@ -275,7 +281,7 @@ def _run(
     dispatching = tune.with_parameters(Dispatching, **parameters)
     factories = plan.factories()
     trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
-    trials = f"{storage.rstrip('/')}/{folder.name}-{key}" if storage else str(folder)
+    trials = f"{storage}/{folder.name}-{key}" if storage else str(folder)
     path = f"{trials}/{_TRIALS_FOLDER}"
     if put_snapshot_back(folder / SNAPSHOT_FILE, path):
         tuner = tune.Tuner.restore(path, trainable)
@@ -315,7 +321,7 @@ def _forget(folder: Path, trials: str) -> None:
             shutil.rmtree(trials)
 
 
-def _key_of(folder: Path, plan: Plan) -> str:
+def _key_of(folder: Path, plan: Plan, storage: str | None) -> str:
     """The key of the portfolio to go on with.
 
     Raises:
@@ -325,7 +331,7 @@ def _key_of(folder: Path, plan: Plan) -> str:
     if not file.is_file():
         raise InputError(f"{folder} has nothing to resume: there is no {SETTINGS_FILE}")
     saved = json.loads(file.read_text())
-    for name, value in json.loads(json.dumps(plan.settings())).items():
+    for name, value in json.loads(json.dumps({**plan.settings(), "storage": storage})).items():
         if saved.get(name) != value:
             made = saved.get(name)
             raise InputError(f"{folder} was made with another {name}, {made!r}: resume with the same arguments")
@@ -342,12 +348,12 @@ def _new_key(folder: Path) -> str:
     """
     if folder.is_file():
         raise InputError(f"{folder} is a file: choose a folder")
-    if folder.exists() and any(file.name != COMMAND_FILE for file in folder.iterdir()):
+    if folder.exists() and any(file.name not in BEFORE for file in folder.iterdir()):
         raise InputError(f"{folder} is not empty: choose another folder, resume what is in it, or remove it")
     return uuid4().hex[:8]
 
 
-def _write_settings(folder: Path, plan: Plan, key: str) -> None:
+def _write_settings(folder: Path, plan: Plan, key: str, storage: str | None) -> None:
     """Write what is compared, how, with what versions and on which machine; where it was begun already, only the
     latter anew."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -361,7 +367,14 @@ def _write_settings(folder: Path, plan: Plan, key: str) -> None:
     }
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    settings = {**plan.settings(), "key": key, "folder": str(folder), "started": begun, "versions": versions}
+    settings = {
+        **plan.settings(),
+        "storage": storage,
+        "key": key,
+        "folder": str(folder),
+        "started": begun,
+        "versions": versions,
+    }
     if file.exists():
         settings = json.loads(file.read_text())
     temporary = file.with_suffix(".tmp")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import ray.cloudpickle as pickle
@@ -43,7 +46,7 @@ which a new actor starts meanwhile. With one, short trials would pass a single a
 
 _BUDGET = "budget"  # in a trial's config: the length of its training run
 _FAILURES_IN_A_ROW = 3
-_UNKNOWN_REPORT = 0.1  # share of the budget that an account's first result is thought to cost
+_UNKNOWN_REPORT = 1.0  # share of the budget: until an account's first result, one of its trials runs
 _NOT_RECORDED = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, "config", "trial_id", "experiment_tag", "checkpoint_dir_name"}
 _LEDGERS_OWN = {"event", "time", "method", "seed", "trial", "id", "iteration"}  # results of these names give way
 
@@ -56,6 +59,15 @@ class RestoresAmong(Protocol):
 
     def restore_among(self, checkpoint_path: str, trials: Mapping[str, SavedTrial] | None) -> None:
         """Continue from a file that `save` wrote."""
+
+
+class Live(NamedTuple):
+    """A trial that runs."""
+
+    length: float
+    """Epochs of its training run; 1 where its config does not say."""
+    last: float | None = None
+    """What its last result has cost, as a share of the budget; None before the first."""
 
 
 @dataclass
@@ -81,23 +93,27 @@ class Contender:
     failed: str = ""
     """Why it has stopped for good, if it or its trials have failed."""
     largest: float = 0.0
-    """The most that a result has cost, as a share of the budget."""
-    live: dict[str, float | None] = field(default_factory=dict)
-    """Trials that run, by id: what their next result is thought to cost as a share of the budget, or None before
-    their first."""
+    """The most that a result has cost, as a share of the budget, for each epoch of its trial's training run where its
+    config says how many they are."""
+    longest: float = 0.0
+    """Epochs of the longest training run so far."""
+    live: dict[str, Live] = field(default_factory=dict)
+    """Trials that run, by id."""
 
     @property
     def committed(self) -> float:
         """Share of the budget that the results on their way are thought to cost."""
-        return sum(self._expected(cost) for cost in self.live.values())
+        return sum(map(self._expected, self.live.values()))
 
-    def committed_before_last(self, *further: float | None) -> float:
+    def committed_before_last(self, *further: Live) -> float:
         """The most of that, with further trials', that can be spent when all results but one have come."""
-        expected = [self._expected(cost) for cost in (*self.live.values(), *further)]
+        expected = list(map(self._expected, (*self.live.values(), *further)))
         return sum(expected) - min(expected, default=0.0)
 
-    def _expected(self, cost: float | None) -> float:
-        return (self.largest or _UNKNOWN_REPORT) if cost is None else cost
+    def _expected(self, trial: Live) -> float:
+        if trial.last is not None:
+            return trial.last
+        return trial.length * self.largest if self.largest else _UNKNOWN_REPORT
 
 
 class PortfolioSearch(Searcher):
@@ -198,7 +214,7 @@ class PortfolioSearch(Searcher):
         contenders = self.contenders.items()
         state = {
             "searchers": {account: self._call(c, _saved, c.searcher) for account, c in contenders},
-            "counts": {account: (c.suggested, c.failures, c.largest, c.failed) for account, c in contenders},
+            "counts": {account: (c.suggested, c.failures, c.failed, c.largest, c.longest) for account, c in contenders},
             "live": {account: [id for id in c.live if id not in self._strangers] for account, c in contenders},
             "cut": self._cut,
         }
@@ -218,12 +234,13 @@ class PortfolioSearch(Searcher):
         self.ledger.write("resume", known=list(trials))
         state = pickle.loads(Path(checkpoint_path).read_bytes())
         for account, contender in self.contenders.items():
-            contender.suggested, contender.failures, contender.largest, contender.failed = state["counts"][account]
+            contender.suggested, contender.failures, contender.failed, *lengths = state["counts"][account]
+            contender.largest, contender.longest = lengths
             if contender.failed:
                 self._stop(contender, contender.failed)
             own = {id: trial for id, trial in trials.items() if account_of(trial.config) == account}
             contender.suggested = max([contender.suggested, *(t.config[PORTFOLIO]["trial"] for t in own.values())])
-            contender.live = {id: None for id, trial in own.items() if not trial.ended}
+            contender.live = {id: Live(_length(trial.config)) for id, trial in own.items() if not trial.ended}
             saved, live = state["searchers"][account], state["live"][account]
             self._call(contender, _restore_searcher, contender.searcher, saved, live, own)
         self._accounts = {id: c.account for c in self.contenders.values() for id in c.live}
@@ -257,7 +274,9 @@ class PortfolioSearch(Searcher):
         if contender.budget is None:
             return False
         step = max(0.0, contender.budget.spent_by(self.ledger.trials[trial_id].spent_last))
-        contender.largest, contender.live[trial_id] = max(contender.largest, step), step
+        contender.largest = max(contender.largest, step / _length(config))
+        if trial_id in contender.live:  # not one that Ray runs again although it had ended
+            contender.live[trial_id] = Live(_length(config), step)
         if result.get("done"):
             return False
         must_stop = self._share(contender) + contender.committed_before_last() >= 1
@@ -286,16 +305,27 @@ class PortfolioSearch(Searcher):
             self._ended.append(trial)
 
     def retried(self, trial: Trial) -> None:
-        """A trial's process has failed and will be started again."""
-        self.ledger.write("retry", **_named(trial.config, trial.trial_id), error=_error_of(trial))
+        """A trial's process has failed and will be started again.
+
+        Raises:
+            OSError: the disk is full: that is not the trial's fault, and everything has to stop.
+        """
+        error = _error_of(trial)
+        self.ledger.write("retry", **_named(trial.config, trial.trial_id), error=error)
+        raise_if_full(error)
 
     def failed(self, trial: Trial) -> None:
-        """A trial has failed for good."""
+        """A trial has failed for good.
+
+        Raises:
+            OSError: since the disk is full.
+        """
         error, contender = _error_of(trial), self.contenders[account_of(trial.config)]
+        raise_if_full(error)
         self.ledger.write("end", **_named(trial.config, trial.trial_id), status="failed", error=error)
         reported = bool(self.ledger.trials[trial.trial_id].charges)
         contender.failures = 0 if reported else contender.failures + 1
-        if contender.failures >= _FAILURES_IN_A_ROW:
+        if contender.budget is not None and contender.failures >= _FAILURES_IN_A_ROW:
             self._fail(contender, f"{_FAILURES_IN_A_ROW} trials in a row failed: {error}")
 
     # How it decides
@@ -319,11 +349,8 @@ class PortfolioSearch(Searcher):
             self._stop(contender, "budget spent")
             return None
         full = contender.concurrent is not None and len(contender.live) >= contender.concurrent
-        spoken_for = (
-            contender.budget is not None and self._share(contender) + contender.committed_before_last(None) >= 1
-        )
         queue = list(self._waiting.values()).count(contender.resources)
-        if full or queue >= WAITING or spoken_for:
+        if full or queue >= WAITING or self._spoken_for(contender):
             return None
         suggestion = self._call(contender, contender.searcher.suggest, trial_id)
         if suggestion == Searcher.FINISHED:
@@ -331,17 +358,25 @@ class PortfolioSearch(Searcher):
         if not isinstance(suggestion, dict):
             return None
         contender.suggested += 1
-        contender.live[trial_id] = None
+        contender.live[trial_id] = Live(_length(suggestion))
+        contender.longest = max(contender.longest, _length(suggestion))
         self._accounts[trial_id] = contender.account
         self._waiting[trial_id] = contender.resources
         label = {**suggestion.get(PORTFOLIO, {}), **contender.account._asdict(), "trial": contender.suggested}
         return {**contender.config, **suggestion, PORTFOLIO: label}
+
+    def _spoken_for(self, contender: Contender) -> bool:
+        """Whether another trial could make two results go over the budget; the longest run of those seen is assumed."""
+        if contender.budget is None:
+            return False
+        return self._share(contender) + contender.committed_before_last(Live(contender.longest)) >= 1
 
     def _call(self, contender: Contender, function: Any, *arguments: Any, **named: Any) -> Any:
         """A call of a method's searcher, which is the end of that method if it raises."""
         try:
             return function(*arguments, **named)
         except Exception as error:
+            raise_if_full(str(error))
             _logger.warning("the searcher of %s failed", contender.account, exc_info=True)
             self._fail(contender, f"its searcher failed: {in_one_line(error)}")
             return None
@@ -372,7 +407,10 @@ class PortfolioSearch(Searcher):
                 FileSelector(storage.trial_fs_path, allow_not_found=True)
             ):
                 if info.type == FileType.Directory and info.base_name.startswith("checkpoint_"):
-                    storage.storage_filesystem.delete_dir(info.path)
+                    try:
+                        storage.storage_filesystem.delete_dir(info.path)
+                    except OSError as error:
+                        _logger.warning("%s is not needed any more, but stays: %s", info.path, in_one_line(error))
         self._to_sweep, self._ended = self._ended, []
 
     def _note_best(self, account: Account, value: Any) -> None:
@@ -410,6 +448,13 @@ def portfolio_of(key: str) -> PortfolioSearch:
     return _PORTFOLIOS[key]
 
 
+def raise_if_full(error: str) -> None:
+    """Raise the OSError that an error's text tells of, if it is that of a full disk."""
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(code) in error:
+            raise OSError(code, os.strerror(code))
+
+
 def account_of(config: Mapping[str, Any]) -> Account:
     """Whose trial has this config."""
     return Account(config[PORTFOLIO]["method"], config[PORTFOLIO]["seed"])
@@ -426,6 +471,11 @@ def _named(config: Mapping[str, Any], trial_id: str) -> dict[str, Any]:
     return {"method": label["method"], "seed": label["seed"], "trial": trial_name(config), "id": trial_id}
 
 
+def _length(config: Mapping[str, Any]) -> float:
+    length = config.get(_BUDGET)
+    return float(length) if isinstance(length, int | float) and length > 0 else 1.0
+
+
 def _is_recorded(key: Any, value: Any) -> bool:
     """Whether an entry of a result goes into the ledger: scalars do, NumPy's included."""
     scalar = value is None or isinstance(value, bool | int | float | str) or getattr(value, "ndim", None) == 0
@@ -433,13 +483,12 @@ def _is_recorded(key: Any, value: Any) -> bool:
 
 
 def _error_of(trial: Trial) -> str:
-    """The last line of why a trial failed."""
-    error = trial.get_error()
-    cause = getattr(error, "cause", None)
-    if cause is not None:
-        return in_one_line(cause)
-    lines = str(error or "").strip().splitlines()
-    return lines[-1].strip() if lines else "its process died"
+    """Why a trial failed the last time, in a line."""
+    file = trial.error_file  # which Ray brings to the storage only later
+    text = Path(file).read_text(errors="replace") if file and Path(file).exists() else ""
+    last = text.rpartition("Failure #")[2].partition("\n")[2].strip()
+    raised = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt)(?:: .*)?)$", last, re.MULTILINE)
+    return str((raised or last.splitlines() or ["its process died"])[-1])
 
 
 def _saved(searcher: Searcher) -> bytes | None:

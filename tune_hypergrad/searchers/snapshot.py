@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ray.cloudpickle as pickle
 from pyarrow.fs import FileSelector, FileSystem
 from ray.tune.experiment import Trial
 
@@ -81,6 +81,9 @@ def put_snapshot_back(file: Path, experiment: str) -> bool:
         if found.base_name.startswith(_OF_SNAPSHOTS):
             filesystem.delete_file(found.path)
     for name, content in files.items():
+        if name.startswith("search_gen_state-"):
+            # at the end Ray would ask the searcher nothing, and so not learn that it is the end
+            content = pickle.dumps({**pickle.loads(content), "finished": False})
         with filesystem.open_output_stream(f"{folder}/{name}") as stream:
             stream.write(content)
     return True

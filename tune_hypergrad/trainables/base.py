@@ -89,7 +89,8 @@ class Stored:
     def __getstate__(self) -> dict[str, Any]:
         if not ray.is_initialized():
             return {"_problem": self._problem, "_reference": None, "_session": ""}
-        session = ray.get_runtime_context().get_job_id()
+        context = ray.get_runtime_context()
+        session = f"{context.get_node_id()} {context.get_job_id()}"  # every new cluster begins at the same job
         if self._reference is None or self._session != session:
             self._reference, self._session = ray.put(self.get()), session
         return {"_problem": None, "_reference": self._reference, "_session": session}

@@ -6,8 +6,10 @@ import inspect
 import math
 from collections.abc import Collection, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any, cast
 
+from pyarrow.fs import FileSelector, FileSystem, FileType
 from ray import tune
 from ray.train._internal.session import _TrainingResult
 from ray.tune.result import RESULT_DUPLICATE, TIME_TOTAL_S, TRIAL_INFO
@@ -18,6 +20,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.portfolio import FOUND, PORTFOLIO
 
+_ITERATION = "training_iteration"
 _LONG = 50  # windows beyond which a schedule is not reported as scalars
 
 
@@ -85,10 +88,23 @@ class Dispatching(tune.Trainable):
             return _TrainingResult(None, {})
         saved = self._inner.save(checkpoint_dir)
         saved.metrics = dict(self._reported) or saved.metrics
+        if saved.checkpoint is not None:
+            so_far = {_ITERATION: self._inner.training_iteration, TIME_TOTAL_S: self._inner._time_total}
+            saved.checkpoint.update_metadata(so_far)
         return saved
 
     def restore(self, checkpoint_path: Any) -> None:
-        """Called by Ray."""
+        """Called by Ray.
+
+        It deletes a checkpoint when there is a newer one, and a driver that is killed then has told nobody of that:
+        the newest that is there is taken, or the trial starts from scratch.
+        """
+        saved = getattr(checkpoint_path, "checkpoint", None)
+        if saved is not None and saved.filesystem.get_file_info(saved.path).type == FileType.NotFound:
+            newest = _newest_checkpoint(saved.filesystem, str(Path(saved.path).parent))
+            if newest is None:
+                return
+            checkpoint_path = _TrainingResult(newest, newest.get_metadata())
         self._inner.restore(checkpoint_path)
 
     def cleanup(self) -> None:
@@ -129,6 +145,14 @@ class Dispatching(tune.Trainable):
         seconds = result[TIME_TOTAL_S] - self._seconds_before
         costs = Cost(device_seconds=seconds * devices, wall_seconds=seconds).as_result()
         return {name: value for name, value in costs.items() if name.endswith("seconds")}
+
+
+def _newest_checkpoint(filesystem: FileSystem, folder: str) -> tune.Checkpoint | None:
+    found = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
+    paths = [info.path for info in found if info.base_name.startswith("checkpoint_")]
+    checkpoints = (tune.Checkpoint(path, filesystem=filesystem) for path in sorted(paths, reverse=True))
+    # one that does not know its iteration was being written
+    return next((each for each in checkpoints if _ITERATION in each.get_metadata()), None)
 
 
 def _is_window_of(names: Collection[str], key: str) -> bool:
