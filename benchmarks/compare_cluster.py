@@ -81,11 +81,14 @@ def tell(comparison: Comparison) -> None:
     print(accounts[["method", "trials", "share", f"spent/{unit}", f"lost/{unit}", "reason"]].to_string(index=False))
     logged = 0.0
     for log in (comparison.folder / "trials").glob("*/result.json"):
-        before: dict[int, float] = {0: 0.0}
+        before, said = {0: 0.0}, set()
         for line in map(json.loads, log.read_text().splitlines()):
             iteration, cost = line["training_iteration"], line[f"cost/{unit}"]
-            logged += cost - before[iteration - 1]
+            again = (iteration, line["cost/wall_seconds"])
+            if again not in said:  # which a trial says that goes on from a checkpoint
+                logged += cost - before[iteration - 1]
             before[iteration] = cost
+            said.add(again)
     ledger = float(accounts[f"spent/{unit}"].sum() + accounts[f"lost/{unit}"].sum())
     print(f"sum over trials' reports {logged:.4f}, over the ledger {ledger:.4f}")
     if abs(logged - ledger) > 1e-6 * logged:

@@ -1,10 +1,10 @@
 """What `compare` costs beside Ray Tune with random search: trials of known length that only sleep.
 
-    python benchmarks/compare_overhead.py
+    python benchmarks/compare_overhead.py [--interval 0.1]
 
-Contenders take turns in one Ray session; each runs as many trials of as many reports, two at once. The ratio is of
-seconds from handing the work over to having the last result (`compare`'s report, which is written after that, is
-timed apart), median and range over the rounds.
+Contenders take turns in one Ray session; each runs as many trials of as many results, two at once. `compare` saves a
+checkpoint at every result, Ray Tune saves none. The ratio is of seconds from handing the work over to having the last
+result (`compare`'s report, which is written after that, is timed apart), median and range over the rounds.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ SPACE = {"x": tune.uniform(0, 1)}
 
 
 class Sleeper(tune.Trainable):
-    """Sleeps a tenth of a second for every report."""
+    """Sleeps before every result."""
 
-    REPORTS, SECONDS = 10, 0.1
+    REPORTS = 10
+    SECONDS: float
 
     def setup(self, config: dict[str, Any]) -> None:
         self.x, self.reports = config["x"], 0
@@ -51,11 +52,16 @@ class Sleeper(tune.Trainable):
         self.reports = int((Path(checkpoint) / "reports").read_text())
 
 
-def with_ray_tune(trials: int, folder: Path) -> float:
+def sleeper(seconds: float) -> type[Sleeper]:
+    """The trainable, whose results come every so many seconds."""
+    return type("Sleeper", (Sleeper,), {"SECONDS": seconds})
+
+
+def with_ray_tune(trainable: type[Sleeper], trials: int, folder: Path) -> float:
     """Seconds that plain Ray Tune takes."""
     begun = time.perf_counter()
     tune.Tuner(
-        tune.with_resources(Sleeper, {"cpu": 1}),
+        tune.with_resources(trainable, {"cpu": 1}),
         param_space=SPACE,
         tune_config=TuneConfig(num_samples=trials, metric="val_loss", mode="min", reuse_actors=True),
         run_config=RunConfig(storage_path=str(folder), verbose=0),
@@ -63,9 +69,9 @@ def with_ray_tune(trials: int, folder: Path) -> float:
     return time.perf_counter() - begun
 
 
-def with_compare(trials: int, folder: Path) -> tuple[float, float]:
+def with_compare(trainable: type[Sleeper], trials: int, folder: Path) -> tuple[float, float]:
     """Seconds that `compare` takes, without its report, and those of the report."""
-    asleep = Method("rs", lambda task: RandomSearch(SPACE, "val_loss", "min", seed=task.seed), lambda task: Sleeper)
+    asleep = Method("rs", lambda task: RandomSearch(SPACE, "val_loss", "min", seed=task.seed), lambda task: trainable)
     begun = time.perf_counter()
     comparison = compare(
         problems.get("digits_mlp"),
@@ -89,7 +95,8 @@ def with_compare(trials: int, folder: Path) -> tuple[float, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--interval", type=float, default=0.5, help="seconds between a trial's results")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -97,12 +104,12 @@ def main() -> None:
     for round_ in range(options.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
             trials = options.trials if round_ else 4  # the first is to warm up
-            of_ray = with_ray_tune(trials, Path(folder))
-            ours, report = with_compare(trials, Path(folder))
+            of_ray = with_ray_tune(sleeper(options.interval), trials, Path(folder))
+            ours, report = with_compare(sleeper(options.interval), trials, Path(folder))
             if round_:
                 ratios.append(ours / of_ray)
                 seconds.append((of_ray, ours, report))
-    asleep = options.trials * Sleeper.REPORTS * Sleeper.SECONDS / 2
+    asleep = options.trials * Sleeper.REPORTS * options.interval / 2
     print(f"{options.trials} trials, {asleep:.0f} s asleep, two at once; {options.rounds} rounds")
     for name, values in zip(("Ray Tune", "compare", "its report"), zip(*seconds, strict=True), strict=True):
         print(f"{name}: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")

@@ -1,7 +1,7 @@
 """One trainable for all methods: driven by hand, and in one run with trials of classes and functions."""
 
+import copy
 import math
-import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,17 +18,10 @@ from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import FDS, HD, Budget, FixedSchedule, InputError, Schedule, continuing, schedule
 from tune_hypergrad.ledger import LEDGER_FILE, Account, read_events
-from tune_hypergrad.searchers.portfolio import (
-    FOUND,
-    PORTFOLIO,
-    Contender,
-    PortfolioSearch,
-    PortfolioStopper,
-    portfolio_of,
-)
+from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch, PortfolioStopper, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.trainables.base import Stored, stored
-from tune_hypergrad.trainables.dispatching import Dispatching
+from tune_hypergrad.trainables.dispatching import FOUND, PORTFOLIO, Dispatching
 from tune_hypergrad.trainables.retrained import Retrained
 
 
@@ -70,6 +63,14 @@ class Counted(tune.Trainable):
 
 class Other(Counted):
     """Of another method."""
+
+
+@pytest.fixture
+def storage(tmp_path, monkeypatch):
+    """Where Ray would keep a trial's files, without a Ray session."""
+    monkeypatch.setattr("ray.train._internal.storage._get_ray_train_session_dir", lambda: str(tmp_path / "session"))
+    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    return StorageContext(str(tmp_path / "kept"), "experiment", trial_dir_name="f_t0_0-1")
 
 
 @pytest.fixture(autouse=True)
@@ -155,50 +156,73 @@ def test_stopping_reaches_the_inner_one():
     assert Counted.made[0].stopped
 
 
-def test_checkpoints_are_the_inner_ones(tmp_path):
-    trial = make(config=config_of(lr=0.1))
-    for _ in range(3):
-        result = trial.train()
-    saved = trial.save(str(tmp_path / "checkpoint"))
-    assert (tmp_path / "checkpoint" / "steps").read_text() == "3"
-    assert saved.metrics == result, "Ray takes it for the trial's last, once it is restored"
-    restored = make(config=config_of(lr=0.1))
-    restored.restore(saved)
-    result = restored.train()
-    assert (result["training_iteration"], result["val_loss"]) == (4, 0.25)
-    assert result["iterations_since_restore"] == 1 and result["time_total_s"] >= saved.metrics["time_total_s"]
+def checkpoints_of(storage):
+    return sorted(path.name for path in Path(storage.trial_fs_path).glob("checkpoint_*"))
 
 
-def saved_thrice(folder):
-    """A trial's checkpoints as Ray names them, of which the first is what a driver remembers."""
-    trial, saved = make(unit="wall_seconds"), []
+def test_checkpoints_are_the_inner_ones_and_only_the_newest_stays(storage):
+    trial = make(config=config_of(lr=0.1), storage=storage)
     for number in range(3):
         result = trial.train()
-        saved.append(trial.save(str(folder / f"checkpoint_{number:06}")))
-    return saved, result
+        saved = trial.save()
+        assert checkpoints_of(storage) == [f"checkpoint_{number:06}"]
+    assert (Path(saved.checkpoint.path) / "steps").read_text() == "3"
+    assert saved.metrics == result, "Ray takes it for the trial's last, once it is restored"
+    assert trial.save().checkpoint is None, "it has been saved"
 
 
-def test_a_checkpoint_that_has_made_way_for_newer_ones_gives_way_to_the_newest(tmp_path):
-    saved, last = saved_thrice(tmp_path)
-    shutil.rmtree(saved[0].checkpoint.path)
-    (tmp_path / "checkpoint_000003").mkdir()  # which was being written
-    (tmp_path / "checkpoint_000003" / "steps").write_text("99")
-    restored = make(unit="wall_seconds")
-    restored.restore(saved[0])
+def saved_thrice(storage, **more):
+    """What a trial reported that left its checkpoint behind."""
+    trial, results = make(storage=copy.copy(storage), **more), []
+    for _ in range(3):
+        results.append(trial.train())
+        trial.save()
+    return results
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["Ray knows of a checkpoint", "Ray knows of none"])
+def test_a_trial_goes_on_from_its_newest_checkpoint_after_saying_its_last_result_again(storage, known):
+    results = saved_thrice(storage, unit="wall_seconds")
+    restored = make(unit="wall_seconds", storage=storage)
+    if known:
+        restored.restore(SimpleNamespace(checkpoint=tune.Checkpoint(f"{storage.trial_fs_path}/checkpoint_000000")))
+    assert restored.train() == results[-1]
+    assert restored.save().checkpoint is None and checkpoints_of(storage) == ["checkpoint_000002"]
     result = restored.train()
     assert (result["training_iteration"], result["val_loss"]) == (4, 0.25)
-    assert result["cost/wall_seconds"] > last["cost/wall_seconds"], "and what it has cost so far goes along"
+    assert result["iterations_since_restore"] == 1
+    assert result["cost/wall_seconds"] > results[-1]["cost/wall_seconds"], "what it has cost so far goes along"
+    restored.save()
+    assert checkpoints_of(storage) == ["checkpoint_000003"]
 
 
-def test_without_any_checkpoint_left_a_trial_begins_from_scratch(tmp_path):
-    saved, _ = saved_thrice(tmp_path)
-    for each in saved:
-        shutil.rmtree(each.checkpoint.path)
-    restored = make()
-    restored.restore(saved[0])
-    assert restored.train()["training_iteration"] == 1
-    shutil.rmtree(tmp_path)
-    restored.restore(saved[0])
+def test_a_checkpoint_that_a_process_has_left_unfinished_is_passed_over_and_not_written_over(storage):
+    saved_thrice(storage)
+    torn = Path(storage.trial_fs_path) / "checkpoint_000003"
+    torn.mkdir()
+    (torn / "steps").write_text("99")
+    restored = make(storage=storage)
+    assert [restored.train()["training_iteration"] for _ in range(2)] == [3, 4]
+    restored.save()
+    assert checkpoints_of(storage) == ["checkpoint_000004"]
+
+
+def test_without_a_whole_checkpoint_a_trial_begins_from_scratch(storage):
+    (Path(storage.trial_fs_path) / "checkpoint_000000").mkdir(parents=True)
+    assert make(storage=storage).train()["training_iteration"] == 1
+
+
+def test_a_reused_actor_goes_on_from_the_trials_own_checkpoint(storage):
+    results = saved_thrice(storage)
+    trial = make(storage=copy.copy(storage), config=config_of("b"))
+    trial.train()
+    other = copy.copy(storage)
+    other.trial_dir_name = "a_t1_0-2"
+    reset(trial, config_of(), storage=other)
+    assert trial.train()["training_iteration"] == 1
+    reset(trial, config_of(), storage=storage)
+    assert trial.train() == {**results[-1], "config": config_of()}
+    assert trial.train()["training_iteration"] == 4
 
 
 @pytest.mark.parametrize(
@@ -358,34 +382,31 @@ def test_what_our_trainables_find_arrives(tmp_path):
 # what our trainables promise for it
 
 
-def test_a_restored_trial_goes_on_with_the_same_numbers(tmp_path):
+def test_a_restored_trial_goes_on_with_the_same_numbers(storage):
     trainables = {"fds": FDS.from_problem(tiny_problem(), steps=STEPS, space={"lr": tune.uniform(0, 1)}, outer_steps=4)}
-    trial, results = make(trainables, config_of("fds")), []
+    trial, restored, results = make(trainables, config_of("fds"), storage=copy.copy(storage)), None, []
     while not results or not results[-1]["done"]:
         results.append(trial.train())
-        saved = trial.save(str(tmp_path / str(len(results))))
-        assert saved.metrics["config"] == config_of("fds")
         if len(results) == 2:
-            second = saved
-    restored = make(trainables, config_of("fds"))
-    restored.restore(second)
-    later = [restored.train() for _ in results[2:]]
-    assert [repr(numbers(r)) for r in later] == [repr(numbers(r)) for r in results[2:]]
+            assert trial.save().metrics["config"] == config_of("fds")
+            restored = make(trainables, config_of("fds"), storage=storage)
+    later = [restored.train() for _ in results[1:]]
+    assert [repr(numbers(r)) for r in later] == [repr(numbers(r)) for r in results[1:]]
     assert later[-1]["training_iteration"] == results[-1]["training_iteration"]
 
 
 def test_a_trial_that_is_restored_at_its_end_repeats_its_last_result(tmp_path):
-    trainables = {"rs": FixedSchedule.from_problem(tiny_problem(), steps=STEPS, reports=2)}
-    trial = make(trainables, config_of("rs", lr=0.1))
+    """Whoever restores it: as Ray does by itself, without `Dispatching`."""
+    trainable = FixedSchedule.from_problem(tiny_problem(), steps=STEPS, reports=2)
+    trial = trainable(config={"lr": 0.1, TRIAL_INFO: info("t0")})
     first, last = trial.train(), trial.train()
-    saved = trial.save(str(tmp_path / "checkpoint"))
-    restored = make(trainables, config_of("rs", lr=0.1))
-    restored.restore(saved)
+    restored = trainable(config={"lr": 0.1, TRIAL_INFO: info("t0")})
+    restored.restore(trial.save(str(tmp_path / "checkpoint")))
     again = restored.train()
     costs = [key for key in last if key.startswith("cost/")]
     assert last["done"] and again["done"] and numbers(again) == numbers(last) != numbers(first)
     assert [again[key] for key in costs] == [last[key] for key in costs], "it has cost nothing more"
-    reset(restored, config_of("rs", lr=0.1))
+    reset(restored, {"lr": 0.1})
     assert numbers(restored.train()) == numbers(first), "the next trial of its actor begins from the beginning"
 
 
@@ -465,14 +486,6 @@ def without_checkpoints(config):
 FUNCTIONS = {"f": function, "g": without_checkpoints, "a": Counted}
 
 
-@pytest.fixture
-def storage(tmp_path, monkeypatch):
-    """Where Ray would keep a trial's files, without a Ray session."""
-    monkeypatch.setattr("ray.train._internal.storage._get_ray_train_session_dir", lambda: str(tmp_path / "session"))
-    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    return StorageContext(str(tmp_path / "kept"), "experiment", trial_dir_name="f_t0_0-1")
-
-
 def of_function(storage, method="f", n=3, cost=None, **more):
     config = config_of(method, n=n, cost={"cost/gradients": 5.0} if cost is None else cost, **more)
     return make(FUNCTIONS, config, "gradients" if method == "f" else "wall_seconds", storage)
@@ -490,26 +503,29 @@ def test_a_functions_results(storage):
 
 
 def test_a_function_goes_on_from_its_checkpoint(storage):
-    trial = of_function(storage)
+    trial = of_function(copy.copy(storage))
     reported = [trial.train() for _ in range(2)]
     saved = trial.save()
     assert saved.checkpoint is not None and saved.metrics == reported[-1]
+    assert checkpoints_of(storage) == ["checkpoint_000001"]
     trial.stop()
     restored = of_function(storage)
-    restored.restore(saved)
+    assert restored.train() == reported[-1]
     result = restored.train()
     assert (result["training_iteration"], result["val_loss"]) == (3, 1 / 3)
+    restored.save()
+    assert checkpoints_of(storage) == ["checkpoint_000002"]
     assert RESULT_DUPLICATE in restored.train()
     restored.stop()
 
 
 def test_a_function_that_is_restored_at_its_end_returns_without_another_word(storage):
-    trial = of_function(storage, n=1)
-    trial.train()
-    saved = trial.save()
+    trial = of_function(copy.copy(storage), n=1)
+    reported = trial.train()
+    trial.save()
     trial.stop()
     restored = of_function(storage, n=1)
-    restored.restore(saved)
+    assert restored.train() == reported
     assert RESULT_DUPLICATE in restored.train()
     assert restored.save().checkpoint is None, "Ray asks for one even so"
     restored.stop()
@@ -610,7 +626,7 @@ def test_trials_of_classes_and_functions_share_actors(ray_session, tmp_path, mon
             stop=PortfolioStopper("of a run"),
             callbacks=[_Ends("of a run")],
             failure_config=FailureConfig(max_failures=1),
-            checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=1),
+            checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
         ),
     )
     tuner.fit()

@@ -25,7 +25,7 @@ from tune_hypergrad.searchers.portfolio import (
     FOUND,
     PORTFOLIO,
     RETRAINS,
-    SCHEDULE_FILE,
+    SCHEDULE_COLUMN,
     SNAPSHOT_FILE,
     Contender,
     PortfolioSearch,
@@ -552,6 +552,39 @@ def test_a_result_that_ray_sends_twice_counts_once(tmp_path):
     assert [event["event"] for event in read_events(tmp_path / LEDGER_FILE)] == ["start", "result"]
 
 
+def test_what_a_trial_says_again_as_it_goes_on_from_a_checkpoint_counts_once(tmp_path):
+    loop = Loop(make(tmp_path, endless("m")), slots=1, reports=lambda _: 9)
+    loop.fill()
+    (trial,) = loop.running
+    said = []
+    for _ in range(3):
+        loop.report(trial)
+        said.append(dict(trial.last))
+    for again in said[1:]:  # whichever it is that its checkpoint belongs to
+        assert not loop.stopper(trial.trial_id, dict(again))
+        ledger = loop.portfolio.ledger
+        assert (ledger.spent(Account("m", 0)).gradients, ledger.lost(Account("m", 0)).gradients) == (300, 0)
+    trial.iteration, trial.spent = 2, 200
+    loop.report(trial)
+    assert (ledger.spent(Account("m", 0)).gradients, ledger.lost(Account("m", 0)).gradients) == (300, 100)
+
+
+def test_a_trial_that_was_cut_ends_as_soon_as_it_says_its_last_result_again(tmp_path):
+    loop = Loop(make(tmp_path, endless("m")), slots=1, reports=lambda _: 99)
+    loop.fill()
+    (trial,) = loop.running
+    loop.save()
+    while not loop.stopper(trial.trial_id, trial.result()):
+        pass
+    again = restored(loop, endless("m"))
+    spent = again.portfolio.ledger.spent(Account("m", 0))
+    trial.iteration -= 1
+    last = {**read_events(tmp_path / LEDGER_FILE)[-2], "config": trial.config, "training_iteration": trial.iteration + 1}
+    assert again.stopper(trial.trial_id, last) and again.portfolio.ledger.spent(Account("m", 0)) == spent
+    again.end(again.trials[trial.trial_id])
+    assert again.portfolio.ledger.trials[trial.trial_id].status == "budget"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # concurrency
 
@@ -783,20 +816,19 @@ def test_long_schedules_are_kept_as_files(tmp_path):
     loop.portfolio.charge(trial.trial_id, result)
     assert FOUND not in result
     event = read_events(tmp_path / LEDGER_FILE)[-1]
-    assert event[SCHEDULE_FILE] == "m-0-1-1.json"
-    kept = Schedule.load(tmp_path / SCHEDULES_FOLDER / event[SCHEDULE_FILE])
+    assert event[SCHEDULE_COLUMN] == "m-0-1-1.json"
+    kept = Schedule.load(tmp_path / SCHEDULES_FOLDER / event[SCHEDULE_COLUMN])
     assert kept == Schedule({"lr": (0.1, 0.2), "momentum": (0.9,)})
 
 
-@pytest.mark.parametrize(("mode", "best"), [("min", 0.25), ("max", 0.75)])
-def test_the_best_so_far(tmp_path, mode, best):
-    loop = Loop(make(tmp_path, endless("m"), mode=mode), slots=1, reports=lambda _: 9)
+def test_the_best_so_far(tmp_path):
+    loop = Loop(make(tmp_path, endless("m")), slots=1, reports=lambda _: 9)
     loop.fill()
     (trial,) = loop.running
     for value in (float("nan"), 0.5, np.float32(0.25), 0.75, float("inf"), -float("inf"), None):
         loop.report(trial, value)
-    assert loop.portfolio.best == {Account("m", 0): best}
-    again = make(tmp_path, endless("m"), key=loop.portfolio.key, mode=mode)
+    assert loop.portfolio.best == {Account("m", 0): 0.25}
+    again = make(tmp_path, endless("m"), key=loop.portfolio.key)
     again.restore_from_dir(str(loop.save()))
     assert again.best == loop.portfolio.best
 
@@ -1077,14 +1109,6 @@ def test_a_restored_portfolio_is_the_one_that_stopper_and_callbacks_find(tmp_pat
     assert copy.set_search_properties("val_loss", "min", {}) and not loop.stopper.stop_all()
     loop.portfolio.set_search_properties("val_loss", "min", {})
     assert portfolio_of(loop.portfolio.key) is loop.portfolio
-
-
-def test_what_cannot_be_pickled_of_ended_trials_is_left_out(tmp_path):
-    loop = Loop(make(tmp_path, endless("m")), slots=1)
-    loop.fill()
-    loop.running[0].storage = (lambda: None, open(__file__))  # noqa: SIM115
-    loop.report(loop.running[0])
-    assert pickle.loads(pickle.dumps(loop.portfolio))._ended == []
 
 
 def test_every_snapshot_is_copied_whole(tmp_path):

@@ -152,7 +152,7 @@ def test_a_copy_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             keep_snapshot(file, saved)
     storage.mkdir()
-    assert put_snapshot_back(file, str(storage)) and trials_in(storage) == {"two": "PENDING"}
+    assert put_snapshot_back(file, str(storage)) == {"two"} and trials_in(storage) == {"two": "PENDING"}
 
 
 def test_without_anything_to_go_on_from_nothing_is_touched(tmp_path):

@@ -1,6 +1,7 @@
 """Gradient-based hyperparameter optimisation inside Ray Tune.
 
-What needs Ray is imported when it is first used, so that the engine (`tune_hypergrad.hypergradients`) works without it.
+What is here is imported when it is first used: the engine (`tune_hypergrad.hypergradients`) works without Ray, and
+processes that do not need torch start without it.
 """
 
 from __future__ import annotations
@@ -8,16 +9,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tune_hypergrad.budget import Budget, Cost
-from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import HypergradientResult, check_problem, hypergradient
-from tune_hypergrad.problem import Problem
-from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.space import schedule
-
 if TYPE_CHECKING:
+    from tune_hypergrad.budget import Budget, Cost
     from tune_hypergrad.comparison import Comparison, Retraining, compare
+    from tune_hypergrad.errors import InputError
+    from tune_hypergrad.hypergradients import HypergradientResult, check_problem, hypergradient
     from tune_hypergrad.methods import Method
+    from tune_hypergrad.problem import Problem
+    from tune_hypergrad.schedules import Schedule
     from tune_hypergrad.searchers import (
         BOHBSearch,
         BOSearch,
@@ -26,27 +25,37 @@ if TYPE_CHECKING:
         RandomSearch,
         hpbandster_result,
     )
+    from tune_hypergrad.space import schedule
     from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun, continuing
 
-_NEEDS_RAY = {
+_MODULES = {
     "BOHBSearch": "searchers",
     "BOSearch": "searchers",
+    "Budget": "budget",
     "CenteredSTN": "trainables",
     "Comparison": "comparison",
+    "Cost": "budget",
     "DeltaSTN": "trainables",
     "FDS": "trainables",
-    "HD": "trainables",
     "FixedSchedule": "trainables",
+    "HD": "trainables",
     "HyperBandSearch": "searchers",
+    "HypergradientResult": "hypergradients",
     "HypergradientSearch": "searchers",
     "InnerRun": "trainables",
+    "InputError": "errors",
     "Method": "methods",
+    "Problem": "problem",
     "RandomSearch": "searchers",
     "Retraining": "comparison",
     "STN": "trainables",
+    "Schedule": "schedules",
+    "check_problem": "hypergradients",
     "compare": "comparison",
     "continuing": "trainables",
     "hpbandster_result": "searchers",
+    "hypergradient": "hypergradients",
+    "schedule": "space",
 }
 
 __all__ = [
@@ -81,6 +90,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEEDS_RAY:
-        return getattr(import_module(f"tune_hypergrad.{_NEEDS_RAY[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"tune_hypergrad.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'tune_hypergrad' has no attribute {name!r}")

@@ -16,6 +16,8 @@ LEDGER_FILE = "ledger.jsonl"
 """In a comparison's folder: one JSON object a line, appended as things happen."""
 SCHEDULES_FOLDER = "schedules"
 """In a comparison's folder: schedules that results refer to by file name, since they are too long for a ledger."""
+SCHEDULE_COLUMN = "schedule_file"
+"""In a result: that file."""
 
 
 class Account(NamedTuple):
@@ -118,10 +120,10 @@ class Ledger:
         self._apply(_with_numbers(made))
 
     def repeats(self, trial_id: str, iteration: int, cost: Cost) -> bool:
-        """Whether this is the trial's last result once more, which Ray sends when a function returns."""
+        """Whether this is a result that counts already, once more: Ray sends the last one again when a function
+        returns, and a trial that goes on from a checkpoint begins with the result that belongs to it."""
         record = self.trials.get(trial_id)
-        last = record.charges[-1] if record is not None and record.charges else None
-        return last is not None and (last.iteration, last.cost) == (iteration, cost)
+        return record is not None and (iteration, cost) in ((each.iteration, each.cost) for each in record.charges)
 
     def spent(self, account: Account) -> Cost:
         """What an account's trials have spent on results that count."""

@@ -195,7 +195,7 @@ def _inside(task: Task) -> dict[str, Any]:
     """What a self-tuning network tunes.
 
     Raises:
-        InputError: nothing.
+        InputError: the search space has none of it.
     """
     inside = task.part(of_training_loss=True)
     if not inside:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from tune_hypergrad.budget import UNITS, Budget, Cost
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULES_FOLDER, Account, Ledger, read_events
+from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
 from tune_hypergrad.schedules import Schedule
 
 SETTINGS_FILE = "settings.json"
@@ -358,7 +358,7 @@ class Comparison:
 
 def schedule_of(row: Mapping[str, Any] | pd.Series, folder: Path) -> Schedule:
     """The schedule that a result was reached with: its own scalars, or the file that it names."""
-    named = row.get("schedule_file")
+    named = row.get(SCHEDULE_COLUMN)
     if isinstance(named, str):
         return Schedule.load(folder / SCHEDULES_FOLDER / named)
     windows: dict[str, dict[int, float]] = {}

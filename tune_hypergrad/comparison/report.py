@@ -23,6 +23,7 @@ from tune_hypergrad.comparison.drawing import COST_LABELS, INK, NARROW
 from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.series import Granted, distinct_units
 from tune_hypergrad.comparison.tables import TextTable
+from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
 REPORT_FILE = "report.html"
 """In a comparison's folder: one page, which needs no network and no other file."""
@@ -32,8 +33,6 @@ RESULTS_FILE = "results.csv"
 """In a comparison's folder: `Comparison.results`."""
 PICTURES_FOLDER = "pictures"
 """In a comparison's folder: every picture as PNG and SVG."""
-SCHEDULE_FILE = "schedule.json"
-"""In a method's folder: its best schedule."""
 
 _TEMPLATE = "report.html.j2"
 _FIRST_COLUMNS = ("method", "seed", "trial", "iteration")

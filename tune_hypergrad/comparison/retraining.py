@@ -19,8 +19,9 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.methods import Task, training_reports
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.searchers.portfolio import PORTFOLIO, RETRAINS, portfolio_of
+from tune_hypergrad.searchers.portfolio import RETRAINS, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.trainables.dispatching import PORTFOLIO
 from tune_hypergrad.trainables.retrained import Retrained
 
 _logger = logging.getLogger(__name__)

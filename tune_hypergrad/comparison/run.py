@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import ray
+from pyarrow.fs import FileSelector, FileSystem, FileType
 from ray import tune
 from ray.tune import (
     Callback,
@@ -32,13 +33,13 @@ from tune_hypergrad.comparison.progress import Display, Status, make_display
 from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
 from tune_hypergrad.comparison.report import write_report
 from tune_hypergrad.comparison.retraining import Retraining
+from tune_hypergrad.comparison.scheduling import PatientScheduler
 from tune_hypergrad.comparison.session import cluster_session
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import LEDGER_FILE, Account, Ledger
 from tune_hypergrad.methods import Method, Task
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.searchers.portfolio import (
-    PORTFOLIO,
     SNAPSHOT_FILE,
     WAITING,
     PortfolioStopper,
@@ -47,7 +48,8 @@ from tune_hypergrad.searchers.portfolio import (
     trial_name,
 )
 from tune_hypergrad.searchers.snapshot import put_snapshot_back
-from tune_hypergrad.trainables.dispatching import Dispatching
+from tune_hypergrad.trainables.checkpoints import delete_checkpoints
+from tune_hypergrad.trainables.dispatching import PORTFOLIO, Dispatching
 
 COMMAND_FILE = "command.json"
 """In a comparison's folder, where the command line made it: its options, for resuming."""
@@ -112,7 +114,8 @@ def compare(
             say otherwise for its own.
         out: folder for everything, which must be empty or not there; where the cluster has several nodes, on a file
             system that all see, or give `storage`.
-        resume: go on with the comparison in `out`, with the same arguments.
+        resume: go on with the comparison in `out`, with the same arguments; `max_failures` and `callbacks` stay those
+            that it began with.
         retraining: how incumbents are trained again.
         reference: what regret is measured from: a value on the test split, "best" (the best seen), or "grid:N", a
             grid search of at most N trainings, which is not part of any budget.
@@ -283,7 +286,9 @@ def _run(
     trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
     trials = f"{storage}/{folder.name}-{key}" if storage else str(folder)
     path = f"{trials}/{_TRIALS_FOLDER}"
-    if put_snapshot_back(folder / SNAPSHOT_FILE, path):
+    known = put_snapshot_back(folder / SNAPSHOT_FILE, path)
+    if known:
+        _delete_checkpoints(path, keep=known)
         tuner = tune.Tuner.restore(path, trainable)
     else:
         _forget(folder, path)
@@ -291,6 +296,7 @@ def _run(
             trainable,
             tune_config=TuneConfig(
                 search_alg=plan.portfolio(searchers, folder, key),
+                scheduler=PatientScheduler(),
                 metric="val_loss",
                 mode="min",
                 num_samples=-1,
@@ -305,11 +311,22 @@ def _run(
                 verbose=0,
                 callbacks=[ComparisonCallback(key), *callbacks],
                 failure_config=FailureConfig(max_failures=max_failures),
-                checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=1),
+                checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
             ),
         )
     tuner.fit()
-    return portfolio_of(key).finished  # Ray catches Ctrl-C, stops the trials and returns
+    finished = portfolio_of(key).finished  # Ray catches Ctrl-C, stops the trials and returns
+    if finished:
+        _delete_checkpoints(path)
+    return finished
+
+
+def _delete_checkpoints(trials: str, keep: Collection[str] = ()) -> None:
+    """Delete the checkpoints of all trials but those of the ids `keep`: nobody will go on from them."""
+    filesystem, folder = FileSystem.from_uri(trials)
+    for found in filesystem.get_file_info(FileSelector(folder)):
+        if found.type == FileType.Directory and not any(f"_{trial_id}_" in found.base_name for trial_id in keep):
+            delete_checkpoints(filesystem, found.path)
 
 
 def _forget(folder: Path, trials: str) -> None:

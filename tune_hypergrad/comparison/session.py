@@ -13,7 +13,7 @@ from tune_hypergrad.errors import InputError, in_one_line
 
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray's own tables would tear ours
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # short trials need frequent snapshots
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",  # trials younger than the last snapshot are forgotten when the driver dies
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # trials without a GPU see none
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one method's result without the metric would end all methods
 }

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from weakref import WeakValueDictionary
 
 import ray.cloudpickle as pickle
-from pyarrow.fs import FileSelector, FileType
+from pyarrow.fs import FileSystem
 from ray.tune import Stopper
 from ray.tune.experiment import Trial
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
@@ -24,19 +24,14 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget, Cost
 from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULES_FOLDER, Account, Ledger, read_events
+from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.snapshot import SavedTrial, keep_snapshot, saved_trials
+from tune_hypergrad.trainables.checkpoints import delete_checkpoints
+from tune_hypergrad.trainables.dispatching import FOUND, PORTFOLIO
 
-PORTFOLIO = "portfolio"
-"""Key in a trial's config: its account and its number, `{"method": "fds", "seed": 0, "trial": 1}`, beside what a
-suggestion has there itself."""
 RETRAINS = "retrains"
-"""Key within it, of trials that train an incumbent again: whose and which."""
-FOUND = "found"
-"""Key in a result: a schedule too long for scalars, `{name: values}`, which is kept as a file."""
-SCHEDULE_FILE = "schedule_file"
-"""Key in the ledger: that file."""
+"""Key within `PORTFOLIO`, of trials that train an incumbent again: whose and which."""
 SNAPSHOT_FILE = "snapshot.pkl"
 """In the portfolio's folder: what Ray's last snapshot had, complete."""
 
@@ -137,8 +132,7 @@ class PortfolioSearch(Searcher):
         folder: gets the ledger, schedules that are too long for it, and a copy of Ray's last snapshot.
         key: by which `PortfolioStopper` and callbacks find this object; Ray restores them apart.
         max_concurrent: trials of all methods together that may run at once; None leaves it to the cluster.
-        metric: result that trials are judged by.
-        mode: "min" or "max".
+        metric: result that trials are judged by, the lower the better.
     """
 
     def __init__(
@@ -149,27 +143,23 @@ class PortfolioSearch(Searcher):
         *,
         max_concurrent: int | None = None,
         metric: str = "val_loss",
-        mode: str = "min",
     ) -> None:
-        super().__init__(metric=metric, mode=mode)
+        super().__init__(metric=metric, mode="min")
         self.contenders = {contender.account: contender for contender in contenders}
         self.key, self.max_concurrent = key, max_concurrent
         self.finished = False
         """Whether nothing will be suggested any more."""
         self.ledger = Ledger(folder / LEDGER_FILE)
         self.best: dict[Account, float] = {}
-        """Lowest metric so far (highest where the mode is "max"), for progress displays."""
+        """Lowest metric so far, for progress displays."""
         self._folder = folder
         self._accounts: dict[str, Account] = {}
         self._waiting: dict[str, str] = {}  # trial to the kind of resources that it waits for
         self._cut: set[str] = set()
         self._strangers: set[str] = set()  # trials that their searchers do not know, being restored to before them
-        self._ended: list[Trial] = []
-        self._to_sweep: list[Trial] = []
+        self._ended: list[tuple[FileSystem, str]] = []  # folders of trials, since the last snapshot
+        self._to_sweep: list[tuple[FileSystem, str]] = []  # and since the one before
         _PORTFOLIOS[key] = self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ended": [], "_to_sweep": []}  # these trials hold what does not pickle
 
     # What Ray asks a searcher
 
@@ -217,6 +207,7 @@ class PortfolioSearch(Searcher):
             "counts": {account: (c.suggested, c.failures, c.failed, c.largest, c.longest) for account, c in contenders},
             "live": {account: [id for id in c.live if id not in self._strangers] for account, c in contenders},
             "cut": self._cut,
+            "ended": [*self._to_sweep, *self._ended],
         }
         Path(checkpoint_path).write_bytes(pickle.dumps(state))
         keep_snapshot(self._folder / SNAPSHOT_FILE, Path(checkpoint_path))
@@ -246,6 +237,7 @@ class PortfolioSearch(Searcher):
         self._accounts = {id: c.account for c in self.contenders.values() for id in c.live}
         self._strangers = {id for c in self.contenders.values() for id in c.live if id not in state["live"][c.account]}
         self._cut, self._waiting, self.best = set(state["cut"]), {}, {}
+        self._ended = list(state["ended"])
         for line, event in enumerate(read_events(self._folder / LEDGER_FILE)):
             if event["event"] == "result" and line not in self.ledger.lost_lines:
                 self._note_best(Account(event["method"], event["seed"]), event.get(str(self.metric)))
@@ -259,18 +251,10 @@ class PortfolioSearch(Searcher):
     def charge(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Take a result into the ledger; whether its trial has to stop since the budget is spent, or will be by the
         results on their way. `FOUND` is taken out of the result."""
-        config = result["config"]
-        account, name = account_of(config), trial_name(config)
-        contender = self.contenders[account]
-        found = result.pop(FOUND, None)
-        iteration, cost = int(result["training_iteration"]), Cost.from_result(result)
-        if self.ledger.repeats(trial_id, iteration, cost):
-            return False
-        row = {key: value for key, value in result.items() if _is_recorded(key, value)}
-        row |= {key: value for key, value in config.items() if key == _BUDGET}
-        row |= {} if found is None else {SCHEDULE_FILE: self._keep(found, f"{name}-{iteration}.json")}
-        self.ledger.write("result", **_named(config, trial_id), iteration=iteration, **{**row, **cost.as_result()})
-        self._note_best(account, result.get(str(self.metric)))
+        config, found = result["config"], result.pop(FOUND, None)
+        contender, cost = self.contenders[account_of(config)], Cost.from_result(result)
+        if not self.ledger.repeats(trial_id, int(result["training_iteration"]), cost):
+            self._record(trial_id, result, found)
         if contender.budget is None:
             return False
         step = max(0.0, contender.budget.spent_by(self.ledger.trials[trial_id].spent_last))
@@ -283,6 +267,16 @@ class PortfolioSearch(Searcher):
         if must_stop:
             self._cut.add(trial_id)
         return must_stop
+
+    def _record(self, trial_id: str, result: Mapping[str, Any], found: Mapping[str, Any] | None) -> None:
+        config, iteration = result["config"], int(result["training_iteration"])
+        row = {key: value for key, value in result.items() if _is_recorded(key, value)}
+        row |= {key: value for key, value in config.items() if key == _BUDGET}
+        if found is not None:
+            row[SCHEDULE_COLUMN] = self._keep(found, f"{trial_name(config)}-{iteration}.json")
+        cost = Cost.from_result(result).as_result()
+        self.ledger.write("result", **_named(config, trial_id), iteration=iteration, **{**row, **cost})
+        self._note_best(account_of(config), result.get(str(self.metric)))
 
     def started(self, trial: Trial) -> None:
         """A trial's process has begun, or begun again."""
@@ -301,8 +295,8 @@ class PortfolioSearch(Searcher):
         contender = self.contenders[account_of(trial.config)]
         contender.failures = 0
         self.ledger.write("end", **_named(trial.config, trial.trial_id), status=status)
-        if not getattr(contender.searcher, "resume_promoted", False):
-            self._ended.append(trial)
+        if trial.storage is not None and not getattr(contender.searcher, "resume_promoted", False):
+            self._ended.append((trial.storage.storage_filesystem, trial.storage.trial_fs_path))
 
     def retried(self, trial: Trial) -> None:
         """A trial's process has failed and will be started again.
@@ -400,23 +394,13 @@ class PortfolioSearch(Searcher):
 
     def _sweep(self) -> None:
         """Delete checkpoints of trials that the last two snapshots know to have ended: no restore needs them."""
-        for trial in self._to_sweep:
-            storage = trial.storage
-            assert storage is not None
-            for info in storage.storage_filesystem.get_file_info(
-                FileSelector(storage.trial_fs_path, allow_not_found=True)
-            ):
-                if info.type == FileType.Directory and info.base_name.startswith("checkpoint_"):
-                    try:
-                        storage.storage_filesystem.delete_dir(info.path)
-                    except OSError as error:
-                        _logger.warning("%s is not needed any more, but stays: %s", info.path, in_one_line(error))
+        for filesystem, folder in self._to_sweep:
+            delete_checkpoints(filesystem, folder)
         self._to_sweep, self._ended = self._ended, []
 
     def _note_best(self, account: Account, value: Any) -> None:
         if value is not None and math.isfinite(value):
-            choose = min if self.mode == "min" else max
-            self.best[account] = choose(self.best.get(account, value), value)
+            self.best[account] = min(self.best.get(account, value), value)
 
 
 class PortfolioStopper(Stopper):

@@ -64,18 +64,22 @@ def keep_snapshot(file: Path, saved: Path) -> None:
     temporary.replace(file)
 
 
-def put_snapshot_back(file: Path, experiment: str) -> bool:
-    """Make a copy that `keep_snapshot` took the experiment's only snapshot; whether there was one to go on from.
+def put_snapshot_back(file: Path, experiment: str) -> set[str]:
+    """Make a copy that `keep_snapshot` took the experiment's only snapshot.
 
     Args:
         file: the copy.
         experiment: Ray's folder of the experiment, a path or an address.
+
+    Returns:
+        Ids of the trials that it knows; none where there is nothing to go on from.
     """
     files: dict[str, bytes] = pickle.loads(file.read_bytes()) if file.exists() else {}
-    trials = [content for name, content in files.items() if name.startswith("experiment_state-")]
-    has_trials = any(json.loads(content)["trial_data"] for content in trials)
-    if not has_trials or not any(name.startswith("search_gen_state-") for name in files):
-        return False
+    states = [json.loads(content) for name, content in files.items() if name.startswith("experiment_state-")]
+    descriptions = [description for state in states for description, _ in state["trial_data"]]
+    trials = {Trial.from_json_state(description, stub=True).trial_id for description in descriptions}
+    if not trials or not any(name.startswith("search_gen_state-") for name in files):
+        return set()
     filesystem, folder = FileSystem.from_uri(experiment)
     for found in filesystem.get_file_info(FileSelector(folder)):
         if found.base_name.startswith(_OF_SNAPSHOTS):
@@ -86,4 +90,4 @@ def put_snapshot_back(file: Path, experiment: str) -> bool:
             content = pickle.dumps({**pickle.loads(content), "finished": False})
         with filesystem.open_output_stream(f"{folder}/{name}") as stream:
             stream.write(content)
-    return True
+    return trials

@@ -6,21 +6,31 @@ import inspect
 import math
 from collections.abc import Collection, Mapping
 from numbers import Real
-from pathlib import Path
 from typing import Any, cast
 
-from pyarrow.fs import FileSelector, FileSystem, FileType
 from ray import tune
 from ray.train._internal.session import _TrainingResult
+from ray.train._internal.storage import StorageContext
 from ray.tune.result import RESULT_DUPLICATE, TIME_TOTAL_S, TRIAL_INFO
 from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.searchers.portfolio import FOUND, PORTFOLIO
+from tune_hypergrad.trainables.checkpoints import (
+    checkpoint_number,
+    checkpoints_in,
+    delete_checkpoints,
+    read_result,
+    write_result,
+)
 
-_ITERATION = "training_iteration"
+PORTFOLIO = "portfolio"
+"""Key in a trial's config: its account and its number, `{"method": "fds", "seed": 0, "trial": 1}`, beside what a
+suggestion has there itself."""
+FOUND = "found"
+"""Key in a result: a schedule too long for scalars, `{name: values}`, which is kept as a file."""
+
 _LONG = 50  # windows beyond which a schedule is not reported as scalars
 
 
@@ -29,11 +39,17 @@ class Dispatching(tune.Trainable):
 
     Ray reuses actors for trials of equal resources, whatever their class: hence one class for all methods.
 
+    A trial goes on from the newest whole checkpoint in its folder, of which Ray need not know: it remembers trials as
+    they were at its last snapshot. The result that belongs to it comes once more first, since the driver that has had
+    it may not be there any more. Older checkpoints are deleted.
+
     Args:
         trainables: by method, classes or functions.
         unit: of the budget; every result has to have `cost/<unit>`.
         metric: every result has to have it.
     """
+
+    _restored_result: dict[str, Any] | None
 
     def setup(  # type: ignore[override]
         self, config: dict[str, Any], trainables: Mapping[str, Any], unit: str, metric: str
@@ -59,11 +75,14 @@ class Dispatching(tune.Trainable):
         Raises:
             InputError: it lacks the metric, or its cost in the budget's unit, or they are no numbers.
         """
+        restored, self._restored_result = self._restored_result, None
+        if restored is not None:
+            return {**restored, "config": self.config}
         result: dict[str, Any] = self._inner.train()
         result["config"] = self.config
         result.pop(FOUND, None)  # that name is ours
-        self._returned = RESULT_DUPLICATE in result
-        if self._returned and self._inner.training_iteration:
+        self._unsaved = RESULT_DUPLICATE not in result
+        if not self._unsaved and self._inner.training_iteration:
             return result  # a function has returned: Ray takes its last result once more
         if not isinstance(result.get(self._metric), Real):
             raise InputError(
@@ -84,28 +103,20 @@ class Dispatching(tune.Trainable):
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """Called by Ray: the checkpoint has the result as we have reported it, which Ray may take up again."""
-        if self._returned:  # there is nothing since the last report
+        if not self._unsaved:
             return _TrainingResult(None, {})
         saved = self._inner.save(checkpoint_dir)
-        saved.metrics = dict(self._reported) or saved.metrics
+        saved.metrics = dict(self._reported)
         if saved.checkpoint is not None:
-            so_far = {_ITERATION: self._inner.training_iteration, TIME_TOTAL_S: self._inner._time_total}
-            saved.checkpoint.update_metadata(so_far)
+            write_result(saved.checkpoint, {key: value for key, value in saved.metrics.items() if key != "config"})
+            if self._storage is not None:
+                folder = self._storage.trial_fs_path
+                delete_checkpoints(self._storage.storage_filesystem, folder, keep=saved.checkpoint.path)
+        self._unsaved = False
         return saved
 
     def restore(self, checkpoint_path: Any) -> None:
-        """Called by Ray.
-
-        It deletes a checkpoint when there is a newer one, and a driver that is killed then has told nobody of that:
-        the newest that is there is taken, or the trial starts from scratch.
-        """
-        saved = getattr(checkpoint_path, "checkpoint", None)
-        if saved is not None and saved.filesystem.get_file_info(saved.path).type == FileType.NotFound:
-            newest = _newest_checkpoint(saved.filesystem, str(Path(saved.path).parent))
-            if newest is None:
-                return
-            checkpoint_path = _TrainingResult(newest, newest.get_metadata())
-        self._inner.restore(checkpoint_path)
+        """Called by Ray with what it knows of: the trial has gone on from the newest already."""
 
     def cleanup(self) -> None:
         """Called by Ray."""
@@ -118,9 +129,21 @@ class Dispatching(tune.Trainable):
 
     def _begin(self) -> None:
         self._lowest = float("inf")
-        self._reported = {}
-        self._returned = False
+        self._unsaved = False
         self._seconds_before = self._inner._time_total  # of a shorter trial that this one continues
+        self._restored_result = None if self._storage is None else self._restored_from(self._storage)
+
+    def _restored_from(self, storage: StorageContext) -> dict[str, Any] | None:
+        """Restore the newest whole checkpoint, if there is one; the result that belongs to it."""
+        there = checkpoints_in(storage.storage_filesystem, storage.trial_fs_path)
+        if there:  # those to come must not be written over one that a process has left unfinished
+            storage.current_checkpoint_index = checkpoint_number(there[-1])
+        for checkpoint in reversed(there):
+            result = read_result(checkpoint)
+            if result is not None:
+                self._inner.restore(_TrainingResult(checkpoint, dict(result)))
+                return result
+        return None
 
     def _own(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config that the method's searcher suggested, and what Ray tells trials of themselves."""
@@ -145,14 +168,6 @@ class Dispatching(tune.Trainable):
         seconds = result[TIME_TOTAL_S] - self._seconds_before
         costs = Cost(device_seconds=seconds * devices, wall_seconds=seconds).as_result()
         return {name: value for name, value in costs.items() if name.endswith("seconds")}
-
-
-def _newest_checkpoint(filesystem: FileSystem, folder: str) -> tune.Checkpoint | None:
-    found = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
-    paths = [info.path for info in found if info.base_name.startswith("checkpoint_")]
-    checkpoints = (tune.Checkpoint(path, filesystem=filesystem) for path in sorted(paths, reverse=True))
-    # one that does not know its iteration was being written
-    return next((each for each in checkpoints if _ITERATION in each.get_metadata()), None)
 
 
 def _is_window_of(names: Collection[str], key: str) -> bool:

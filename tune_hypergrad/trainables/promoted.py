@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.trainables.checkpoints import checkpoints_in
 
 PROMOTED_FROM = "promoted_from"
 """Key in a trial's config: the id of the trial to continue."""
@@ -91,12 +92,7 @@ def continuing(trainable: Callable[..., Any] | type[tune.Trainable]) -> type[tun
 
 def _last_checkpoint(storage: Any, trial_id: str) -> tune.Checkpoint | None:
     filesystem, experiment = storage.storage_filesystem, storage.experiment_fs_path
-
-    def folders(path: str, part: str) -> list[str]:
-        found = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
-        return [info.path for info in found if info.type == FileType.Directory and part in info.base_name]
-
     # A trial without a checkpoint may have no folder there yet: Ray brings its log files when it likes.
-    trials = folders(experiment, f"_{trial_id}_")
-    checkpoints = [checkpoint for trial in trials for checkpoint in folders(trial, "checkpoint_")]
-    return tune.Checkpoint(max(checkpoints), filesystem=filesystem) if checkpoints else None
+    found = filesystem.get_file_info(FileSelector(experiment, allow_not_found=True))
+    trials = [info.path for info in found if info.type == FileType.Directory and f"_{trial_id}_" in info.base_name]
+    return next((checkpoints[-1] for trial in trials if (checkpoints := checkpoints_in(filesystem, trial))), None)
