@@ -59,7 +59,7 @@ def main() -> None:
         comparison = compare(
             **settings(name, options.data_dir),
             seeds=options.seeds,
-            retraining=Retraining(seeds=2, shares=(0.25, 0.5, 1.0)),
+            retraining=Retraining(seeds=2, shares=(0.5, 1.0)),
             out=run,
             resume=run.exists(),
         )
