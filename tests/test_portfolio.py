@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 from ray import tune
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad import Budget, Cost, RandomSearch, Schedule
@@ -866,10 +866,11 @@ def test_checkpoints_are_deleted_when_two_snapshots_know_their_trial_to_have_end
     assert kept() == [False, False, True]
 
 
-def test_checkpoints_that_longer_trials_continue_are_kept(tmp_path):
+@pytest.mark.parametrize("limited", [False, True])
+def test_checkpoints_that_longer_trials_continue_are_kept(tmp_path, limited):
     searcher = Endless()
     searcher.resume_promoted = True
-    loop = Loop(make(tmp_path, {"m": searcher}), slots=1)
+    loop = Loop(make(tmp_path, {"m": ConcurrencyLimiter(searcher, 2) if limited else searcher}), slots=1)
     loop.fill()
     (trial,) = loop.running
     folder = with_checkpoint(trial, tmp_path / "trials")
@@ -1084,6 +1085,20 @@ def test_an_end_is_said_again_after_a_restore(tmp_path):
     assert reasons(again.portfolio) == {} and not again.portfolio.finished
     again.run()
     assert reasons(again.portfolio) == {"queue": "search ended", "rs": "budget spent"} and not again.order
+
+
+def test_what_is_on_its_way_is_known_after_a_restore(tmp_path):
+    costs = {"m": [400, 10, 10]}
+    loop = Loop(
+        make(tmp_path, endless("m")), slots=3, reports=lambda _: 9, costs=lambda account, _: costs[account.method]
+    )
+    loop.fill()
+    for trial in list(loop.running):
+        loop.report(trial)
+        loop.fill()
+    before = loop.portfolio.contenders[Account("m", 0)]
+    again = restored(loop, endless("m")).portfolio.contenders[Account("m", 0)]
+    assert again.live == before.live and again.committed == before.committed
 
 
 def test_what_was_cut_by_the_budget_is_told_so_after_a_restore(tmp_path):

@@ -12,10 +12,12 @@ _PATIENCE = 20.0  # seconds in which an actor that has a place on the cluster ha
 
 
 class PatientScheduler(FIFOScheduler):
-    """Ray's order of trials, except that one whose own actor may be starting leaves actors that become free to others.
+    """The newest of the trials that wait first, as long as none has waited for 20 seconds; then that one.
 
-    In Ray's order the oldest waiting trial takes a free actor and gives up its own, which is then killed while it
-    starts: where trials are shorter than that takes, one actor runs them all and the rest of the cluster stays idle.
+    In Ray's order the oldest waiting trial takes an actor that has become free and gives up its own, which is then
+    killed while it starts: where trials are shorter than that takes, one actor runs them all and the rest of the
+    cluster stays idle. So who may have an actor starting leaves free ones to who came later. Ray asks for one trial
+    whatever resources have become free: of several kinds of resources, the other kinds' free actors go to any trial.
     """
 
     def __init__(self) -> None:
@@ -23,7 +25,8 @@ class PatientScheduler(FIFOScheduler):
         self._waiting: dict[str, float] = {}  # trial to the time since when
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Called by Ray: who has waited long, else the newest of those that have asked for their actors already."""
+        """Called by Ray: who has waited long, else the newest that waited at the last call already, since the first to
+        be chosen in its first turn is the first to ask for an actor of its own."""
         now, before = time.monotonic(), self._waiting
         trials: list[Trial] = tune_controller.get_trials()
         pending = {trial.trial_id: trial for trial in trials if trial.status == Trial.PENDING}

@@ -231,7 +231,7 @@ class PortfolioSearch(Searcher):
                 self._stop(contender, contender.failed)
             own = {id: trial for id, trial in trials.items() if account_of(trial.config) == account}
             contender.suggested = max([contender.suggested, *(t.config[PORTFOLIO]["trial"] for t in own.values())])
-            contender.live = {id: Live(_length(trial.config)) for id, trial in own.items() if not trial.ended}
+            contender.live = {id: self._live(contender, id, t.config) for id, t in own.items() if not t.ended}
             saved, live = state["searchers"][account], state["live"][account]
             self._call(contender, _restore_searcher, contender.searcher, saved, live, own)
         self._accounts = {id: c.account for c in self.contenders.values() for id in c.live}
@@ -257,16 +257,23 @@ class PortfolioSearch(Searcher):
             self._record(trial_id, result, found)
         if contender.budget is None:
             return False
-        step = max(0.0, contender.budget.spent_by(self.ledger.trials[trial_id].spent_last))
-        contender.largest = max(contender.largest, step / _length(config))
+        trial = self._live(contender, trial_id, config)
+        contender.largest = max(contender.largest, (trial.last or 0.0) / trial.length)
         if trial_id in contender.live:  # not one that Ray runs again although it had ended
-            contender.live[trial_id] = Live(_length(config), step)
+            contender.live[trial_id] = trial
         if result.get("done"):
             return False
         must_stop = self._share(contender) + contender.committed_before_last() >= 1
         if must_stop:
             self._cut.add(trial_id)
         return must_stop
+
+    def _live(self, contender: Contender, trial_id: str, config: Mapping[str, Any]) -> Live:
+        """A trial as the ledger knows it."""
+        record = self.ledger.trials.get(trial_id)
+        if record is None or not record.charges or contender.budget is None:
+            return Live(_length(config))
+        return Live(_length(config), max(0.0, contender.budget.spent_by(record.spent_last)))
 
     def _record(self, trial_id: str, result: Mapping[str, Any], found: Mapping[str, Any] | None) -> None:
         config, iteration = result["config"], int(result["training_iteration"])
@@ -295,7 +302,7 @@ class PortfolioSearch(Searcher):
         contender = self.contenders[account_of(trial.config)]
         contender.failures = 0
         self.ledger.write("end", **_named(trial.config, trial.trial_id), status=status)
-        if trial.storage is not None and not getattr(contender.searcher, "resume_promoted", False):
+        if trial.storage is not None and not _resumes_promoted(contender.searcher):
             self._ended.append((trial.storage.storage_filesystem, trial.storage.trial_fs_path))
 
     def retried(self, trial: Trial) -> None:
@@ -448,6 +455,16 @@ def trial_name(config: Mapping[str, Any]) -> str:
     """What people call the trial with this config, such as "fds-0-1"."""
     label = config[PORTFOLIO]
     return f"{label['method']}-{label['seed']}-{label['trial']}"
+
+
+def _resumes_promoted(searcher: Any) -> bool:
+    """Whether trials go on from the checkpoints of shorter ones; wrappers such as Ray's `ConcurrencyLimiter` hold the
+    searcher that knows."""
+    while searcher is not None:
+        if getattr(searcher, "resume_promoted", False):
+            return True
+        searcher = getattr(searcher, "searcher", None)
+    return False
 
 
 def _named(config: Mapping[str, Any], trial_id: str) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import pickle
+from contextlib import suppress
 from typing import Any
 
-import ray.cloudpickle as pickle
+import ray.cloudpickle
 from pyarrow.fs import FileSelector, FileSystem, FileType
 from ray import tune
 
@@ -29,28 +31,29 @@ def checkpoint_number(checkpoint: tune.Checkpoint) -> int:
     return int(checkpoint.path.rpartition("_")[2])
 
 
-def delete_checkpoints(filesystem: FileSystem, folder: str, keep: str = "") -> None:
-    """Delete a trial's checkpoints but the one at the path `keep`; what cannot be deleted is told in the log."""
-    for checkpoint in checkpoints_in(filesystem, folder):
-        if checkpoint.path != keep:
-            try:
+def delete_checkpoints(filesystem: FileSystem, folder: str, before: Any = None) -> None:
+    """Delete a trial's checkpoints, or only those older than one of them; the log tells of what cannot be deleted."""
+    try:
+        for checkpoint in checkpoints_in(filesystem, folder):
+            if before is None or checkpoint_number(checkpoint) < checkpoint_number(before):
                 filesystem.delete_dir(checkpoint.path)
-            except OSError as error:
-                _logger.warning("%s is not needed any more, but stays: %s", checkpoint.path, in_one_line(error))
+    except OSError as error:
+        _logger.warning("checkpoints in %s are not needed any more, but stay: %s", folder, in_one_line(error))
 
 
 def write_result(checkpoint: Any, result: dict[str, Any]) -> None:
     """Put the result beside the state that it tells of: with it, the checkpoint (Ray's) is whole."""
     path = f"{checkpoint.path}/{_RESULT_FILE}"
     with checkpoint.filesystem.open_output_stream(f"{path}.tmp") as stream:
-        stream.write(pickle.dumps(result))
+        stream.write(ray.cloudpickle.dumps(result))
     checkpoint.filesystem.move(f"{path}.tmp", path)
 
 
 def read_result(checkpoint: Any) -> dict[str, Any] | None:
-    """What `write_result` has put there; None where a process has died before."""
+    """What `write_result` has put there; None where a process or a machine has died before it was."""
     path = f"{checkpoint.path}/{_RESULT_FILE}"
     if checkpoint.filesystem.get_file_info(path).type == FileType.NotFound:
         return None
-    with checkpoint.filesystem.open_input_stream(path) as stream:
+    with checkpoint.filesystem.open_input_stream(path) as stream, suppress(pickle.UnpicklingError, EOFError):
         return dict(pickle.loads(stream.read()))
+    return None

@@ -39,9 +39,9 @@ class Dispatching(tune.Trainable):
 
     Ray reuses actors for trials of equal resources, whatever their class: hence one class for all methods.
 
-    A trial goes on from the newest whole checkpoint in its folder, of which Ray need not know: it remembers trials as
-    they were at its last snapshot. The result that belongs to it comes once more first, since the driver that has had
-    it may not be there any more. Older checkpoints are deleted.
+    Ray is told of no checkpoints, since it remembers trials as they were at its last snapshot: a trial goes on from the
+    newest whole checkpoint in its folder. The result that belongs to it comes once more first, since the driver that
+    has had it may not be there any more. Older checkpoints are deleted.
 
     Args:
         trainables: by method, classes or functions.
@@ -49,7 +49,8 @@ class Dispatching(tune.Trainable):
         metric: every result has to have it.
     """
 
-    _restored_result: dict[str, Any] | None
+    _has_begun: bool
+    _unsaved: bool
 
     def setup(  # type: ignore[override]
         self, config: dict[str, Any], trainables: Mapping[str, Any], unit: str, metric: str
@@ -75,9 +76,11 @@ class Dispatching(tune.Trainable):
         Raises:
             InputError: it lacks the metric, or its cost in the budget's unit, or they are no numbers.
         """
-        restored, self._restored_result = self._restored_result, None
-        if restored is not None:
-            return {**restored, "config": self.config}
+        if not self._has_begun:
+            self._has_begun = True
+            restored = None if self._storage is None else self._restore_newest(self._storage)
+            if restored is not None:
+                return {**restored, "config": self.config}
         result: dict[str, Any] = self._inner.train()
         result["config"] = self.config
         result.pop(FOUND, None)  # that name is ours
@@ -97,26 +100,19 @@ class Dispatching(tune.Trainable):
         for name, cost in Cost.from_result(result).as_result().items():
             if not isinstance(cost, Real) or not math.isfinite(cost):
                 raise InputError(f"{self._method}'s trials report {name!r} as {cost!r}: it must be a finite number")
-        result = self._with_long_schedule(result)
-        self._reported = {key: value for key, value in result.items() if key != FOUND}
-        return result
+        self._reported = self._with_long_schedule(result)
+        return dict(self._reported)
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
-        """Called by Ray: the checkpoint has the result as we have reported it, which Ray may take up again."""
-        if not self._unsaved:
-            return _TrainingResult(None, {})
-        saved = self._inner.save(checkpoint_dir)
-        saved.metrics = dict(self._reported)
-        if saved.checkpoint is not None:
-            write_result(saved.checkpoint, {key: value for key, value in saved.metrics.items() if key != "config"})
-            if self._storage is not None:
-                folder = self._storage.trial_fs_path
-                delete_checkpoints(self._storage.storage_filesystem, folder, keep=saved.checkpoint.path)
-        self._unsaved = False
-        return saved
-
-    def restore(self, checkpoint_path: Any) -> None:
-        """Called by Ray with what it knows of: the trial has gone on from the newest already."""
+        """Called by Ray after every result: the inner one's state is saved, with what it has reported last."""
+        if self._unsaved:
+            saved = self._inner.save(checkpoint_dir).checkpoint
+            if saved is not None:
+                write_result(saved, {key: value for key, value in self._reported.items() if key != "config"})
+                if self._storage is not None:
+                    delete_checkpoints(self._storage.storage_filesystem, self._storage.trial_fs_path, before=saved)
+            self._unsaved = False
+        return _TrainingResult(None, {})
 
     def cleanup(self) -> None:
         """Called by Ray."""
@@ -129,12 +125,14 @@ class Dispatching(tune.Trainable):
 
     def _begin(self) -> None:
         self._lowest = float("inf")
-        self._unsaved = False
+        self._has_begun = self._unsaved = False
         self._seconds_before = self._inner._time_total  # of a shorter trial that this one continues
-        self._restored_result = None if self._storage is None else self._restored_from(self._storage)
 
-    def _restored_from(self, storage: StorageContext) -> dict[str, Any] | None:
-        """Restore the newest whole checkpoint, if there is one; the result that belongs to it."""
+    def _restore_newest(self, storage: StorageContext) -> dict[str, Any] | None:
+        """Go on from the newest whole checkpoint, if there is one; the result that belongs to it.
+
+        Not as the trial begins: Ray does not try again what fails before the first result is asked for.
+        """
         there = checkpoints_in(storage.storage_filesystem, storage.trial_fs_path)
         if there:  # those to come must not be written over one that a process has left unfinished
             storage.current_checkpoint_index = checkpoint_number(there[-1])

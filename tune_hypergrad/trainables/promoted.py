@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.trainables.checkpoints import checkpoints_in
+from tune_hypergrad.trainables.checkpoints import checkpoint_number, checkpoints_in, read_result
 
 PROMOTED_FROM = "promoted_from"
 """Key in a trial's config: the id of the trial to continue."""
@@ -95,4 +95,6 @@ def _last_checkpoint(storage: Any, trial_id: str) -> tune.Checkpoint | None:
     # A trial without a checkpoint may have no folder there yet: Ray brings its log files when it likes.
     found = filesystem.get_file_info(FileSelector(experiment, allow_not_found=True))
     trials = [info.path for info in found if info.type == FileType.Directory and f"_{trial_id}_" in info.base_name]
-    return next((checkpoints[-1] for trial in trials if (checkpoints := checkpoints_in(filesystem, trial))), None)
+    checkpoints = [checkpoint for trial in trials for checkpoint in checkpoints_in(filesystem, trial)]
+    whole = [checkpoint for checkpoint in checkpoints if read_result(checkpoint) is not None]  # in a comparison
+    return max(whole or checkpoints, key=checkpoint_number, default=None)
