@@ -2,8 +2,9 @@
 
     python benchmarks/compare_kills.py
 
-Every resumed comparison must end with a complete report whose parts agree: the ledger replayed, the results, what
-Ray's own logs of the trials say; no budget may be exceeded by more than a result. What was done twice is printed.
+Every resumed comparison must end with a complete report whose parts agree: the ledger replayed, the results, of which
+none may be missing, what Ray's own logs of the trials say; no budget may be exceeded by more than a result. What was
+done twice is printed.
 """
 
 from __future__ import annotations
@@ -84,11 +85,13 @@ def checked(folder: Path) -> tuple[float, list[float], float, int]:
         if row[f"spent/{unit}"] > comparison.budget.amount + largest:
             raise RuntimeError(f"{row['method']} is over its budget by more than one result")
     for trial_id, own in counted.groupby("id"):
+        if list(own["iteration"]) != list(range(1, len(own) + 1)):
+            raise RuntimeError(f"{own['trial'].iloc[0]}: a result is missing")
         (log,) = (folder / "trials").glob(f"*_{trial_id}_*/result.json")
-        logged = {
-            line["training_iteration"]: line["val_loss"] for line in map(json.loads, log.read_text().splitlines())
-        }
-        if logged != dict(zip(own["iteration"], own["val_loss"], strict=True)):
+        # what Ray had not brought to the storage is not there
+        lines = map(json.loads, log.read_text().splitlines())
+        logged = {line["training_iteration"]: str(line["val_loss"]) for line in lines}
+        if not logged.items() <= dict(zip(own["iteration"], map(str, own["val_loss"]), strict=True)).items():
             raise RuntimeError(f"{own['trial'].iloc[0]}: the ledger's results are not those in Ray's log")
     if not (folder / "report.html").exists() or comparison.retrained.groupby("method").ngroups < len(METHODS):
         raise RuntimeError("the report is not complete")

@@ -1,4 +1,4 @@
-"""A method of your own in a comparison: Optuna's TPE beside FDS and random search, with the same budget.
+"""A method of your own in a comparison: Optuna's TPE beside FDS and random search; needs `pip install optuna`.
 
 python examples/own_method.py [FOLDER]
 """

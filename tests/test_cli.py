@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import ray
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tune_hypergrad import InputError, cli
@@ -68,6 +69,14 @@ def test_problems_and_methods_are_listed(capsys):
     assert status == 0 and all(name in out for name in ("fds", "hd", "rs"))
 
 
+def test_problems_can_be_typed_as_they_are_listed(monkeypatch, capsys):
+    from tune_hypergrad.problems import table
+
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    _, out, _ = outcome(capsys, "problems")
+    assert all(entry.name in out for entry in table())
+
+
 def test_help_names_the_commands():
     shown = CliRunner().invoke(cli.app, ["--help"])
     assert shown.exit_code == 0 and all(name in shown.output for name in ("compare", "report", "problems", "methods"))
@@ -98,7 +107,9 @@ def test_help_names_the_commands():
         (["digits_mlp", "--method", "hb", "--eta", "1"], "eta is 1.0"),
         (["digits_mlp", "--method", "rs", "--max-budget", "0"], "max_budget"),
         (["digits_mlp", "--method", "rs", "--max-budget", "0.1"], "max_budget is 0.1 epochs"),
+        (["digits_mlp", "--method", "stn", "--tune", "optimizer"], "error: stn: "),
         (["nowhere.py:problem"], "nowhere.py"),
+        (["nowhere.py"], "nowhere.py:NAME"),
         (["no_such_module:problem"], "no_such_module"),
     ],
 )
@@ -143,14 +154,32 @@ def test_an_earlier_runs_folder_is_not_overwritten(ray_must_not_start, capsys, t
     (tmp_path / "kept").write_text("x")
     for out in (tmp_path, tmp_path / "kept"):
         status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", out)
-        assert status == 2 and err.count("\n") == 1
+        assert status == 2 and err.count("\n") == 1 and "choose" in err and "--resume" not in err
     assert (tmp_path / "kept").read_text() == "x"
+    (tmp_path / "command.json").write_text("{}")
+    status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", tmp_path)
+    assert status == 2 and f"--resume {tmp_path} goes on" in err.replace("\n", "")
 
 
 def test_what_is_no_comparison_is_refused(capsys, tmp_path):
     for arguments in (["report", tmp_path], ["report", tmp_path / "nowhere"], ["compare", "--resume", tmp_path]):
         status, _, err = outcome(capsys, *arguments)
         assert status == 2 and "give the folder that" in err and err.count("\n") == 1
+
+
+def test_who_began_in_python_is_told_to_go_on_there(capsys, tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    status, _, err = outcome(capsys, "compare", "--resume", tmp_path)
+    assert status == 2 and f"compare(..., out='{tmp_path}', resume=True)" in err
+
+
+def test_ctrl_c_before_the_first_trial_says_so(monkeypatch, capsys, tmp_path):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tune_hypergrad.comparison.compare", interrupted)
+    status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", tmp_path / "out")
+    assert status == 130 and "stopped before anything ran" in err and "--resume" in err
 
 
 def test_resuming_takes_no_problem_and_beginning_needs_one(ray_must_not_start, capsys, tmp_path):

@@ -17,7 +17,7 @@ from rich.console import Console
 from tune_hypergrad.comparison import pictures, tables
 from tune_hypergrad.comparison.drawing import NARROW, Look, compact
 from tune_hypergrad.comparison.records import RETRAINING, Comparison
-from tune_hypergrad.comparison.report import all_pictures, inline_svg, summary_table, write_report
+from tune_hypergrad.comparison.report import all_pictures, inline_svg, summary_table, summary_text, write_report
 from tune_hypergrad.comparison.series import Granted, curves, distinct_units, spending_parts, thinned
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.schedules import Schedule
@@ -377,3 +377,24 @@ def test_the_page_can_be_printed(written, tmp_path):
     subprocess.run(command, capture_output=True, timeout=120, check=True)
     pages = re.findall(rb"/Type\s*/Page\b", target.read_bytes())
     assert target.read_bytes().startswith(b"%PDF") and 3 <= len(pages) <= 9
+
+
+def test_notes_tell_what_some_methods_results_have_that_others_have_not(tmp_path):
+    made = HandMade(tmp_path, ("rs", "stn", "fds"), steps=100)
+    fds, stn, rs = Account("fds", 0), Account("stn", 0), Account("rs", 0)
+    for number in range(3):
+        made.start(rs, number).result(rs, None if number else 0.5, 100, number=number, **{"run/steps": 100})
+        made.start(stn, number).result(stn, 0.3, 1000, number=number, **{"run/steps": 1000})
+    made.start(fds).result(fds, 2.3, 5000, **{"run/steps": 100})
+    text = summary_text(made.comparison)
+    assert "without a finite validation loss, which cannot be incumbents: rs 2 of 3.\n" in text
+    assert "Training runs are longer, and so are the incumbents' retrainings, of: stn 1,000 inner steps." in text
+    assert "too small for more than a few results, which say little, of: fds 1." in text
+
+
+def test_there_are_no_such_notes_where_there_is_nothing_to_tell(tmp_path):
+    made, rs = HandMade(tmp_path, ("rs",)), Account("rs", 0)
+    for number in range(3):
+        made.start(rs, number).result(rs, 0.5, 100, number=number)
+    text = summary_text(made.comparison)
+    assert not any(words in text for words in ("without a finite validation", "are longer", "too small"))

@@ -50,7 +50,9 @@ def compare(
     ] = None,
     budget: Annotated[
         str,
-        typer.Option(help="Of each method: 300e (epochs of plain training), 5000g (gradients), 500k (examples), 2h."),
+        typer.Option(
+            help="Of each method: 300e (epochs of plain training), 5000g (gradients), 500k (examples), 90s, 30m or 2h."
+        ),
     ] = "300e",
     out: Annotated[Path, typer.Option(help="Folder for everything; it must not hold an earlier run.")] = Path(
         "results"
@@ -143,7 +145,9 @@ def _compare(
         if out.is_file():
             raise InputError(f"{out} is a file: choose a folder with --out")
         if out.exists() and any(file.name not in BEFORE for file in out.iterdir()):
-            raise InputError(f"{out} is not empty: --resume {out} goes on with it; or choose another --out")
+            begun = (out / COMMAND_FILE).exists()
+            remedy = f"--resume {out} goes on with it; or choose another --out" if begun else "choose another --out"
+            raise InputError(f"{out} is not empty: {remedy}")
         out.mkdir(parents=True, exist_ok=True)
         (out / COMMAND_FILE).write_text(json.dumps(command, indent=1, default=str))
     try:
@@ -167,6 +171,10 @@ def _compare(
             with suppress(OSError):
                 out.rmdir()
         raise
+    except KeyboardInterrupt:  # before the first trial
+        told = f"stopped before anything ran; `tune-hypergrad compare --resume {out}` begins"
+        Console(stderr=True).print(told, soft_wrap=True, highlight=False)
+        raise typer.Exit(130) from None
     except Interrupted:
         told = f"stopped: {out / 'report.html'} has the results so far; `tune-hypergrad compare --resume {out}` goes on"
         Console(stderr=True).print(told, soft_wrap=True, highlight=False)
@@ -180,6 +188,10 @@ def _saved_command(folder: Path) -> dict[str, Any]:
     from tune_hypergrad.comparison.run import COMMAND_FILE
 
     file = folder / COMMAND_FILE
+    if not file.is_file() and (folder / "settings.json").exists():
+        raise InputError(
+            f"{folder} was made from Python: compare(..., out={str(folder)!r}, resume=True) goes on with it"
+        )
     if not file.is_file():
         raise InputError(f"{folder} has no {COMMAND_FILE}: give the folder that `tune-hypergrad compare --out` wrote")
     return dict(json.loads(file.read_text()))
@@ -221,7 +233,8 @@ def problems() -> None:
 
     shown = Table()
     for heading in ("problem", "model", "train", "val", "test", "batch", "data"):
-        shown.add_column(heading, justify="right" if heading in ("train", "val", "test", "batch") else "left")
+        number = heading in ("train", "val", "test", "batch")
+        shown.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=heading == "problem")
     for entry in table():
         parts = (entry.train, entry.val, entry.test, entry.batch_size)
         sizes = ("-" if size is None else f"{size:,}" for size in parts)
@@ -250,6 +263,8 @@ def load_problem(name: str, **options: Any) -> Problem:
     """
     from tune_hypergrad import problems
 
+    if ":" not in name and name.endswith(".py"):
+        raise InputError(f"{name} may have several problems: say which, as {name}:NAME")
     if ":" not in name:
         made = problems.get(name, **options)
     else:

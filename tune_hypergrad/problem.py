@@ -194,7 +194,7 @@ class Problem:
             raise InputError("loss(output, target) must give a scalar tensor: the mean over the batch")
         if not bool(torch.isfinite(loss)):
             raise InputError(
-                f"loss on a {split.name} batch is {float(loss)} for the untrained model: check data and loss"
+                f"loss on a {split.name} batch is {loss.item()} for the untrained model: check data and loss"
             )
         for name, metric in self.metrics.items():
             _attempt(f"metric {name!r} on a {split.name} batch", lambda m=metric: float(m(output.detach(), target)))

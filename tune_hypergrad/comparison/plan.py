@@ -89,9 +89,15 @@ class Plan:
         Raises:
             InputError: a method cannot work on the task.
         """
-        made = {method.name: method.trainable(self.task) for method in self.methods}
+        made = {method.name: self._trainable(method) for method in self.methods}
         made[RETRAINING] = self.retraining.trainable(replace(self.task, problem=self.problem))
         return {**made, GRID: METHODS["rs"].trainable(self.task)} if self.grid else made
+
+    def _trainable(self, method: Method) -> Any:
+        try:
+            return method.trainable(self.task)
+        except InputError as error:
+            raise InputError(f"{method.name}: {error}") from error
 
     def factories(self) -> dict[str, PlacementGroupFactory]:
         """What each method's trials ask of the cluster."""
@@ -205,7 +211,7 @@ def chosen_methods(methods: Sequence[str | Method] | None, task: Task) -> tuple[
     names = [method.name for method in chosen]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"there are two methods called {name!r}: give each a name of its own")
+            raise InputError(f"there are two methods called {name!r}: leave one out, or give it another name")
         if name in (RETRAINING, GRID) or not name.replace("-", "").replace("_", "").isalnum():
             raise InputError(f"a method is called {name!r}: choose a name of letters, digits, - and _")
     if not chosen:

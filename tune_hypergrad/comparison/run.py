@@ -209,7 +209,9 @@ def run_plan(
     comparison = Comparison(folder)
     write_report(comparison)
     if not finished:
-        raise Interrupted(f"stopped: {folder} has the results so far; resume goes on from there")
+        raise Interrupted(
+            f"stopped: {folder} has the results so far; the same call with resume=True goes on from there"
+        )
     return comparison
 
 

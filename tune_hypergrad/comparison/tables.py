@@ -16,6 +16,7 @@ from tune_hypergrad.comparison.records import GRID, RETRAINING, Comparison, Yard
 from tune_hypergrad.comparison.series import spending_parts
 
 _ERROR_LETTERS = 200
+_FEW_RESULTS = 2
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if measure.source == "best" and math.isfinite(measure.reference):
         found.append("The reference is the best of the values compared, so one of them has no regret by construction.")
+    found += _about_results(comparison)
     retrained = comparison.retrained
     if len(retrained) and "test_loss" in retrained:
         diverged = int((~np.isfinite(retrained["test_loss"].astype(float))).sum())
@@ -161,6 +163,32 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.interruptions:
         times = {1: "once", 2: "twice"}.get(len(comparison.interruptions), f"{len(comparison.interruptions)} times")
         found.append(f"The comparison was interrupted {times}; what was done again is lost, and not of any budget.")
+    return found
+
+
+def _about_results(comparison: Comparison) -> list[str]:
+    """What the results of some methods have that others' have not."""
+    results = comparison.results
+    counted = results[~results["lost"] & results["method"].isin(comparison.methods)] if len(results) else results
+    if counted.empty:
+        return []
+    found = []
+    of = {method: own for method, own in counted.groupby("method")}
+    own = {method: of[method] for method in comparison.methods if method in of}
+    diverged = {method: int((~np.isfinite(each["val_loss"].astype(float))).sum()) for method, each in own.items()}
+    told = ", ".join(f"{method} {count} of {len(own[method])}" for method, count in diverged.items() if count)
+    if told:
+        found.append(f"Results without a finite validation loss, which cannot be incumbents: {told}.")
+    steps = comparison.settings.get("steps")
+    if steps and "run/steps" in counted:
+        longest = {method: each["run/steps"].max() for method, each in own.items()}
+        told = ", ".join(f"{method} {length:,.0f}" for method, length in longest.items() if length > steps)
+        if told:
+            found.append(f"Training runs are longer, and so are the incumbents' retrainings, of: {told} inner steps.")
+    few = {method: len(each) / each["seed"].nunique() for method, each in own.items()}
+    told = ", ".join(f"{method} {count:.2g}" for method, count in few.items() if count <= _FEW_RESULTS)
+    if told:
+        found.append(f"The budget is too small for more than a few results, which say little, of: {told}.")
     return found
 
 
