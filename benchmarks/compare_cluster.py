@@ -2,9 +2,8 @@
 
     python benchmarks/compare_cluster.py
 
-Trials ask for half a pretended GPU each and train on the CPU. Prints the share of the GPUs that trials had until the
-first method had spent its budget and until the last one had, what was lost, and whether the ledger agrees with Ray's
-own logs of the trials.
+Trials ask for half a pretended GPU each and train on the CPU. Prints the share of the GPUs that trials held, what was
+lost, and whether the ledger agrees with Ray's own logs of the trials.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
@@ -93,7 +93,16 @@ def tell(comparison: Comparison) -> None:
     print(f"sum over trials' reports {logged:.4f}, over the ledger {ledger:.4f}")
     if abs(logged - ledger) > 1e-6 * logged:
         raise RuntimeError("costs are not conserved")
-    print(Granted.of(comparison))
+    granted = Granted.of(comparison)
+    assert granted is not None
+    held, lengths = sum(granted.shares.values()), np.diff(granted.times)
+    begun = comparison.events[0]["time"]
+    print("share of the GPUs, of three nodes, that trials held until so many methods had spent their budgets:")
+    stops = [e for e in comparison.events if e["event"] == "stop" and e["method"] in comparison.methods]
+    for number, stop in enumerate(stops, start=1):
+        until = granted.times[:-1] < stop["time"] - begun
+        share = float((held * lengths)[until].sum() / lengths[until].sum())
+        print(f"{number}: {100 * share:.0f} %, {stop['time'] - begun:.0f} s ({stop['method']})")
 
 
 if __name__ == "__main__":
