@@ -17,12 +17,15 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
+    clock.cluster = {"CPU": 4.0}
     monkeypatch.setattr(scheduling, "time", clock)
+    monkeypatch.setattr(scheduling.ray, "cluster_resources", lambda: clock.cluster)
     return clock
 
 
 def trials_of(**statuses):
-    return [SimpleNamespace(trial_id=name, status=status) for name, status in statuses.items()]
+    asked = SimpleNamespace(required_resources={"CPU": 1.0})
+    return [SimpleNamespace(trial_id=n, status=s, placement_group_factory=asked) for n, s in statuses.items()]
 
 
 def chosen(scheduler, **statuses):
@@ -51,3 +54,15 @@ def test_who_has_waited_long_is_next(clock):
     assert chosen(scheduler, a="PENDING") == "a"
     clock.now += 50
     assert chosen(scheduler, b="PENDING", a="PENDING") == "a", "b has come back, and waits anew"
+
+
+def test_a_full_cluster_starts_no_actor_and_the_oldest_is_next(clock):
+    scheduler = scheduling.PatientScheduler()
+    clock.cluster = {"CPU": 2.0}
+    chosen(scheduler, r="RUNNING", b="PENDING", a="PENDING")
+    assert chosen(scheduler, r="RUNNING", b="PENDING", a="PENDING") == "b", "one place is the free actor's"
+    assert chosen(scheduler, r="TERMINATED", b="PENDING", a="PENDING") == "a", "one place is left: b may be starting"
+    clock.cluster = {"CPU": 3.0}
+    assert chosen(scheduler, r="RUNNING", b="PENDING", a="PENDING") == "b", "the cluster's size is looked at by and by"
+    clock.now += 1
+    assert chosen(scheduler, r="RUNNING", b="PENDING", a="PENDING") == "a"
