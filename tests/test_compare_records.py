@@ -8,6 +8,7 @@ from comparisons import GRID, STARTED, HandMade, write_comparison
 
 from tune_hypergrad.budget import UNITS
 from tune_hypergrad.comparison.records import RETRAINING, SCHEDULES_FOLDER, Comparison, larger_is_better, measure_label
+from tune_hypergrad.comparison.tables import notes
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.schedules import Schedule
@@ -231,7 +232,44 @@ def test_a_made_up_comparison_has_everything_that_can_happen(made_up):
         ("test_bits_per_word", False, "test bits per word"),
         ("val_loss", False, "validation loss"),
         ("test_error", False, "test error"),
+        ("test_acc", True, "test acc"),
+        ("test_top5", True, "test top5"),
+        ("test_score_error", False, "test score error"),
+        ("test_surprise", None, "test surprise"),
     ],
 )
 def test_measures_have_a_direction_and_a_name(measure, larger, label):
-    assert larger_is_better(measure) == larger and measure_label(measure) == label
+    assert larger_is_better(measure) is larger and measure_label(measure) == label
+
+
+RS = Account("rs", 0)
+
+
+def test_only_measures_of_a_known_direction_are_yardsticks(tmp_path):
+    made = HandMade(tmp_path, ("rs",))
+    made.start(RS).result(RS, 0.5, 100)
+    made.retraining("rs", 0, 1.0, 100, 1, test_loss=0.4, test_surprise=3.0)
+    assert made.comparison.yardstick.column == "test_loss" and "test_surprise" in made.comparison.test_measures
+
+
+def test_earlier_incumbents_do_not_stand_in_for_last_ones(tmp_path):
+    made = HandMade(tmp_path, ("rs",), seeds=(0, 1))
+    for seed, losses in ((0, (0.9, 0.2)), (1, (0.3,))):
+        own = Account("rs", seed)
+        made.start(own, seed).result(own, 0.5, 100, number=seed).end(own, number=seed)
+        for share, loss in zip((0.5, 1.0), losses, strict=False):
+            made.retraining("rs", seed, share, 100 * share, 10 * seed + int(2 * share), test_loss=loss)
+    made.stop(Account("rs", 0)).stop(Account("rs", 1)).stop(Account(RETRAINING, 0))
+    comparison = made.comparison
+    assert list(comparison.final_figures("rs")["seed"]) == [0] == list(comparison.final_regret("rs").index)
+    assert len(comparison.regret) == 3
+    assert any("regret is that of fewer: rs 1 of 2" in note for note in notes(comparison))
+
+
+def test_trials_that_ended_and_were_forgotten_are_told_of(tmp_path):
+    made = HandMade(tmp_path, ("rs",))
+    for number in range(2):
+        made.start(RS, number).result(RS, 0.5, 100, number=number).end(RS, number=number)
+    comparison = made.resume(["id-rs-0-0"]).comparison
+    assert list(comparison.trials["status"]) == ["completed", "forgotten"]
+    assert list(comparison.accounts["trials"]) == [1] == list(comparison.accounts["results"])

@@ -386,9 +386,11 @@ def test_notes_tell_what_some_methods_results_have_that_others_have_not(tmp_path
         made.start(rs, number).result(rs, None if number else 0.5, 100, number=number, **{"run/steps": 100})
         made.start(stn, number).result(stn, 0.3, 1000, number=number, **{"run/steps": 1000})
     made.start(fds).result(fds, 2.3, 5000, **{"run/steps": 100})
+    for number, (method, steps) in enumerate([("rs", 100), ("stn", 1000), ("stn", 800)]):
+        made.retraining(method, number % 2, 1.0, 100, number, test_loss=0.5, **{"run/step": steps})
     text = summary_text(made.comparison)
     assert "without a finite validation loss, which cannot be incumbents: rs 2 of 3.\n" in text
-    assert "Training runs are longer, and so are the incumbents' retrainings, of: stn 1,000 inner steps." in text
+    assert "of another length than 100 steps were trained again as long: stn 800 to 1,000." in text
     assert "too small for more than a few results, which say little, of: fds 1." in text
 
 
@@ -397,4 +399,4 @@ def test_there_are_no_such_notes_where_there_is_nothing_to_tell(tmp_path):
     for number in range(3):
         made.start(rs, number).result(rs, 0.5, 100, number=number)
     text = summary_text(made.comparison)
-    assert not any(words in text for words in ("without a finite validation", "are longer", "too small"))
+    assert not any(words in text for words in ("without a finite validation", "another length", "too small"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,7 +26,10 @@ GRID = "grid"
 """The account of a grid search, which others are measured by; it has no budget."""
 
 _BOOKKEEPING = ("event", "retrains", "config", "resources", "known")
-_HIGHER_IS_BETTER = ("accuracy", "auc", "f1", "iou", "precision", "recall", "r2", "score")
+_HIGHER_IS_BETTER = re.compile(
+    "acc|accuracy|ap|auc|auprc|auroc|bleu|correct|dice|f1|iou|kappa|map|mcc|precision|r2|recall|score|top[0-9]+"
+)
+_LOWER_IS_BETTER = re.compile("bits|distance|err|error|errors|loss|mae|mse|nll|perplexity|ppl|rmse")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Yardstick:
     @property
     def larger_is_better(self) -> bool:
         """As for accuracies; losses and errors are the other way round."""
-        return larger_is_better(self.column)
+        return bool(larger_is_better(self.column))
 
     @property
     def percent(self) -> bool:
@@ -156,6 +160,8 @@ class Comparison:
             elif kind in ("end", "retry"):
                 close(event["id"], when, event.get("status", "retried"), event.get("error"))
             elif kind == "resume":
+                for row in done:
+                    row["status"] = row["status"] if row["id"] in event["known"] else "forgotten"
                 for trial_id in list(rows):
                     close(trial_id, latest, "retried" if trial_id in event["known"] else "forgotten")
             latest = when
@@ -166,7 +172,7 @@ class Comparison:
     def accounts(self) -> pd.DataFrame:
         """One row for every method and seed, in the order of the settings.
 
-        Columns: method, seed, trials (started), results (that count), failed (trials), `spent/<unit>`,
+        Columns: method, seed, trials (not forgotten), results (that count), failed (trials), `spent/<unit>`,
         `lost/<unit>` (work done again), `failed/<unit>` (the part of `spent` in trials that failed), share (of the
         budget spent), reason (why nothing more was suggested; None while it goes on), val_loss (the incumbent's).
         """
@@ -179,7 +185,7 @@ class Comparison:
                 {
                     "method": account.method,
                     "seed": account.seed,
-                    "trials": len(records),
+                    "trials": sum(record.status != "forgotten" for record in records),
                     "results": sum(len(record.charges) for record in records),
                     "failed": sum(record.status == "failed" for record in records),
                     "share": self.budget.spent_by(spent),
@@ -231,9 +237,11 @@ class Comparison:
 
     @cached_property
     def yardstick(self) -> Yardstick:
-        """The first of `test_measures`, or the validation loss, and the settings' reference for it."""
+        """The first of `test_measures` of which it is known what is better, or the validation loss, and the settings'
+        reference for it."""
         wanted, grid = self.settings.get("reference", "best"), self._means_of_retrainings(grid=True)
-        own, measures = self._means_of_retrainings(grid=False), self.test_measures
+        own = self._means_of_retrainings(grid=False)
+        measures = [measure for measure in self.test_measures if larger_is_better(measure) is not None]
         if own.empty or not measures:
             return Yardstick("val_loss", float(self.accounts["val_loss"].min()), "best")
         column = measures[0]
@@ -252,7 +260,8 @@ class Comparison:
 
     @cached_property
     def regret(self) -> pd.DataFrame:
-        """How far every account's incumbents fell short of the reference, in the order in which they were found.
+        """How far every account's incumbents fell short of the reference, in the order in which they were found: where
+        there are retrainings, those after some shares of the budget.
 
         Columns: method, seed, `spent/<unit>` (of the account when the incumbent was found), value (of the yardstick,
         the mean over the training seeds), regret. Without retrainings on a test split they are the incumbents' own
@@ -268,7 +277,10 @@ class Comparison:
         return frame
 
     def final_regret(self, method: str) -> pd.Series:
-        """The regret of a method's last incumbents, one for each seed that has any."""
+        """The regret of a method's last incumbents, one for each seed whose last one has been judged."""
+        if self.yardstick.tested:
+            tested = self.final_figures(method).reindex(columns=["seed", self.yardstick.column]).set_index("seed")
+            return self.yardstick.regret(tested[self.yardstick.column]).rename("regret")
         own = self.regret[self.regret["method"] == method]
         return own.groupby("seed").tail(1).set_index("seed")["regret"]
 
@@ -302,9 +314,9 @@ class Comparison:
         """A method's last incumbents retrained: one row a seed, the mean over the trainings' seeds."""
         frame = self.retrained
         if frame.empty:
-            return frame
+            return frame.reindex(columns=["seed"])
         own = frame[frame["method"] == method]
-        return own[own["share"] == own["share"].max()].groupby("seed").mean(numeric_only=True).reset_index()
+        return own[own["share"] == 1].groupby("seed").mean(numeric_only=True).reset_index()
 
     def incumbents(self, account: Account) -> pd.DataFrame:
         """The results at which an account's validation loss was the lowest so far, within its budget, if it has one."""
@@ -370,9 +382,13 @@ def schedule_of(row: Mapping[str, Any] | pd.Series, folder: Path) -> Schedule:
     return Schedule({name: tuple(values[i] for i in sorted(values)) for name, values in windows.items()})
 
 
-def larger_is_better(measure: str) -> bool:
-    """Whether a measure such as "test_accuracy" is better the larger it is; others are errors and losses."""
-    return any(word in _HIGHER_IS_BETTER for word in measure.lower().split("_"))
+def larger_is_better(measure: str) -> bool | None:
+    """Whether a measure such as "test_accuracy" is better the larger it is, by its name; None where that does not
+    tell."""
+    words = measure.lower().split("_")
+    if any(map(_LOWER_IS_BETTER.fullmatch, words)):
+        return False
+    return True if any(map(_HIGHER_IS_BETTER.fullmatch, words)) else None
 
 
 def measure_label(measure: str) -> str:

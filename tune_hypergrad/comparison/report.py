@@ -114,7 +114,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.methods)
     losses = "; ".join(f"{row['method']} {row['val_loss']:.4g}" for _, row in comparison.summary.iterrows())
     regret = f"{tables.regret_heading(measure).capitalize()} of the incumbents against"
-    where = "as tested after retraining" if measure.tested else "by validation"
+    shares = (comparison.settings.get("retraining") or {}).get("shares", (1.0,))
+    which = ", ".join(f"{100 * share:g}" for share in shares)
+    where = f"as tested after retraining those after {which} % of the budget" if measure.tested else "by validation"
 
     def of(units: list[str]) -> str:
         return " and ".join(COST_LABELS[unit] for unit in units)
@@ -123,7 +125,7 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
         "regret": [
             Picture(
                 f"regret_{unit}",
-                f"Regret against {COST_LABELS[unit]}, {where}.",
+                f"Regret of incumbents against {COST_LABELS[unit]}, {where}.",
                 f"{regret} {COST_LABELS[unit]}. At the end: {regrets}.",
                 partial(pictures.regret, comparison, unit),
             )

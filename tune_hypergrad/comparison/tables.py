@@ -158,8 +158,15 @@ def notes(comparison: Comparison) -> list[str]:
         diverged = int((~np.isfinite(retrained["test_loss"].astype(float))).sum())
         if diverged:
             found.append(
-                f"{diverged} of {len(retrained)} retrainings ended without a finite test loss; means leave them out."
+                f"{diverged} of {len(retrained)} retrainings ended without a finite test loss; means of the test loss "
+                "leave them out."
             )
+    if measure.tested and comparison.finished:
+        judged = {method: int(np.isfinite(comparison.final_regret(method)).sum()) for method in comparison.methods}
+        seeds = len(comparison.settings["seeds"])
+        told = ", ".join(f"{method} {count} of {seeds}" for method, count in judged.items() if count < seeds)
+        if told:
+            found.append(f"Not every seed's last incumbent could be tested, and regret is that of fewer: {told}.")
     if comparison.interruptions:
         times = {1: "once", 2: "twice"}.get(len(comparison.interruptions), f"{len(comparison.interruptions)} times")
         found.append(f"The comparison was interrupted {times}; what was done again is lost, and not of any budget.")
@@ -179,16 +186,29 @@ def _about_results(comparison: Comparison) -> list[str]:
     told = ", ".join(f"{method} {count} of {len(own[method])}" for method, count in diverged.items() if count)
     if told:
         found.append(f"Results without a finite validation loss, which cannot be incumbents: {told}.")
-    steps = comparison.settings.get("steps")
-    if steps and "run/steps" in counted:
-        longest = {method: each["run/steps"].max() for method, each in own.items()}
-        told = ", ".join(f"{method} {length:,.0f}" for method, length in longest.items() if length > steps)
-        if told:
-            found.append(f"Training runs are longer, and so are the incumbents' retrainings, of: {told} inner steps.")
+    told = ", ".join(f"{method} {lengths}" for method, lengths in _other_lengths(comparison).items())
+    if told:
+        steps = comparison.settings["steps"]
+        found.append(
+            f"Last incumbents that were found in runs of another length than {steps} steps were trained again "
+            f"as long: {told}."
+        )
     few = {method: len(each) / each["seed"].nunique() for method, each in own.items()}
     told = ", ".join(f"{method} {count:.2g}" for method, count in few.items() if count <= _FEW_RESULTS)
     if told:
         found.append(f"The budget is too small for more than a few results, which say little, of: {told}.")
+    return found
+
+
+def _other_lengths(comparison: Comparison) -> dict[str, str]:
+    """Methods whose last incumbents were not trained again for the comparison's own number of steps, and for how many:
+    the fewest and the most."""
+    found, steps = {}, comparison.settings.get("steps")
+    for method in comparison.methods if steps else ():
+        trained = comparison.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
+        if len(trained) and (trained != steps).any():
+            least, most = trained.min(), trained.max()
+            found[method] = f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
     return found
 
 
