@@ -19,10 +19,16 @@ def test_the_engine_brings_no_ray_in():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_the_package_itself_brings_no_torch_in():
+    script = "import sys, tune_hypergrad; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_every_public_name_resolves():
     for name in tune_hypergrad.__all__:
         assert getattr(tune_hypergrad, name) is not None
-    assert set(tune_hypergrad._NEEDS_RAY) <= set(tune_hypergrad.__all__)
+    assert set(tune_hypergrad._MODULES) == set(tune_hypergrad.__all__)
     with pytest.raises(AttributeError, match="'nothing'"):
         tune_hypergrad.nothing  # noqa: B018
 
