@@ -26,12 +26,12 @@ def numbers_in(folder):
 def test_only_checkpoints_are_listed_and_deleted(tmp_path):
     made = make(tmp_path, 3, 0, 11)
     (tmp_path / "checkpoint_notes.txt").touch()
-    (tmp_path / "logs").mkdir()
+    (tmp_path / "checkpoint_best").mkdir()  # the user's own
     assert numbers_in(tmp_path) == [0, 3, 11]
     delete_checkpoints(HERE, str(tmp_path), before=made[0])
     assert numbers_in(tmp_path) == [3, 11]
     delete_checkpoints(HERE, str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_notes.txt", "logs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_best", "checkpoint_notes.txt"]
     assert numbers_in(tmp_path / "nowhere") == []
     delete_checkpoints(HERE, str(tmp_path / "nowhere"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +23,7 @@ def checkpoints_in(filesystem: FileSystem, folder: str) -> list[tune.Checkpoint]
     """A trial's checkpoints, the oldest first; none where there is no such folder."""
     found = filesystem.get_file_info(FileSelector(folder, allow_not_found=True))
     paths = [info.path for info in found if info.type == FileType.Directory]
-    named = sorted(path for path in paths if path.rpartition("/")[2].startswith("checkpoint_"))
+    named = sorted(path for path in paths if re.fullmatch("checkpoint_[0-9]+", path.rpartition("/")[2]))
     return [tune.Checkpoint(path, filesystem=filesystem) for path in named]
 
 
