@@ -393,7 +393,7 @@ class TestClippedHessianProducts:
         with loop.running():
             state, travelled = loop.initial_state(), 0
             for step in range(3):
-                gradient, _ = loop.gradient(state, {}, step)
+                gradient = loop.training(state, {}, step).gradient
                 travelled = travelled - gradient
                 state = loop.step(state, {"lr": 0.2}, step)
             val_gradient = loop.evaluate(state, gradient=True).gradient

@@ -333,7 +333,7 @@ class TestDropConnect:
         with loop.running():
             state = loop.initial_state()
             for step in range(3):
-                gradient, _ = loop.gradient(state, {}, step)
+                gradient = loop.training(state, {}, step).gradient
                 masks.append((loop.unflatten(gradient)["weight"] != 0) / 0.6)
                 named = {name: p.clone().requires_grad_() for name, p in loop.unflatten(state.params).items()}
                 x, y = loop.batch(step)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
+Measure = TypeVar("Measure", bound=Callable[..., Any])
 
 
 def per_example(*names: str) -> Callable[[Loss], Loss]:
@@ -48,3 +49,13 @@ def smoothed_cross_entropy(output: Tensor, target: Tensor, *, label_smoothing: f
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """Share of examples whose largest logit is the target's: `output` [b, classes], `target` int64 [b], result []."""
     return (output.argmax(dim=1) == target).to(output.dtype).mean()
+
+
+def whole_split(measure: Measure) -> Measure:
+    """Decorator of a loss or metric that is no mean over examples, such as F1, AUROC or a contrastive loss.
+
+    It is evaluated once, on the outputs of the whole split, and not batch by batch. Without this mark a figure is
+    compared on parts of the first batches to find out.
+    """
+    measure.whole_split = True  # type: ignore[attr-defined]
+    return measure

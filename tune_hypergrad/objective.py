@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -61,6 +62,24 @@ class Objective:
             batch = regulariser.transform(batch, own)
         return batch
 
+    def weight_factors(self, parameters: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What to multiply trainable parameters with in the forward pass, by name, of the parameters' shapes."""
+        factors: dict[str, Tensor] = {}
+        for regulariser, own in self._active(values):
+            for name, factor in regulariser.weight_factors(parameters, own).items():
+                factors[name] = factors[name] * factor if name in factors else factor
+        return factors
+
+    @contextmanager
+    def acting(self, values: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+        """For the body, the model's modules are regularised; gives what they leave for penalties.
+
+        To be left when the derivatives have been taken: backward passes may run parts of the model again.
+        """
+        seen = {name: value for _, own in self._active(values) for name, value in own.items()}
+        with self._context.set_to(seen) as activations:
+            yield activations
+
     def predict(
         self, call: Callable[[dict[str, Tensor]], Any], parameters: Mapping[str, Tensor], values: Mapping[str, Any]
     ) -> Prediction:
@@ -71,13 +90,8 @@ class Objective:
             parameters: the model's trainable parameters.
             values: the hyperparameters' values.
         """
-        factors: dict[str, Tensor] = {}
-        seen: dict[str, Tensor] = {}
-        for regulariser, own in self._active(values):
-            seen |= own
-            for name, factor in regulariser.weight_factors(parameters, own).items():
-                factors[name] = factors[name] * factor if name in factors else factor
-        with self._context.set_to(seen) as activations:
+        factors = self.weight_factors(parameters, values)
+        with self.acting(values) as activations:
             return Prediction(call(factors), activations)
 
     def loss(self, prediction: Prediction, target: Any, parameters: Parameters, values: Mapping[str, Any]) -> Tensor:

@@ -6,9 +6,9 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import isnan, nan
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.figures import as_mean, detached
 from tune_hypergrad.objective import Objective, Parameters, strengths
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 from tune_hypergrad.regularisers import Regulariser, Strength
@@ -97,11 +98,12 @@ class Problem:
     ) -> Tensor:
         """Training loss of one batch (0-dim), given those of `hyperparameters` that `train_loss` takes."""
         if self.train_loss is None:
-            return self.loss(output, target)
+            return cast(Tensor, as_mean(self.loss(output, target)))
         values = {name: value for name, value in hyperparameters.items() if name in self.train_loss_hyperparameters}
+        values |= {name: int(values[name]) for name in self.whole_hyperparameters if _is_whole(values.get(name))}
         if self._train_loss_takes_params:
             values["params"] = params()
-        return self.train_loss(output, target, **values)
+        return cast(Tensor, as_mean(self.train_loss(output, target, **values)))
 
     def objective(self, model: nn.Module) -> Objective:
         """The training loss with the regularisers attached to `model`, once."""
@@ -130,13 +132,17 @@ class Problem:
         return tuple(sorted({name for r in self.regularisers if not r.differentiable for name in r.hyperparameters}))
 
     @cached_property
+    def whole_hyperparameters(self) -> frozenset[str]:
+        """Those of `train_loss` whose defaults are whole numbers: they are given to it as such."""
+        defaults = {name: parameter.default for name, parameter in self._train_loss_arguments.items()}
+        return frozenset(name for name in self.train_loss_hyperparameters if type(defaults[name]) is int)
+
+    @cached_property
     def train_loss_hyperparameters(self) -> dict[str, float]:
         """Hyperparameters that `train_loss` takes, with their defaults (NaN where it gives none)."""
-        if self.train_loss is None:
-            return {}
         defaults = {
             name: nan if parameter.default is parameter.empty else parameter.default
-            for name, parameter in inspect.signature(self.train_loss).parameters.items()
+            for name, parameter in self._train_loss_arguments.items()
             if parameter.kind is parameter.KEYWORD_ONLY and name != "params"
         }
         return {
@@ -146,8 +152,23 @@ class Problem:
         }
 
     @cached_property
+    def _train_loss_arguments(self) -> Mapping[str, inspect.Parameter]:
+        if self.train_loss is None:
+            return {}
+        called = self.train_loss.forward if isinstance(self.train_loss, nn.Module) else self.train_loss
+        return inspect.signature(called).parameters
+
+    @property
     def _train_loss_takes_params(self) -> bool:
-        return self.train_loss is not None and "params" in inspect.signature(self.train_loss).parameters
+        return "params" in self._train_loss_arguments
+
+    def with_own_measures(self, device: torch.device, dtype: torch.dtype) -> Problem:
+        """This problem with its losses and metrics where a model is: copies of those that are modules, and tensors
+        that `functools.partial` has bound, floating ones in the model's type."""
+        memo: dict[int, Any] = {}
+        metrics = {name: _placed(metric, device, dtype, memo) for name, metric in self.metrics.items()}
+        losses = {name: _placed(getattr(self, name), device, dtype, memo) for name in ("loss", "train_loss")}
+        return self.replace(**losses, metrics=metrics)
 
     @property
     def model_hyperparameters(self) -> tuple[str, ...]:
@@ -197,7 +218,7 @@ class Problem:
                 f"loss on a {split.name} batch is {loss.item()} for the untrained model: check data and loss"
             )
         for name, metric in self.metrics.items():
-            _attempt(f"metric {name!r} on a {split.name} batch", lambda m=metric: float(m(output.detach(), target)))
+            _attempt(f"metric {name!r} on a {split.name} batch", lambda m=metric: m(detached(output), target))
 
     def _check_regularised_step(self, model: nn.Module, reference: Tensor) -> None:
         """One training prediction and its loss, with every regulariser at work."""
@@ -244,6 +265,23 @@ class Problem:
         """This problem with some fields replaced, such as `batch_size=64`."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return Problem(**{**fields, **changes})
+
+
+def _placed(measure: Any, device: torch.device, dtype: torch.dtype, memo: dict[int, Any]) -> Any:
+    """A loss or metric with its own tensors where a model is; the same one for the same one."""
+    if id(measure) not in memo:
+        memo[id(measure)] = measure
+        if isinstance(measure, nn.Module):
+            memo[id(measure)] = copy.deepcopy(measure).to(device=device, dtype=dtype)
+        elif isinstance(measure, partial):
+            function = _placed(measure.func, device, dtype, memo)
+            arguments = cast_batch((measure.args, measure.keywords), device, dtype)
+            memo[id(measure)] = partial(function, *arguments[0], **arguments[1])
+    return memo[id(measure)]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | float) and float(value).is_integer()
 
 
 def _split(source: Source, name: str) -> Split:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.hypergradient import hypergradient_run
-from tune_hypergrad.hypergradients.inner_loop import Hyperparameters, InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.run import check_values
+from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
 
 
@@ -81,14 +82,9 @@ def check_problem(
 
 
 def finite_differences(loop: InnerLoop, hyperparameters: Hyperparameters, epsilon: float = 1e-6) -> Hyperparameters:
-    """Central finite differences of the validation loss by every element, over the whole run.
-
-    The buffers of the unperturbed run serve every evaluation: running statistics are carried, not differentiated.
-    Meant for float64.
-    """
+    """Central finite differences of the validation loss by every element, over the whole run; meant for float64."""
     differences = {name: torch.zeros_like(values) for name, values in hyperparameters.items()}
     with loop.running():
-        buffers = loop.run(hyperparameters).buffers
         for name, values in hyperparameters.items():
             for element in range(len(values)):
                 losses = []
@@ -96,7 +92,7 @@ def finite_differences(loop: InnerLoop, hyperparameters: Hyperparameters, epsilo
                     moved = values.clone()
                     moved[element] += shift
                     state = loop.run({**hyperparameters, name: moved})
-                    losses.append(loop.evaluate(state._replace(buffers=buffers)).loss)
+                    losses.append(loop.evaluate(state).loss)
                 differences[name][element] = (losses[0] - losses[1]) / (2 * epsilon)
     return differences
 

@@ -1,6 +1,6 @@
 """Forward mode: carry the tangents Z = d state / d hyperparameters through every inner step (FDS).
 
-With state s = (params, slots) and one inner step s' = step(s, h), the tangent of a column is
+With state s = (params, slots, buffers) and one inner step s' = step(s, h), the tangent of a column is
 
     Z' = (d step / d s) Z + (d step / d h) e,
 
@@ -11,15 +11,23 @@ the update. Memory is columns x state, whatever the number of steps. Micaelli & 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from tune_hypergrad.hypergradients.fused_batch_norm import FusedBatchNorm
-from tune_hypergrad.hypergradients.inner_loop import Buffers, Hyperparameters, InnerLoop, State
+from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, as_real
+from tune_hypergrad.hypergradients.normalisation import instance_norm
+from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.run import HypergradientRun
+from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
+from tune_hypergrad.hypergradients.stop_gradient import ForwardStops
+from tune_hypergrad.hypergradients.substitution import FORWARD_DIFFERENTIABLE, Substitutes
 
 COLUMNS_AT_ONCE = 8
 """Columns that one batched Hessian product carries: more need more memory, fewer repeat the gradient more often."""
@@ -56,6 +64,7 @@ class ForwardRun(HypergradientRun):
         self._in_use = 0
         self.tangent_params = torch.zeros(len(self.columns), loop.size, device=loop.device, dtype=loop.dtype)
         self.tangent_slots = tuple(torch.zeros_like(self.tangent_params) for _ in loop.optimizer.slots)
+        self.tangent_buffers: Buffers = {}  # of those that training has moved, each of shape [columns, *its own]
 
     @property
     def length(self) -> int:
@@ -77,17 +86,18 @@ class ForwardRun(HypergradientRun):
         dparams, dslots = self.tangent_params[used], tuple(slot[used] for slot in self.tangent_slots)
         reads_loss = any(name in loop.problem.loss_hyperparameters for name in h)
         if fresh_segment and not reads_loss:  # Z = 0, so no Hessian product
-            gradient, buffers = loop.gradient(self.state, h, step)
+            _, gradient, without, buffers = loop.training(self.state, h, step)
             dgradient = torch.zeros_like(dparams)
             self.cost += loop.step_cost()
         else:
-            gradient, dgradient, buffers = self._gradient_tangents(h, dparams, dh, step)
+            gradient, dgradient, without, buffers = self._gradient_tangents(h, dparams, dh, step)
             self.cost += loop.step_cost(hessian_columns=self._in_use)
         if self.clip_hessian_product is not None:
             dgradient.clamp_(-self.clip_hessian_product, self.clip_hessian_product)
+        blocks = step_blocks(self.state.counts, without)
 
         def update(params: Tensor, gradient: Tensor, slots: tuple[Tensor, ...], h: dict[str, Tensor]) -> Any:
-            return loop.update(params, gradient, slots, h, step)
+            return loop.update(params, gradient, slots, h, step, blocks)
 
         def update_tangent(*tangents: Any) -> Any:
             return jvp(update, (self.state.params, gradient, self.state.slots, h), tangents)
@@ -98,7 +108,7 @@ class ForwardRun(HypergradientRun):
         self.tangent_params[used] = dparams
         for slot, dslot in zip(self.tangent_slots, dslots, strict=True):
             slot[used] = dslot
-        return State(params, slots, buffers)
+        return State(params, slots, buffers, counted(self.state.counts, without))
 
     def _selection(self, step: int) -> dict[str, Tensor]:
         """e: for every hyperparameter, shape [columns in use], 1 where the column is its open window."""
@@ -112,52 +122,95 @@ class ForwardRun(HypergradientRun):
 
     def _gradient_tangents(
         self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int
-    ) -> tuple[Tensor, Tensor, Buffers]:
-        """Training gradient [P], its tangents [k, P] along `dparams` [k, P] and `dh` (each [k]), and the buffers."""
+    ) -> tuple[Tensor, Tensor, frozenset[int], Buffers]:
+        """Training gradient [P], its tangents [k, P] along `dparams` [k, P] and `dh` (each [k]), the positions of
+        parameters without a gradient, and the buffers; moves the tangents of the buffers."""
         loop, state, batch = self.loop, self.state, self.loop.batch(step)
         of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
+        moved = {name: state.buffers[name] for name in loop.differentiated(state.buffers)}
+        others = {name: buffer for name, buffer in state.buffers.items() if name not in moved}
+        with_gradient: set[int] = set()
 
-        def gradient_of(params: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, Buffers]:
+        def gradient_of(params: Tensor, moved: Buffers, values: dict[str, Tensor]) -> Any:
             def loss(params: Tensor) -> tuple[Tensor, Buffers]:
-                return loop.train_loss(params, state.buffers, values, batch, step)
+                named = loop.unflatten(params)
+                for position, parameter in enumerate(named.values()):
+                    parameter.register_hook(partial(_note, with_gradient, position))
+                buffers = {**loop.copies(others), **{name: buffer.clone() for name, buffer in moved.items()}}
+                return loop.at_training_loss(named, buffers, values, batch, step, _loss_and_buffers, mode=_stops)
 
-            return grad(loss, has_aux=True)(params)  # type: ignore[no-any-return]
+            gradient, buffers = grad(loss, has_aux=True)(params)
+            return (gradient, {name: buffers[name] for name in moved}), buffers
 
-        def tangent(dparams: Tensor, dvalues: dict[str, Tensor]) -> tuple[Tensor, Tensor, Buffers]:
-            primals = (state.params, {name: h[name] for name in of_loss})
-            return jvp(gradient_of, primals, (dparams, dvalues), has_aux=True)  # type: ignore[return-value]
+        def tangent(dparams: Tensor, dmoved: Buffers, dvalues: dict[str, Tensor]) -> Any:
+            primals = (state.params, moved, {name: h[name] for name in of_loss})
+            return jvp(gradient_of, primals, (dparams, dmoved, dvalues), has_aux=True)
 
         # one dropout mask for all columns: they are tangents of the same step
         batched = vmap(tangent, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
-        dgradient = torch.empty_like(dparams)
+        dgradient, dbuffers = torch.empty_like(dparams), self._tangents_of(moved)
         gradient, buffers = state.params, state.buffers
         for start in range(0, len(dparams), self.columns_at_once):
-            chunk = slice(start, start + self.columns_at_once)
-            dvalues = {name: dh[name][chunk] for name in of_loss}
-            with FusedBatchNorm():
-                gradient, dgradient[chunk], buffers = batched(dparams[chunk], dvalues)
-        return gradient, dgradient, buffers
+            chunk = slice(start, min(start + self.columns_at_once, len(dparams)))
+            given = {name: dbuffers[name][chunk] for name in moved}
+            (gradient, _), (dgradient[chunk], after), buffers = batched(
+                dparams[chunk], given, {name: dh[name][chunk] for name in of_loss}
+            )
+            for name, tangents in after.items():
+                dbuffers[name][chunk] = tangents
+        without = frozenset(range(len(state.counts))) - with_gradient
+        return gradient, dgradient, without, buffers
+
+    def _tangents_of(self, moved: Buffers) -> Buffers:
+        """The tangents of buffers, zero for those that had none so far."""
+        for name, buffer in moved.items():
+            if name not in self.tangent_buffers:
+                self.tangent_buffers[name] = buffer.new_zeros(len(self.columns), *buffer.shape)
+        return self.tangent_buffers
 
     def _end_segment(self, end: int) -> None:
-        val_gradient = self._segment_gradient(self.state, end)
+        evaluation = self._segment_gradient(self.state, end)
+        assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
         used = slice(0, self._in_use)
-        for (name, window), value in zip(self.columns[used], self.tangent_params[used] @ val_gradient, strict=True):
+        total = self.tangent_params[used] @ evaluation.gradient
+        for name, tangents in self.tangent_buffers.items():
+            gradient = as_real(evaluation.buffer_gradients[name])
+            total = total + as_real(tangents[used]).flatten(1) @ gradient.flatten()
+        for (name, window), value in zip(self.columns[used], total, strict=True):
             self.hypergradients[name][window] += value
-        for tangent in (self.tangent_params, *self.tangent_slots):
+        for tangent in (self.tangent_params, *self.tangent_slots, *self.tangent_buffers.values()):
             tangent[used] = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "tangents": (self.tangent_params.clone(), *(z.clone() for z in self.tangent_slots)),
+            "buffer_tangents": {name: tangents.clone() for name, tangents in self.tangent_buffers.items()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
         self.tangent_params, *slots = (tangent.clone() for tangent in saved["tangents"])
         self.tangent_slots = tuple(slots)
+        self.tangent_buffers = {name: tangents.clone() for name, tangents in saved["buffer_tangents"].items()}
 
 
 def _opening(window: int, count: int, steps: int) -> int:
     """First step t with floor(count t / steps) = window."""
     return -(-window * steps // count)
+
+
+def _note(noted: set[int], position: int, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        noted.add(position)
+
+
+def _loss_and_buffers(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Tensor, Buffers]:
+    return loss, present()
+
+
+def _stops(state: Iterable[Tensor]) -> ForwardStops:
+    return ForwardStops(state, _SUBSTITUTES)
+
+
+_SUBSTITUTES: Substitutes = {**FORWARD_DIFFERENTIABLE, F.batch_norm: fused_batch_norm, F.instance_norm: instance_norm}

@@ -11,8 +11,10 @@ P(v) = v - mean(v) - x^ mean(x^ v),
     gw = sum x^ gy       dgw = sum x^ dgy + r sum P(gy) dx
     gb = sum gy          dgb = sum dgy
 
-(ds the tangent of s, gs the loss's gradient by s; dx^ = r P(dx) and dr = -r^2 mean(x^ dx)). `FusedBatchNorm` puts them
-in place of `F.batch_norm` for `jvp(grad(...))` under one `vmap` over tangents: for forward mode, nothing else.
+(ds the tangent of s, gs the loss's gradient by s; dx^ = r P(dx) and dr = -r^2 mean(x^ dx)); the batch's mean and
+variance, towards which running statistics move, have the tangents mean(dx) and 2 sum(x^ dx) / (r (n - 1)).
+`fused_batch_norm` takes the place of `F.batch_norm` for `jvp(grad(...))` under one `vmap` over tangents: for forward
+mode, nothing else.
 """
 
 from __future__ import annotations
@@ -21,27 +23,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
+
+from tune_hypergrad.hypergradients.normalisation import batch_norm, move_statistics
 
 _Columns = Iterable[tuple[Tensor, ...]]
 """Tangents of the inputs, column by column: one column's activations at a time stay in the processor's cache."""
 
 
-class FusedBatchNorm(TorchFunctionMode):
-    """While entered, `F.batch_norm` over batch statistics on a CPU runs as below; all else is left to torch."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _batch_norm(
+def fused_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -51,23 +42,17 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    """`F.batch_norm`, over batch statistics on a CPU as above, else out of torch's operations."""
     parameters = [tensor for tensor in (weight, bias) if tensor is not None]
     fusable = training and input.device.type == "cpu" and all(tensor.dtype == input.dtype for tensor in parameters)
     if not fusable or input.numel() <= input.shape[1]:  # for which torch has an error message
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     channels = torch.ones(input.shape[1], dtype=input.dtype)
-    output, _, _, new_mean, new_var = _Normalise.apply(  # type: ignore[no-untyped-call]
-        input,
-        channels if weight is None else weight,
-        torch.zeros_like(channels) if bias is None else bias,
-        running_mean,
-        running_var,
-        momentum,
-        eps,
+    output, _, _, mean, var = _Normalise.apply(  # type: ignore[no-untyped-call]
+        input, channels if weight is None else weight, torch.zeros_like(channels) if bias is None else bias, eps
     )
     if running_mean is not None and running_var is not None:
-        running_mean.copy_(new_mean)
-        running_var.copy_(new_var)
+        move_statistics(running_mean, running_var, mean, var, momentum)
     return output  # type: ignore[no-any-return]
 
 
@@ -81,42 +66,34 @@ class _OfPrimals(Function):
 
 class _Normalise(_OfPrimals):
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
-        # torch updates running statistics in place
-        new_mean, new_var = (None if running is None else running.clone() for running in (running_mean, running_var))
-        y, mean, r = torch.native_batch_norm(x, weight, bias, new_mean, new_var, True, momentum, eps)
-        return y, mean, r, *(mean.clone() if new is None else new for new in (new_mean, new_var))
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        mean, var = (torch.zeros(x.shape[1], dtype=x.dtype) for _ in range(2))
+        y, saved_mean, r = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)
+        return y, saved_mean, r, mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*output[1:3])
         saved = (*inputs[:2], *output[1:3])
         ctx.save_for_forward(*saved)
         ctx.save_for_backward(*saved)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        dy = _NormaliseTangent.apply(*ctx.saved_tensors, *tangents[:3])  # type: ignore[no-untyped-call]
-        return dy, None, None, None, None
+        dy, dmean, dvar = _NormaliseTangent.apply(*ctx.saved_tensors, *tangents[:3])  # type: ignore[no-untyped-call]
+        return dy, None, None, dmean, dvar
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         by_inputs = _NormaliseBackward.apply(gradients[0], *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return *by_inputs, None, None, None, None
+        return *by_inputs, None
 
 
 class _NormaliseTangent(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, *tangents: Tensor) -> Tensor:
-        return _normalise_tangents(x, weight, mean, r, 1, [tangents])[0]
+    def forward(x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, *tangents: Tensor) -> tuple[Tensor, ...]:
+        outputs = _normalise_tangents(x, weight, mean, r, 1, [tangents])
+        return tuple(output[0] for output in outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -125,9 +102,9 @@ class _NormaliseTangent(Function):
     @staticmethod
     def vmap(
         info: Any, dims: tuple[int | None, ...], x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, *tangents: Tensor
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         columns = _columns(info.batch_size, dims[4:], tangents)
-        return _normalise_tangents(x, weight, mean, r, info.batch_size, columns), 0
+        return _normalise_tangents(x, weight, mean, r, info.batch_size, columns), (0, 0, 0)
 
 
 class _NormaliseBackward(_OfPrimals):
@@ -172,17 +149,21 @@ class _NormaliseBackwardTangent(Function):
         return _normalise_backward_tangents(gy, x, weight, mean, r, info.batch_size, columns), (0, 0, 0)
 
 
-def _normalise_tangents(x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, count: int, columns: _Columns) -> Tensor:
-    """dy, shape [count, *x.shape], for columns of (dx, dw, db)."""
+def _normalise_tangents(
+    x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, count: int, columns: _Columns
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy [count, *x.shape] and those of the mean and of the unbiased variance, [count, channels], for columns of
+    (dx, dw, db)."""
     per_channel = _channel_view(x)
     normal, scale, n = _normalised(x, mean, r), weight * r, x.numel() // x.shape[1]
-    dy = x.new_empty(count, *x.shape)
-    for out, (dx, dweight, dbias) in zip(dy, columns, strict=True):
+    dy, dmean, dvar = x.new_empty(count, *x.shape), x.new_empty(count, x.shape[1]), x.new_empty(count, x.shape[1])
+    for column, (dx, dweight, dbias) in enumerate(columns):
         sum_dx, sum_normal_dx = _sums(dx, x, mean, r)
+        dmean[column], dvar[column] = sum_dx / n, 2 * sum_normal_dx / (r * (n - 1))
         constant, of_normal = dbias - scale * sum_dx / n, dweight - scale * sum_normal_dx / n
-        torch.addcmul(per_channel(constant), normal, per_channel(of_normal), out=out)
-        out.addcmul_(dx, per_channel(scale))
-    return dy
+        torch.addcmul(per_channel(constant), normal, per_channel(of_normal), out=dy[column])
+        dy[column].addcmul_(dx, per_channel(scale))
+    return dy, dmean, dvar
 
 
 def _normalise_backward_tangents(

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values
 from tune_hypergrad.problem import Problem
 
 MODES = ("auto", "forward", "reverse", "checkpointed_reverse")
-
-_SHARE_OF_MEMORY = 0.25  # several trials may run beside each other
 
 
 class Choice(NamedTuple):
@@ -144,13 +141,15 @@ def choose_differentiation(
         )
     needed = state_bytes * steps
     if needed <= free_bytes:
-        return Choice("reverse", f"{reverse:.1f} gradients a step, forward {forward:.1f}; {_mib(needed)} of states fit")
+        return Choice(
+            "reverse", f"{reverse:.1f} gradients a step, forward {forward:.1f}; {mebibytes(needed)} of states fit"
+        )
     if forward <= checkpointed:
-        return Choice("forward", f"{_mib(needed)} of states do not fit; {forward:.1f} gradients a step")
+        return Choice("forward", f"{mebibytes(needed)} of states do not fit; {forward:.1f} gradients a step")
     return Choice(
         "checkpointed_reverse",
-        f"{checkpointed:.1f} gradients a step, forward {forward:.1f}; {_mib(needed)} of states do not fit "
-        f"{_mib(free_bytes)}",
+        f"{checkpointed:.1f} gradients a step, forward {forward:.1f}; {mebibytes(needed)} of states do not fit "
+        f"{mebibytes(free_bytes)}",
     )
 
 
@@ -158,22 +157,3 @@ def state_bytes(loop: InnerLoop) -> int:
     """Size of one inner state: weights, optimizer slots and buffers."""
     state = loop.initial_state()
     return sum(tensor.nbytes for tensor in (state.params, *state.slots, *state.buffers.values()))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes on `device` that one run may take: a quarter of what is free."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
-    return int(free * _SHARE_OF_MEMORY)
-
-
-def _available_memory() -> int:
-    """What Linux says can be had without swapping; 4 GiB where nobody says."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 1 << 32
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB"

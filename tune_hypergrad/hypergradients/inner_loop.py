@@ -1,54 +1,51 @@
-"""The inner loop: one training run as a pure function of its weights, its hyperparameters and (seed, step)."""
+"""The inner loop: one training run as a pure function of its state, its hyperparameters and (seed, step)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite, isnan
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
-from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
+from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
+from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks
+from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.supported import refuse_unsupported, twice_differentiable
+from tune_hypergrad.modules import parts_in_evaluation, set_training
+from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything
 from tune_hypergrad.space import windows_of
 
-Hyperparameters = dict[str, Tensor]
-"""Name to values, shape [N]: N windows of steps/N inner steps each."""
-
-Buffers = dict[str, Tensor]
+T = TypeVar("T")
 
 # What a draw is for; one stream each, so that none depends on how often another is used.
 _INITIALISATION, _ORDER, _AUGMENTATION, _MODEL, _VALIDATION, _VALIDATION_ORDER = range(6)
 
 
-class State(NamedTuple):
-    """Everything an inner step reads and writes."""
+class Training(NamedTuple):
+    """What a training step is made of, before the optimizer's update."""
 
-    params: Tensor
-    """The model's trainable parameters, flattened: shape [P]."""
-    slots: tuple[Tensor, ...]
-    """The optimizer's state vectors, each of shape [P]."""
+    loss: Tensor
+    """The training loss, shape []."""
+    gradient: Tensor
+    """Its gradient by the weights, shape [P]: zeros for parameters that have none."""
+    without_gradient: frozenset[int]
+    """Positions of the parameters that have none."""
     buffers: Buffers
-    """The model's buffers (BatchNorm's running statistics): carried, not differentiated."""
-
-
-class Evaluation(NamedTuple):
-    """How good some weights are on a split."""
-
-    loss: float
-    metrics: dict[str, float]
-    gradient: Tensor | None
-    """Gradient of the loss by the weights, shape [P], where it was asked for."""
+    """The buffers after the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +92,47 @@ def check_strength(problem: Problem, name: str, values: Iterable[float]) -> None
             )
 
 
+class _Scope(nn.Module):
+    """A model, and the losses that are modules: what functional calls give other tensors to.
+
+    `forward` runs any code: parameters stay swapped in until it is done, derivatives included, so that what a model
+    defers to its backward pass (activation checkpointing, saved-tensor hooks) sees the same parameters.
+    """
+
+    def __init__(self, model: nn.Module, losses: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.model = model
+        self.losses = nn.ModuleDict(losses)
+
+    def forward(self, body: Callable[[], T]) -> T:
+        return body()
+
+    def names(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors by the names by which users know them: `weight` of the model, `loss.weight` of the loss."""
+        return {name.split(".", 1)[1]: tensor for name, tensor in named}
+
+    def path(self, name: str) -> str:
+        """The name here of what users call `name`."""
+        return f"losses.{name}" if name.split(".", 1)[0] in self.losses else f"model.{name}"
+
+    def tensor(self, name: str) -> Tensor:
+        """The present parameter or buffer that users call `name`."""
+        owner, _, attribute = self.path(name).rpartition(".")
+        return getattr(self.get_submodule(owner), attribute)  # type: ignore[no-any-return]
+
+
 class InnerLoop:
     """A problem, an optimizer and a seed, ready to train.
 
-    Methods are pure functions of their arguments: the module that the problem's factory made serves as a template
-    for `torch.func.functional_call` only.
+    Methods are pure functions of their arguments: the modules that the problem's factory made serve as templates for
+    functional calls only. Losses that are modules are copied, and trained with the model.
 
     Raises:
         InputError: the model has a module the engine cannot differentiate, or no trainable parameter.
     """
 
     def __init__(self, problem: Problem, settings: TrainingSettings) -> None:
-        self.problem, self.settings = problem, settings
+        self.settings = settings
         self.optimizer = get_optimizer(settings.optimizer)
         with preserved_generators():
             seed_everything(fold_seed(settings.seed, _INITIALISATION))
@@ -114,21 +140,35 @@ class InnerLoop:
         if settings.device is not None:
             self.model.to(settings.device)
         refuse_unsupported(self.model)
-        self.objective = problem.objective(self.model)
-        trainable = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        if not trainable:
+        first = next((p for p in self.model.parameters() if p.requires_grad), None)
+        if first is None:
             raise InputError("the model has no parameter that requires a gradient: there is nothing to train")
+        self.device, self.dtype = first.device, first.dtype.to_real()
+        self.problem = problem.with_own_measures(self.device, self.dtype)
+        self.in_evaluation = parts_in_evaluation(self.model)
+        self.objective = self.problem.objective(self.model)
+        self._scope = _Scope(self.model, _loss_modules(self.problem, self.model))
+        trainable = self._scope.names((n, p.detach()) for n, p in self._scope.named_parameters() if p.requires_grad)
         self._names = tuple(trainable)
-        self._shapes = [p.shape for p in trainable.values()]
-        self._sizes = [p.numel() for p in trainable.values()]
-        self._initial = torch.cat([p.reshape(-1) for p in trainable.values()])
-        self.device, self.dtype = self._initial.device, self._initial.dtype
+        self._complex = {name for name, p in trainable.items() if p.is_complex()}
+        self._shapes = [as_real(p).shape for p in trainable.values()]
+        self._sizes = [as_real(p).numel() for p in trainable.values()]
+        self._initial = self.flatten(trainable)
+        frozen = ((n, p.detach()) for n, p in self._scope.named_parameters() if not p.requires_grad)
+        self._initial_buffers = self._scope.names([*frozen, *self._scope.named_buffers()])
+        self._frozen = {
+            name for name in self._initial_buffers if name not in self._scope.names(self._scope.named_buffers())
+        }
+        self._knows_frozen = False  # whether those that training changes are among the moving
+        self.moving = _running_statistics(self.model, self.in_evaluation)
+        """Names of the buffers and frozen parameters that training has been seen to change."""
         self.train, self.val, self.test = (
             None if split is None else split.to(self.device, self.dtype)  # type: ignore[union-attr]
-            for split in (problem.train, problem.val, problem.test)
+            for split in (self.problem.train, self.problem.val, self.problem.test)
         )
         self._held = {name: windows_of(value) for name, value in settings.fixed.items()}
         self._orders: dict[str, tuple[int, Tensor]] = {}  # of the present epoch, by split
+        self._evaluator = Evaluator(self)
 
     @property
     def steps(self) -> int:
@@ -139,6 +179,11 @@ class InnerLoop:
     def size(self) -> int:
         """Number of trainable weights, P."""
         return len(self._initial)
+
+    @property
+    def loss_parameters(self) -> list[str]:
+        """Names of the trainable parameters that losses have."""
+        return [name for name in self._names if self._scope.path(name) == f"losses.{name}"]
 
     def check_names(self, tuned: Mapping[str, Any]) -> None:
         """Refuse hyperparameters that nothing in this inner loop reads.
@@ -197,10 +242,9 @@ class InnerLoop:
             yield
 
     def initial_state(self) -> State:
-        """Fresh weights (drawn from the seed), zero optimizer state, fresh buffers."""
-        buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
+        """Fresh weights (drawn from the seed), zero optimizer state, fresh buffers, no step taken."""
         slots = tuple(torch.zeros_like(self._initial) for _ in self.optimizer.slots)
-        return State(self._initial.clone(), slots, buffers)
+        return State(self._initial.clone(), slots, dict(self._initial_buffers), (0,) * len(self._names))
 
     def scalars(self, hyperparameters: Hyperparameters, step: int) -> dict[str, Tensor]:
         """The tuned hyperparameters' values in force at `step`: element floor(N step / T) of each, 0-dim."""
@@ -219,7 +263,7 @@ class InnerLoop:
             epoch, position = divmod(step, len(split) // size)
             indices = self._epoch_order("train", epoch)[position * size : (position + 1) * size]
         seed_everything(fold_seed(self.settings.seed, _AUGMENTATION, step))
-        return self._cast(split.batch(indices))
+        return self.cast(split.batch(indices))
 
     def seed_model(self, step: int) -> None:
         """Seed the global generators for what a training step draws: dropout, noise, augmentation on the device."""
@@ -230,51 +274,164 @@ class InnerLoop:
         split = self.split("val")
         size = min(size, len(split))
         epoch, position = divmod(number, len(split) // size)
-        return self._cast(split.batch(self._epoch_order("val", epoch)[position * size : (position + 1) * size]))
+        return self.cast(split.batch(self._epoch_order("val", epoch)[position * size : (position + 1) * size]))
 
-    def train_loss(
-        self, params: Tensor, buffers: Buffers, h: Mapping[str, Any], batch: Batch, step: int
-    ) -> tuple[Tensor, Buffers]:
-        """Training loss (0-dim) on a batch, and the buffers after it; `h` holds scalars by name."""
-        self.model.train()
+    def within(self, tensors: Mapping[str, Tensor], body: Callable[[], T], *, training: bool) -> T:
+        """What `body()` gives while the model, and the losses that are modules, have these tensors.
+
+        Args:
+            tensors: parameters and buffers by name; others are the template's.
+            body: takes the derivatives as well, since backward passes may need the tensors.
+            training: whether modules are in training mode, or in evaluation mode.
+        """
+        if training:
+            set_training(self._scope, frozenset(f"model.{name}" for name in self.in_evaluation))
+        else:
+            self._scope.eval()
+        swapped = {self._scope.path(name): tensor for name, tensor in tensors.items()}
+        return functional_call(self._scope, swapped, (body,))  # type: ignore[no-any-return]
+
+    def at_training_loss(
+        self,
+        named: Mapping[str, Tensor],
+        buffers: Buffers,
+        h: Mapping[str, Any],
+        batch: Batch,
+        step: int,
+        body: Callable[[Tensor, Callable[[], Buffers]], T],
+        *,
+        mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]] = lambda state: nullcontext(),
+    ) -> T:
+        """What `body` makes of a training step's loss, shape [], and of what gives the buffers after it.
+
+        Args:
+            named: the trainable parameters by name.
+            buffers: buffers and frozen parameters by name; they may be overwritten.
+            h: the tuned hyperparameters' values in force, 0-dim, by name.
+            batch: inputs and, last, target.
+            step: seeds what the step draws.
+            body: takes the derivatives, while weights and regularisers are in place.
+            mode: what to run it all in; made of the tensors that the step may overwrite.
+        """
         self.seed_model(step)
-        named = self.unflatten(params)
-        tensors = {**named, **{name: buffer.clone() for name, buffer in buffers.items()}}
         values = {**self.held_at(step), **h}
         *inputs, target = self.objective.transform(batch, values)
+        of_model = {name: p for name, p in named.items() if self._scope.path(name) != f"losses.{name}"}
+        factors = self.objective.weight_factors(of_model, values)
+        used = {**named, **{name: named[name] * factor for name, factor in factors.items()}}
 
-        def call(factors: dict[str, Tensor]) -> Any:
-            tensors.update({name: named[name] * factor for name, factor in factors.items()})
-            return functional_call(self.model, tensors, tuple(inputs))  # writes buffers that are assigned anew back
+        def present() -> Buffers:
+            return {name: self._scope.tensor(name) for name in buffers}  # modules assign buffers anew
 
-        prediction = self.objective.predict(call, named, values)
-        loss = self.objective.loss(prediction, target, lambda: named, values)
-        return loss, {name: tensors[name] for name in buffers}
+        def at_loss() -> T:
+            with self.objective.acting(values) as activations, mode(buffers.values()):
+                prediction = Prediction(self.model(*inputs), activations)
+                return body(self.objective.loss(prediction, target, lambda: of_model, values), present)
 
-    def gradient(self, state: State, h: Mapping[str, Any], step: int) -> tuple[Tensor, Buffers]:
-        """Gradient of the step's training loss, shape [P], and the buffers after the forward pass."""
-        params = state.params.detach().requires_grad_()
+        return self.within({**buffers, **used}, at_loss, training=True)
+
+    def training(self, state: State, h: Mapping[str, Any], step: int) -> Training:
+        """The gradient of a step's training loss."""
+        named = {name: p.detach().requires_grad_() for name, p in self.unflatten(state.params).items()}
+        buffers = self.copies(state.buffers)
+
+        def differentiate(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Any, ...]:
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            return loss.detach(), found, present()
+
         with torch.enable_grad():
-            loss, buffers = self.train_loss(params, state.buffers, h, self.batch(step), step)
-            (gradient,) = torch.autograd.grad(loss, params)
-        return gradient, {name: buffer.detach() for name, buffer in buffers.items()}
+            before = {name: buffer._version for name, buffer in buffers.items()}
+            loss, found, after = self.at_training_loss(named, buffers, h, self.batch(step), step, differentiate)
+        gradient, without = self._together(named, found)
+        self.moving |= {n for n in after if self._is_changed(n, state.buffers[n], buffers[n], before[n], after[n])}
+        self._knows_frozen = True
+        kept = {name: after[name].detach() if name in self.moving else buffer for name, buffer in state.buffers.items()}
+        return Training(loss, gradient, without, kept)
+
+    def copies(self, buffers: Buffers) -> Buffers:
+        """Buffers that a pass through the model may overwrite; frozen parameters that it never has are not copied."""
+        fixed = self._frozen - self.moving if self._knows_frozen else set()
+        return {name: buffer if name in fixed else buffer.clone() for name, buffer in buffers.items()}
+
+    def _is_changed(self, name: str, before: Tensor, given: Tensor, version: int, after: Tensor) -> bool:
+        """Whether a step has changed a buffer.
+
+        Args:
+            name: the buffer's.
+            before: the buffer before the step.
+            given: what the step was given for it: `before` itself or a copy.
+            version: that tensor's version then.
+            after: what the step has left.
+
+        Raises:
+            InputError: it has overwritten what was taken for constant.
+        """
+        if after is given and after._version == version:
+            # `.data` is written to without a trace
+            return not self._knows_frozen and not torch.equal(after, before)
+        if after is before:
+            raise InputError(
+                f"the frozen parameter {name!r} stayed as it was in the first step, and was overwritten in a later "
+                "one: register it as a buffer"
+            )
+        return True
+
+    def _together(
+        self, named: Mapping[str, Tensor], gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor, frozenset[int]]:
+        """Parameters' gradients as one, of shape [P], and the positions of those that have none."""
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), gradients, strict=True)]
+        without = frozenset(position for position, gradient in enumerate(gradients) if gradient is None)
+        return self.flatten(dict(zip(named, filled, strict=True))), without
+
+    def gradient_of(self, loss: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, frozenset[int]]:
+        """Gradient [P] of a loss by parameters, itself differentiable, and the positions of those that have none."""
+        return self._together(
+            named, torch.autograd.grad(loss, list(named.values()), create_graph=True, allow_unused=True)
+        )
 
     def update(
-        self, params: Tensor, gradient: Tensor, slots: tuple[Tensor, ...], h: Mapping[str, Any], step: int
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The optimizer's update, gradient clipping included."""
+        self,
+        params: Tensor,
+        gradient: Tensor,
+        slots: Slots,
+        h: Mapping[str, Any],
+        step: int,
+        blocks: Sequence[Block] | None = None,
+    ) -> tuple[Tensor, Slots]:
+        """The optimizer's update, gradient clipping included.
+
+        Args:
+            params: shape [P].
+            gradient: shape [P].
+            slots: the optimizer's state vectors, each of shape [P].
+            h: the tuned hyperparameters' values in force.
+            step: the inner step.
+            blocks: which parameters step; None: all, for which this is step `step`.
+        """
         clip = self.settings.clip_gradient
         if clip is not None:
             gradient = gradient.clamp(-clip, clip)
         values = {**self.optimizer.hyperparameters, **self.held_at(step), **h}
-        return self.optimizer.update(params, gradient, slots, values, step)
+        if blocks is None:
+            return self.optimizer.update(params, gradient, slots, values, step)
+
+        def of_block(params: Tensor, gradient: Tensor, slots: Slots, count: int) -> tuple[Tensor, Slots]:
+            return self.optimizer.update(params, gradient, slots, values, count)
+
+        return update_blocks(of_block, blocks, self._sizes, params, gradient, slots)
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
         """One plain training step."""
-        gradient, buffers = self.gradient(state, h, step)
+        return self.take_step(state, h, step)[0]
+
+    def take_step(self, state: State, h: Mapping[str, Any], step: int) -> tuple[State, Tensor]:
+        """One plain training step, and its training loss."""
+        training = self.training(state, h, step)
+        blocks = step_blocks(state.counts, training.without_gradient)
         with torch.no_grad():
-            params, slots = self.update(state.params, gradient, state.slots, h, step)
-        return State(params, slots, buffers)
+            params, slots = self.update(state.params, training.gradient, state.slots, h, step, blocks)
+        return State(params, slots, training.buffers, counted(state.counts, training.without_gradient)), training.loss
 
     def run(self, hyperparameters: Hyperparameters) -> State:
         """A whole training run without any hypergradient."""
@@ -293,22 +450,15 @@ class InnerLoop:
             examples: how many examples to take, drawn from (seed, `draw`); None for the whole split.
         """
         split = self.split(which)
-        self.model.eval()
+        sample, size = self._sample(split, draw, examples), self.problem.eval_batch_size
+        total = len(split) if sample is None else len(sample)
+        ends = [(start, min(start + size, total)) for start in range(0, total, size)]
+        batches = [slice(*pair) if sample is None else sample[slice(*pair)] for pair in ends]
+        return self._evaluator.evaluate(state, which, batches, gradient=gradient)
+
+    def seed_evaluation(self) -> None:
+        """Seed the global generators for what an evaluation draws."""
         seed_everything(fold_seed(self.settings.seed, _VALIDATION))
-        params = state.params.detach().requires_grad_(gradient)
-        buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}  # a model may count its calls
-        total = torch.zeros_like(params) if gradient else None
-        loss, metrics = 0.0, dict.fromkeys(self.problem.metrics, 0.0)
-        for batch, weight in self._eval_batches(split, self._sample(split, draw, examples)):
-            with torch.set_grad_enabled(gradient):
-                output = functional_call(self.model, {**self.unflatten(params), **buffers}, batch[:-1])
-                batch_loss = weight * self.problem.loss(output, batch[-1])
-            if total is not None:
-                total += torch.autograd.grad(batch_loss, params)[0]
-            loss += float(batch_loss.detach())
-            for name, metric in self.problem.metrics.items():
-                metrics[name] += weight * float(metric(output.detach(), batch[-1]))
-        return Evaluation(loss, metrics, total)
 
     def step_cost(self, hessian_columns: int = 0) -> Cost:
         """Cost of one training step that also carries `hessian_columns` tangent columns."""
@@ -327,13 +477,20 @@ class InnerLoop:
         return Cost(gradients=spent, evaluations=spent)
 
     def unflatten(self, params: Tensor) -> dict[str, Tensor]:
-        """Views of the flat weights by parameter name."""
-        chunks = params.split(self._sizes)
-        return {name: chunk.view(shape) for name, chunk, shape in zip(self._names, chunks, self._shapes, strict=True)}
+        """The flat weights by parameter name: views, but for complex ones."""
+        named = {}
+        for name, chunk, shape in zip(self._names, params.split(self._sizes), self._shapes, strict=True):
+            part = chunk.view(shape)
+            named[name] = torch.view_as_complex(part.clone()) if name in self._complex else part
+        return named
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
-        """Undo `unflatten`: shape [P]."""
-        return torch.cat([params[name].reshape(-1) for name in self._names])
+        """Undo `unflatten`: shape [P]; other names are left out."""
+        return torch.cat([as_real(params[name]).reshape(-1) for name in self._names])
+
+    def differentiated(self, buffers: Buffers) -> list[str]:
+        """Names of those buffers that are part of the differentiated state: floating ones that training changes."""
+        return [name for name, buffer in buffers.items() if name in self.moving and _has_derivatives(buffer)]
 
     def split(self, which: str) -> Split:
         """The "train", "val" or "test" split, where training happens."""
@@ -342,7 +499,8 @@ class InnerLoop:
             raise InputError(f"the problem has no {which} split")
         return split
 
-    def _cast(self, batch: Batch) -> Batch:
+    def cast(self, batch: Batch) -> Batch:
+        """The batch where training happens, floating tensors in the weights' type."""
         return cast_batch(batch, self.device, self.dtype)
 
     def _epoch_order(self, which: str, epoch: int) -> Tensor:
@@ -360,11 +518,37 @@ class InnerLoop:
         generator = torch.Generator().manual_seed(fold_seed(self.settings.seed, _VALIDATION, draw))
         return torch.randperm(len(split), generator=generator)[:examples].to(self.device)
 
-    def _eval_batches(self, split: Split, sample: Tensor | None) -> Iterator[tuple[Batch, float]]:
-        """Batches of the split (or of a sample of it) with the share of the examples that each holds."""
-        size = self.problem.eval_batch_size
-        total = len(split) if sample is None else len(sample)
-        for start in range(0, total, size):
-            stop = min(start + size, total)
-            indices = slice(start, stop) if sample is None else sample[start:stop]
-            yield self._cast(split.batch(indices)), (stop - start) / total
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, as `torch.optim` takes it."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _has_derivatives(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _loss_modules(problem: Problem, model: nn.Module) -> dict[str, nn.Module]:
+    """Losses that are modules, by the problem's name for them, each once.
+
+    Raises:
+        InputError: a part of the model has such a name.
+    """
+    losses: dict[str, nn.Module] = {}
+    for name in ("loss", "train_loss"):
+        loss = getattr(problem, name)
+        if isinstance(loss, nn.Module) and not any(loss is known for known in losses.values()):
+            losses[name] = loss
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        if name.split(".", 1)[0] in losses:
+            raise InputError(f"the model has {name!r}, which is how the parameters of the loss are called: rename it")
+    return losses
+
+
+def _running_statistics(model: nn.Module, in_evaluation: Set[str]) -> set[str]:
+    """Names of the running statistics that training moves."""
+    found = set()
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm | _InstanceNorm) and module.track_running_stats and path not in in_evaluation:
+            found |= {f"{path}.{name}".lstrip(".") for name in ("running_mean", "running_var")}
+    return found

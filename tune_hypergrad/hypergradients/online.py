@@ -6,8 +6,9 @@ from typing import Any
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import Hyperparameters, InnerLoop
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.outer import Descent
+from tune_hypergrad.hypergradients.state import Hyperparameters
 
 
 class OnlineRun:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
+from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range
 
 UpdateState = dict[str, Tensor]

@@ -1,6 +1,6 @@
 """Reverse mode with recomputed steps: train once, then carry the adjoint of the state back through every step.
 
-With state s = (params, slots) and adjoint a = d val_loss / d s', one inner step s' = step(s, h) gives
+With state s = (params, slots, buffers) and adjoint a = d val_loss / d s', one inner step s' = step(s, h) gives
 
     d val_loss / d h += a (d step / d h),        a <- a (d step / d s).
 
@@ -10,15 +10,25 @@ between which segments are trained again. The cost does not depend on how many h
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from math import isfinite, isqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
-from tune_hypergrad.hypergradients.inner_loop import Hyperparameters, InnerLoop, State
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
+from tune_hypergrad.hypergradients.partial_update import step_blocks
 from tune_hypergrad.hypergradients.run import HypergradientRun
+from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
+from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
+
+
+class NotReplayedError(InputError):
+    """A training step that was run again was another one."""
 
 
 class ReverseRun(HypergradientRun):
@@ -42,7 +52,9 @@ class ReverseRun(HypergradientRun):
         self._sparse_interval = isqrt(loop.steps - 1) + 1
         self._interval = 1 if keep_all else self._sparse_interval
         self._kept: dict[int, State] = {}
+        self._losses: list[Tensor] = []  # of the steps on the way there
         self._adjoint: tuple[Tensor, ...] = ()
+        self._buffer_adjoint: Buffers = {}
 
     @property
     def length(self) -> int:
@@ -58,26 +70,34 @@ class ReverseRun(HypergradientRun):
     def _train_one(self, step: int) -> None:
         if step % self._interval == 0:
             self._kept[step] = self.state
-        self.state = self._plain_step(self.state, step)
+        self.state, loss = self._plain_step(self.state, step)
+        self._losses.append(loss)
 
-    def _plain_step(self, state: State, step: int) -> State:
+    def _plain_step(self, state: State, step: int) -> tuple[State, Tensor]:
         self.cost += self.loop.step_cost()
-        return self.loop.step(state, self.loop.scalars(self.hyperparameters, step), step)
+        return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step)
 
     def _go_back_one(self, step: int) -> None:
         """Carry the adjoint from after `step` to before it."""
         loop, end = self.loop, step + 1
         if end == loop.steps or end % self.horizon == 0:
-            val_gradient = self._segment_gradient(self._state_before(end), end)
-            self._adjoint = (val_gradient, *(torch.zeros_like(val_gradient) for _ in loop.optimizer.slots))
+            evaluation = self._segment_gradient(self._state_before(end), end)
+            assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
+            self._adjoint = (
+                evaluation.gradient,
+                *(torch.zeros_like(evaluation.gradient) for _ in loop.optimizer.slots),
+            )
+            self._buffer_adjoint = evaluation.buffer_gradients
             if self.final is not None and not isfinite(self.final.loss):
                 self._give_up()
                 return
         state = self._state_before(step)
         self._kept.pop(end, None)
         h = {name: value.detach().requires_grad_() for name, value in loop.scalars(self.hyperparameters, step).items()}
-        dh = self._vector_jacobian_product(state, h, step)
-        for name, value in dh.items():
+        pulled = adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint)
+        refuse_another_step(step, self._losses[step], pulled.loss)
+        self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
+        for name, value in pulled.by_hyperparameters.items():
             windows = self.hypergradients[name]
             windows[len(windows) * step // loop.steps] += value
         self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
@@ -86,22 +106,6 @@ class ReverseRun(HypergradientRun):
         """The run diverged: going back would only find out step by step that there is no derivative."""
         self._kept.clear()
         self.position = self.length - 1
-
-    def _vector_jacobian_product(self, state: State, h: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Replace the adjoint a by a (d step / d s); returns a (d step / d h), 0-dim by name."""
-        loop, names = self.loop, list(h)
-        params = state.params.detach().requires_grad_()
-        with torch.enable_grad():
-            loss, _ = loop.train_loss(params, state.buffers, h, loop.batch(step), step)
-            (gradient,) = torch.autograd.grad(loss, params, create_graph=True)
-            leaves = [tensor.detach().requires_grad_() for tensor in (state.params, gradient, *state.slots)]
-            updated, slots = loop.update(leaves[0], leaves[1], tuple(leaves[2:]), h, step)
-            through_update = _products((updated, *slots), [*leaves, *h.values()], self._adjoint)
-            to_params, to_gradient, *rest = through_update
-            to_slots, to_h = rest[: len(slots)], rest[len(slots) :]
-            through_gradient = _products((gradient,), [params, *h.values()], (to_gradient,))
-        self._adjoint = (to_params + through_gradient[0], *to_slots)
-        return {name: a + b for name, a, b in zip(names, to_h, through_gradient[1:], strict=True)}
 
     def _state_before(self, step: int) -> State:
         """The state before `step`: kept, or trained again from the last kept one before it."""
@@ -112,19 +116,117 @@ class ReverseRun(HypergradientRun):
             state = self._kept.get(start) or self.loop.initial_state()
             for between in range(start, step):
                 self._kept[between] = state
-                state = self._plain_step(state, between)
+                state, _ = self._plain_step(state, between)
             self._kept[step] = state
         return self._kept[step]
 
     def state_dict(self) -> dict[str, Any]:
         # about sqrt(T) states: the rest is trained again on demand, to the same bits
         kept = {step: tuple(state) for step, state in self._kept.items() if step % self._sparse_interval == 0}
-        return {**super().state_dict(), "kept": kept, "adjoint": self._adjoint}
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
+        return {
+            **super().state_dict(),
+            "kept": kept,
+            "losses": losses,
+            "adjoint": self._adjoint,
+            "buffer_adjoint": dict(self._buffer_adjoint),
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
         self._kept = {step: State(*state) for step, state in saved["kept"].items()}
-        self._adjoint = tuple(saved["adjoint"])
+        self._losses = list(saved["losses"])
+        self._adjoint, self._buffer_adjoint = tuple(saved["adjoint"]), dict(saved["buffer_adjoint"])
+
+
+class Pulled(NamedTuple):
+    """What an adjoint step gives."""
+
+    loss: Tensor
+    """The training loss of the step, shape []."""
+    gradient: Tensor
+    """The training gradient, shape [P]."""
+    adjoint: tuple[Tensor, ...]
+    """Of the weights and slots before the step, each of shape [P]."""
+    buffer_adjoint: Buffers
+    """Of the buffers before the step."""
+    by_hyperparameters: dict[str, Tensor]
+    """What the step adds to the derivative by each hyperparameter, 0-dim."""
+
+
+def adjoint_step(
+    loop: InnerLoop,
+    state: State,
+    h: dict[str, Tensor],
+    step: int,
+    adjoint: tuple[Tensor, ...],
+    buffer_adjoint: Buffers,
+) -> Pulled:
+    """One vector-Jacobian product of an inner step: a (d step / d s) and a (d step / d h).
+
+    Args:
+        loop: what is trained; entered.
+        state: before the step.
+        h: the tuned hyperparameters' values in force, 0-dim, each requiring a gradient.
+        step: which one.
+        adjoint: of the weights and slots after the step, each of shape [P].
+        buffer_adjoint: of the differentiated buffers after the step, by name.
+    """
+    named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
+    moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
+    cotangents = [buffer_adjoint.get(name, torch.zeros_like(buffer)) for name, buffer in moved.items()]
+
+    def pull(loss: Tensor, present: Callable[[], Buffers]) -> Pulled:
+        gradient, without = loop.gradient_of(loss, named)
+        after = present()
+        leaves = [constant(tensor).requires_grad_() for tensor in (state.params, gradient, *state.slots)]
+        blocks = step_blocks(state.counts, without)
+        updated, slots = loop.update(leaves[0], leaves[1], tuple(leaves[2:]), h, step, blocks)
+        to_params, to_gradient, *rest = _products((updated, *slots), [*leaves, *h.values()], adjoint)
+        with through_stops():
+            through_gradient = _products(
+                (gradient, *(after[name] for name in moved)),
+                [*named.values(), *moved.values(), *h.values()],
+                (to_gradient, *cotangents),
+            )
+        by_named, by_moved = through_gradient[: len(named)], through_gradient[len(named) : len(named) + len(moved)]
+        to_h = zip(h, rest[len(slots) :], through_gradient[len(named) + len(moved) :], strict=True)
+        return Pulled(
+            constant(loss),
+            constant(gradient),
+            (to_params + loop.flatten(dict(zip(named, by_named, strict=True))), *rest[: len(slots)]),
+            dict(zip(moved, by_moved, strict=True)),
+            {name: a + b for name, a, b in to_h},
+        )
+
+    with torch.enable_grad():
+        batch = loop.batch(step)
+        buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
+        return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=_differentiable)
+
+
+def refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:
+    """Refuse to differentiate a step that is not the one that was trained with.
+
+    Args:
+        step: which one.
+        first: its loss on the way there, shape [].
+        again: its loss on the way back, shape []: the same to the bit on a CPU, to rounding on other devices.
+
+    Raises:
+        NotReplayedError: they differ.
+    """
+    tolerance = 0.0 if again.device.type == "cpu" else 1e-3
+    if not torch.allclose(again, first, rtol=tolerance, atol=0, equal_nan=True):
+        raise NotReplayedError(
+            f"training step {step} was another one when it was run again (a loss of {float(again):.6g}, not "
+            f"{float(first):.6g}): something in the data or the model draws from a generator of its own, counts calls "
+            "or caches; draw from torch's, NumPy's or Python's global generators, or set differentiation='forward'"
+        )
+
+
+def _differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
+    return DifferentiableStops(state, IN_TRAINING)
 
 
 def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

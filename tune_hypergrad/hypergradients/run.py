@@ -13,7 +13,9 @@ from torch import Tensor
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.inner_loop import Evaluation, Hyperparameters, InnerLoop, State, check_strength
+from tune_hypergrad.hypergradients.evaluation import Evaluation
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, check_strength
+from tune_hypergrad.hypergradients.state import Hyperparameters, State
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class HypergradientRun(ABC):
         return {
             "differentiation": self.differentiation,
             "position": self.position,
+            "moving": sorted(self.loop.moving),
             "hyperparameters": dict(self.hyperparameters),
             "hypergradients": {name: values.clone() for name, values in self.hypergradients.items()},
             "state": tuple(self.state),
@@ -175,24 +178,24 @@ class HypergradientRun(ABC):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from a `state_dict` of a run of the same inner loop, mode and horizon; `saved` stays as it is."""
         self.position, self.reason = saved["position"], saved["reason"]
+        self.loop.moving |= set(saved["moving"])
         self.hyperparameters = dict(saved["hyperparameters"])
         self.hypergradients = {name: values.clone() for name, values in saved["hypergradients"].items()}
         self.state, self.cost = State(*saved["state"]), Cost(*saved["cost"])
         self.final = None if saved["final"] is None else Evaluation(*saved["final"])
 
-    def _segment_gradient(self, state: State, end: int) -> Tensor:
-        """Validation gradient at the end of a segment, shape [P]; keeps the evaluation if it is the final one."""
+    def _segment_gradient(self, state: State, end: int) -> Evaluation:
+        """The validation loss with its gradients at the end of a segment; kept if it is the final one."""
         evaluation = self.loop.evaluate(state, gradient=True, examples=self.val_examples, draw=end)
         self.cost += self.loop.eval_cost("val", self.val_examples, gradient=True)
-        assert evaluation.gradient is not None
         if end == self.loop.steps:
             self._evaluate_final(state, evaluation)
-        return evaluation.gradient
+        return evaluation
 
     def _evaluate_final(self, state: State, evaluation: Evaluation) -> None:
         if self.val_examples is not None and self.val_examples < len(self.loop.split("val")):
             evaluation = self.loop.evaluate(state)
             self.cost += self.loop.eval_cost("val")
-        self.final = Evaluation(evaluation.loss, evaluation.metrics, None)
+        self.final = Evaluation(evaluation.loss, evaluation.metrics)
         if not isfinite(evaluation.loss):  # the run diverged: there is no derivative
             self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hyperparameters.items()}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.substitution import REPLAYABLE, Substituting
 
 
 def refuse_unsupported(model: nn.Module) -> None:
@@ -37,7 +35,7 @@ def refuse_unsupported(model: nn.Module) -> None:
             )
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False)):
             raise InputError(f"{where} is lazy: give it its sizes, or run one batch through it in the model factory")
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    dtypes = {p.dtype.to_real() for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         listed = ", ".join(sorted(map(str, dtypes)))
         raise InputError(f"the model mixes parameter dtypes ({listed}): convert it to one, such as model.float()")
@@ -57,33 +55,13 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Run the body with kernels that have the derivatives the engine needs.
 
     Attention takes the math kernel; recurrent networks run without oneDNN and cuDNN, whose fused kernels have no
-    forward-mode or second derivatives. Dropout draws the same mask with and without tangents.
+    forward-mode or second derivatives. Dropout draws the same mask with and without tangents; cross entropy has a
+    derivative by its label smoothing.
     """
     with ExitStack() as stack:
-        stack.enter_context(_ReplayableDropout())
+        stack.enter_context(Substituting(REPLAYABLE))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
-
-
-class _ReplayableDropout(TorchFunctionMode):
-    """Dropout whose mask depends on the generator's state and the input's shape only.
-
-    torch's own also depends on the input's memory layout, which `torch.func` transforms change, so that a step with
-    tangents would drop other units than the same step without.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        function = _dropout if func is F.dropout else func
-        return function(*args, **(kwargs or {}))
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if not training or p == 0:
-        return input
-    mask = torch.empty(input.shape, device=input.device, dtype=input.dtype).bernoulli_(1 - p)
-    if p < 1:
-        mask /= 1 - p
-    return input.mul_(mask) if inplace else input * mask

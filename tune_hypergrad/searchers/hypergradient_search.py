@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Descent, OuterLoop
-from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
+from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import gradient_ranges

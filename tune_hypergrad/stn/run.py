@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients.inner_loop import Evaluation, InnerLoop, State
+from tune_hypergrad.hypergradients.evaluation import Evaluation
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.optimizers import get_optimizer
+from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.stn.convert import self_tuning
 from tune_hypergrad.stn.hyperparameters import TunedHyperparameter, TunedHyperparameters

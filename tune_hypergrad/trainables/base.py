@@ -19,8 +19,9 @@ from ray import tune
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
-from tune_hypergrad.hypergradients.inner_loop import Evaluation, State
+from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.optimizers import get_optimizer
+from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM

@@ -11,8 +11,8 @@ import torch
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Descent, InnerLoop, OuterLoop
-from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
 from tune_hypergrad.hypergradients.run import hypergradient_scalars
+from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import Range, gradient_ranges

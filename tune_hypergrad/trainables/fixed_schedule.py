@@ -9,8 +9,8 @@ from ray import tune
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop
-from tune_hypergrad.hypergradients.inner_loop import State
 from tune_hypergrad.hypergradients.run import check_values
+from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position

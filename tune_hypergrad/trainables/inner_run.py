@@ -10,8 +10,8 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.hypergradient import MODES
-from tune_hypergrad.hypergradients.inner_loop import Hyperparameters
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
+from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position

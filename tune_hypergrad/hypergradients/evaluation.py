@@ -1,0 +1,326 @@
+"""Evaluation of a model on a split: its loss, its metrics, and the loss's gradient by everything that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from tune_hypergrad.data import Batch, Split
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.figures import (
+    Measure,
+    Part,
+    QuotientsOf,
+    agree,
+    as_mean,
+    can_be_cut,
+    cut,
+    detached,
+    figure,
+    is_accumulating,
+    is_of_whole_split,
+    joined,
+    part_of,
+    weights,
+)
+from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
+from tune_hypergrad.hypergradients.normalisation import IN_EVALUATION
+from tune_hypergrad.hypergradients.state import Buffers, State
+from tune_hypergrad.hypergradients.stop_gradient import WithoutStops, constant
+
+if TYPE_CHECKING:
+    from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+
+LOSS = "loss"
+"""How the loss is called among the measures; metrics have names of their own."""
+
+
+class Evaluation(NamedTuple):
+    """How good some weights are on a split."""
+
+    loss: float
+    metrics: dict[str, float]
+    gradient: Tensor | None = None
+    """Gradient of the loss by the weights, shape [P], where it was asked for."""
+    buffer_gradients: Buffers | None = None
+    """Gradients of the loss by the buffers that training moves, where they were asked for."""
+
+
+class Evaluator:
+    """Evaluates weights of an inner loop, and finds out which of its measures are means over examples.
+
+    In the first evaluation of a split in several batches, every batch's value is compared with those of its parts. A
+    measure that is no mean is evaluated at once, on the outputs of the whole split.
+    """
+
+    def __init__(self, loop: InnerLoop) -> None:
+        self._loop = loop
+        self._measures: dict[str, Measure] = {**loop.problem.metrics, LOSS: loop.problem.loss}
+        marked = {name for name, measure in self._measures.items() if is_of_whole_split(measure)}
+        self._whole = {which: set(marked) for which in ("train", "val", "test")}
+        self._tested: set[str] = set()
+
+    def evaluate(
+        self, state: State, which: str, batches: Sequence[Tensor | slice], *, gradient: bool = False
+    ) -> Evaluation:
+        """Loss and metrics over batches of a split, in evaluation mode.
+
+        Args:
+            state: the weights and buffers.
+            which: "train", "val" or "test".
+            batches: indices of the examples of each batch.
+            gradient: whether to differentiate the loss.
+
+        Raises:
+            InputError: a measure gives no number; or it is no mean over examples, and the model's outputs cannot be
+                put together over batches, or do not fit the memory.
+        """
+        several = len(batches) > 1  # one batch is the whole
+        test = several and which not in self._tested
+        while True:
+            whole = self._whole[which] if several else set()
+            one = _Pass(self._loop, self._measures, whole, self._loop.split(which), batches, state, gradient=gradient)
+            no_means = one.run(test=test)
+            if not no_means:
+                break
+            self._whole[which] |= no_means
+        if several:
+            self._tested.add(which)
+        return one.result()
+
+
+class _Pass:
+    """One pass over the batches of a split."""
+
+    def __init__(
+        self,
+        loop: InnerLoop,
+        measures: Mapping[str, Measure],
+        whole: set[str],
+        split: Split,
+        batches: Sequence[Tensor | slice],
+        state: State,
+        *,
+        gradient: bool,
+    ) -> None:
+        self._loop, self._measures, self._whole = loop, measures, whole
+        self._split, self._batches = split, batches
+        named = {name: p.detach().requires_grad_(gradient) for name, p in loop.unflatten(state.params).items()}
+        moved = loop.differentiated(state.buffers)
+        leaves = {name: state.buffers[name].detach().requires_grad_(gradient) for name in moved}
+        self._tensors = {**named, **state.buffers, **leaves}
+        self._buffers = set(state.buffers)
+        self._leaves = {name: self._tensors[name] for name in (*named, *moved)} if gradient else {}
+        self._by_leaf = {name: torch.zeros_like(leaf) for name, leaf in self._leaves.items()}
+        self._accumulating = {name: metric for name, metric in measures.items() if is_accumulating(metric)}
+        batchwise = [name for name in measures if name not in whole and name not in self._accumulating]
+        self._parts: dict[str, list[tuple[Part, int]]] = {name: [] for name in batchwise}
+        self._declared: set[str] = set()  # those that give (sum, count) of their own accord
+        self._gradients: list[Sequence[Tensor | None]] = []
+        self._outputs: list[tuple[Any, Any]] = []
+
+    def run(self, *, test: bool) -> set[str]:
+        """Go through the batches; returns measures that turned out to be no means over examples."""
+        for metric in self._accumulating.values():
+            metric.reset()  # type: ignore[attr-defined]
+        self._loop.seed_evaluation()
+        for chosen in self._batches:
+            batch = self._read(chosen)
+            no_means: set[str] = self._within(partial(self._judge, batch, test=test))
+            if no_means:
+                return no_means
+        return set()
+
+    def result(self) -> Evaluation:
+        """The evaluation, after all batches."""
+        figures = {name: float(figure(parts)) for name, parts in self._parts.items()}
+        figures |= {name: float(metric.compute()) for name, metric in self._accumulating.items()}  # type: ignore[attr-defined]
+        if self._gradients:
+            shares, divisor = weights(self._parts[LOSS])
+            for found, share in zip(self._gradients, shares, strict=True):
+                self._accumulate(found, share / divisor)
+        if self._whole:
+            outputs, targets = (joined(list(trees)) for trees in zip(*self._outputs, strict=True))
+            with torch.no_grad():
+                at_once = {name: as_mean(self._measures[name](outputs, targets)) for name in self._whole - {LOSS}}
+            figures |= {name: float(value) for name, value in at_once.items()}
+            if LOSS in self._whole:
+                figures[LOSS] = self._loss_at_once(outputs, targets)
+        metrics = {name: figures[name] for name in self._measures if name != LOSS}
+        if not self._leaves:
+            return Evaluation(figures[LOSS], metrics)
+        of_buffers = {name: self._by_leaf[name] for name in self._loop.differentiated(self._tensors)}
+        return Evaluation(figures[LOSS], metrics, self._loop.flatten(self._by_leaf), of_buffers)
+
+    def _read(self, chosen: Tensor | slice) -> Batch:
+        return self._loop.cast(self._split.batch(chosen))
+
+    def _within(self, body: Callable[[], Any]) -> Any:
+        # copies, since a model may count its calls
+        buffers = self._loop.copies({name: self._tensors[name] for name in self._buffers})
+        return self._loop.within({**self._tensors, **buffers}, body, training=False)
+
+    def _judge(self, batch: Batch, *, test: bool) -> set[str]:
+        """Everything that one batch adds; returns measures that are no means over its examples."""
+        target, examples, quotients = batch[-1], _length(batch), QuotientsOf()
+        now = LOSS not in self._whole
+        with _recording(now and bool(self._leaves)):
+            with quotients:
+                output = self._loop.model(*batch[:-1])
+            if now:
+                part = self._measure(LOSS, output, target, quotients)
+                if self._leaves:
+                    self._gradients.append(self._differentiate([part.total], [torch.ones_like(part.total)]))
+                self._parts[LOSS].append((part._replace(total=constant(part.total)), examples))
+        output = detached(output)
+        with torch.no_grad():
+            for name, parts in self._parts.items():
+                if name != LOSS:
+                    parts.append((self._measure(name, output, target, quotients), examples))
+            for metric in self._accumulating.values():
+                metric.update(output, target)  # type: ignore[attr-defined]
+            if self._whole:
+                self._keep(output, target, examples)
+            return self._no_means(batch, output) if test else set()
+
+    def _measure(self, name: str, output: Any, target: Any, quotients: QuotientsOf) -> Part:
+        with quotients:
+            value = self._measures[name](output, target)
+        if isinstance(value, tuple):
+            self._declared.add(name)
+        return part_of(value, quotients, _called(name))
+
+    def _differentiate(self, outputs: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor | None]:
+        pairs = [(output, g) for output, g in zip(outputs, cotangents, strict=True) if output.requires_grad]
+        if not pairs:
+            return [None] * len(self._leaves)
+        given = [output for output, _ in pairs], list(self._leaves.values()), [g for _, g in pairs]
+        return torch.autograd.grad(*given, allow_unused=True)
+
+    def _accumulate(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        for total, gradient in zip(self._by_leaf.values(), gradients, strict=True):
+            if gradient is not None:
+                total.add_(gradient, alpha=factor)
+
+    def _no_means(self, batch: Batch, output: Any) -> set[str]:
+        """Measures whose figures are not what two parts of a batch make together."""
+        examples, target = _length(batch), batch[-1]
+        latest = {name: parts[-1] for name, parts in self._parts.items() if name not in self._declared}
+        ends = (0, examples // 3), (examples // 3, examples)
+        if not latest or examples < 3 or not _is_finite(output):
+            return set()
+        together = can_be_cut((output, target), examples)
+        parts = [self._part_of_batch(batch, output, begin, end, together) for begin, end in ends]
+        sizes = [end - begin for begin, end in ends]
+        precision = torch.finfo(self._loop.dtype).eps
+        found = set()
+        for name, whole in latest.items():
+            values = [self._attempt(name, *part) for part in parts]
+            if not agree(figure([whole]), figure(list(zip(values, sizes, strict=True))), precision):
+                found.add(name)
+        if found and not together:
+            raise InputError(
+                f"{_called(min(found))} is no mean over the examples of a {self._split.name} batch, and the model's "
+                "outputs cannot be put together over batches: let it return (sum, count), or set eval_batch_size to "
+                f"{len(self._split)}, so that the split is one batch"
+            )
+        return found
+
+    def _part_of_batch(
+        self, batch: Batch, output: Any, begin: int, end: int, together: bool
+    ) -> tuple[Any, Any, QuotientsOf]:
+        """Output and target of some of a batch's examples, and the cross entropies that the model has taken."""
+        inputs, quotients = cut(batch, begin, end), QuotientsOf()
+        if together:
+            return cut(output, begin, end), inputs[-1], quotients
+        with quotients:
+            return detached(self._loop.model(*inputs[:-1])), inputs[-1], quotients
+
+    def _attempt(self, name: str, output: Any, target: Any, quotients: QuotientsOf) -> Part:
+        """A measure's value for a part of a batch; NaN where it has none, such as a ranking of one class."""
+        try:
+            return self._measure(name, output, target, quotients)
+        except Exception:
+            return Part(torch.tensor(torch.nan), None)
+
+    def _keep(self, output: Any, target: Any, examples: int) -> None:
+        name = min(self._whole)
+        if not can_be_cut((output, target), examples):
+            raise InputError(
+                f"{_called(name)} is of the whole split, but the model's outputs cannot be put together over batches: "
+                f"set eval_batch_size to {len(self._split)}, so that the split is one batch"
+            )
+        self._outputs.append((output, target))
+        size = sum(leaf.nbytes for leaf in tree_leaves(self._outputs[0])) * len(self._batches)
+        if size > free_memory(self._loop.device):
+            raise InputError(
+                f"{_called(name)} is of the whole split, whose outputs take {mebibytes(size)}, more than there is: "
+                "let it return (sum, count)"
+            )
+
+    def _loss_at_once(self, outputs: Any, targets: Any) -> float:
+        """The loss of all outputs; its gradient comes from a second pass over the batches."""
+        floating = [leaf for leaf in tree_leaves(outputs) if leaf.is_floating_point()]
+        for leaf in floating if self._leaves else ():
+            leaf.requires_grad_()
+
+        def judge() -> tuple[Tensor, list[Tensor | None]]:
+            with _recording(bool(self._leaves)):
+                value = part_of(as_mean(self._measures[LOSS](outputs, targets)), QuotientsOf(), _called(LOSS)).total
+                inputs = [*floating, *self._leaves.values()] if self._leaves else []
+                return value, list(torch.autograd.grad(value, inputs, allow_unused=True)) if inputs else []
+
+        value, gradients = self._within(judge)
+        if self._leaves:
+            self._accumulate(gradients[len(floating) :], 1.0)
+            self._pull_back([_or_zeros(g, leaf) for g, leaf in zip(gradients, floating, strict=False)])
+        return float(value)
+
+    def _pull_back(self, cotangents: list[Tensor]) -> None:
+        """Add what the outputs' cotangents, of the whole split, give the weights."""
+        self._loop.seed_evaluation()
+        begin = 0
+        for chosen in self._batches:
+            batch = self._read(chosen)
+            end = begin + _length(batch)
+            own = [cotangent[begin:end] for cotangent in cotangents]
+
+            def differentiate(batch: Batch = batch, own: list[Tensor] = own) -> Sequence[Tensor | None]:
+                with _recording(True):
+                    leaves = tree_leaves(self._loop.model(*batch[:-1]))
+                    return self._differentiate([leaf for leaf in leaves if leaf.is_floating_point()], own)
+
+            self._accumulate(self._within(differentiate), 1.0)
+            begin = end
+
+
+def _recording(on: bool) -> AbstractContextManager[Any]:
+    """Record for differentiation, through everything that would stop it; or record nothing."""
+    if not on:
+        return torch.no_grad()
+    stack = ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(WithoutStops(IN_EVALUATION))
+    return stack
+
+
+def _called(name: str) -> str:
+    return "the loss" if name == LOSS else f"metric {name!r}"
+
+
+def _length(batch: Batch) -> int:
+    return next(len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim)
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient

@@ -1,0 +1,71 @@
+"""An optimizer's step where some parameters have no gradient: as in torch, they and their state stay as they are.
+
+torch counts the steps of every parameter by itself, so that one which gets its first gradient late begins late.
+Parameters of equal count step together, as one flat vector; where all do, that vector is the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tune_hypergrad.hypergradients.optimizers import Slots
+
+Update = Callable[[Tensor, Tensor, Slots, int], tuple[Tensor, Slots]]
+"""An optimizer's update of `(params, gradient, slots)` at a count of steps taken before."""
+
+
+class Block(NamedTuple):
+    """Parameters that take a step together."""
+
+    taken: int
+    """Steps that each has taken before."""
+    members: tuple[int, ...]
+    """Their positions."""
+
+
+def step_blocks(counts: Sequence[int], without_gradient: Set[int]) -> list[Block]:
+    """The parameters that step, by how many steps they have taken; those without a gradient are in none."""
+    members: dict[int, list[int]] = {}
+    for position, count in enumerate(counts):
+        if position not in without_gradient:
+            members.setdefault(count, []).append(position)
+    return [Block(taken, tuple(positions)) for taken, positions in members.items()]
+
+
+def counted(counts: Sequence[int], without_gradient: Set[int]) -> tuple[int, ...]:
+    """The counts after the step."""
+    return tuple(count + (position not in without_gradient) for position, count in enumerate(counts))
+
+
+def update_blocks(
+    update: Update, blocks: Sequence[Block], sizes: Sequence[int], params: Tensor, gradient: Tensor, slots: Slots
+) -> tuple[Tensor, Slots]:
+    """The step of some blocks of parameters.
+
+    Args:
+        update: the optimizer's.
+        blocks: what steps.
+        sizes: the number of elements of each parameter; their sum is P.
+        params: all parameters, shape [P].
+        gradient: of shape [P].
+        slots: the optimizer's state vectors, each of shape [P].
+
+    Returns:
+        The parameters and the state after the step, of the same shapes, differentiable like `update`.
+    """
+    if len(blocks) == 1 and len(blocks[0].members) == len(sizes):
+        return update(params, gradient, slots, blocks[0].taken)
+    after = [list(each.split(list(sizes))) for each in (params, *slots)]
+    gradients = gradient.split(list(sizes))
+    for block in blocks:
+        own = [torch.cat([parts[member] for member in block.members]) for parts in (*after, gradients)]
+        moved = update(own[0], own[-1], tuple(own[1:-1]), block.taken)
+        for parts, whole in zip(after, (moved[0], *moved[1]), strict=True):
+            for member, part in zip(block.members, whole.split([sizes[m] for m in block.members]), strict=True):
+                parts[member] = part
+    flat = [torch.cat(parts) for parts in after]
+    return flat[0], tuple(flat[1:])

@@ -1,0 +1,237 @@
+"""Stop-gradients: nothing passes them on the way from the loss to the training gradient, everything does afterwards.
+
+A training step moves the weights w by g(w), which is what autograd makes of the loss with `detach`, `no_grad`, `.data`
+and hooks in it. As a map of w, g has a derivative, and what stands behind a stop depends on w like anything else:
+
+    loss -> g       a stop ends the backward pass: that is what it is for,
+    d g / d w       a stop is the identity it computes,
+
+and the gradient of a validation loss, which is no part of a step, passes through all stops. So a stop becomes a
+`Function` whose backward ends the first pass and lets the second one through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
+
+DETACHING: tuple[Any, ...] = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+"""Functions of one tensor that give it without its history."""
+CONVERSIONS: tuple[Any, ...] = (
+    Tensor.item,
+    Tensor.__float__,
+    Tensor.__complex__,
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+)
+"""Functions of one tensor that make Python or NumPy numbers of its values."""
+
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled  # what `torch.no_grad` and its like call
+_IN_PLACE = (Tensor.__setitem__, _SET_DATA)
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor without its history, which is what `detach` gives where no mode of this module is entered."""
+    return torch.ops.aten.detach.default(tensor)  # type: ignore[no-any-return]
+
+
+class _Sweep:
+    """Which backward pass is at work; of the process, since a GPU's backward pass has threads of its own."""
+
+    to_gradient = True
+    """Whether it is the one from the loss to the training gradient."""
+
+
+@contextmanager
+def through_stops() -> Iterator[None]:
+    """For the body, backward passes go on behind stop-gradients."""
+    before, _Sweep.to_gradient = _Sweep.to_gradient, False
+    try:
+        yield
+    finally:
+        _Sweep.to_gradient = before
+
+
+class StopGradient(Function):
+    """The identity, at which a backward pass to the training gradient ends."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
+        # not zeros: behind a stop, zero times infinity must not happen
+        return None if _Sweep.to_gradient else gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+class DifferentiableStops(Substituting):
+    """While entered, the stop-gradients of a training step are `StopGradient`s; for reverse mode.
+
+    What is computed under `no_grad` is recorded, behind stops. Hooks of tensors see the first backward pass only.
+
+    Args:
+        state: tensors that the step may overwrite, which `detach` and `.data` must give as they are.
+        further: other substitutes.
+    """
+
+    def __init__(self, state: Iterable[Tensor], further: Substitutes) -> None:
+        self._state = {id(tensor): tensor for tensor in state}
+        super().__init__(
+            {
+                **further,
+                **dict.fromkeys(DETACHING, self._stop),
+                **{function: _of_detached(function) for function in CONVERSIONS},
+                Tensor.detach_: self._stop_in_place,
+                Tensor.register_hook: _hook_of_first_pass,
+                _SET_DATA: self._set_data,
+                F.gumbel_softmax: self._gumbel_softmax,
+            }
+        )
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.is_grad_enabled() or func in self._substitutes or func is _SET_GRAD_ENABLED:
+            return super().__torch_function__(func, types, args, kwargs)
+        # what is written to keeps its history; what is read has none for the first pass
+        written = args[:1] if _writes(func) else ()
+        read = tree_map(self._stop_leaf, (args[len(written) :], kwargs or {}))
+        with torch.enable_grad():
+            return super().__torch_function__(func, types, (*written, *read[0]), read[1])
+
+    def _stop_leaf(self, leaf: Any) -> Any:
+        return self._stop(leaf) if isinstance(leaf, Tensor) else leaf
+
+    def _stop(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad or id(tensor) in self._state:
+            return tensor
+        with torch.enable_grad():
+            return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _stop_in_place(self, tensor: Tensor) -> Tensor:
+        raise RuntimeError("detach_() has no derivative of second order: use detach()")
+
+    def _set_data(self, tensor: Tensor, value: Tensor) -> None:
+        with torch.enable_grad():
+            tensor.copy_(self._stop(value))
+
+    def _gumbel_softmax(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
+        soft = F.gumbel_softmax(logits, tau, dim=dim)
+        return _straight_through(soft, self._stop(soft), dim) if hard else soft
+
+
+class ForwardStops(Substituting):
+    """While entered, the stop-gradients of a training step are `StopGradient`s; for forward mode.
+
+    Tangents pass `no_grad` by themselves.
+
+    Args:
+        state: tensors that the step may overwrite, which `detach` and `.data` must give as they are.
+    """
+
+    def __init__(self, state: Iterable[Tensor], further: Substitutes) -> None:
+        self._state = {id(tensor): tensor for tensor in state}
+        super().__init__(
+            {
+                **further,
+                **dict.fromkeys(DETACHING, self._stop),
+                F.gumbel_softmax: self._gumbel_softmax,
+            }
+        )
+
+    def _stop(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self._state or not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _gumbel_softmax(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    ) -> Tensor:
+        soft = F.gumbel_softmax(logits, tau, dim=dim)
+        return _straight_through(soft, self._stop(soft), dim) if hard else soft
+
+
+class WithoutStops(Substituting):
+    """While entered, there are no stop-gradients and no hooks of tensors: for the gradient of a validation loss."""
+
+    def __init__(self, further: Substitutes) -> None:
+        super().__init__(
+            {
+                **further,
+                **dict.fromkeys(DETACHING, _identity),
+                **{function: _of_detached(function) for function in CONVERSIONS},
+                Tensor.register_hook: _no_hook,
+                F.gumbel_softmax: _gumbel_softmax_without_stop,
+                _SET_GRAD_ENABLED: _ignore,
+            }
+        )
+
+
+def _writes(function: Callable[..., Any]) -> bool:
+    """Whether a torch function changes its first argument."""
+    name = getattr(function, "__name__", "")
+    return function in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _ignore(enabled: bool) -> None:
+    """In place of what turns recording off."""
+
+
+def _of_detached(function: Callable[..., Any]) -> Callable[..., Any]:
+    def converted(tensor: Tensor, *args: Any, **keywords: Any) -> Any:
+        return function(tensor.detach(), *args, **keywords)
+
+    return converted
+
+
+def _hook_of_first_pass(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    def of_first_pass(gradient: Tensor) -> Tensor | None:
+        return hook(gradient) if _Sweep.to_gradient else None
+
+    return tensor.register_hook(of_first_pass)  # type: ignore[no-any-return]
+
+
+def _no_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    return RemovableHandle({})
+
+
+def _straight_through(soft: Tensor, stopped: Tensor, dim: int) -> Tensor:
+    index = soft.max(dim, keepdim=True)[1]
+    hard = torch.zeros_like(soft).scatter_(dim, index, 1.0)
+    return hard - stopped + soft
+
+
+def _gumbel_softmax_without_stop(
+    logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+) -> Tensor:
+    soft = F.gumbel_softmax(logits, tau, dim=dim)
+    return _straight_through(soft, soft, dim) if hard else soft

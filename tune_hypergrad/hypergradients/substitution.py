@@ -1,0 +1,125 @@
+"""Functions of ours in place of torch's, for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Substitutes = Mapping[Any, Callable[..., Any]]
+"""What to call, with the same arguments, by the torch function that a program calls."""
+
+
+class Substituting(TorchFunctionMode):
+    """While entered, calls of some torch functions go to substitutes.
+
+    Args:
+        substitutes: by torch's function. A substitute that calls torch's function itself gets torch's, or what a mode
+            that was entered before puts in its place.
+    """
+
+    def __init__(self, substitutes: Substitutes) -> None:
+        super().__init__()
+        self._substitutes = substitutes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._substitutes.get(func, func)(*args, **(kwargs or {}))
+
+
+def replayable_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Dropout whose mask depends on the generator's state and the input's shape only.
+
+    torch's own also depends on the input's memory layout, which `torch.func` transforms change, so that a step with
+    tangents would drop other units than the same step without.
+    """
+    if not training or p == 0:
+        return input
+    mask = torch.empty(input.shape, device=input.device, dtype=input.dtype).bernoulli_(1 - p)
+    if p < 1:
+        mask /= 1 - p
+    return input.mul_(mask) if inplace else input * mask
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0,
+) -> Tensor:
+    """`F.cross_entropy`, with a derivative by a `label_smoothing` that is a tensor of shape [].
+
+    Cross entropy is affine in it, so that two of torch's own values give all others.
+    """
+    given = (input, target, weight, size_average, ignore_index, reduce, reduction)
+    if not isinstance(label_smoothing, Tensor):
+        return F.cross_entropy(*given, label_smoothing)
+    none, full = F.cross_entropy(*given, 0.0), F.cross_entropy(*given, 1.0)
+    return none + label_smoothing * (full - none)
+
+
+REPLAYABLE: Substitutes = {F.dropout: replayable_dropout, F.cross_entropy: cross_entropy}
+"""What every training step and every evaluation runs with."""
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """`F.mse_loss` out of operations that have forward-mode derivatives of every order."""
+    if weight is not None:
+        return F.mse_loss(input, target, size_average, reduce, reduction, weight=weight)  # type: ignore[call-arg]
+    return _reduced((input - target) ** 2, size_average, reduce, reduction)
+
+
+def huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    """`F.huber_loss` out of operations that have forward-mode derivatives of every order."""
+    if weight is not None:
+        return F.huber_loss(input, target, reduction, delta, weight=weight)  # type: ignore[call-arg]
+    error = input - target
+    size = error.abs()
+    return _reduced(torch.where(size <= delta, error**2 / 2, delta * (size - delta / 2)), None, None, reduction)
+
+
+def soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`F.soft_margin_loss` out of operations that have forward-mode derivatives of every order."""
+    return _reduced(F.softplus(-target * input), size_average, reduce, reduction)
+
+
+FORWARD_DIFFERENTIABLE: Substitutes = {
+    F.mse_loss: mse_loss,
+    F.huber_loss: huber_loss,
+    F.soft_margin_loss: soft_margin_loss,
+}
+"""Losses of which torch lacks the forward-mode derivative of the gradient."""
+
+
+def _reduced(values: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:
+    if reduce is False:
+        reduction = "none"
+    elif size_average is not None or reduce is not None:
+        reduction = "sum" if size_average is False else "mean"
+    if reduction == "none":
+        return values
+    return values.sum() if reduction == "sum" else values.mean()
