@@ -762,7 +762,7 @@ class TestPlainTraining:
             assert torch.equal(train(again, values)[-1].params, first[-1].params)
         assert not torch.equal(train(make_loop(problem(), fixed=fixed, seed=1), values)[-1].params, first[-1].params)
         with loop.running():
-            gradients = [loop.gradient(first[0], {**loop.scalars(values, step)}, step)[0] for step in (0, 1, 0)]
+            gradients = [loop.training(first[0], loop.scalars(values, step), step).gradient for step in (0, 1, 0)]
         assert torch.equal(gradients[0], gradients[2]) and not torch.equal(gradients[0], gradients[1])
 
     @pytest.mark.parametrize("case", CASES)
@@ -818,7 +818,7 @@ class TestSelfTuning:
         perturbations = scale * torch.randn(problem.batch_size, len(definitions), dtype=loop.dtype)
         with loop.running():
             values = {name: value.detach() for name, value in tuned.values().items()}
-            plain, _ = loop.gradient(loop.initial_state(), values, 0)
+            plain = loop.training(loop.initial_state(), values, 0).gradient
             batch = loop.batch(0)
             loop.seed_model(0)
             general, responses = training_gradients(

@@ -174,8 +174,8 @@ class ForwardRun(HypergradientRun):
         used = slice(0, self._in_use)
         total = self.tangent_params[used] @ evaluation.gradient
         for name, tangents in self.tangent_buffers.items():
-            gradient = as_real(evaluation.buffer_gradients[name])
-            total = total + as_real(tangents[used]).flatten(1) @ gradient.flatten()
+            gradient = as_real(evaluation.buffer_gradients[name]).flatten()
+            total = total + as_real(tangents[used]).reshape(-1, len(gradient)) @ gradient
         for (name, window), value in zip(self.columns[used], total, strict=True):
             self.hypergradients[name][window] += value
         for tangent in (self.tangent_params, *self.tangent_slots, *self.tangent_buffers.values()):
