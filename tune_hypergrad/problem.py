@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.figures import as_mean, detached
+from tune_hypergrad.figures import as_mean, detached, is_accumulating
 from tune_hypergrad.objective import Objective, Parameters, strengths
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 from tune_hypergrad.regularisers import Regulariser, Strength
@@ -70,6 +71,8 @@ class Problem:
     """How reports call this problem."""
 
     def __post_init__(self) -> None:
+        self._is_checked = False
+        self.findings: dict[Any, Any] = {}  # what has been found out of this problem's derivatives
         self.train = _split(self.train, "train")
         self.val = _split(self.val, "val")
         self.test = None if self.test is None else _split(self.test, "test")
@@ -184,11 +187,13 @@ class Problem:
         )
 
     def check(self) -> None:
-        """Run one batch of every split through a fresh model, the losses and the metrics.
+        """Run one batch of every split through a fresh model, the losses and the metrics; once for this problem.
 
         Raises:
             InputError: one of them fails, says so in one line.
         """
+        if self._is_checked:
+            return
         with preserved_generators():
             seed_everything(0)
             model = _attempt("model()", self.model)
@@ -197,38 +202,57 @@ class Problem:
             reference = next((p for p in model.parameters() if p.requires_grad), None)
             if reference is None:
                 raise InputError("model() has no parameter that requires a gradient: there is nothing to train")
+            regularised = _attempt("copying the model", copy.deepcopy, model)  # before forward passes leave anything
+            own = self.with_own_measures(reference.device, reference.dtype.to_real())
             for split in (self.train, self.val, self.test):
                 if split is not None:
-                    self._check_split(model, split, reference)  # type: ignore[arg-type]
-            self._check_regularised_step(model, reference)
+                    own._check_split(model, split, reference)  # type: ignore[arg-type]
+            own._check_regularised_step(regularised, reference)
+        self._is_checked = True
 
     def _check_split(self, model: nn.Module, split: Split, reference: Tensor) -> None:
-        size = min(len(split), self.batch_size if split is self.train else self.eval_batch_size)
+        size = min(len(split), self.batch_size if split.name == "train" else self.eval_batch_size)
         batch = _attempt(f"reading {split.name} data", split.batch, slice(0, size))
-        batch = cast_batch(batch, reference.device, reference.dtype)
+        batch = cast_batch(batch, reference.device, reference.dtype.to_real())
         inputs, target = batch[:-1], batch[-1]
         shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in inputs)
-        model.train(split is self.train)
+        model.train(split.name == "train")
         output = _attempt(f"the model's forward on a {split.name} batch of shape {shapes}", model, *inputs)
-        loss = _attempt(f"loss on a {split.name} batch", self.loss, output, target)
+        loss = _attempt(f"loss on a {split.name} batch", self._loss_of_check, output, target)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
-            raise InputError("loss(output, target) must give a scalar tensor: the mean over the batch")
+            raise InputError("loss(output, target) must give a scalar tensor, the mean over the batch, or (sum, count)")
         if not bool(torch.isfinite(loss)):
             raise InputError(
                 f"loss on a {split.name} batch is {loss.item()} for the untrained model: check data and loss"
             )
         for name, metric in self.metrics.items():
-            _attempt(f"metric {name!r} on a {split.name} batch", lambda m=metric: m(detached(output), target))
+            _attempt(f"metric {name!r} on a {split.name} batch", _measured, metric, detached(output), target)
+
+    def _loss_of_check(self, output: Any, target: Any) -> Any:
+        """The loss, unless output and target are of shapes that broadcast to nonsense."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Using a target size")  # torch's own words for it
+            try:
+                loss = as_mean(self.loss(output, target))
+            except UserWarning:
+                loss = None
+        if loss is None or _broadcasts(self.loss, loss, output, target):
+            raise InputError(
+                f"the model's output has shape {tuple(output.shape)} and the target {tuple(target.shape)}, so that the "
+                "loss compares every example with every other: give both the same shape, such as "
+                "`output.squeeze(1)` or `target[:, None]`"
+            )
+        return loss
 
     def _check_regularised_step(self, model: nn.Module, reference: Tensor) -> None:
-        """One training prediction and its loss, with every regulariser at work."""
-        model = copy.deepcopy(model).train()
+        """One training prediction, its loss and its gradient, with every regulariser at work."""
+        model.train()
         objective = _attempt("attaching the regularisers", self.objective, model)
         values = {name: 0.0 if isnan(value) else value for name, value in self.train_loss_hyperparameters.items()}
         values |= {name: strength.neutral for name, strength in self.regulariser_hyperparameters.items()}
         split: Split = self.train  # type: ignore[assignment]
         batch = _attempt("reading train data", split.batch, slice(0, self.batch_size))
-        batch = cast_batch(batch, reference.device, reference.dtype)
+        batch = cast_batch(batch, reference.device, reference.dtype.to_real())
         *inputs, target = _attempt("a regulariser on a train batch", objective.transform, batch, values)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in inputs)
@@ -241,7 +265,13 @@ class Problem:
         )
         loss = _attempt("train_loss on a train batch", objective.loss, prediction, target, lambda: named, values)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
-            raise InputError("train_loss must give a scalar tensor: the mean over the batch")
+            raise InputError("train_loss must give a scalar tensor, the mean over the batch, or (sum, count)")
+        if not loss.requires_grad:
+            raise InputError("the training loss does not depend on any parameter of the model")
+        _attempt(
+            "the gradient of the training loss",
+            lambda: torch.autograd.grad(loss, list(named.values()), allow_unused=True),
+        )
 
     def _check_regularisers(self) -> None:
         if not isinstance(self.regularisers, Sequence):
@@ -286,6 +316,27 @@ def _is_whole(value: Any) -> bool:
 
 def _split(source: Source, name: str) -> Split:
     return source if isinstance(source, Split) else Split(source, name)
+
+
+def _measured(metric: Any, output: Any, target: Any) -> Any:
+    if not is_accumulating(metric):
+        return metric(output, target)
+    metric.reset()
+    metric.update(output, target)
+    return metric.compute()
+
+
+def _broadcasts(loss: Callable[..., Any], value: Tensor, output: Any, target: Any) -> bool:
+    """Whether a loss of outputs [N, 1] and numbers [N], or the other way round, is not that of N pairs."""
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor) and target.is_floating_point()):
+        return False
+    if sorted((output.ndim, target.ndim)) != [1, 2] or output.numel() != target.numel() or output.numel() < 2:
+        return False
+    try:
+        paired = as_mean(loss(output.flatten(), target.flatten()))
+    except Exception:
+        return False  # it takes these shapes only
+    return not torch.allclose(paired, value, rtol=1e-3)
 
 
 def _attempt(what: str, function: Callable[..., Any], *arguments: Batch | Any) -> Any:

@@ -1,22 +1,41 @@
-"""Does the engine give right hypergradients on this problem? A comparison with finite differences."""
+"""Does the engine give right hypergradients on this problem? A comparison with differences of plain training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite, isnan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from tune_hypergrad.data import Batch, Split
 from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.hypergradients.hypergradient import hypergradient_run
+from tune_hypergrad.hypergradients.double_precision import DoublePrecision
+from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inspection import Refusals, inspect
+from tune_hypergrad.hypergradients.narrowing import culprit
 from tune_hypergrad.hypergradients.optimizers import Optimizer
+from tune_hypergrad.hypergradients.plain_training import (
+    TORCH_OPTIMIZERS,
+    differences,
+    plain_val_loss,
+    steps_of_differences,
+)
+from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import check_values
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
+
+CHECKED_MODES = {"forward": ForwardRun, "reverse": ReverseRun}
+
+_USUAL = {"lr": 0.05, "momentum": 0.5, "weight_decay": 1e-3}
+_ADAPTIVE = {"lr": 1e-3, "momentum": 0.5, "weight_decay": 1e-2}
+_VAL_EXAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -24,11 +43,13 @@ class ProblemCheck:
     """What `check_problem` found."""
 
     ok: bool
-    """Whether every mode that works agrees with finite differences."""
+    """Whether some mode is right; one that is not is in `refusals`, and is not taken by itself."""
     message: str
     """One line: all is well, or what will not work and why."""
     errors: dict[str, float] = field(default_factory=dict)
-    """Largest relative error against finite differences, by mode."""
+    """Largest relative error against differences, by mode."""
+    refusals: Refusals = field(default_factory=dict)
+    """Why a mode has no right derivative, by mode."""
 
     def __str__(self) -> str:
         return self.message
@@ -42,99 +63,233 @@ def check_problem(
     optimizer: str | Optimizer = "sgd",
     fixed: Mapping[str, Any] | None = None,
     seed: int = 0,
+    clip_gradient: float | None = None,
+    examples: int | None = None,
     tolerance: float = 1e-4,
 ) -> ProblemCheck:
-    """Compare the engine's hypergradients with central finite differences on the user's own model, in float64.
+    """Compare the engine's hypergradients with differences of plain torch training on the user's own model.
+
+    First, one training step and one evaluation are searched for what has no derivative, such as numbers that leave
+    torch. Then a few steps are trained in double precision, by the engine and by a loop of `torch.optim` and
+    `loss.backward()`, and the derivative of the validation loss is compared with central differences of several step
+    sizes, of which an element's nearest counts: a kink of a ReLU or of max-pooling spoils some, but not all. Where they
+    differ, the step's operations are tested one by one for the culprit.
 
     Args:
-        problem: the problem; its data is used as it is, its model converted to float64.
-        hyperparameters: values to differentiate by, as for `hypergradient`; None takes a learning rate of 0.05 and,
-            where the optimizer has them, a momentum of 0.5 and a weight decay of 1e-3.
+        problem: the problem; its data is used as it is, its model converted to float64 for the comparison.
+        hyperparameters: values to differentiate by, as for `hypergradient`; None takes customary values of the
+            learning rate, momentum and weight decay, and all that the train loss and the regularisers are
+            differentiable by.
         steps: inner steps; few are enough, since an error in one step is an error in all.
         optimizer: inner optimizer.
         fixed: hyperparameters held constant.
         seed: seeds the runs.
-        tolerance: relative error up to which the two agree. A ReLU or max-pooling may sit on a kink, where finite
-            differences are off: try another seed before you distrust the engine.
+        clip_gradient: clamp the training gradient's elements to +- this value.
+        examples: training examples in a step of the comparison at the most; None is the problem's batch size.
+        tolerance: error, relative to a hyperparameter's largest element, up to which the two agree.
 
     Returns:
         `ProblemCheck`: `.ok`, and a one-line `.message`. Nothing that the problem does wrong is raised.
     """
     try:
         problem.check()
-        settings = TrainingSettings(steps, optimizer, fixed or {}, seed)
-        loop = InnerLoop(problem.replace(model=partial(_double, problem.model)), settings)
-        values = _default_values(loop, fixed or {}) if hyperparameters is None else dict(hyperparameters)
+        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient)
+        loop = InnerLoop(problem, settings)
+        values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)
-        values = {name: value.detach().double() for name, value in values.items()}
-        expected = finite_differences(loop, values)
+        refusals = inspect(loop, values, tuple(CHECKED_MODES))
     except InputError as error:
         return ProblemCheck(False, str(error))
     except Exception as error:
-        return ProblemCheck(False, f"the model does not train in float64, which this check needs: {in_one_line(error)}")
-    errors, failures = {}, []
-    for mode in ("forward", "reverse"):
-        try:
-            errors[mode] = _relative_error(_run(loop, values, mode), expected)
-        except Exception as error:
-            failures.append(f"{mode} mode does not work on this model ({in_one_line(error)})")
-    return _verdict(errors, failures, tolerance)
+        return ProblemCheck(False, f"the model does not train: {in_one_line(error)}")
+    modes = [mode for mode in CHECKED_MODES if mode not in refusals]
+    values = {name: value.detach().double().cpu() for name, value in values.items()}
+    errors, wrong, note = _compare(problem, settings, values, modes, examples, tolerance)
+    return _verdict(errors, {**refusals, **wrong}, note)
+
+
+def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyperparameters:
+    """Customary values of hyperparameters, one window each: those at which a check trains.
+
+    Args:
+        loop: whose optimizer and losses have them.
+        names: which; None are learning rate, momentum and weight decay, and all that losses can be differentiated by.
+    """
+    problem, of_optimizer = loop.problem, loop.optimizer.hyperparameters
+    usual = _USUAL if loop.optimizer.name in ("sgd", "nesterov") else _ADAPTIVE
+    known = {**of_optimizer, **{name: value for name, value in usual.items() if name in of_optimizer}}
+    of_losses = {
+        name: 0.1 if isnan(default) else default
+        for name, default in problem.train_loss_hyperparameters.items()
+        if name not in problem.whole_hyperparameters
+    }
+    of_losses |= {
+        name: _between(*strength.usual, log=strength.log)
+        for name, strength in problem.regulariser_hyperparameters.items()
+        if name not in problem.underivable_hyperparameters
+    }
+    if names is None:
+        names = dict.fromkeys([name for name in (*usual, *of_losses) if name in known or name in of_losses])
+        names = {name: None for name in names if name not in loop.settings.fixed}
+    found = {**known, **of_losses}
+    return {name: torch.tensor([found[name]], dtype=torch.float64) for name in names if name in found}
 
 
 def finite_differences(loop: InnerLoop, hyperparameters: Hyperparameters, epsilon: float = 1e-6) -> Hyperparameters:
-    """Central finite differences of the validation loss by every element, over the whole run; meant for float64."""
-    differences = {name: torch.zeros_like(values) for name, values in hyperparameters.items()}
+    """Central differences of the engine's own training run by every element; meant for float64."""
+
+    def loss(values: Hyperparameters) -> float:
+        return loop.evaluate(loop.run(values)).loss
+
     with loop.running():
-        for name, values in hyperparameters.items():
-            for element in range(len(values)):
-                losses = []
-                for shift in (epsilon, -epsilon):
-                    moved = values.clone()
-                    moved[element] += shift
-                    state = loop.run({**hyperparameters, name: moved})
-                    losses.append(loop.evaluate(state).loss)
-                differences[name][element] = (losses[0] - losses[1]) / (2 * epsilon)
-    return differences
+        return {
+            name: torch.tensor(
+                [differences(loss, hyperparameters, name, element, epsilon) for element in range(len(values))],
+                dtype=torch.float64,
+            )
+            for name, values in hyperparameters.items()
+        }
 
 
-def _run(loop: InnerLoop, values: Hyperparameters, mode: str) -> Hyperparameters:
-    run = hypergradient_run(loop, values, differentiation=mode)
-    with loop.running():
-        run.advance(run.length)
-    return run.result().hypergradients
+class _ReadingOnce(InnerLoop):
+    """An inner loop whose batches are read once, so that data which is another one each time is the same."""
+
+    batches: dict[int, Batch]
+
+    def batch(self, step: int) -> Batch:
+        self.batches = getattr(self, "batches", {})
+        if step not in self.batches:
+            self.batches[step] = super().batch(step)
+        return self.batches[step]
 
 
-def _verdict(errors: dict[str, float], failures: list[str], tolerance: float) -> ProblemCheck:
-    wrong = [f"{mode} mode is off by {error:.1e}" for mode, error in errors.items() if not error <= tolerance]
-    if wrong:
-        advice = (
-            "a module without exact second derivatives, or a kink: try another seed, then replace modules one by one"
-        )
-        message = f"hypergradients differ from finite differences: {', '.join(wrong)} ({advice})"
-        return ProblemCheck(False, "; ".join([message, *failures]), errors)
-    if not errors:
-        return ProblemCheck(False, "; ".join(failures))
-    agreed = ", ".join(f"{mode} {error:.1e}" for mode, error in errors.items())
-    message = f"hypergradients agree with finite differences (relative error: {agreed})"
-    return ProblemCheck(True, "; ".join([message, *failures]), errors)
+def _compare(
+    problem: Problem,
+    settings: TrainingSettings,
+    values: Hyperparameters,
+    modes: list[str],
+    examples: int | None,
+    tolerance: float,
+) -> tuple[dict[str, float], Refusals, str]:
+    """Errors of modes, why those that are wrong are refused, and what to add to the message."""
+    if not modes:
+        return {}, {}, ""
+    for small in dict.fromkeys((examples, None)):
+        try:
+            return _Comparison(_reduced(problem, small), settings, values).of(modes, tolerance)
+        except Exception as error:
+            failure = in_one_line(error)
+    return {}, {}, f"not compared with finite differences, since it does not train in float64 ({failure})"
 
 
-def _relative_error(actual: Hyperparameters, expected: Hyperparameters) -> float:
-    """Largest difference within a hyperparameter, relative to its largest element."""
-    worst = 0.0
-    for name, reference in expected.items():
-        scale = float(reference.abs().max().clamp_min(1e-8))
-        error = float((actual[name] - reference).abs().max()) / scale
-        worst = error if error != error else max(worst, error)
-    return worst
+class _Comparison:
+    """Modes against differences of plain training, in double precision."""
+
+    def __init__(self, problem: Problem, settings: TrainingSettings, values: Hyperparameters) -> None:
+        self._problem, self._settings, self._values = problem, settings, values
+        self._loop = self._fresh_loop()
+        with self._loop.running():
+            self._batches = [self._loop.batch(step) for step in range(settings.steps)]
+
+    def of(self, modes: list[str], tolerance: float) -> tuple[dict[str, float], Refusals, str]:
+        with self._loop.running():
+            loss = self._plain_loss(self._values)
+            if not isfinite(loss):
+                return {}, {}, "not compared with finite differences: the run diverges in its first steps"
+            if self._plain_loss(self._values) != loss:
+                return {}, {}, "not compared with finite differences: no two trainings are the same"
+        errors, wrong = {}, {}
+        for mode in modes:
+            found_loss, found = self._run(mode)
+            if abs(found_loss - loss) > 1e-8 * max(abs(loss), 1e-3):
+                wrong[mode] = (
+                    f"{mode} mode trains another network than plain torch does (a validation loss of {found_loss:.8g}, "
+                    f"not {loss:.8g}){self._named_culprit()}"
+                )
+                continue
+            name, errors[mode] = self._error(found, loss, tolerance)
+            if not errors[mode] <= tolerance:
+                wrong[mode] = (
+                    f"hypergradients differ from finite differences: {mode} mode is off by {errors[mode]:.1e} in the "
+                    f"derivative by {name!r}{self._named_culprit()}"
+                )
+        return errors, wrong, ""
+
+    def _fresh_loop(self) -> _ReadingOnce:
+        loop = _ReadingOnce(self._problem, self._settings)
+        loop.batches = dict(enumerate(getattr(self, "_batches", ())))
+        return loop
+
+    def _plain_loss(self, values: Hyperparameters) -> float:
+        if self._loop.optimizer.name in TORCH_OPTIMIZERS:
+            return plain_val_loss(self._problem, self._loop, values, self._batches, DoublePrecision())
+        with DoublePrecision():
+            return self._loop.evaluate(self._loop.run(values)).loss
+
+    def _run(self, mode: str) -> tuple[float, Hyperparameters]:
+        loop = self._fresh_loop()
+        run = CHECKED_MODES[mode](loop, self._values)
+        with loop.running(), DoublePrecision():
+            run.advance(run.length)
+        result = run.result()
+        return result.val_loss, result.hypergradients
+
+    def _error(self, found: Hyperparameters, loss: float, tolerance: float) -> tuple[str, float]:
+        """The hyperparameter with the largest error, and that, relative to the hyperparameter's largest element."""
+        worst = "", 0.0
+        with self._loop.running():
+            for name, gradients in found.items():
+                scale = float(gradients.abs().max())
+                for element, gradient in enumerate(gradients.tolist()):
+                    error = self._nearest(name, element, gradient, scale, loss, tolerance)
+                    if not error <= worst[1]:
+                        worst = name, error
+        return worst
+
+    def _nearest(self, name: str, element: int, gradient: float, scale: float, loss: float, tolerance: float) -> float:
+        nearest = float("inf")
+        for step in steps_of_differences(float(self._values[name][element])):
+            difference = differences(self._plain_loss, self._values, name, element, step)
+            rounding = 1e-14 * max(abs(loss), 1e-3) / step
+            error = abs(gradient - difference) / max(scale, abs(difference), 1e-12)
+            if abs(gradient - difference) <= rounding:
+                error = min(error, tolerance)
+            nearest = error if isnan(error) else min(nearest, error)
+            if nearest <= tolerance:
+                break
+        return nearest
+
+    def _named_culprit(self) -> str:
+        loop = self._fresh_loop()
+        with loop.running(), DoublePrecision():
+            found = culprit(loop, self._values)
+        return f": {found}" if found else ""
 
 
-def _default_values(loop: InnerLoop, fixed: Mapping[str, Any]) -> Hyperparameters:
-    defaults = {"lr": 0.05, "momentum": 0.5, "weight_decay": 1e-3}
-    names = [name for name in defaults if name in loop.optimizer.hyperparameters and name not in fixed]
-    return {name: torch.tensor([defaults[name]], dtype=torch.float64) for name in names}
+def _reduced(problem: Problem, examples: int | None) -> Problem:
+    """The problem in double precision, with small batches and a part of the validation split."""
+    split: Split = problem.val  # type: ignore[assignment]
+    size = min(len(split), _VAL_EXAMPLES)
+    val: Any = tuple(t[:size] for t in split.tensors) if split.tensors else Subset(split.dataset, range(size))  # type: ignore[arg-type]
+    batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
+    model = partial(_double, problem.model)
+    return problem.replace(model=model, val=val, test=None, batch_size=batch_size, eval_batch_size=size)
 
 
 def _double(factory: Any) -> nn.Module:
     model: nn.Module = factory()
     return model.double()
+
+
+def _between(lower: float, upper: float, *, log: bool) -> float:
+    return float((lower * upper) ** 0.5) if log else (lower + upper) / 2
+
+
+def _verdict(errors: dict[str, float], refusals: Refusals, note: str) -> ProblemCheck:
+    works = [mode for mode in CHECKED_MODES if mode not in refusals]
+    lines = list(dict.fromkeys(refusals.values()))
+    if not works:
+        return ProblemCheck(False, "; ".join(lines), errors, refusals)
+    agreed = ", ".join(f"{mode} {errors[mode]:.1e}" for mode in works if mode in errors)
+    message = f"hypergradients agree with finite differences (relative error: {agreed})" if agreed else note
+    return ProblemCheck(True, "; ".join([message, *lines]), errors, refusals)

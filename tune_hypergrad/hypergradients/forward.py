@@ -70,6 +70,13 @@ class ForwardRun(HypergradientRun):
     def length(self) -> int:
         return self.loop.steps
 
+    def try_out(self) -> tuple[Tensor, frozenset[int]]:
+        """The first step with one column: its training gradient [P], and the positions of parameters without one."""
+        h = self.loop.scalars(self.hyperparameters, 0)
+        dh = {name: torch.ones_like(value)[None] for name, value in h.items()}
+        gradient, _, without, _ = self._gradient_tangents(h, self.tangent_params.new_zeros(1, self.loop.size), dh, 0)
+        return gradient, without
+
     def _advance_one(self) -> None:
         step = self.position
         fresh_segment = step % self.horizon == 0

@@ -13,8 +13,9 @@ from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
-from tune_hypergrad.hypergradients.reverse import ReverseRun
-from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values
+from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
+from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values, refuse_underivable
+from tune_hypergrad.hypergradients.verification import refusals_of, remember
 from tune_hypergrad.problem import Problem
 
 MODES = ("auto", "forward", "reverse", "checkpointed_reverse")
@@ -41,6 +42,7 @@ def hypergradient(
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
     device: str | None = None,
+    check: bool = True,
 ) -> HypergradientResult:
     """Train for `steps` inner steps and differentiate the validation loss by the hyperparameters.
 
@@ -59,6 +61,8 @@ def hypergradient(
         clip_hessian_product: clamp the Hessian products' elements (forward mode only; no longer exact).
         val_examples: validation examples per segment's gradient; None is the whole split.
         device: where to train; None leaves the model where its factory puts it.
+        check: compare the engine with plain training on a few small batches first, once per problem; see
+            `check_problem`. Without it, only the first step is searched for what has no derivative.
 
     Returns:
         `HypergradientResult`; `.hypergradients[name]` has the shape of `hyperparameters[name]`.
@@ -67,17 +71,29 @@ def hypergradient(
         InputError: a hyperparameter, module, mode or horizon that cannot work.
     """
     settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
-    run = hypergradient_run(
-        InnerLoop(problem, settings),
-        hyperparameters,
-        horizon=horizon,
-        differentiation=differentiation,
-        clip_hessian_product=clip_hessian_product,
-        val_examples=val_examples,
-    )
-    with run.loop.running():
-        run.advance(run.length)
-    return run.result()
+    loop = InnerLoop(problem, settings)
+
+    def complete(mode: str) -> HypergradientRun:
+        run = hypergradient_run(
+            loop,
+            hyperparameters,
+            horizon=horizon,
+            differentiation=mode,
+            clip_hessian_product=clip_hessian_product,
+            val_examples=val_examples,
+            check=check,
+        )
+        with loop.running():
+            run.advance(run.length)
+        return run
+
+    try:
+        return complete(differentiation).result()
+    except NotReplayedError as error:
+        if differentiation != "auto":
+            raise
+        remember(loop, hyperparameters, {"reverse": str(error)})
+        return complete(differentiation).result()
 
 
 def hypergradient_run(
@@ -88,6 +104,7 @@ def hypergradient_run(
     differentiation: str = "auto",
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
+    check: bool = False,
 ) -> HypergradientRun:
     """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`."""
     values = dict(hyperparameters)
@@ -99,12 +116,19 @@ def hypergradient_run(
             raise InputError(f"clip_hessian_product is {clip_hessian_product!r}: give a positive number, or None")
         if "reverse" in differentiation:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
+    refuse_underivable(loop, values)
+    refusals = refusals_of(loop, values, check=check)
+    if clip_hessian_product is not None:
         choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
     elif differentiation == "auto":
         windows = [len(v) for v in values.values()]
-        choice = choose_differentiation(windows, loop.steps, horizon, state_bytes(loop), free_memory(loop.device))
+        free = free_memory(loop.device)
+        choice = choose_differentiation(windows, loop.steps, horizon, state_bytes(loop), free, refusals)
     else:
         choice = Choice(differentiation, "asked for")
+    reason = refusals.get(choice.differentiation.removeprefix("checkpointed_"))
+    if reason is not None:
+        raise InputError(reason)
     run: HypergradientRun
     if choice.differentiation == "forward":
         run = ForwardRun(
@@ -118,7 +142,12 @@ def hypergradient_run(
 
 
 def choose_differentiation(
-    windows: list[int], steps: int, horizon: int | None, state_bytes: int, free_bytes: int
+    windows: list[int],
+    steps: int,
+    horizon: int | None,
+    state_bytes: int,
+    free_bytes: int,
+    refusals: Mapping[str, str] | None = None,
 ) -> Choice:
     """The cheapest mode for hyperparameters with these numbers of windows whose memory fits.
 
@@ -128,28 +157,33 @@ def choose_differentiation(
         horizon: steps of a segment; forward mode pays no Hessian product in a segment's first step.
         state_bytes: size of one inner state.
         free_bytes: memory that may be used.
+        refusals: why "forward" or "reverse" cannot be taken.
     """
+    refusals = refusals or {}
     # a window of N is carried from its opening on: (N + 1) / 2 columns on average
     columns = sum((count + 1) / 2 for count in windows)
     carried = 1 - 1 / (horizon or steps)
     forward = GRADIENTS_PER["step"] + GRADIENTS_PER["hessian_column"] * columns * carried
     reverse = GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]
     checkpointed = reverse + GRADIENTS_PER["step"]
+    needed = state_bytes * steps
+    states = f"{mebibytes(needed)} of states"
+    if "reverse" in refusals:
+        return Choice("forward", refusals["reverse"])
+    if "forward" in refusals:
+        kept = needed <= free_bytes
+        return Choice("reverse" if kept else "checkpointed_reverse", refusals["forward"])
     if forward <= reverse:
         return Choice(
             "forward", f"{columns:g} columns on average: {forward:.1f} gradients a step, reverse {reverse:.1f}"
         )
-    needed = state_bytes * steps
     if needed <= free_bytes:
-        return Choice(
-            "reverse", f"{reverse:.1f} gradients a step, forward {forward:.1f}; {mebibytes(needed)} of states fit"
-        )
+        return Choice("reverse", f"{reverse:.1f} gradients a step, forward {forward:.1f}; {states} fit")
     if forward <= checkpointed:
-        return Choice("forward", f"{mebibytes(needed)} of states do not fit; {forward:.1f} gradients a step")
+        return Choice("forward", f"{states} do not fit; {forward:.1f} gradients a step")
     return Choice(
         "checkpointed_reverse",
-        f"{checkpointed:.1f} gradients a step, forward {forward:.1f}; {mebibytes(needed)} of states do not fit "
-        f"{mebibytes(free_bytes)}",
+        f"{checkpointed:.1f} gradients a step, forward {forward:.1f}; {states} do not fit {mebibytes(free_bytes)}",
     )
 
 

@@ -132,7 +132,7 @@ class InnerLoop:
     """
 
     def __init__(self, problem: Problem, settings: TrainingSettings) -> None:
-        self.settings = settings
+        self.source, self.settings = problem, settings
         self.optimizer = get_optimizer(settings.optimizer)
         with preserved_generators():
             seed_everything(fold_seed(settings.seed, _INITIALISATION))
@@ -217,6 +217,11 @@ class InnerLoop:
                 f"the train loss {takes}, and regularisers {', '.join(of_regularisers) or 'none'}"
             )
         for name in tuned:
+            if name in self.problem.whole_hyperparameters:
+                raise InputError(
+                    f"hyperparameter {name!r} of the train loss is a whole number by its default, and has no "
+                    f"derivative: fix it or tune it outside, or write {float(of_loss[name])!r} if it is a real number"
+                )
             if name in self.settings.fixed:
                 raise InputError(f"hyperparameter {name!r} is both tuned and fixed: drop one of the two")
         for name, default in of_loss.items():
@@ -521,7 +526,8 @@ class InnerLoop:
 
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of real numbers, as `torch.optim` takes it."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # no view: autograd would need the gradient's place in memory to be even
+    return torch.stack([tensor.real, tensor.imag], -1) if tensor.is_complex() else tensor
 
 
 def _has_derivatives(tensor: Tensor) -> bool:
@@ -539,6 +545,10 @@ def _loss_modules(problem: Problem, model: nn.Module) -> dict[str, nn.Module]:
         loss = getattr(problem, name)
         if isinstance(loss, nn.Module) and not any(loss is known for known in losses.values()):
             losses[name] = loss
+        elif isinstance(getattr(loss, "__self__", None), nn.Module) and list(loss.__self__.parameters()):
+            raise InputError(
+                f"{name} is a method of a module that has parameters, which would not be trained: give the module"
+            )
     for name, _ in (*model.named_parameters(), *model.named_buffers()):
         if name.split(".", 1)[0] in losses:
             raise InputError(f"the model has {name!r}, which is how the parameters of the loss are called: rename it")

@@ -202,7 +202,7 @@ def adjoint_step(
     with torch.enable_grad():
         batch = loop.batch(step)
         buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-        return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=_differentiable)
+        return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=differentiable)
 
 
 def refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:
@@ -225,7 +225,8 @@ def refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:
         )
 
 
-def _differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
+def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
+    """What a training step runs in whose gradient is differentiated; `state` is what it may overwrite."""
     return DifferentiableStops(state, IN_TRAINING)
 
 

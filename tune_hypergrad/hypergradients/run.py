@@ -59,7 +59,12 @@ def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
         check_strength(loop.problem, name, values.tolist())
 
 
-def _refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
+def refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
+    """Refuse hyperparameters of regularisers that the training loss has no derivative by.
+
+    Raises:
+        InputError: one is such.
+    """
     for name in loop.problem.underivable_hyperparameters:
         if name in hyperparameters:
             raise InputError(
@@ -104,7 +109,7 @@ class HypergradientRun(ABC):
         self, loop: InnerLoop, hyperparameters: Hyperparameters, *, horizon: int | None, val_examples: int | None
     ) -> None:
         check_values(loop, hyperparameters)
-        _refuse_underivable(loop, hyperparameters)
+        refuse_underivable(loop, hyperparameters)
         self.horizon = loop.steps if horizon is None else horizon
         if not (isinstance(self.horizon, int) and 1 <= self.horizon <= loop.steps):
             raise InputError(

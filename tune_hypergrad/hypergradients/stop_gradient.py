@@ -12,6 +12,7 @@ and the gradient of a validation loss, which is no part of a step, passes throug
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
 
 DETACHING: tuple[Any, ...] = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 """Functions of one tensor that give it without its history."""
-CONVERSIONS: tuple[Any, ...] = (
+_CONVERSIONS: tuple[Any, ...] = (
     Tensor.item,
     Tensor.__float__,
     Tensor.__complex__,
@@ -36,6 +37,8 @@ CONVERSIONS: tuple[Any, ...] = (
     Tensor.__array__,
 )
 """Functions of one tensor that make Python or NumPy numbers of its values."""
+_REBUILDING: tuple[Any, ...] = (torch.tensor, Tensor.new_tensor)
+"""Functions that make a new tensor of numbers and tensors."""
 
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 _SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled  # what `torch.no_grad` and its like call
@@ -62,6 +65,37 @@ def through_stops() -> Iterator[None]:
         yield
     finally:
         _Sweep.to_gradient = before
+
+
+class Conversions:
+    """Floating tensors with a history that a program makes Python or NumPy numbers of: no derivative follows there.
+
+    Args:
+        where: gives the place in the program.
+        moved: which of the conversions gives a number that is a little off; None for none. Where the loss then is
+            another one, it depends on the number.
+    """
+
+    present: Conversions | None = None
+    """Those that are noted now."""
+
+    def __init__(self, where: Callable[[], str], moved: int | None = None) -> None:
+        self._where, self._moved = where, moved
+        self.places: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """For the body, note conversions in programs that run under the modes of this module."""
+        Conversions.present = self
+        try:
+            yield
+        finally:
+            Conversions.present = None
+
+    def note(self, result: Any) -> Any:
+        """What a conversion gives."""
+        self.places.append(self._where())
+        return _moved(result) if len(self.places) - 1 == self._moved else result
 
 
 class StopGradient(Function):
@@ -103,7 +137,7 @@ class DifferentiableStops(Substituting):
             {
                 **further,
                 **dict.fromkeys(DETACHING, self._stop),
-                **{function: _of_detached(function) for function in CONVERSIONS},
+                **NOTED,
                 Tensor.detach_: self._stop_in_place,
                 Tensor.register_hook: _hook_of_first_pass,
                 _SET_DATA: self._set_data,
@@ -117,7 +151,7 @@ class DifferentiableStops(Substituting):
         if torch.is_grad_enabled() or func in self._substitutes or func is _SET_GRAD_ENABLED:
             return super().__torch_function__(func, types, args, kwargs)
         # what is written to keeps its history; what is read has none for the first pass
-        written = args[:1] if _writes(func) else ()
+        written = args[:1] if writes(func) else ()
         read = tree_map(self._stop_leaf, (args[len(written) :], kwargs or {}))
         with torch.enable_grad():
             return super().__torch_function__(func, types, (*written, *read[0]), read[1])
@@ -184,7 +218,7 @@ class WithoutStops(Substituting):
             {
                 **further,
                 **dict.fromkeys(DETACHING, _identity),
-                **{function: _of_detached(function) for function in CONVERSIONS},
+                **NOTED,
                 Tensor.register_hook: _no_hook,
                 F.gumbel_softmax: _gumbel_softmax_without_stop,
                 _SET_GRAD_ENABLED: _ignore,
@@ -192,7 +226,7 @@ class WithoutStops(Substituting):
         )
 
 
-def _writes(function: Callable[..., Any]) -> bool:
+def writes(function: Callable[..., Any]) -> bool:
     """Whether a torch function changes its first argument."""
     name = getattr(function, "__name__", "")
     return function in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
@@ -206,11 +240,38 @@ def _ignore(enabled: bool) -> None:
     """In place of what turns recording off."""
 
 
-def _of_detached(function: Callable[..., Any]) -> Callable[..., Any]:
+def _of_constant(function: Callable[..., Any]) -> Callable[..., Any]:
     def converted(tensor: Tensor, *args: Any, **keywords: Any) -> Any:
-        return function(tensor.detach(), *args, **keywords)
+        result = function(constant(tensor), *args, **keywords)
+        return Conversions.present.note(result) if Conversions.present and tensor.requires_grad else result
 
     return converted
+
+
+def _rebuilding(function: Callable[..., Any]) -> Callable[..., Any]:
+    def rebuilt(*args: Any, **keywords: Any) -> Any:
+        data = args[1:] if function is Tensor.new_tensor else args
+        converts = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((data, keywords)))
+        cut = tree_map(lambda leaf: constant(leaf) if isinstance(leaf, Tensor) else leaf, (args, keywords))
+        result = function(*cut[0], **cut[1])
+        return Conversions.present.note(result) if Conversions.present and converts else result
+
+    return rebuilt
+
+
+def _moved(result: Any) -> Any:
+    """A number, or numbers, a little off."""
+    if isinstance(result, list):
+        return [_moved(each) for each in result]
+    floating = isinstance(result, float | complex) or (hasattr(result, "dtype") and "float" in str(result.dtype))
+    return result * 1.001 + 0.001 if floating else result
+
+
+NOTED: Substitutes = {
+    **{function: _of_constant(function) for function in _CONVERSIONS},
+    **{function: _rebuilding(function) for function in _REBUILDING},
+}
+"""Conversions to numbers, of tensors that the modes keep the history of."""
 
 
 def _hook_of_first_pass(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
@@ -221,7 +282,7 @@ def _hook_of_first_pass(tensor: Tensor, hook: Callable[[Tensor], Tensor | None])
 
 
 def _no_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    return RemovableHandle({})
+    return RemovableHandle(OrderedDict())
 
 
 def _straight_through(soft: Tensor, stopped: Tensor, dim: int) -> Tensor:

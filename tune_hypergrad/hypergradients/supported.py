@@ -33,6 +33,17 @@ def refuse_unsupported(model: nn.Module) -> None:
                 f"{where} uses weight_norm, whose second derivative is silently wrong in torch: remove it "
                 "(torch.nn.utils.parametrize.remove_parametrizations) or write w = g * v / v.norm() in forward"
             )
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise InputError(
+                f"{where} has a backward hook, which changes gradients so that they are no derivatives: remove it, or "
+                "change the gradient in an autograd.Function or by Tensor.register_hook within forward"
+            )
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise InputError(
+                    f"parameter {f'{name}.{own}'.lstrip('.')!r} has a gradient hook, which the engine does not call: "
+                    "remove it, and set clip_gradient where it is to clip"
+                )
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False)):
             raise InputError(f"{where} is lazy: give it its sizes, or run one batch through it in the model factory")
     dtypes = {p.dtype.to_real() for p in model.parameters() if p.requires_grad}

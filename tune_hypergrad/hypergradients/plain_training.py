@@ -1,0 +1,114 @@
+"""Training as a person's own loop in torch would do it: what the engine is held against.
+
+Only the initial weights, the batches and the seeds of random draws come from the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from tune_hypergrad.data import Batch
+from tune_hypergrad.figures import as_mean
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.modules import parts_in_evaluation, set_training
+from tune_hypergrad.objective import Prediction
+from tune_hypergrad.problem import Problem
+
+TORCH_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+"""torch's own, by the names of the engine's."""
+
+
+def plain_val_loss(
+    problem: Problem,
+    loop: InnerLoop,
+    hyperparameters: Hyperparameters,
+    batches: Sequence[Batch],
+    mode: AbstractContextManager[Any],
+) -> float:
+    """The validation loss after training with `torch.optim` and `loss.backward()`.
+
+    Args:
+        problem: what is trained; its factory makes a model of its own.
+        loop: gives the initial weights, the settings and the seeds; entered.
+        hyperparameters: values by name, each of shape [N].
+        batches: the batch of every step.
+        mode: what forward and backward passes run in.
+    """
+    problem = problem.with_own_measures(loop.device, loop.dtype)
+    model = _with_state_of(problem.model(), loop.model)
+    in_evaluation = parts_in_evaluation(model)
+    objective = problem.objective(model)
+    losses = [loss for loss in (problem.loss, problem.train_loss) if isinstance(loss, nn.Module)]
+    trained = nn.ModuleList([model, *losses])
+    optimizer = TORCH_OPTIMIZERS[loop.optimizer.name]([p for p in trained.parameters() if p.requires_grad], lr=1.0)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for step, batch in enumerate(batches):
+        trained.train()
+        set_training(model, in_evaluation)
+        values = {**loop.held_at(step), **loop.scalars(hyperparameters, step)}
+        _set(optimizer, {**loop.optimizer.hyperparameters, **values})
+        optimizer.zero_grad()
+        loop.seed_model(step)
+        *inputs, target = objective.transform(batch, values)
+        changed = {name: named[name] * factor for name, factor in objective.weight_factors(named, values).items()}
+        with mode, objective.acting(values) as activations:
+            output = functional_call(model, changed, tuple(inputs)) if changed else model(*inputs)
+            prediction = Prediction(output, activations)
+            objective.loss(prediction, target, lambda: named, values).backward()
+        if loop.settings.clip_gradient is not None:
+            torch.nn.utils.clip_grad_value_(trained.parameters(), loop.settings.clip_gradient)
+        optimizer.step()
+    trained.eval()
+    split = loop.split("val")
+    *inputs, target = loop.cast(split.batch(slice(0, len(split))))
+    with mode, torch.no_grad():
+        return float(as_mean(problem.loss(model(*inputs), target)))
+
+
+def _with_state_of(model: nn.Module, other: nn.Module) -> nn.Module:
+    state = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.copy_(state[name])
+    return model
+
+
+def _set(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
+    """Give an optimizer those values that it knows."""
+    (group,) = optimizer.param_groups
+    group.update({name: float(value) for name, value in values.items() if name in group})
+    if "betas" in group:
+        group["betas"] = float(values["beta1"]), float(values["beta2"])
+
+
+def differences(
+    loss: Callable[[Hyperparameters], float], values: Hyperparameters, name: str, element: int, step: float
+) -> float:
+    """The central difference of a loss by one element of a hyperparameter."""
+    losses = []
+    for shift in (step, -step):
+        moved = values[name].clone()
+        moved[element] += shift
+        losses.append(loss({**values, name: moved}))
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+def steps_of_differences(value: float) -> Iterable[float]:
+    """Step sizes of differences at a value, in the order in which to try them: kinks spoil large ones, rounding small
+    ones."""
+    scale = max(abs(value), 1e-3)
+    return (scale * factor for factor in (1e-5, 1e-4, 1e-6, 1e-3, 1e-7))

@@ -1,0 +1,70 @@
+"""Where in a person's program something happens: in which module of the model, and in which line."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_LINE_LETTERS = 60
+
+
+class Sites:
+    """Tells the place of the program that is running, while `watched`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._running: list[nn.Module] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """For the body, follow which module's forward runs."""
+        hooks = [
+            register_module_forward_pre_hook(lambda module, inputs: self._running.append(module)),
+            register_module_forward_hook(lambda module, inputs, output: self._end(module), always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._running.clear()
+
+    def here(self) -> str:
+        """Such as `module 'encoder.norm' (Norm, net.py:12: "x / x.norm().item()")`."""
+        parts = []
+        running = next((module for module in reversed(self._running) if module in self._names), None)
+        if running is not None:
+            parts.append(called(self._names[running], running))
+        line = _line()
+        return f"{parts[0]} at {line}" if parts and line else (parts[0] if parts else line or "the loss")
+
+    def _end(self, module: nn.Module) -> None:
+        if self._running and self._running[-1] is module:
+            self._running.pop()
+
+
+def called(name: str, module: nn.Module) -> str:
+    """A module in a message."""
+    kind = type(module).__name__
+    return f"module {name!r} ({kind})" if name else f"the model ({kind})"
+
+
+def _line() -> str:
+    """The innermost line of the program that is not the libraries'."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_LIBRARIES) and not file.startswith("<"):
+            code = linecache.getline(file, frame.f_lineno).strip()
+            shown = code if len(code) <= _LINE_LETTERS else f"{code[: _LINE_LETTERS - 1]}…"
+            return f"{Path(file).name}:{frame.f_lineno}" + (f" `{shown}`" if shown else "")
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
