@@ -202,7 +202,8 @@ class Problem:
             reference = next((p for p in model.parameters() if p.requires_grad), None)
             if reference is None:
                 raise InputError("model() has no parameter that requires a gradient: there is nothing to train")
-            regularised = _attempt("copying the model", copy.deepcopy, model)  # before forward passes leave anything
+            seed_everything(0)
+            regularised = _attempt("model()", self.model)
             own = self.with_own_measures(reference.device, reference.dtype.to_real())
             for split in (self.train, self.val, self.test):
                 if split is not None:

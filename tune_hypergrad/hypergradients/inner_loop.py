@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite, isnan
@@ -160,7 +160,8 @@ class InnerLoop:
             name for name in self._initial_buffers if name not in self._scope.names(self._scope.named_buffers())
         }
         self._knows_frozen = False  # whether those that training changes are among the moving
-        self.moving = _running_statistics(self.model, self.in_evaluation)
+        set_training(self.model, self.in_evaluation)
+        self.moving = _running_statistics(self.model)
         """Names of the buffers and frozen parameters that training has been seen to change."""
         self.train, self.val, self.test = (
             None if split is None else split.to(self.device, self.dtype)  # type: ignore[union-attr]
@@ -555,10 +556,10 @@ def _loss_modules(problem: Problem, model: nn.Module) -> dict[str, nn.Module]:
     return losses
 
 
-def _running_statistics(model: nn.Module, in_evaluation: Set[str]) -> set[str]:
-    """Names of the running statistics that training moves."""
+def _running_statistics(model: nn.Module) -> set[str]:
+    """Names of the running statistics that a model in training mode moves."""
     found = set()
     for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm | _InstanceNorm) and module.track_running_stats and path not in in_evaluation:
+        if isinstance(module, _BatchNorm | _InstanceNorm) and module.track_running_stats and module.training:
             found |= {f"{path}.{name}".lstrip(".") for name in ("running_mean", "running_var")}
     return found

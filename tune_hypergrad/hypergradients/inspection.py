@@ -61,15 +61,21 @@ class _Inspection:
         self._h = loop.scalars(hyperparameters, 0)
         self._state = loop.initial_state()
         self._sites = Sites(loop.model)
+        self._foreign_leaves: list[Tensor] = []
 
     def refusals(self, modes: Sequence[str]) -> Refusals:
         plain = self._plain_step()
         fault = self._fault_of_training() or self._fault_of_evaluation()
         if fault is not None:
             return dict.fromkeys(modes, fault)
-        attempts = {"forward": self._fault_of_forward, "reverse": self._fault_of_reverse}
-        found = {mode: attempts[mode](plain) for mode in modes}
-        return {mode: fault for mode, fault in found.items() if fault is not None}
+        again = self._training()
+        pure = torch.equal(plain.loss, again.loss) or bool(plain.loss.isnan())
+        found: Refusals = {}
+        for mode in modes:
+            fault = self._fault_of_forward(plain, pure) if mode == "forward" else self._fault_of_reverse(plain, pure)
+            if fault is not None:
+                found[mode] = fault
+        return found
 
     def _plain_step(self) -> Training:
         weights, versions = self._state.params.clone(), self._data_versions()
@@ -125,7 +131,10 @@ class _Inspection:
             with conversions.noted():
                 return self._differentiable_loss()
 
-        return self._fault_of(loss)
+        fault = self._fault_of(loss)
+        if self._foreign_leaves:
+            self._differentiable_loss()
+        return fault
 
     def _differentiable_loss(self) -> Tensor:
         """The training loss of the first step, as reverse mode computes it."""
@@ -137,7 +146,17 @@ class _Inspection:
         known = [*h.values(), *named.values(), *moved.values()]
 
         def look(loss: Tensor, present: Callable[[], Buffers]) -> Tensor:
-            _refuse_foreign_leaves(loss, known)
+            leaves = _foreign_leaves(loss, known)
+            # those of the forward pass's own making are others each time
+            for leaf in leaves:
+                if any(leaf is earlier for earlier in self._foreign_leaves):
+                    raise InputError(
+                        f"the training loss depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, "
+                        "but is not reached as a parameter of the model, or of a loss that is a module, so that it "
+                        "would not be trained: use it by its name in the module (not through a list or a closure), or "
+                        "detach it"
+                    )
+            self._foreign_leaves = leaves
             return constant(loss)
 
         with torch.enable_grad():
@@ -196,16 +215,15 @@ class _Inspection:
                     return f"autograd.Function {function.__name__!r} in {place}: {fault}"
         return None
 
-    def _fault_of_forward(self, plain: Training) -> str | None:
+    def _fault_of_forward(self, plain: Training, pure: bool) -> str | None:
         try:
             gradient, without = ForwardRun(self._loop, self._hyperparameters).try_out()
         except Exception as error:
             return f"forward mode does not work on this model ({in_one_line(error)})"
-        return self._other_gradient("forward", plain, gradient, without)
+        return self._other_gradient("forward", plain, gradient, without) if pure else None
 
-    def _fault_of_reverse(self, plain: Training) -> str | None:
-        again = self._training()
-        if not torch.equal(plain.loss, again.loss) and not bool(plain.loss.isnan()):
+    def _fault_of_reverse(self, plain: Training, pure: bool) -> str | None:
+        if not pure:
             return (
                 f"{self._impure_part()} differs from call to call, so that no training step can be run again: draw "
                 "from torch's, NumPy's or Python's global generators, and keep nothing between calls but in buffers"
@@ -222,8 +240,9 @@ class _Inspection:
 
     def _other_gradient(self, mode: str, plain: Training, gradient: Tensor, without: frozenset[int]) -> str | None:
         off = float((gradient - plain.gradient).norm())
-        allowed = 1e4 * torch.finfo(self._loop.dtype).eps * float(plain.gradient.norm())
-        if without == plain.without_gradient and (off <= allowed or off != off):
+        tolerance = min(0.3, max(1e-4, 1e4 * torch.finfo(self._loop.dtype).eps))
+        same = off <= tolerance * float(plain.gradient.norm()) or off != off
+        if same and without == plain.without_gradient:
             return None
         return (
             f"{mode} mode's training gradient is not that of plain training (off by {off:.1e}): something in the model "
@@ -275,14 +294,10 @@ def _applications(where: Callable[[], str]) -> Iterator[list[Application]]:
         setattr(Function, "apply", original)  # noqa: B010
 
 
-def _refuse_foreign_leaves(loss: Tensor, known: Sequence[Tensor]) -> None:
-    """Refuse a loss that depends on tensors which require a gradient and which nothing trains.
-
-    Raises:
-        InputError: it does.
-    """
+def _foreign_leaves(loss: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that require a gradient, that the loss depends on, and that are not known."""
     ours = {id(tensor) for tensor in known}
-    seen, left = set(), [loss.grad_fn]
+    found, seen, left = [], set(), [loss.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:
@@ -290,12 +305,9 @@ def _refuse_foreign_leaves(loss: Tensor, known: Sequence[Tensor]) -> None:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in ours:
-            raise InputError(
-                f"the training loss depends on a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
-                "is not reached as a parameter of the model, or of a loss that is a module, so that it would not be "
-                "trained: use it by its name in the module (not through a list or a closure), or detach it"
-            )
+            found.append(variable)
         left.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def _is_close(value: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
 _LINE_LETTERS = 60
 
 
@@ -58,11 +58,16 @@ def called(name: str, module: nn.Module) -> str:
 
 
 def _line() -> str:
-    """The innermost line of the program that is not the libraries'."""
-    frame = sys._getframe(1)
+    """The innermost line of the program within what this package runs, that is not the libraries'."""
+    frame, outside = sys._getframe(1), False
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(_LIBRARIES) and not file.startswith("<"):
+        if file.startswith(_OWN):
+            if outside:
+                return ""  # torch's modules, called by this package
+        else:
+            outside = True
+        if not file.startswith((_TORCH, _OWN, "<")):
             code = linecache.getline(file, frame.f_lineno).strip()
             shown = code if len(code) <= _LINE_LETTERS else f"{code[: _LINE_LETTERS - 1]}…"
             return f"{Path(file).name}:{frame.f_lineno}" + (f" `{shown}`" if shown else "")
