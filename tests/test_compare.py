@@ -146,6 +146,17 @@ def reports_nothing_useful(config):
     tune.report({"speed": 3.0})
 
 
+def fails_in_the_middle(task):
+    made = plain(task)
+
+    def work(self):
+        if self.iteration:
+            raise ValueError("a bug in the middle")
+        return made.work(self)
+
+    return type("FailsInTheMiddle", (made,), {"work": work})
+
+
 def plain_function(config):
     """A user's own function, which knows nothing of costs."""
     for step in range(3):
@@ -161,6 +172,7 @@ def test_one_methods_bug_does_not_take_the_others_down(ray_session, tmp_path):
         "rs",
         Method("bad-search", lambda task: FailingSearch(SPACE, "val_loss", "min", seed=task.seed)),
         Method("bad-trials", random_search, lambda task: _broken),
+        Method("bad-ends", random_search, fails_in_the_middle),
         Method("no-metric", random_search, lambda task: reports_nothing_useful),
         Method("no-costs", random_search, lambda task: plain_function),
         Method(
@@ -178,6 +190,15 @@ def test_one_methods_bug_does_not_take_the_others_down(ray_session, tmp_path):
     assert "do not report 'val_loss'" in reasons["no-metric"]
     assert "do not report 'cost/gradients'" in reasons["no-costs"] and accounts["failed"]["no-costs"] == 3
     assert np.isnan(accounts["val_loss"]["diverging"])
+    assert reasons["bad-ends"].startswith("budget spent in ") and "fail" in reasons["bad-ends"]
+    assert accounts["results"]["bad-ends"] > 3
+    assert np.isnan(accounts["val_loss"]["bad-ends"]) and set(comparison.retrained["method"]) == {"rs", "bad-search"}
+    failed, trials = accounts["failed"]["bad-ends"], accounts["trials"]["bad-ends"]
+    assert failed >= trials - 2 > 0  # the others were cut as the budget was spent
+    assert [trouble.text for trouble in comparison.troubles("bad-ends")] == [
+        f"no run completed: {reasons['bad-ends']}",
+        f"{failed} of {trials} trials failed: ValueError: a bug in the middle",
+    ]
     summary = (comparison.folder / "summary.md").read_text()
     assert "a bug in the trial" in summary and "KeyError" in summary
 

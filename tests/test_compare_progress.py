@@ -18,8 +18,8 @@ from tune_hypergrad.ledger import Account
 INF = float("inf")
 
 
-def status(method="fds", seed=0, share=0.5, trials=2, running=1, val_loss=0.25, reason=None):
-    return Status(Account(method, seed), share, trials, running, val_loss, reason)
+def status(method="fds", seed=0, share=0.5, trials=2, running=1, val_loss=0.25, reason=None, failed=0):
+    return Status(Account(method, seed), share, trials, running, val_loss, reason, failed)
 
 
 @pytest.fixture
@@ -82,6 +82,17 @@ def test_the_table_has_a_line_for_each_method_and_one_for_all(width):
     assert "62 %" in lines[1] and "2 (1)" in lines[1] and "0.25" in lines[1]
     assert "0 %" in lines[2] and "3 trials" in lines[2]
     assert "81 %" in lines[3] and "2 min so far, about 77 s left" in lines[4]
+
+
+def test_failed_trials_are_told_wherever_progress_is_shown(clock, capsys):
+    many = [status(failed=1), status(seed=1, trials=5, failed=2), status("rs", reason="budget spent", failed=2)]
+    lines = shown(progress.progress_table(Speed().overview([*many, status("hd")], 0.0)), 80).splitlines()
+    assert lines[1].rstrip().endswith(" 3 failed") and lines[2].rstrip().endswith(" 2 failed; budget spent")
+    assert "failed" not in lines[3]
+    Log().update(many)
+    assert "fds 50 %, 7 trials, 3 failed, val loss 0.25; rs" in capsys.readouterr().err
+    JsonLines().update(many)
+    assert [row["failed"] for row in json.loads(capsys.readouterr().out)["methods"]] == [3, 2]
 
 
 def test_all_of_a_budget_is_said_to_be_spent_when_it_is():

@@ -328,6 +328,15 @@ def test_the_terminals_table_has_a_row_for_each_method(written):
     assert "none" in re.search(r"^ broken .*", text, flags=re.MULTILINE).group()
 
 
+def test_what_went_wrong_leaves_the_figures_whole_in_a_terminal_of_80_letters(written):
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(summary_table(written))
+    text = captured.get()
+    assert "…" not in text and all(len(line) <= 80 for line in text.splitlines())
+    assert re.search(r"^ rs .* \d+ of \d+ trials *$", text, flags=re.MULTILINE)
+
+
 def test_writing_again_gives_the_same_files(written):
     before = {name: (written.folder / name).read_bytes() for name in ("report.html", "summary.md", "results.csv")}
     write_report(Comparison(written.folder))

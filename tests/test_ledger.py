@@ -127,6 +127,98 @@ def test_what_failed_trials_have_spent_is_part_of_what_is_spent():
     assert ledger.failed(RS) == Cost()
 
 
+def position(step, steps, completed=None):
+    return {"run/step": step, "run/steps": steps, **({} if completed is None else {"run/completed": completed})}
+
+
+@pytest.mark.parametrize(
+    ("reported", "ended", "of_failed"),
+    [
+        ({}, True, False),
+        (position(0, 10), False, False),
+        (position(5, 10), False, False),
+        (position(10, 10), True, False),
+        (position(10, 10, 0), True, False),
+        (position(10, 10, 1), True, True),
+        ({"run/step": 5}, True, False),
+        ({"run/step": "half"}, True, False),
+        (position(math.nan, 10), True, False),
+    ],
+)
+def test_a_run_is_completed_as_a_result_says_and_a_trial_that_failed_has_to_count_it(reported, ended, of_failed):
+    ledger = Ledger()
+    result(ledger, "a", 1, 5, val_loss=0.5, **reported)
+    for status in (None, "budget", "completed"):
+        if status:
+            ledger.write("end", **named("a"), status=status)
+        assert ledger.completed_run(FDS) is ended
+        assert ledger.val_loss(FDS) == (0.5 if ended else math.inf)
+    ledger.write("end", **named("a"), status="failed", error="killed")
+    assert ledger.completed_run(FDS) is of_failed
+    assert ledger.val_loss(FDS) == (0.5 if of_failed else math.inf)
+
+
+@pytest.mark.parametrize("reported", [{}, position(5, 5)])
+def test_beside_failed_trials_one_that_was_cut_short_has_completed_no_run(reported):
+    ledger = Ledger()
+    start(ledger, "a")
+    result(ledger, "b", 1, 5, val_loss=0.5, **reported)
+    ledger.write("end", **named("b"), status="budget")
+    assert ledger.completed_run(FDS)
+    ledger.write("end", **named("a"), status="failed", error="killed")
+    assert not ledger.completed_run(FDS)
+    result(ledger, "c", 1, 5, val_loss=0.7, **reported)
+    assert not ledger.completed_run(FDS), "it may fail yet"
+    ledger.write("end", **named("c"), status="completed")
+    assert ledger.completed_run(FDS) and ledger.val_loss(FDS) == 0.5
+
+
+def test_the_lowest_validation_loss_is_of_trained_weights_and_of_work_that_counts():
+    ledger = Ledger()
+    losses = [(0.1, position(0, 10)), (0.5, position(10, 10)), (0.2, position(10, 10)), (math.nan, position(10, 10))]
+    for iteration, (loss, reported) in enumerate(losses):
+        result(ledger, "a", iteration, 5, val_loss=loss, **reported)
+    assert ledger.val_loss(FDS) == 0.2
+    result(ledger, "a", 2, 5, val_loss=0.4, **position(10, 10))
+    assert ledger.val_loss(FDS) == 0.4 and ledger.val_loss(RS) == math.inf
+    result(ledger, "a", 1, 5, val_loss=0.3, **position(5, 10))
+    assert ledger.val_loss(FDS) == math.inf, "the run that had ended is lost"
+    result(ledger, "b", 1, 5, val_loss=0.7, **position(10, 10))
+    assert ledger.val_loss(FDS) == 0.3
+    ledger.write("resume", known=["a"])
+    assert ledger.val_loss(FDS) == math.inf
+
+
+@pytest.mark.parametrize("said", ["budget spent", "search ended"])
+def test_the_reason_says_what_a_budget_went_into_where_no_run_was_completed(said):
+    ledger = Ledger()
+    assert ledger.reason(FDS) is None
+    for trial in "ab":
+        result(ledger, trial, 1, 5, val_loss=0.5, **position(5, 10))
+    ledger.write("stop", **FDS._asdict(), reason=said)
+    assert ledger.reason(FDS) == said, "trials still run"
+    ledger.write("end", **named("a"), status="failed", error="killed")
+    assert ledger.reason(FDS) == said
+    ledger.write("end", **named("b"), status="budget")
+    assert ledger.reason(FDS) == f"{said} in trials that failed or were cut short" and ledger.stopped[FDS] == said
+    ledger.write("end", **named("b"), status="failed", error="killed")
+    assert ledger.reason(FDS) == f"{said} in failing trials"
+    for trial in "ab":
+        ledger.write("end", **named(trial), status="budget")
+    assert ledger.reason(FDS) == f"{said} before a run ended"
+    result(ledger, "c", 1, 5, val_loss=0.5)
+    ledger.write("end", **named("c"), status="completed")
+    assert ledger.reason(FDS) == said
+
+
+def test_other_reasons_stay_as_they_are():
+    ledger = Ledger()
+    start(ledger, "a")
+    ledger.write("end", **named("a"), status="failed", error="killed")
+    ledger.write("stop", **FDS._asdict(), reason="its searcher failed: KeyError")
+    assert ledger.reason(FDS) == "its searcher failed: KeyError"
+
+
 def test_a_result_that_is_sent_twice_is_recognised():
     ledger = Ledger()
     assert not ledger.repeats("a", 1, Cost(gradients=5))

@@ -284,6 +284,13 @@ def test_fds_improves_from_zero_learning_rates():
     assert [r["outer_step"] for r in results] == [1, 2, 3, 4, 5, 6]
 
 
+def test_fds_counts_the_runs_that_it_has_completed():
+    results = run_to_end(make(FDS, space=SPACE, reports=2, outer_steps=2, differentiation="reverse"))
+    untrained = [result["run/step"] == 0 for result in results]
+    completed = [result["run/completed"] for result in results]
+    assert untrained == [not count for count in completed] and sorted(set(completed)) == [0, 1, 2]
+
+
 def test_the_best_of_fds_is_its_best_run_not_its_last():
     # steps of most of the range overshoot, so that runs are worse than ones before them
     results = run_to_end(make(FDS, space={"lr": tune.uniform(0, 40)}, initial={"lr": 0.5}, outer_steps=8))

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ SCHEDULES_FOLDER = "schedules"
 """In a comparison's folder: schedules that results refer to by file name, since they are too long for a ledger."""
 SCHEDULE_COLUMN = "schedule_file"
 """In a result: that file."""
+BUDGET_SPENT, SEARCH_ENDED = "budget spent", "search ended"
+"""Reasons for which an account stops when nothing has gone wrong."""
 
 
 class Account(NamedTuple):
@@ -31,11 +34,17 @@ class Account(NamedTuple):
 
 
 class Charge(NamedTuple):
-    """A trial's cumulative cost at one of its results."""
+    """A trial's cumulative cost at one of its results, and what it had come to by then."""
 
     iteration: int
     cost: Cost
     line: int
+    val_loss: float
+    """The lowest so far of weights that had been trained; inf where there is none."""
+    end_judged: bool
+    """Whether a result so far judged a training run as far as it was to go, or did not say how far it had come."""
+    end_counted: bool
+    """Whether a result so far counted completed training runs."""
 
 
 @dataclass
@@ -61,6 +70,23 @@ class TrialRecord:
         """The part of it that the last of them has cost."""
         return self.spent - self.charges[-2].cost if len(self.charges) > 1 else self.spent
 
+    @property
+    def val_loss(self) -> float:
+        """The lowest of weights that had been trained; inf where there is none."""
+        return self.charges[-1].val_loss if self.charges else math.inf
+
+    @property
+    def judged_end(self) -> bool:
+        """Whether a result judged what may be the end of a training run; of one that is as long as it has come, or
+        does not say, any moment may be."""
+        return bool(self.charges) and self.charges[-1].end_judged
+
+    @property
+    def completed_run(self) -> bool:
+        """Whether a training run came to its end for certain: the trial itself did, or it counted one."""
+        counted = bool(self.charges) and self.charges[-1].end_counted
+        return counted or (self.status == "completed" and self.judged_end)
+
 
 class Ledger:
     """Events in order; what follows from them.
@@ -69,7 +95,8 @@ class Ledger:
     such as "fds-0-1") and `id` (Ray's):
 
     - `start`: a trial's process begins or begins again; `config`, `resources`.
-    - `result`: `iteration`, the trial's cumulative `cost/...`, `val_loss` and whatever else it reported.
+    - `result`: `iteration`, the trial's cumulative `cost/...`, `val_loss` and whatever else it reported, such as
+      `run/step`, `run/steps` and `run/completed`.
     - `end`: `status` ("completed", "budget", "failed"), `error`.
     - `retry`: the process failed and will be started again; `error`.
     - `stop`: of an account, not a trial: nothing more is suggested; `reason`.
@@ -95,6 +122,7 @@ class Ledger:
         """Accounts that suggest nothing more, and why."""
         self.lost_lines: set[int] = set()
         """Numbers of the lines whose results do not count."""
+        self._trials: dict[Account, list[TrialRecord]] = {}
         self._spent: dict[Account, Cost] = {}
         self._lost: dict[Account, Cost] = {}
         self._lines, self._opened = 0, False
@@ -135,8 +163,37 @@ class Ledger:
 
     def failed(self, account: Account) -> Cost:
         """The part of `spent` that went into trials that failed for good."""
-        failed = (trial for trial in self.trials.values() if trial.account == account and trial.status == "failed")
+        failed = (trial for trial in self.trials_of(account) if trial.status == "failed")
         return sum((trial.spent for trial in failed), Cost())
+
+    def trials_of(self, account: Account) -> list[TrialRecord]:
+        """An account's trials, in order."""
+        return self._trials.get(account, [])
+
+    def completed_run(self, account: Account) -> bool:
+        """Whether one of an account's trials has completed a training run.
+
+        Where trials fail, one that the budget cuts short before it does is no evidence that a run can be completed.
+        """
+        trials = self.trials_of(account)
+        failing = any(trial.status == "failed" for trial in trials)
+        return any(trial.completed_run or (trial.judged_end and not failing) for trial in trials)
+
+    def val_loss(self, account: Account) -> float:
+        """The lowest validation loss that an account's trials have come to; inf while no run has been completed."""
+        losses = [trial.val_loss for trial in self.trials_of(account)]
+        return min(losses) if self.completed_run(account) else math.inf
+
+    def reason(self, account: Account) -> str | None:
+        """Why an account suggests nothing more, and what its budget went into where it never completed a run; None
+        while it goes on."""
+        said = self.stopped.get(account)
+        statuses = {trial.status for trial in self.trials_of(account)} - {"forgotten"}
+        if said not in (BUDGET_SPENT, SEARCH_ENDED) or "running" in statuses or self.completed_run(account):
+            return said
+        if "failed" not in statuses:
+            return f"{said} before a run ended"
+        return f"{said} in {'failing trials' if statuses == {'failed'} else 'trials that failed or were cut short'}"
 
     @property
     def accounts(self) -> list[Account]:
@@ -157,16 +214,23 @@ class Ledger:
             self.stopped[Account(event["method"], event["seed"])] = event["reason"]
         else:
             account = Account(event["method"], event["seed"])
-            record = self.trials.setdefault(event["id"], TrialRecord(account, event["trial"]))
+            record = self._record_of(event["id"], account, event["trial"])
             if kind == "result":
-                self._charge(record, Charge(event["iteration"], Cost.from_result(event), line))
+                self._charge(record, event, line)
             record.status = event["status"] if kind == "end" else "running"
 
-    def _charge(self, record: TrialRecord, charge: Charge) -> None:
+    def _record_of(self, trial_id: str, account: Account, name: str) -> TrialRecord:
+        if trial_id not in self.trials:
+            self.trials[trial_id] = TrialRecord(account, name)
+            self._trials.setdefault(account, []).append(self.trials[trial_id])
+        return self.trials[trial_id]
+
+    def _charge(self, record: TrialRecord, result: Mapping[str, Any], line: int) -> None:
         kept = len(record.charges)
-        while kept and record.charges[kept - 1].iteration >= charge.iteration:
+        while kept and record.charges[kept - 1].iteration >= result["iteration"]:
             kept -= 1
         self._lose(record, kept)
+        charge = _charge_of(result, line, record.charges[-1] if kept else None)
         self._spent[record.account] = self.spent(record.account) + charge.cost - record.spent
         record.charges.append(charge)
 
@@ -180,6 +244,25 @@ class Ledger:
             record.lost += lost
             self._spent[record.account] = self.spent(record.account) - lost
             self._lost[record.account] = self.lost(record.account) + lost
+
+
+def _charge_of(result: Mapping[str, Any], line: int, before: Charge | None) -> Charge:
+    step, steps, val_loss = (_number(result, name) for name in ("run/step", "run/steps", "val_loss"))
+    trained = step != 0
+    return Charge(
+        result["iteration"],
+        Cost.from_result(result),
+        line,
+        min(val_loss if trained and math.isfinite(val_loss) else math.inf, before.val_loss if before else math.inf),
+        (trained and not step < steps) or (before is not None and before.end_judged),
+        _number(result, "run/completed") > 0 or (before is not None and before.end_counted),
+    )
+
+
+def _number(result: Mapping[str, Any], name: str) -> float:
+    """NaN where a result has none of that name."""
+    value = result.get(name)
+    return float(value) if isinstance(value, Real) else math.nan
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

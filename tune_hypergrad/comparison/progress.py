@@ -42,6 +42,8 @@ class Status:
     """The incumbent's; inf where there is none."""
     reason: str | None
     """Why nothing more is suggested; None while it goes on."""
+    failed: int = 0
+    """Of the trials, for good."""
 
 
 class Display(Protocol):
@@ -66,6 +68,7 @@ class Row:
     val_loss: float
     reason: str | None
     """None while one of them goes on."""
+    failed: int
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,8 @@ def rows(statuses: Sequence[Status]) -> list[Row]:
         losses = [status.val_loss for status in own if math.isfinite(status.val_loss)]
         best = min(losses, default=math.inf) if share is not None else math.inf
         reason = None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
-        made.append(Row(method, share, sum(s.trials for s in own), sum(s.running for s in own), best, reason))
+        trials, failed = sum(s.trials for s in own), sum(s.failed for s in own)
+        made.append(Row(method, share, trials, sum(s.running for s in own), best, reason, failed))
     return sorted((row for row in made if row.share is not None or row.trials), key=lambda row: row.share is None)
 
 
@@ -293,7 +297,8 @@ def progress_line(overview: Overview, finished: bool = False) -> str:
     for row in overview.rows:
         loss = f", val loss {row.val_loss:.4g}" if math.isfinite(row.val_loss) else ""
         share = f"{_percent(row.share)}, " if row.share is not None else ""
-        parts.append(f"{row.method} {share}{row.trials} trials{loss}")
+        failed = f", {row.failed} failed" if row.failed else ""
+        parts.append(f"{row.method} {share}{row.trials} trials{failed}{loss}")
     return "; ".join([f"{_percent(overview.share)} of the budgets spent, {_time_text(overview, finished)}", *parts])
 
 
@@ -312,7 +317,8 @@ def _has_budget(method: str) -> bool:
 def _cells(row: Row) -> tuple[str, str, str, str, str]:
     running = f" ({row.running})" if row.running else ""
     loss = f"{row.val_loss:.4g}" if math.isfinite(row.val_loss) else "-"
-    note = row.reason or ""
+    failed = f"{row.failed} failed" if row.failed else ""
+    note = "; ".join(filter(None, (failed, row.reason)))
     return row.method, "" if row.share is None else _percent(row.share), f"{row.trials}{running}", loss, note
 
 

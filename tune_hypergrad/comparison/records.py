@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.budget import UNITS, Budget, Cost
+from tune_hypergrad.comparison.troubles import Trouble, find_troubles
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
 from tune_hypergrad.schedules import Schedule
@@ -139,7 +140,8 @@ class Comparison:
         """Every time a trial's process ran, retrainings included: one row from a start to an end or a retry.
 
         Columns: method, seed, trial, id, started, ended (seconds since 1970; NaN while it runs), status ("running",
-        "completed", "budget", "failed", "retried", "forgotten"), error, `cpu`, `gpu` (granted), config.
+        "completed", "budget", "failed", "retried", "forgotten"), error, `cpu`, `gpu` (granted), config, `retrains` (the
+        method whose incumbent it trains again, or None).
         """
         rows: dict[str, dict[str, Any]] = {}  # the open one of each trial
         done: list[dict[str, Any]] = []
@@ -156,7 +158,8 @@ class Comparison:
                 close(event["id"], when, "retried")
                 keys = ("method", "seed", "trial", "id", "config")
                 granted = {"cpu": event["resources"].get("CPU", 0), "gpu": event["resources"].get("GPU", 0)}
-                rows[event["id"]] = {**{key: event[key] for key in keys}, "started": when, **granted}
+                retrains = {"retrains": event.get("retrains", {}).get("method")}
+                rows[event["id"]] = {**{key: event[key] for key in keys}, "started": when, **granted, **retrains}
             elif kind in ("end", "retry"):
                 close(event["id"], when, event.get("status", "retried"), event.get("error"))
             elif kind == "resume":
@@ -172,13 +175,14 @@ class Comparison:
     def accounts(self) -> pd.DataFrame:
         """One row for every method and seed, in the order of the settings.
 
-        Columns: method, seed, trials (not forgotten), results (that count), failed (trials), `spent/<unit>`,
-        `lost/<unit>` (work done again), `failed/<unit>` (the part of `spent` in trials that failed), share (of the
-        budget spent), reason (why nothing more was suggested; None while it goes on), val_loss (the incumbent's).
+        Columns: method, seed, trials (not forgotten), results (that count), failed (trials), completed (whether a
+        training run came to its end), `spent/<unit>`, `lost/<unit>` (work done again), `failed/<unit>` (the part of
+        `spent` in trials that failed), share (of the budget spent), reason (why nothing more was suggested; None while
+        it goes on), val_loss (the incumbent's).
         """
         rows = []
         for account in self._accounts():
-            records = [record for record in self.ledger.trials.values() if record.account == account]
+            records = self.ledger.trials_of(account)
             spent = self.ledger.spent(account)
             best = self.incumbents(account).tail(1)
             rows.append(
@@ -188,8 +192,9 @@ class Comparison:
                     "trials": sum(record.status != "forgotten" for record in records),
                     "results": sum(len(record.charges) for record in records),
                     "failed": sum(record.status == "failed" for record in records),
+                    "completed": self.ledger.completed_run(account),
                     "share": self.budget.spent_by(spent),
-                    "reason": self.ledger.stopped.get(account),
+                    "reason": self.ledger.reason(account),
                     "val_loss": float(best["val_loss"].iloc[0]) if len(best) else np.nan,
                     **_by_unit("spent", spent),
                     **_by_unit("lost", self.ledger.lost(account)),
@@ -200,7 +205,8 @@ class Comparison:
 
     @cached_property
     def retrained(self) -> pd.DataFrame:
-        """Every finished training of an incumbent from scratch, on which the test split was read.
+        """Every finished training of an incumbent from scratch, on which the test split was read; not those of
+        accounts whose trials have never completed a run.
 
         Columns: method ("grid" for a grid's), seed, `share` (of the budget, after which it was still the incumbent),
         `spent/<unit>` (of the account when the incumbent was found), training_seed, val_loss, test_loss,
@@ -216,22 +222,25 @@ class Comparison:
         rows = [
             {**jobs[trial_id], **{key: value for key, value in event.items() if key not in skipped}}
             for trial_id, event in last.items()
-            if event.get("done")
+            if event.get("done") and event.get("run/step") != 0 and self._may_have_incumbent(jobs[trial_id])
         ]
         return pd.DataFrame(rows)
 
     @cached_property
     def summary(self) -> pd.DataFrame:
-        """One row a method: budget spent, trials, incumbents by validation and their retrainings on the test split."""
+        """One row a method: budget spent, trials, incumbents by validation and their retrainings on the test split,
+        and what went wrong."""
         rows = []
         for method, own in self.accounts.groupby("method", sort=False):
-            row: dict[str, Any] = {"method": method, "trials": int(own["trials"].sum()), "share": own["share"].mean()}
+            row: dict[str, Any] = {"method": method, "trials": int(own["trials"].sum())}
+            row |= {"failed": int(own["failed"].sum()), "share": own["share"].mean()}
             row |= {"val_loss": own["val_loss"].mean(), "val_loss_min": own["val_loss"].min()}
             row |= {"val_loss_max": own["val_loss"].max()}
             tested = self.final_figures(str(method))
             for measure in self.test_measures:
                 values = tested[measure] if measure in tested else pd.Series(dtype=float)
                 row |= {measure: values.mean(), f"{measure}_min": values.min(), f"{measure}_max": values.max()}
+            row |= {"trouble": "; ".join(trouble.text for trouble in self.troubles(str(method)))}
             rows.append({**row, "reason": "; ".join(dict.fromkeys(own["reason"].dropna()))})
         return pd.DataFrame(rows)
 
@@ -319,16 +328,30 @@ class Comparison:
         return own[own["share"] == 1].groupby("seed").mean(numeric_only=True).reset_index()
 
     def incumbents(self, account: Account) -> pd.DataFrame:
-        """The results at which an account's validation loss was the lowest so far, within its budget, if it has one."""
+        """The results at which an account's validation loss was the lowest so far, within its budget, if it has one.
+
+        An account that has not completed a run has none, and figures of an untrained model are none.
+        """
         frame = self.results
         if frame.empty:
             return frame.reindex(columns=["method", "seed", "val_loss", *(f"spent/{unit}" for unit in UNITS)])
         own = frame[(frame["method"] == account.method) & (frame["seed"] == account.seed) & ~frame["lost"]]
         before = own[f"spent/{self.budget.unit}"].shift(fill_value=0)
         within = (before < self.budget.amount) | (account.method == GRID)
-        own = own[within & np.isfinite(own["val_loss"])]
+        trained = (own["run/step"] != 0) if "run/step" in own else True
+        own = own[within & trained & np.isfinite(own["val_loss"]) & self.ledger.completed_run(account)]
         best_before = own["val_loss"].cummin().shift()
         return own[best_before.isna() | (own["val_loss"] < best_before)]
+
+    def troubles(self, method: str) -> list[Trouble]:
+        """What went wrong with a method's runs, trials, results and retrainings."""
+
+        def own(frame: pd.DataFrame, column: str = "method") -> pd.DataFrame:
+            return frame if frame.empty else frame[frame[column] == method]
+
+        return find_troubles(
+            own(self.accounts), own(self.trials), own(self.results), own(self.trials, "retrains"), own(self.retrained)
+        )
 
     def schedule(self, method: str, seed: int | None = None) -> Schedule:
         """The schedule of a method's incumbent; by default that of the seed with the lowest validation loss.
@@ -363,6 +386,10 @@ class Comparison:
             return own
         means = own.groupby(["method", "seed", "share"], sort=False).mean(numeric_only=True).reset_index()
         return means.sort_values([f"spent/{self.budget.unit}", "share"], kind="stable", ignore_index=True)
+
+    def _may_have_incumbent(self, of: Mapping[str, Any]) -> bool:
+        account = Account(of["method"], of["seed"])
+        return self.ledger.completed_run(account) or not self.ledger.trials_of(account)
 
     def _accounts(self) -> list[Account]:
         return [Account(method, seed) for method in self.methods for seed in self.settings["seeds"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,16 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich import box
+from rich.table import Column as TerminalColumn
 from rich.table import Table
+from rich.text import Text
 
 from tune_hypergrad.comparison import pictures, tables
-from tune_hypergrad.comparison.drawing import COST_LABELS, INK, NARROW
+from tune_hypergrad.comparison.drawing import COST_LABELS, INK, NARROW, shortened
 from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.series import Granted, distinct_units
-from tune_hypergrad.comparison.tables import TextTable
+from tune_hypergrad.comparison.tables import Column, TextTable
+from tune_hypergrad.comparison.troubles import Trouble
 from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
 REPORT_FILE = "report.html"
@@ -35,6 +38,7 @@ PICTURES_FOLDER = "pictures"
 """In a comparison's folder: every picture as PNG and SVG."""
 
 _TEMPLATE = "report.html.j2"
+_CAUSE_LETTERS = 200
 _FIRST_COLUMNS = ("method", "seed", "trial", "iteration")
 
 
@@ -66,21 +70,24 @@ def write_report(comparison: Comparison) -> Path:
 
 
 def summary_table(comparison: Comparison) -> Table:
-    """One row a method, for the terminal; the least regret stands out. Ranges are those of regret alone."""
+    """One row a method, for the terminal; the least regret stands out. Ranges are those of regret alone, and why
+    something went wrong is said below."""
     text, measures = tables.results(comparison), len(comparison.test_measures)
     shown = [0, 1, *range(2, 2 + min(1, measures)), *range(2 + measures, len(text.columns))]
     shown = [i for i in shown if text.columns[i].heading != "over"]
+    troubles = {method: comparison.troubles(method) for method in comparison.methods}
+    rows = [[_terminal_cell(text.columns[i], row[i], i == 1, troubles[row[0]]) for i in shown] for row in text.rows]
+    narrow = text.columns[-1].remark  # what went wrong gets the room
+    columns = [
+        _terminal_column(text.columns[i], cells, i == 1, narrow)
+        for i, cells in zip(shown, zip(*rows, strict=True), strict=True)
+    ]
     title = f"{comparison.settings.get('problem', 'Comparison')}: {tables.state(comparison)}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    widest = max((len(line) for row in text.rows for line in row[1].splitlines()), default=0)
-    for i in shown:
-        column, least = text.columns[i], widest - 3 if i == 1 else None  # "-" is shorter than " to "
-        table.add_column(column.heading, justify="right" if column.number else "left", min_width=least)
+    table = Table(*columns, title=title, caption=_causes(troubles), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     means = [comparison.final_regret(method).mean() for method in comparison.methods]
     best = min((mean for mean in means if np.isfinite(mean)), default=None)
-    for row, mean in zip(text.rows, means, strict=True):
-        cells = [row[i].replace(" to ", "-") if i == 1 else row[i].split("\n")[0] for i in shown]
-        table.add_row(*cells, style="bold" if mean == best else None)
+    for row, mean in zip(rows, means, strict=True):
+        table.add_row(*row, style="bold" if mean == best else None)
     return table
 
 
@@ -112,7 +119,8 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     granted, unit = Granted.of(comparison), COST_LABELS[comparison.budget.unit]
     measure = comparison.yardstick
     regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.methods)
-    losses = "; ".join(f"{row['method']} {row['val_loss']:.4g}" for _, row in comparison.summary.iterrows())
+    own = comparison.accounts.groupby("method", sort=False)["val_loss"]
+    losses = "; ".join(f"{method} {_mean(values)}" for method, values in own)
     regret = f"{tables.regret_heading(measure).capitalize()} of the incumbents against"
     shares = (comparison.settings.get("retraining") or {}).get("shares", (1.0,))
     which = ", ".join(f"{100 * share:g}" for share in shares)
@@ -267,12 +275,41 @@ def _schedules_in_words(comparison: Comparison) -> str:
 
 
 def _markdown(table: TextTable) -> str:
+    remarks = [column.remark for column in table.columns]
+    rows = [
+        [cell.replace("\n", "; ") if remark else cell for cell, remark in zip(row, remarks, strict=True)]
+        for row in table.rows
+    ]
     lines = [
         [column.heading for column in table.columns],
         ["--:" if column.number else ":--" for column in table.columns],
-        *table.rows,
+        *rows,
     ]
     return "\n".join(f"| {' | '.join(map(_in_cell, line))} |" for line in lines)
+
+
+def _terminal_cell(column: Column, text: str, whole: bool, troubles: Sequence[Trouble]) -> str:
+    """What a terminal shows of a cell: the first line unless it is to be shown whole, and of troubles how often."""
+    if column.remark:
+        return "\n".join(each.what for each in troubles)
+    return text.replace(" to ", "-") if whole else text.split("\n")[0]
+
+
+def _terminal_column(column: Column, cells: Sequence[str], whole: bool, narrow: bool) -> TerminalColumn:
+    """How a terminal lays a column out: no narrower than its cells if they are to be shown whole, and where numbers
+    are to be narrow no wider than they and the words of the heading."""
+    widest = max(len(line) for cell in cells for line in cell.split("\n"))
+    return TerminalColumn(
+        column.heading,
+        justify="right" if column.number else "left",
+        min_width=widest if whole else None,
+        max_width=max(widest, *map(len, column.heading.split())) if narrow and column.number else None,
+    )
+
+
+def _causes(troubles: Mapping[str, Sequence[Trouble]]) -> Text | None:
+    lines = [f"{method}: {each.text}" for method, found in troubles.items() for each in found if each.cause]
+    return Text("\n".join(shortened(line, _CAUSE_LETTERS) for line in lines), justify="left") if lines else None
 
 
 def _in_cell(text: str) -> str:
@@ -281,4 +318,4 @@ def _in_cell(text: str) -> str:
 
 
 def _mean(values: pd.Series) -> str:
-    return f"{values.mean():.3g}" if len(values) else "none"
+    return f"{values.mean():.3g}" if values.notna().any() else "none"

@@ -254,14 +254,16 @@ class ComparisonCallback(Callback):
     def _show(self, finished: bool = False) -> None:
         self._shown = time.monotonic()
         portfolio = portfolio_of(self.key)
+        best = portfolio.best
         statuses = [
             Status(
                 account,
                 0.0 if contender.budget is None else contender.budget.spent_by(portfolio.ledger.spent(account)),
                 contender.suggested,
                 len(contender.live),
-                portfolio.best.get(account, float("inf")),
-                portfolio.ledger.stopped.get(account),
+                best.get(account, float("inf")),
+                portfolio.ledger.reason(account),
+                sum(trial.status == "failed" for trial in portfolio.ledger.trials_of(account)),
             )
             for account, contender in portfolio.contenders.items()
         ]

@@ -11,20 +11,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tune_hypergrad.comparison.drawing import COST_LABELS
+from tune_hypergrad.comparison.drawing import COST_LABELS, shortened
 from tune_hypergrad.comparison.records import GRID, RETRAINING, Comparison, Yardstick, measure_label
 from tune_hypergrad.comparison.series import spending_parts
+from tune_hypergrad.comparison.troubles import first_line
 
 _ERROR_LETTERS = 200
+_REMARK_LETTERS = 120
 _FEW_RESULTS = 2
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading, and whether it holds numbers."""
+    """A column's heading, and what it holds."""
 
     heading: str
     number: bool = True
+    """Whether it holds numbers."""
+    remark: bool = False
+    """Whether a page shows it below the row's name, where it is seen however narrow the page is."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class TextTable:
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
+
+    def remarks(self, row: Sequence[str]) -> list[str]:
+        """The lines of a row's remarks."""
+        cells = (cell for cell, column in zip(row, self.columns, strict=True) if column.remark)
+        return [line for cell in cells for line in cell.splitlines()]
 
 
 def state(comparison: Comparison) -> str:
@@ -75,10 +85,12 @@ def reference(comparison: Comparison) -> str:
 
 
 def results(comparison: Comparison) -> TextTable:
-    """One row a method: what it spent, and what its incumbents reached, mean and range over seeds."""
+    """One row a method: what it spent, and what its incumbents reached, mean and range over seeds; what went wrong,
+    where anything did."""
     measure, tests = comparison.yardstick, comparison.test_measures
     headings = [regret_heading(measure), *map(measure_label, tests), "validation loss"]
-    headings += ["budget spent", "over", "trials", "failed"]
+    headings += ["budget spent", "over", "trials"]
+    columns = [Column("method", number=False), *map(Column, headings), Column("trouble", number=False, remark=True)]
     rows = []
     for method in comparison.methods:
         own = comparison.accounts[comparison.accounts["method"] == method]
@@ -87,8 +99,10 @@ def results(comparison: Comparison) -> TextTable:
         cells = [method, spread(comparison.final_regret(method), decimals=2 if measure.percent else None)]
         cells += [spread(tested[name], percent=name.endswith("accuracy")) for name in tests]
         cells += [spread(own["val_loss"]), f"{100 * own['share'].mean():.0f} %", _over(over)]
-        rows.append([*cells, str(int(own["trials"].sum())), str(int(own["failed"].sum()) or "-")])
-    return TextTable([Column("method", number=False), *map(Column, headings)], rows)
+        trouble = "\n".join(_short(each.text, _REMARK_LETTERS) for each in comparison.troubles(method))
+        rows.append([*cells, str(int(own["trials"].sum())), trouble])
+    troubled = any(row[-1] for row in rows)
+    return TextTable(columns, rows) if troubled else TextTable(columns[:-1], [row[:-1] for row in rows])
 
 
 def methods(comparison: Comparison) -> TextTable:
@@ -152,6 +166,8 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if measure.source == "best" and math.isfinite(measure.reference):
         found.append("The reference is the best of the values compared, so one of them has no regret by construction.")
+    if not comparison.accounts["completed"].all():
+        found.append("Seeds with which no training run was completed have no figures, and means leave them out.")
     found += _about_results(comparison)
     retrained = comparison.retrained
     if len(retrained) and "test_loss" in retrained:
@@ -249,9 +265,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def _short(error: str) -> str:
-    line = next((line.strip() for line in error.splitlines() if line.strip()), "")
-    return line if len(line) <= _ERROR_LETTERS else f"{line[: _ERROR_LETTERS - 1]}…"
+def _short(error: str, most: int = _ERROR_LETTERS) -> str:
+    return shortened(first_line(error), most)
 
 
 def _retraining(planned: dict[str, Any]) -> str:

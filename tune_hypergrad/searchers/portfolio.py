@@ -24,7 +24,15 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget, Cost
 from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
+from tune_hypergrad.ledger import (
+    BUDGET_SPENT,
+    LEDGER_FILE,
+    SCHEDULE_COLUMN,
+    SCHEDULES_FOLDER,
+    SEARCH_ENDED,
+    Account,
+    Ledger,
+)
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.snapshot import SavedTrial, keep_snapshot, saved_trials
 from tune_hypergrad.trainables.checkpoints import delete_checkpoints
@@ -150,8 +158,6 @@ class PortfolioSearch(Searcher):
         self.finished = False
         """Whether nothing will be suggested any more."""
         self.ledger = Ledger(folder / LEDGER_FILE)
-        self.best: dict[Account, float] = {}
-        """Lowest metric so far, for progress displays."""
         self._folder = folder
         self._accounts: dict[str, Account] = {}
         self._waiting: dict[str, str] = {}  # trial to the kind of resources that it waits for
@@ -236,11 +242,8 @@ class PortfolioSearch(Searcher):
             self._call(contender, _restore_searcher, contender.searcher, saved, live, own)
         self._accounts = {id: c.account for c in self.contenders.values() for id in c.live}
         self._strangers = {id for c in self.contenders.values() for id in c.live if id not in state["live"][c.account]}
-        self._cut, self._waiting, self.best = set(state["cut"]), {}, {}
+        self._cut, self._waiting = set(state["cut"]), {}
         self._ended = list(state["ended"])
-        for line, event in enumerate(read_events(self._folder / LEDGER_FILE)):
-            if event["event"] == "result" and line not in self.ledger.lost_lines:
-                self._note_best(Account(event["method"], event["seed"]), event.get(str(self.metric)))
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Called by Ray's `Tuner.restore`."""
@@ -283,7 +286,6 @@ class PortfolioSearch(Searcher):
             row[SCHEDULE_COLUMN] = self._keep(found, f"{trial_name(config)}-{iteration}.json")
         cost = Cost.from_result(result).as_result()
         self.ledger.write("result", **_named(config, trial_id), iteration=iteration, **{**row, **cost})
-        self._note_best(account_of(config), result.get(str(self.metric)))
 
     def started(self, trial: Trial) -> None:
         """A trial's process has begun, or begun again."""
@@ -334,6 +336,12 @@ class PortfolioSearch(Searcher):
     def _open(self) -> list[Contender]:
         return [c for account, c in self.contenders.items() if account not in self.ledger.stopped]
 
+    @property
+    def best(self) -> dict[Account, float]:
+        """The lowest validation loss of every account that has one, for progress displays."""
+        losses = {account: self.ledger.val_loss(account) for account in self.contenders}
+        return {account: loss for account, loss in losses.items() if math.isfinite(loss)}
+
     def ended_accounts(self) -> list[Account]:
         """Those that suggest nothing more and of which no trial runs."""
         return [a for a, contender in self.contenders.items() if a in self.ledger.stopped and not contender.live]
@@ -347,7 +355,7 @@ class PortfolioSearch(Searcher):
 
     def _suggestion_of(self, contender: Contender, trial_id: str) -> dict[str, Any] | None:
         if contender.budget is not None and self._share(contender) >= 1:
-            self._stop(contender, "budget spent")
+            self._stop(contender, BUDGET_SPENT)
             return None
         full = contender.concurrent is not None and len(contender.live) >= contender.concurrent
         queue = list(self._waiting.values()).count(contender.resources)
@@ -355,7 +363,7 @@ class PortfolioSearch(Searcher):
             return None
         suggestion = self._call(contender, contender.searcher.suggest, trial_id)
         if suggestion == Searcher.FINISHED:
-            self._stop(contender, "search ended")
+            self._stop(contender, SEARCH_ENDED)
         if not isinstance(suggestion, dict):
             return None
         contender.suggested += 1
@@ -404,10 +412,6 @@ class PortfolioSearch(Searcher):
         for filesystem, folder in self._to_sweep:
             delete_checkpoints(filesystem, folder)
         self._to_sweep, self._ended = self._ended, []
-
-    def _note_best(self, account: Account, value: Any) -> None:
-        if value is not None and math.isfinite(value):
-            self.best[account] = min(self.best.get(account, value), value)
 
 
 class PortfolioStopper(Stopper):

@@ -273,7 +273,8 @@ def evaluation_results(split: str, evaluation: Evaluation) -> dict[str, float]:
     return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
 
 
-def run_position(step: int, steps: int) -> dict[str, int]:
+def run_position(step: int, steps: int, completed: int | None = None) -> dict[str, int]:
     """Flat scalars that say how far the training run had come whose weights a result judges: `run/step` of
-    `run/steps`."""
-    return {"run/step": step, "run/steps": steps}
+    `run/steps`, 0 where they are untrained. In a trial of several runs `run/completed` says how many of them have
+    come to their end."""
+    return {"run/step": step, "run/steps": steps, **({} if completed is None else {"run/completed": completed})}

@@ -119,17 +119,16 @@ class FDS(ProblemTrainable):
             self.run.advance(-(-self.run.length // self.settings.reports))
             if self.run.done:
                 self._take_outer_step()
-        limit = self.settings.outer_steps
-        run = run_position(self.loop.steps if self.outer.outer_step else 0, self.loop.steps)
+        limit, completed = self.settings.outer_steps, self.outer.outer_step
         return {
             **self._results,
             **self._best,
-            **run,
-            "outer_step": self.outer.outer_step,
+            **run_position(self.loop.steps if completed else 0, self.loop.steps, completed),
+            "outer_step": completed,
             "setbacks": self.outer.setbacks,
             "largest_step": self.outer.descent.largest_step,
             "differentiation": self.run.differentiation,
-            "done": self.outer.converged or (limit is not None and self.outer.outer_step >= limit),
+            "done": self.outer.converged or (limit is not None and completed >= limit),
         }
 
     def _begin_search(self) -> None:
