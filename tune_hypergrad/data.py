@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 from collections.abc import Sized
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -68,6 +71,19 @@ class Split:
             raise InputError(f"{self.name} data must yield (input, target) tuples, not {type(items).__name__}")
         return tuple(items)
 
+    def independent(self) -> Split:
+        """This split with a data set that keeps its counters and generators to itself, but shares its arrays.
+
+        One that cannot be pickled is the same one.
+        """
+        if self.dataset is None:
+            return self
+        found = Split.__new__(Split)
+        found.__dict__.update(self.__dict__)
+        with suppress(pickle.PicklingError, AttributeError, TypeError):
+            found.dataset = _copied_but_for_arrays(self.dataset)
+        return found
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """This split with its tensors on `device` and floating ones as `dtype`; a `Dataset` stays as it is."""
         if self.tensors is None:
@@ -98,6 +114,26 @@ def cast_batch(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
         return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else leaf.dtype)
 
     return tree_map(cast_leaf, batch)  # type: ignore[no-any-return]
+
+
+def _copied_but_for_arrays(tree: Any) -> Any:
+    arrays: list[Any] = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, leaf: Any) -> int | None:
+            if not isinstance(leaf, Tensor | np.ndarray):
+                return None
+            arrays.append(leaf)
+            return len(arrays) - 1
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, position: int) -> Any:
+            return arrays[position]
+
+    stream = io.BytesIO()
+    Pickler(stream).dump(tree)
+    stream.seek(0)
+    return Unpickler(stream).load()
 
 
 def _checked_tensors(tensors: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:

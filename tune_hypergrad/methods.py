@@ -47,6 +47,8 @@ class Task:
     """Hyperparameters held, by every method."""
     self_tuning_epochs: float | None = None
     """Epochs in the training run of a self-tuning network; None is ten times `steps`."""
+    check: bool = True
+    """Whether the problem's training and hypergradients are compared with plain torch before anything runs."""
 
     @property
     def self_tuning_steps(self) -> int:
@@ -157,7 +159,8 @@ def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Tas
 
 
 def _common(task: Task) -> dict[str, Any]:
-    return {"steps": task.steps, "optimizer": task.optimizer, "seed": task.seed, "fixed": task.fixed}
+    common = ("steps", "optimizer", "seed", "fixed", "check")
+    return {name: getattr(task, name) for name in common}
 
 
 def _fds(task: Task) -> Trainable:

@@ -205,7 +205,8 @@ class Problem:
             seed_everything(0)
             regularised = _attempt("model()", self.model)
             own = self.with_own_measures(reference.device, reference.dtype.to_real())
-            for split in (self.train, self.val, self.test):
+            own = own.independent()
+            for split in (own.train, own.val, own.test):
                 if split is not None:
                     own._check_split(model, split, reference)  # type: ignore[arg-type]
             own._check_regularised_step(regularised, reference)
@@ -291,6 +292,11 @@ class Problem:
                 raise InputError(
                     f"{name!r} is an argument of the model factory and a regulariser's hyperparameter: rename one"
                 )
+
+    def independent(self) -> Problem:
+        """This problem with data sets that keep their counters and generators to themselves: to try things out on."""
+        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
+        return self.replace(**{name: split.independent() for name, split in splits.items() if split is not None})
 
     def replace(self, **changes: Any) -> Problem:
         """This problem with some fields replaced, such as `batch_size=64`."""

@@ -35,7 +35,7 @@ from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
 from tune_hypergrad.searchers.queue import QueueSearch
 
-OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs")
+OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check")
 """Fields of `Task` that `compare` takes as they are."""
 
 _VERSION = 1

@@ -53,7 +53,9 @@ class Retraining:
         """What retrainings run."""
         problem = task.problem if self.data == "train" else with_val(task.problem)
         reports = training_reports(task)
-        return Retrained.from_problem(problem, steps=task.steps, optimizer=task.optimizer, reports=reports)
+        return Retrained.from_problem(
+            problem, check=task.check, steps=task.steps, optimizer=task.optimizer, reports=reports
+        )
 
 
 class RetrainingSearch(QueueSearch):

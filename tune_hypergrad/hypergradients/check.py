@@ -93,11 +93,12 @@ def check_problem(
     """
     try:
         problem.check()
+        problem = problem.independent()
         settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient)
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)
-        refusals = inspect(loop, values, tuple(CHECKED_MODES))
+        refusals = inspect(InnerLoop(problem.independent(), settings), values, tuple(CHECKED_MODES))
     except InputError as error:
         return ProblemCheck(False, str(error))
     except Exception as error:

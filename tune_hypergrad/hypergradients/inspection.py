@@ -30,6 +30,7 @@ Refusals = dict[str, str]
 """Why a mode, "forward" or "reverse", has no right derivative: one line each."""
 
 _LISTED_CONVERSIONS = 8
+_WRITES_TO_DATA = "the model changes its input in place, and with it the data: begin with `x = x.clone()` in forward"
 
 
 class Application(NamedTuple):
@@ -55,16 +56,28 @@ def inspect(loop: InnerLoop, hyperparameters: Hyperparameters, modes: Sequence[s
         return _Inspection(loop, hyperparameters).refusals(modes)
 
 
+def inspect_training(loop: InnerLoop) -> None:
+    """Refuse a problem that plain training of the inner loop would get wrong.
+
+    Args:
+        loop: which nothing else uses.
+
+    Raises:
+        InputError: training fails, or is not what a loop of the program's own would do.
+    """
+    with loop.running():
+        _Inspection(loop, {}).plain_step()
+
+
 class _Inspection:
     def __init__(self, loop: InnerLoop, hyperparameters: Hyperparameters) -> None:
         self._loop, self._hyperparameters = loop, hyperparameters
         self._h = loop.scalars(hyperparameters, 0)
         self._state = loop.initial_state()
         self._sites = Sites(loop.model)
-        self._foreign_leaves: list[Tensor] = []
 
     def refusals(self, modes: Sequence[str]) -> Refusals:
-        plain = self._plain_step()
+        plain = self.plain_step()
         fault = self._fault_of_training() or self._fault_of_evaluation()
         if fault is not None:
             return dict.fromkeys(modes, fault)
@@ -77,7 +90,8 @@ class _Inspection:
                 found[mode] = fault
         return found
 
-    def _plain_step(self) -> Training:
+    def plain_step(self) -> Training:
+        """The first training step, if it is one that plain training gets right."""
         weights, versions = self._state.params.clone(), self._data_versions()
         plain = self._training()
         if not torch.equal(weights, self._state.params):
@@ -86,9 +100,8 @@ class _Inspection:
                 "follows: compute with a changed copy, or register what is written to as a buffer"
             )
         if versions != self._data_versions():
-            raise InputError(
-                "the model changes its input in place, and with it the data: begin with `x = x.clone()` in forward"
-            )
+            raise InputError(_WRITES_TO_DATA)
+        self._refuse_what_is_not_trained()
         return plain
 
     def _training(self) -> Training:
@@ -126,41 +139,41 @@ class _Inspection:
             self._loop.training(state, self._h, 0)
         return found[0] if found else "the model"
 
-    def _fault_of_training(self) -> str | None:
-        def loss(conversions: Conversions) -> Tensor:
-            with conversions.noted():
-                return self._differentiable_loss()
-
-        fault = self._fault_of(loss)
-        if self._foreign_leaves:
-            self._differentiable_loss()
-        return fault
-
-    def _differentiable_loss(self) -> Tensor:
-        """The training loss of the first step, as reverse mode computes it."""
+    def _refuse_what_is_not_trained(self) -> None:
+        """Refuse a loss that depends on what requires a gradient and is no parameter."""
         loop, state = self._loop, self._state
-        h = {name: value.detach().requires_grad_() for name, value in self._h.items()}
-        named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
-        moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
-        buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-        known = [*h.values(), *named.values(), *moved.values()]
+        found: list[list[Tensor]] = []
 
-        def look(loss: Tensor, present: Callable[[], Buffers]) -> Tensor:
-            leaves = _foreign_leaves(loss, known)
-            # those of the forward pass's own making are others each time
-            for leaf in leaves:
-                if any(leaf is earlier for earlier in self._foreign_leaves):
-                    raise InputError(
-                        f"the training loss depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, "
-                        "but is not reached as a parameter of the model, or of a loss that is a module, so that it "
-                        "would not be trained: use it by its name in the module (not through a list or a closure), or "
-                        "detach it"
-                    )
-            self._foreign_leaves = leaves
-            return constant(loss)
+        def look(loss: Tensor, present: Callable[[], Buffers]) -> None:
+            found.append(_leaves(loss))
 
-        with torch.enable_grad():
-            return loop.at_training_loss(named, buffers, h, loop.batch(0), 0, look, mode=differentiable)
+        for _ in range(2):
+            named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
+            with torch.enable_grad():
+                loop.at_training_loss(named, loop.copies(state.buffers), self._h, loop.batch(0), 0, look)
+        for leaf in found[1]:
+            # the parameters are other tensors each time, and so is what the forward pass itself makes
+            if any(leaf is earlier for earlier in found[0]):
+                raise InputError(
+                    f"the training loss depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, but "
+                    "is not reached as a parameter of the model, or of a loss that is a module, so that it would not "
+                    "be trained: use it by its name in the module (not through a list or a closure), or detach it"
+                )
+
+    def _fault_of_training(self) -> str | None:
+        loop, state = self._loop, self._state
+
+        def loss(conversions: Conversions) -> Tensor:
+            """The training loss of the first step, as reverse mode computes it."""
+            h = {name: value.detach().requires_grad_() for name, value in self._h.items()}
+            named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
+            moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
+            buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
+            batch = loop.batch(0)
+            with torch.enable_grad(), conversions.noted():
+                return loop.at_training_loss(named, buffers, h, batch, 0, _constant_loss, mode=differentiable)
+
+        return self._fault_of(loss)
 
     def _fault_of_evaluation(self) -> str | None:
         loop, state = self._loop, self._state
@@ -181,9 +194,7 @@ class _Inspection:
         except Exception as error:
             raise InputError(f"the gradient of the validation loss fails: {in_one_line(error)}") from error
         if versions != self._data_versions():
-            raise InputError(
-                "the model changes its input in place, and with it the data: begin with `x = x.clone()` in forward"
-            )
+            raise InputError(_WRITES_TO_DATA)
         if not _is_close(plain, recording, self._loop.dtype):
             if not _is_close(plain, evaluate(False), self._loop.dtype):
                 return "the validation loss of the same weights differs from call to call: draw from global generators"
@@ -294,9 +305,12 @@ def _applications(where: Callable[[], str]) -> Iterator[list[Application]]:
         setattr(Function, "apply", original)  # noqa: B010
 
 
-def _foreign_leaves(loss: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that require a gradient, that the loss depends on, and that are not known."""
-    ours = {id(tensor) for tensor in known}
+def _constant_loss(loss: Tensor, present: Callable[[], Buffers]) -> Tensor:
+    return constant(loss)
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Tensors that require a gradient and that a loss depends on."""
     found, seen, left = [], set(), [loss.grad_fn]
     while left:
         node = left.pop()
@@ -304,7 +318,7 @@ def _foreign_leaves(loss: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in ours:
+        if variable is not None:
             found.append(variable)
         left.extend(following for following, _ in node.next_functions)
     return found

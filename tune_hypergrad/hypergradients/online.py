@@ -8,7 +8,9 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.outer import Descent
+from tune_hypergrad.hypergradients.run import check_values, refuse_underivable
 from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.hypergradients.verification import refusals_of
 
 
 class OnlineRun:
@@ -22,9 +24,21 @@ class OnlineRun:
         descent: the hyperparameters, of one window each, and how they move.
         horizon: inner steps between two moves.
         val_examples: validation examples for each move, drawn anew; None is the whole split.
+        check: compare the engine with plain training first, on a few small batches.
+
+    Raises:
+        InputError: a hyperparameter has several windows or no derivative, or forward mode is not right on the problem.
     """
 
-    def __init__(self, loop: InnerLoop, descent: Descent, *, horizon: int = 1, val_examples: int | None = None) -> None:
+    def __init__(
+        self,
+        loop: InnerLoop,
+        descent: Descent,
+        *,
+        horizon: int = 1,
+        val_examples: int | None = None,
+        check: bool = False,
+    ) -> None:
         for name, values in descent.values.items():
             if len(values) != 1:
                 raise InputError(
@@ -32,6 +46,11 @@ class OnlineRun:
                     "schedule, give it one window"
                 )
         self.loop, self.descent = loop, descent
+        check_values(loop, descent.values)
+        refuse_underivable(loop, descent.values)
+        refusal = refusals_of(loop, descent.values, check=check).get("forward")
+        if refusal is not None:
+            raise InputError(f"online descent needs forward mode: {refusal}")
         self.run = ForwardRun(loop, descent.values, horizon=horizon, val_examples=val_examples)
         self.history: dict[str, list[float]] = {name: [] for name in descent.values}
         """The value that every inner step so far was taken with."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.check import CHECKED_MODES, check_problem, usual_values
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
-from tune_hypergrad.hypergradients.inspection import Refusals, inspect
+from tune_hypergrad.hypergradients.inspection import Refusals, inspect, inspect_training
 
 EXAMPLES = 8
 """Training examples in a step of a check that runs by itself."""
@@ -39,6 +39,18 @@ def refusals_of(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], *, check
     return refusals
 
 
+def check_training(loop: InnerLoop) -> None:
+    """Refuse a problem that plain training gets wrong, for whatever is searched.
+
+    Raises:
+        InputError: it does.
+    """
+    key = ("training", loop.settings.optimizer)
+    if key not in loop.source.findings:
+        inspect_training(InnerLoop(loop.source.independent(), loop.settings))
+        loop.source.findings[key] = True
+
+
 def remember(loop: InnerLoop, hyperparameters: Iterable[str], refusals: Refusals) -> None:
     """Add what a run has found out."""
     loop.source.findings[_key(loop, hyperparameters)]["refusals"].update(refusals)
@@ -47,7 +59,7 @@ def remember(loop: InnerLoop, hyperparameters: Iterable[str], refusals: Refusals
 def _inspected(loop: InnerLoop, hyperparameters: Mapping[str, Tensor]) -> Refusals:
     # of a loop of its own, whose model may be left with what it keeps between calls
     own = {name: v.detach().to(device=loop.device, dtype=loop.dtype) for name, v in hyperparameters.items()}
-    return inspect(InnerLoop(loop.source, loop.settings), own, tuple(CHECKED_MODES))
+    return inspect(InnerLoop(loop.source.independent(), loop.settings), own, tuple(CHECKED_MODES))
 
 
 def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor]) -> Refusals:

@@ -118,17 +118,20 @@ class ProblemTrainable(tune.Trainable):
     own scalars do not tell it."""
 
     @classmethod
-    def from_problem(cls, problem: Problem, **settings: Any) -> type[tune.Trainable]:
+    def from_problem(cls, problem: Problem, *, check: bool = True, **settings: Any) -> type[tune.Trainable]:
         """This trainable for one problem, as a class that `tune.Tuner` takes.
 
         The problem goes to Ray's object store once; trials of a node share its tensors.
 
         Args:
             problem: what to train; one batch of it is tried out first.
+            check: also try out, once per problem, whether training is what plain torch makes of it and, where
+                hypergradients are followed, whether they are right: a few steps on small batches (see
+                `check_problem`).
             **settings: fields of `cls.Settings`.
 
         Raises:
-            InputError: an unknown setting, or a problem that does not run.
+            InputError: an unknown setting, or a problem that does not run or has no right hypergradients.
         """
         names = [f.name for f in fields(cls.Settings)]
         for name in settings:
@@ -136,13 +139,20 @@ class ProblemTrainable(tune.Trainable):
                 raise InputError(f"{cls.__name__} has no setting {name!r}: it has {', '.join(names)}")
         problem.check()
         made = cls.Settings(**settings)
-        cls.validate(*split_config(problem, made, {}))
+        cls.validate(*split_config(problem, made, {}), check=check)
         return tune.with_parameters(cls, problem=stored(problem), settings=made)  # type: ignore[no-any-return]
 
     @classmethod
     @abstractmethod
-    def validate(cls, problem: Problem, settings: Any, hyperparameters: dict[str, Any]) -> None:
-        """Raise `InputError` for what can be known to fail before any trial starts; arguments as `begin` has them."""
+    def validate(cls, problem: Problem, settings: Any, hyperparameters: dict[str, Any], *, check: bool) -> None:
+        """Raise `InputError` for what can be known to fail before any trial starts.
+
+        Args:
+            problem: what is trained.
+            settings: of all trials.
+            hyperparameters: as `begin` has them.
+            check: also compare training, and hypergradients where they are followed, with plain torch.
+        """
 
     @abstractmethod
     def begin(self, settings: Any, hyperparameters: dict[str, Any]) -> None:

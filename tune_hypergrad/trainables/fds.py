@@ -97,9 +97,9 @@ class FDS(ProblemTrainable):
     Settings: ClassVar[type[TrialSettings]] = FDSSettings
 
     @classmethod
-    def validate(cls, problem: Problem, settings: FDSSettings, hyperparameters: dict[str, Any]) -> None:
+    def validate(cls, problem: Problem, settings: FDSSettings, hyperparameters: dict[str, Any], *, check: bool) -> None:
         loop = InnerLoop(problem, settings.training(fixed=settings.held(settings.fixed, hyperparameters)))
-        settings.make_run(loop, settings.descent(hyperparameters).values)
+        settings.make_run(loop, settings.descent(hyperparameters).values, check=check)
 
     def begin(self, settings: FDSSettings, hyperparameters: dict[str, Any]) -> None:
         self.settings = settings
@@ -116,7 +116,7 @@ class FDS(ProblemTrainable):
         with self.loop.running():
             if not self._untrained:
                 self._begin_search()
-            self.run.advance(-(-self.run.length // self.settings.reports))
+            self.run = self.settings.advance(self.run, -(-self.run.length // self.settings.reports))
             if self.run.done:
                 self._take_outer_step()
         limit, completed = self.settings.outer_steps, self.outer.outer_step

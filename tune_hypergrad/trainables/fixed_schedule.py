@@ -11,6 +11,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.hypergradients.run import check_values
 from tune_hypergrad.hypergradients.state import State
+from tune_hypergrad.hypergradients.verification import check_training
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
@@ -26,8 +27,13 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
     """
 
     @classmethod
-    def validate(cls, problem: Problem, settings: TrialSettings, hyperparameters: dict[str, Any]) -> None:
-        InnerLoop(problem, settings.training()).check_names({})
+    def validate(
+        cls, problem: Problem, settings: TrialSettings, hyperparameters: dict[str, Any], *, check: bool
+    ) -> None:
+        loop = InnerLoop(problem, settings.training())
+        loop.check_names({})
+        if check:
+            check_training(loop)
 
     def begin(self, settings: TrialSettings, hyperparameters: dict[str, Any]) -> None:
         schedule = Schedule.from_config(hyperparameters, names=hyperparameters) if hyperparameters else None

@@ -31,9 +31,10 @@ class HDSettings(DescentSettings, TrialSettings):
         TrialSettings.__post_init__(self)
         DescentSettings.__post_init__(self)
 
-    def make_run(self, loop: InnerLoop, config: dict[str, Any]) -> OnlineRun:
-        """An online run of these settings."""
-        return OnlineRun(loop, self.descent(config), horizon=self.horizon, val_examples=self.val_examples)
+    def make_run(self, loop: InnerLoop, config: dict[str, Any], *, check: bool = False) -> OnlineRun:
+        """An online run of these settings; with `check`, compared with plain training first."""
+        descent = self.descent(config)
+        return OnlineRun(loop, descent, horizon=self.horizon, val_examples=self.val_examples, check=check)
 
 
 class HD(ProblemTrainable):
@@ -48,9 +49,9 @@ class HD(ProblemTrainable):
     schedule_by_step: ClassVar[bool] = True
 
     @classmethod
-    def validate(cls, problem: Problem, settings: HDSettings, hyperparameters: dict[str, Any]) -> None:
+    def validate(cls, problem: Problem, settings: HDSettings, hyperparameters: dict[str, Any], *, check: bool) -> None:
         loop = InnerLoop(problem, settings.training(fixed=settings.held(settings.fixed, hyperparameters)))
-        settings.make_run(loop, hyperparameters)
+        settings.make_run(loop, hyperparameters, check=check)
 
     def begin(self, settings: HDSettings, hyperparameters: dict[str, Any]) -> None:
         held = settings.held(settings.fixed, hyperparameters)

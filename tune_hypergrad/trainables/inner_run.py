@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
+from tune_hypergrad.hypergradients.check import usual_values
 from tune_hypergrad.hypergradients.hypergradient import MODES
+from tune_hypergrad.hypergradients.reverse import NotReplayedError
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.hypergradients.verification import refusals_of, remember
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
@@ -38,9 +41,9 @@ class InnerRunSettings(TrialSettings):
             raise InputError(f"unknown differentiation {self.differentiation!r}: choose one of {', '.join(MODES)}")
 
     def make_run(
-        self, loop: InnerLoop, values: Hyperparameters, differentiation: str | None = None
+        self, loop: InnerLoop, values: Hyperparameters, differentiation: str | None = None, *, check: bool = False
     ) -> HypergradientRun:
-        """A hypergradient run of these settings."""
+        """A hypergradient run of these settings; with `check`, compared with plain training first."""
         return hypergradient_run(
             loop,
             values,
@@ -48,7 +51,25 @@ class InnerRunSettings(TrialSettings):
             differentiation=differentiation or self.differentiation,
             clip_hessian_product=self.clip_hessian_product,
             val_examples=self.val_examples,
+            check=check,
         )
+
+    def advance(self, run: HypergradientRun, units: int) -> HypergradientRun:
+        """Advance a run; where "auto" took reverse mode and a step cannot be run again, a new run by forward mode.
+
+        Raises:
+            NotReplayedError: a step cannot be run again, and the mode was asked for.
+        """
+        try:
+            run.advance(units)
+        except NotReplayedError as error:
+            if self.differentiation != "auto":
+                raise
+            remember(run.loop, run.hyperparameters, {"reverse": str(error)})
+            other = self.make_run(run.loop, run.hyperparameters)
+            other.cost += run.cost
+            return other
+        return run
 
 
 class InnerRun(ProblemTrainable):
@@ -61,8 +82,15 @@ class InnerRun(ProblemTrainable):
     Settings: ClassVar[type[TrialSettings]] = InnerRunSettings
 
     @classmethod
-    def validate(cls, problem: Problem, settings: InnerRunSettings, hyperparameters: dict[str, Any]) -> None:
-        InnerLoop(problem, settings.training()).check_names({})
+    def validate(
+        cls, problem: Problem, settings: InnerRunSettings, hyperparameters: dict[str, Any], *, check: bool
+    ) -> None:
+        loop = InnerLoop(problem, settings.training())
+        loop.check_names({})
+        if check:  # at what is sure to be tuned, since only trials know the rest
+            names = loop.optimizer.hyperparameters if settings.tuned is None else settings.tuned
+            values = {name: v for name, v in usual_values(loop).items() if name in names}
+            refusals_of(loop, values, check=True)
 
     def begin(self, settings: InnerRunSettings, hyperparameters: dict[str, Any]) -> None:
         tuned = hyperparameters if settings.tuned is None else settings.tuned
@@ -83,7 +111,7 @@ class InnerRun(ProblemTrainable):
         with loop.running():
             if not self._untrained:
                 self._untrained = self._evaluate_untrained()
-            run.advance(-(-run.length // self.settings.reports))
+            run = self.run = self.settings.advance(run, -(-run.length // self.settings.reports))
             figures = self._untrained
             if run.done and run.final is not None:
                 figures = {**evaluation_results("val", run.final), **self.evaluate_test(loop, run.state)}

@@ -87,7 +87,9 @@ class DeltaSTN(ProblemTrainable):
     schedule_by_step: ClassVar[bool] = True
 
     @classmethod
-    def validate(cls, problem: Problem, settings: SelfTuningTrialSettings, hyperparameters: dict[str, Any]) -> None:
+    def validate(
+        cls, problem: Problem, settings: SelfTuningTrialSettings, hyperparameters: dict[str, Any], *, check: bool
+    ) -> None:
         at_once = replace(settings, warm_up=0, train_steps=1, val_steps=1, val_batch_size=None)
         run = at_once.make_run(problem, hyperparameters)
         without = run.network.without_rule
