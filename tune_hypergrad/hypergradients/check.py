@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, isnan
@@ -31,7 +31,7 @@ from tune_hypergrad.hypergradients.run import check_values
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
 
-CHECKED_MODES = {"forward": ForwardRun, "reverse": ReverseRun}
+_RUNS = {"forward": ForwardRun, "reverse": ReverseRun}
 
 _USUAL = {"lr": 0.05, "momentum": 0.5, "weight_decay": 1e-3}
 _ADAPTIVE = {"lr": 1e-3, "momentum": 0.5, "weight_decay": 1e-2}
@@ -64,6 +64,7 @@ def check_problem(
     fixed: Mapping[str, Any] | None = None,
     seed: int = 0,
     clip_gradient: float | None = None,
+    modes: Sequence[str] = ("forward", "reverse"),
     examples: int | None = None,
     tolerance: float = 1e-4,
 ) -> ProblemCheck:
@@ -85,6 +86,7 @@ def check_problem(
         fixed: hyperparameters held constant.
         seed: seeds the runs.
         clip_gradient: clamp the training gradient's elements to +- this value.
+        modes: which modes to compare.
         examples: training examples in a step of the comparison at the most; None is the problem's batch size.
         tolerance: error, relative to a hyperparameter's largest element, up to which the two agree.
 
@@ -98,15 +100,15 @@ def check_problem(
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)
-        refusals = inspect(InnerLoop(problem.independent(), settings), values, tuple(CHECKED_MODES))
+        refusals = inspect(InnerLoop(problem.independent(), settings), values, modes)
     except InputError as error:
         return ProblemCheck(False, str(error))
     except Exception as error:
         return ProblemCheck(False, f"the model does not train: {in_one_line(error)}")
-    modes = [mode for mode in CHECKED_MODES if mode not in refusals]
+    working = [mode for mode in modes if mode not in refusals]
     values = {name: value.detach().double().cpu() for name, value in values.items()}
-    errors, wrong, note = _compare(problem, settings, values, modes, examples, tolerance)
-    return _verdict(errors, {**refusals, **wrong}, note)
+    errors, wrong, note = _compare(problem, settings, values, working, examples, tolerance)
+    return _verdict(modes, errors, {**refusals, **wrong}, note)
 
 
 def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyperparameters:
@@ -229,7 +231,7 @@ class _Comparison:
 
     def _run(self, mode: str) -> tuple[float, Hyperparameters]:
         loop = self._fresh_loop()
-        run = CHECKED_MODES[mode](loop, self._values)
+        run = _RUNS[mode](loop, self._values)
         with loop.running(), DoublePrecision():
             run.advance(run.length)
         result = run.result()
@@ -286,8 +288,8 @@ def _between(lower: float, upper: float, *, log: bool) -> float:
     return float((lower * upper) ** 0.5) if log else (lower + upper) / 2
 
 
-def _verdict(errors: dict[str, float], refusals: Refusals, note: str) -> ProblemCheck:
-    works = [mode for mode in CHECKED_MODES if mode not in refusals]
+def _verdict(modes: Sequence[str], errors: dict[str, float], refusals: Refusals, note: str) -> ProblemCheck:
+    works = [mode for mode in modes if mode not in refusals]
     lines = list(dict.fromkeys(refusals.values()))
     if not works:
         return ProblemCheck(False, "; ".join(lines), errors, refusals)

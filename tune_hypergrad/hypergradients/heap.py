@@ -17,6 +17,11 @@ _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 1 << 26, _MMAP_THRESHOLD: 1 << 30
 _GIVE_BACK = {_TRIM_THRESHOLD: 1 << 26, _TOP_PAD: 1 << 17, _MMAP_THRESHOLD: 1 << 25}
 
 
+class _Kept:
+    depth = 0
+    """How many bodies run within each other: the outermost gives back."""
+
+
 @contextmanager
 def kept_heap() -> Iterator[None]:
     """Run the body with a heap that does not shrink, then give its free part back.
@@ -29,11 +34,14 @@ def kept_heap() -> Iterator[None]:
         yield
         return
     assert libc is not None
+    _Kept.depth += 1
     try:
         for parameter, value in _KEEP.items():
             libc.mallopt(parameter, value)
         yield
     finally:
-        for parameter, value in _GIVE_BACK.items():
-            libc.mallopt(parameter, value)
-        libc.malloc_trim(0)
+        _Kept.depth -= 1
+        if not _Kept.depth:
+            for parameter, value in _GIVE_BACK.items():
+                libc.mallopt(parameter, value)
+            libc.malloc_trim(0)

@@ -15,7 +15,7 @@ from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values, refuse_underivable
-from tune_hypergrad.hypergradients.verification import refusals_of, remember
+from tune_hypergrad.hypergradients.verification import refusal_of, remember
 from tune_hypergrad.problem import Problem
 
 MODES = ("auto", "forward", "reverse", "checkpointed_reverse")
@@ -92,7 +92,7 @@ def hypergradient(
     except NotReplayedError as error:
         if differentiation != "auto":
             raise
-        remember(loop, hyperparameters, {"reverse": str(error)})
+        remember(loop, hyperparameters, "reverse", str(error))
         return complete(differentiation).result()
 
 
@@ -117,18 +117,16 @@ def hypergradient_run(
         if "reverse" in differentiation:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
     refuse_underivable(loop, values)
-    refusals = refusals_of(loop, values, check=check)
     if clip_hessian_product is not None:
         choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
     elif differentiation == "auto":
-        windows = [len(v) for v in values.values()]
-        free = free_memory(loop.device)
-        choice = choose_differentiation(windows, loop.steps, horizon, state_bytes(loop), free, refusals)
+        choice = _cheapest_right(loop, values, horizon, check=check)
     else:
         choice = Choice(differentiation, "asked for")
-    reason = refusals.get(choice.differentiation.removeprefix("checkpointed_"))
-    if reason is not None:
-        raise InputError(reason)
+    if differentiation != "auto" or clip_hessian_product is not None:
+        refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
+        if refusal is not None:
+            raise InputError(refusal)
     run: HypergradientRun
     if choice.differentiation == "forward":
         run = ForwardRun(
@@ -139,6 +137,27 @@ def hypergradient_run(
         run = ReverseRun(loop, values, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
     run.reason = choice.reason
     return run
+
+
+def _cheapest_right(loop: InnerLoop, values: Mapping[str, Tensor], horizon: int | None, *, check: bool) -> Choice:
+    """The cheapest mode, or the other one where that has no right derivatives.
+
+    Raises:
+        InputError: neither has.
+    """
+    refusals: dict[str, str] = {}
+    windows, free = [len(v) for v in values.values()], free_memory(loop.device)
+    while len(refusals) < 2:
+        choice = choose_differentiation(windows, loop.steps, horizon, state_bytes(loop), free, refusals)
+        refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
+        if refusal is None:
+            return choice
+        refusals[_kind(choice.differentiation)] = refusal
+    raise InputError("; ".join(dict.fromkeys(refusals.values())))
+
+
+def _kind(differentiation: str) -> str:
+    return differentiation.removeprefix("checkpointed_")
 
 
 def choose_differentiation(

@@ -10,7 +10,7 @@ from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.outer import Descent
 from tune_hypergrad.hypergradients.run import check_values, refuse_underivable
 from tune_hypergrad.hypergradients.state import Hyperparameters
-from tune_hypergrad.hypergradients.verification import refusals_of
+from tune_hypergrad.hypergradients.verification import refusal_of
 
 
 class OnlineRun:
@@ -48,7 +48,7 @@ class OnlineRun:
         self.loop, self.descent = loop, descent
         check_values(loop, descent.values)
         refuse_underivable(loop, descent.values)
-        refusal = refusals_of(loop, descent.values, check=check).get("forward")
+        refusal = refusal_of(loop, descent.values, "forward", check=check)
         if refusal is not None:
             raise InputError(f"online descent needs forward mode: {refusal}")
         self.run = ForwardRun(loop, descent.values, horizon=horizon, val_examples=val_examples)

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.check import CHECKED_MODES, check_problem, usual_values
+from tune_hypergrad.hypergradients.check import check_problem, usual_values
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
-from tune_hypergrad.hypergradients.inspection import Refusals, inspect, inspect_training
+from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
 
 EXAMPLES = 8
 """Training examples in a step of a check that runs by itself."""
 
 
-def refusals_of(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], *, check: bool) -> Refusals:
-    """Why modes have no right derivative of a problem, by mode.
+def refusal_of(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str, *, check: bool) -> str | None:
+    """Why a mode has no right derivative of a problem: one line, or None.
 
     Args:
         loop: a problem and how it is trained.
         hyperparameters: what is tuned, values by name.
-        check: also compare the modes with plain training, on a few small batches.
+        mode: "forward" or "reverse".
+        check: also compare the mode with plain training, on a few small batches.
 
     Raises:
-        InputError: no mode has, or training is not what a loop of the program's own would do.
+        InputError: training fails, or is not what a loop of the program's own would do.
     """
-    problem, key = loop.source, _key(loop, hyperparameters)
-    known = problem.findings.get(key)
-    if known is None or (check and not known["checked"]):
-        problem.check()
-        found = _checked(loop, hyperparameters) if check else _inspected(loop, hyperparameters)
-        problem.findings[key] = known = {"refusals": found, "checked": check}
-    refusals: Refusals = known["refusals"]
-    if all(mode in refusals for mode in CHECKED_MODES):
-        raise InputError("; ".join(dict.fromkeys(refusals.values())))
-    return refusals
+    findings, key = loop.source.findings, (mode, *_key(loop, hyperparameters))
+    known = findings.get(key)
+    if known is None or (check and not known.checked and known.refusal is None):
+        loop.source.check()
+        refusal = (_checked if check else _inspected)(loop, hyperparameters, mode)
+        findings[key] = known = _Finding(refusal, check)
+    return known.refusal
 
 
 def check_training(loop: InnerLoop) -> None:
@@ -51,34 +49,41 @@ def check_training(loop: InnerLoop) -> None:
         loop.source.findings[key] = True
 
 
-def remember(loop: InnerLoop, hyperparameters: Iterable[str], refusals: Refusals) -> None:
-    """Add what a run has found out."""
-    loop.source.findings[_key(loop, hyperparameters)]["refusals"].update(refusals)
+def remember(loop: InnerLoop, hyperparameters: Iterable[str], mode: str, refusal: str) -> None:
+    """Refuse a mode from now on, after what a run has found out."""
+    loop.source.findings[(mode, *_key(loop, hyperparameters))] = _Finding(refusal, checked=True)
 
 
-def _inspected(loop: InnerLoop, hyperparameters: Mapping[str, Tensor]) -> Refusals:
+class _Finding(NamedTuple):
+    refusal: str | None
+    checked: bool
+    """Whether the mode was compared with plain training."""
+
+
+def _inspected(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) -> str | None:
     # of a loop of its own, whose model may be left with what it keeps between calls
     own = {name: v.detach().to(device=loop.device, dtype=loop.dtype) for name, v in hyperparameters.items()}
-    return inspect(InnerLoop(loop.source.independent(), loop.settings), own, tuple(CHECKED_MODES))
+    return inspect(InnerLoop(loop.source.independent(), loop.settings), own, (mode,)).get(mode)
 
 
-def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor]) -> Refusals:
+def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) -> str | None:
     settings = loop.settings
     values = {name: v[:1] for name, v in hyperparameters.items()}
     check = check_problem(
         loop.source,
         {**values, **usual_values(loop, hyperparameters)},
+        modes=(mode,),
         optimizer=settings.optimizer,
         fixed=settings.fixed,
         seed=settings.seed,
         clip_gradient=settings.clip_gradient,
         examples=EXAMPLES,
     )
-    if not check.ok:
+    if not check.ok and mode not in check.refusals:
         raise InputError(check.message)
-    return dict(check.refusals)
+    return check.refusals.get(mode)
 
 
-def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> Any:
+def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:
     settings = loop.settings
     return settings.optimizer, settings.clip_gradient is None, *sorted({*hyperparameters, *settings.fixed})

@@ -14,7 +14,7 @@ from tune_hypergrad.hypergradients.hypergradient import MODES
 from tune_hypergrad.hypergradients.reverse import NotReplayedError
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
-from tune_hypergrad.hypergradients.verification import refusals_of, remember
+from tune_hypergrad.hypergradients.verification import remember
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
@@ -65,7 +65,7 @@ class InnerRunSettings(TrialSettings):
         except NotReplayedError as error:
             if self.differentiation != "auto":
                 raise
-            remember(run.loop, run.hyperparameters, {"reverse": str(error)})
+            remember(run.loop, run.hyperparameters, "reverse", str(error))
             other = self.make_run(run.loop, run.hyperparameters)
             other.cost += run.cost
             return other
@@ -90,7 +90,7 @@ class InnerRun(ProblemTrainable):
         if check:  # at what is sure to be tuned, since only trials know the rest
             names = loop.optimizer.hyperparameters if settings.tuned is None else settings.tuned
             values = {name: v for name, v in usual_values(loop).items() if name in names}
-            refusals_of(loop, values, check=True)
+            settings.make_run(loop, values, check=True)
 
     def begin(self, settings: InnerRunSettings, hyperparameters: dict[str, Any]) -> None:
         tuned = hyperparameters if settings.tuned is None else settings.tuned

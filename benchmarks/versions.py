@@ -1,0 +1,103 @@
+"""What a step and a comparison cost, beside another version of this package.
+
+    python benchmarks/versions.py OTHER [--rounds 5] [--only lenet wrn digits]
+
+OTHER is a checkout of the other version, such as `git worktree add OTHER TAG` makes. Each figure is measured in a
+process of its own, the versions taking turns, as process time in one thread (`digits`: seconds of the clock of a
+comparison with a small budget, reports aside); a ratio is this version's over the other's of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+
+STEPS = """
+import json, sys, time, torch
+from tune_hypergrad import Problem
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
+from tune_hypergrad.problems.models import lenet5_grey
+from tune_hypergrad.problems.wide_resnet import wrn_16_1
+
+torch.set_num_threads(1)
+model, shape, batch, steps = {"lenet": (lenet5_grey, (1, 28, 28), 128, 40), "wrn": (wrn_16_1, (3, 32, 32), 64, 8)}[sys.argv[1]]
+generator = torch.Generator().manual_seed(0)
+x, y = torch.randn(4 * batch, *shape, generator=generator), torch.randint(0, 10, (4 * batch,), generator=generator)
+problem = Problem(model, (x, y), (x[:batch], y[:batch]), batch_size=batch)
+loop = InnerLoop(problem, TrainingSettings(steps))
+values = {"lr": torch.full((2,), 0.01), "momentum": torch.tensor([0.5]), "weight_decay": torch.tensor([1e-4])}
+
+def timed(work):
+    start = time.process_time()
+    work()
+    return (time.process_time() - start) / steps
+
+found = {}
+with loop.running():
+    begun = time.process_time()
+    runs = {mode: [hypergradient_run(loop, values, differentiation=mode) for _ in range(2)] for mode in ("reverse", "forward")}
+    found["set-up, in plain steps"] = time.process_time() - begun
+    loop.run(values)
+    found["plain step"] = timed(lambda: loop.run(values))
+    for mode, (first, second) in runs.items():
+        first.advance(first.length)
+        found[mode + " step"] = timed(lambda: second.advance(second.length))
+found["set-up, in plain steps"] /= found["plain step"]
+for mode in runs:
+    found[mode + " / plain step"] = found[mode + " step"] / found["plain step"]
+print(json.dumps(found))
+"""
+
+DIGITS = """
+import json, tempfile, time
+from tune_hypergrad import Retraining, compare
+from tune_hypergrad.problems.registry import load_problem
+
+made = load_problem("digits", data_dir=None, seed=0, batch_size=None, download=False).problem
+with tempfile.TemporaryDirectory() as folder:
+    begun = time.perf_counter()
+    compare(made, budget="40e", out=folder + "/run", retraining=Retraining(seeds=0), progress="quiet", epochs=10)
+    print(json.dumps({"comparison of digits, 40e": time.perf_counter() - begun}))
+"""
+
+
+def measured(checkout: Path, what: str) -> dict[str, float]:
+    """The figures of one version."""
+    program = [DIGITS] if what == "digits" else [STEPS, what]
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", *program]
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
+    if output.returncode:
+        raise SystemExit(f"{checkout}: {output.stderr.strip().splitlines()[-1]}")
+    found: dict[str, float] = json.loads(output.stdout.strip().splitlines()[-1])
+    return found
+
+
+def shown(values: list[float]) -> str:
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Costs beside another version.")
+    parser.add_argument("other", type=Path, help="a checkout of the other version")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=("lenet", "wrn", "digits"), default=["lenet", "wrn", "digits"])
+    arguments = parser.parse_args()
+    print("| what | other | this | this / other |\n| --- | --- | --- | --- |")
+    for what in arguments.only:
+        rounds = [(measured(arguments.other.resolve(), what), measured(HERE, what)) for _ in range(arguments.rounds)]
+        for name in rounds[0][0]:
+            other, this = [[each[side][name] for each in rounds] for side in (0, 1)]
+            ratios = [b / a for a, b in zip(other, this, strict=True)]
+            print(f"| {what}: {name} | {shown(other)} | {shown(this)} | {shown(ratios)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
