@@ -12,7 +12,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients import Descent, get_optimizer
+from tune_hypergrad.hypergradients import Descent, Optimizer, get_optimizer
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
 from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
@@ -32,7 +32,7 @@ class Task:
     """Ray domains by name."""
     steps: int
     """Inner steps in one training run."""
-    optimizer: str = "sgd"
+    optimizer: str | Optimizer = "sgd"
     """Inner optimizer."""
     seed: int = 0
     """Seeds the method and its trials."""
@@ -350,16 +350,21 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def customary(optimizer: str) -> dict[str, float]:
+def customary(optimizer: str | Optimizer) -> dict[str, float]:
     """Values of an inner optimizer's hyperparameters to begin with where nothing is known of a problem."""
-    values = {"lr": 0.1 if optimizer in ("sgd", "nesterov") else 0.003, "momentum": 0.9, "weight_decay": 0.0}
-    return {name: value for name, value in values.items() if name in get_optimizer(optimizer).hyperparameters}
+    known = get_optimizer(optimizer)
+    values = {"lr": 0.1 if known.name in ("sgd", "nesterov") else 0.003, "momentum": 0.9, "weight_decay": 0.0}
+    return {name: value for name, value in values.items() if name in known.hyperparameters}
 
 
-def optimizer_space(optimizer: str, windows: int) -> dict[str, Any]:
+def optimizer_space(optimizer: str | Optimizer, windows: int) -> dict[str, Any]:
     """A space for the inner optimizer: a learning-rate schedule, and momentum and weight decay where it has them."""
     known = get_optimizer(optimizer).hyperparameters
-    largest = {"lr": 1.0 if optimizer in ("sgd", "nesterov") else 0.03, "momentum": 0.99, "weight_decay": 0.01}
+    largest = {
+        "lr": 1.0 if get_optimizer(optimizer).name in ("sgd", "nesterov") else 0.03,
+        "momentum": 0.99,
+        "weight_decay": 0.01,
+    }
     domains = {name: tune.uniform(0, upper) for name, upper in largest.items() if name in known}
     return {**domains, "lr": schedule(domains["lr"], windows)}
 

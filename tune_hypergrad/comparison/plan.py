@@ -19,6 +19,7 @@ from tune_hypergrad.comparison.records import GRID, RETRAINING
 from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.methods import (
     BY_DEFAULT,
@@ -171,7 +172,7 @@ class Plan:
             "version": _VERSION,
             "problem": self.problem.name,
             "steps": self.task.steps,
-            "optimizer": self.task.optimizer,
+            "optimizer": get_optimizer(self.task.optimizer).name,
             **{name: getattr(self.task, name) for name in OF_TASKS},
             "max_concurrent": self.max_concurrent,
             "budget": [self.budget.amount, self.budget.unit],
@@ -195,7 +196,7 @@ class Plan:
         }
 
 
-def default_space(problem: Problem, optimizer: str = "sgd", windows: int = 7) -> dict[str, Any]:
+def default_space(problem: Problem, optimizer: str | Optimizer = "sgd", windows: int = 7) -> dict[str, Any]:
     """A search space for the optimizer and for what regularisers the problem has."""
     regularisation = regularisation_space(problem) if problem.regulariser_hyperparameters else {}
     return {**optimizer_space(optimizer, windows), **regularisation}

@@ -36,6 +36,7 @@ from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.comparison.scheduling import PatientScheduler
 from tune_hypergrad.comparison.session import cluster_session
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.ledger import LEDGER_FILE, Account, Ledger
 from tune_hypergrad.methods import Method, Task
 from tune_hypergrad.problem import Problem
@@ -73,7 +74,7 @@ def compare(
     space: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 1,
     epochs: float = 10.0,
-    optimizer: str = "sgd",
+    optimizer: str | Optimizer = "sgd",
     resources: Mapping[str, float] | PlacementGroupFactory | None = None,
     out: str | Path = "results",
     resume: bool = False,
@@ -109,7 +110,7 @@ def compare(
             weight decay, and the problem's regularisers.
         seeds: of the methods and their trials: a number of them, from 0 on, or a list.
         epochs: length of one training run.
-        optimizer: inner optimizer.
+        optimizer: inner optimizer, by name or an `Optimizer` of one's own.
         resources: what every trial gets, by default {"cpu": 1}; {"gpu": 0.25} puts four on a GPU; a `Method` may
             say otherwise for its own.
         out: folder for everything, which must be empty or not there; where the cluster has several nodes, on a file

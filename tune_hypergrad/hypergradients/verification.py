@@ -43,7 +43,7 @@ def check_training(loop: InnerLoop) -> None:
     Raises:
         InputError: it does.
     """
-    key = ("training", loop.settings.optimizer)
+    key = ("training", *_key(loop, ()))
     if key not in loop.source.findings:
         inspect_training(InnerLoop(loop.source.independent(), loop.settings))
         loop.source.findings[key] = True
@@ -85,5 +85,6 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
 
 
 def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:
-    settings = loop.settings
-    return settings.optimizer, settings.clip_gradient is None, *sorted({*hyperparameters, *settings.fixed})
+    settings, update = loop.settings, loop.optimizer.update
+    optimizer = (loop.optimizer.name, update.__module__, update.__qualname__)
+    return optimizer, settings.clip_gradient is None, *sorted({*hyperparameters, *settings.fixed})

@@ -20,7 +20,7 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
-from tune_hypergrad.hypergradients.optimizers import get_optimizer
+from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
@@ -37,8 +37,8 @@ class TrialSettings:
 
     steps: int
     """Inner steps in one training run."""
-    optimizer: str = "sgd"
-    """Inner optimizer: "sgd", "nesterov", "adam", "adamw" or "rmsprop"."""
+    optimizer: str | Optimizer = "sgd"
+    """Inner optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Hyperparameters held (numbers, or windows of numbers); the rest take the defaults of `torch.optim` and of the
     train loss."""
