@@ -27,7 +27,8 @@ from tune_hypergrad.problems.models import lenet5_grey
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
 
 torch.set_num_threads(1)
-model, shape, batch, steps = {"lenet": (lenet5_grey, (1, 28, 28), 128, 40), "wrn": (wrn_16_1, (3, 32, 32), 64, 8)}[sys.argv[1]]
+networks = {"lenet": (lenet5_grey, (1, 28, 28), 128, 40), "wrn": (wrn_16_1, (3, 32, 32), 64, 8)}
+model, shape, batch, steps = networks[sys.argv[1]]
 generator = torch.Generator().manual_seed(0)
 x, y = torch.randn(4 * batch, *shape, generator=generator), torch.randint(0, 10, (4 * batch,), generator=generator)
 problem = Problem(model, (x, y), (x[:batch], y[:batch]), batch_size=batch)
@@ -42,7 +43,9 @@ def timed(work):
 found = {}
 with loop.running():
     begun = time.process_time()
-    runs = {mode: [hypergradient_run(loop, values, differentiation=mode) for _ in range(2)] for mode in ("reverse", "forward")}
+    runs = {}
+    for mode in ("reverse", "forward"):
+        runs[mode] = [hypergradient_run(loop, values, differentiation=mode) for _ in range(2)]
     found["set-up, in plain steps"] = time.process_time() - begun
     loop.run(values)
     found["plain step"] = timed(lambda: loop.run(values))
