@@ -92,6 +92,9 @@ def compare(
     storage: Annotated[str | None, typer.Option(help="Where trials go, such as s3://bucket/folder.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data, in torchvision's layout.")] = None,
     download: Annotated[bool, typer.Option(help="Fetch missing data.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Compare training and hypergradients with plain torch first, on a few small batches.")
+    ] = True,
     progress: Annotated[str, typer.Option(help='"auto", "quiet" or "json".')] = "auto",
 ) -> None:
     """Tune a problem by several methods at once, each with the same budget, and report what they found."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import pickle
+import copy
+import random
 import warnings
 from collections.abc import Sized
-from contextlib import suppress
+from types import FunctionType, ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,10 @@ from tune_hypergrad.errors import InputError
 
 Batch = tuple[Any, ...]
 """What one batch is: the model's positional inputs, then the target; every leaf has the batch dimension first."""
+
+
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
+_DEPTH, _FEW = 4, 100  # how deep, and in how long collections, state is looked for
 
 
 class Split:
@@ -72,16 +76,12 @@ class Split:
         return tuple(items)
 
     def independent(self) -> Split:
-        """This split with a data set that keeps its counters and generators to itself, but shares its arrays.
-
-        One that cannot be pickled is the same one.
-        """
+        """This split with a data set that keeps its counters and generators to itself, but shares its examples."""
         if self.dataset is None:
             return self
         found = Split.__new__(Split)
         found.__dict__.update(self.__dict__)
-        with suppress(pickle.PicklingError, AttributeError, TypeError):
-            found.dataset = _copied_but_for_arrays(self.dataset)
+        found.dataset = _with_own_state(self.dataset, _DEPTH)
         return found
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
@@ -116,24 +116,22 @@ def cast_batch(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     return tree_map(cast_leaf, batch)  # type: ignore[no-any-return]
 
 
-def _copied_but_for_arrays(tree: Any) -> Any:
-    arrays: list[Any] = []
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, leaf: Any) -> int | None:
-            if not isinstance(leaf, Tensor | np.ndarray):
-                return None
-            arrays.append(leaf)
-            return len(arrays) - 1
-
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, position: int) -> Any:
-            return arrays[position]
-
-    stream = io.BytesIO()
-    Pickler(stream).dump(tree)
-    stream.seek(0)
-    return Unpickler(stream).load()
+def _with_own_state(value: Any, depth: int) -> Any:
+    """A copy of an object, of what it consists of, and of random generators, but not of its data."""
+    if isinstance(value, _GENERATORS):
+        return copy.deepcopy(value)
+    if depth == 0 or isinstance(value, type | ModuleType | FunctionType | Tensor | np.ndarray):
+        return value
+    if type(value) in (list, tuple, dict) and len(value) <= _FEW:
+        if isinstance(value, dict):
+            return {key: _with_own_state(each, depth - 1) for key, each in value.items()}
+        return type(value)(_with_own_state(each, depth - 1) for each in value)
+    made_plainly = vars(object)["__new__"] is getattr(type(value), "__new__", None)
+    if not made_plainly or not hasattr(value, "__dict__"):
+        return value
+    found = object.__new__(type(value))
+    found.__dict__.update({name: _with_own_state(each, depth - 1) for name, each in vars(value).items()})
+    return found
 
 
 def _checked_tensors(tensors: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:

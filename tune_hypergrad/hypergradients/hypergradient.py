@@ -207,6 +207,7 @@ def choose_differentiation(
 
 
 def state_bytes(loop: InnerLoop) -> int:
-    """Size of one inner state: weights, optimizer slots and buffers."""
+    """Size of one inner state: weights, optimizer slots and buffers that training changes."""
     state = loop.initial_state()
-    return sum(tensor.nbytes for tensor in (state.params, *state.slots, *state.buffers.values()))
+    moving = [buffer for name, buffer in state.buffers.items() if name in loop.moving]
+    return sum(tensor.nbytes for tensor in (state.params, *state.slots, *moving))

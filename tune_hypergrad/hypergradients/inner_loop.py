@@ -494,6 +494,10 @@ class InnerLoop:
         """Undo `unflatten`: shape [P]; other names are left out."""
         return torch.cat([as_real(params[name]).reshape(-1) for name in self._names])
 
+    def reported(self, buffers: Buffers) -> Buffers:
+        """Those of a state's buffers that are the model's buffers, or frozen parameters that training has changed."""
+        return {name: buffer for name, buffer in buffers.items() if name not in self._frozen or name in self.moving}
+
     def differentiated(self, buffers: Buffers) -> list[str]:
         """Names of those buffers that are part of the differentiated state: floating ones that training changes."""
         return [name for name, buffer in buffers.items() if name in self.moving and _has_derivatives(buffer)]

@@ -30,9 +30,9 @@ class HypergradientResult:
     metrics: dict[str, float]
     """The problem's metrics over the validation split."""
     params: dict[str, Tensor]
-    """The trained parameters by name."""
+    """The trained parameters by name; those of a loss that is a module are called `loss.<name>`."""
     buffers: dict[str, Tensor]
-    """The model's buffers by name."""
+    """The model's buffers by name, and those of its frozen parameters that training has changed."""
     differentiation: str
     """The mode that was taken: "forward", "reverse" or "checkpointed_reverse"."""
     reason: str
@@ -160,7 +160,7 @@ class HypergradientRun(ABC):
             val_loss=self.final.loss,
             metrics=self.final.metrics,
             params=self.loop.unflatten(self.state.params),
-            buffers=self.state.buffers,
+            buffers=self.loop.reported(self.state.buffers),
             differentiation=self.differentiation,
             reason=self.reason,
             cost=self.cost,

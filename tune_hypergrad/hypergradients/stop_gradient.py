@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,10 +139,10 @@ class DifferentiableStops(Substituting):
                 **further,
                 **dict.fromkeys(DETACHING, self._stop),
                 **NOTED,
-                Tensor.detach_: self._stop_in_place,
+                Tensor.detach_: _refuse_detach_in_place,
                 Tensor.register_hook: _hook_of_first_pass,
                 _SET_DATA: self._set_data,
-                F.gumbel_softmax: self._gumbel_softmax,
+                F.gumbel_softmax: partial(_gumbel_softmax, self._stop),
             }
         )
 
@@ -165,18 +166,9 @@ class DifferentiableStops(Substituting):
         with torch.enable_grad():
             return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _stop_in_place(self, tensor: Tensor) -> Tensor:
-        raise RuntimeError("detach_() has no derivative of second order: use detach()")
-
     def _set_data(self, tensor: Tensor, value: Tensor) -> None:
         with torch.enable_grad():
             tensor.copy_(self._stop(value))
-
-    def _gumbel_softmax(
-        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
-    ) -> Tensor:
-        soft = F.gumbel_softmax(logits, tau, dim=dim)
-        return _straight_through(soft, self._stop(soft), dim) if hard else soft
 
 
 class ForwardStops(Substituting):
@@ -194,7 +186,8 @@ class ForwardStops(Substituting):
             {
                 **further,
                 **dict.fromkeys(DETACHING, self._stop),
-                F.gumbel_softmax: self._gumbel_softmax,
+                Tensor.detach_: _refuse_detach_in_place,
+                F.gumbel_softmax: partial(_gumbel_softmax, self._stop),
             }
         )
 
@@ -202,12 +195,6 @@ class ForwardStops(Substituting):
         if id(tensor) in self._state or not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
         return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _gumbel_softmax(
-        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
-    ) -> Tensor:
-        soft = F.gumbel_softmax(logits, tau, dim=dim)
-        return _straight_through(soft, self._stop(soft), dim) if hard else soft
 
 
 class WithoutStops(Substituting):
@@ -217,10 +204,10 @@ class WithoutStops(Substituting):
         super().__init__(
             {
                 **further,
-                **dict.fromkeys(DETACHING, _identity),
+                **dict.fromkeys((*DETACHING, Tensor.detach_), _identity),
                 **NOTED,
                 Tensor.register_hook: _no_hook,
-                F.gumbel_softmax: _gumbel_softmax_without_stop,
+                F.gumbel_softmax: partial(_gumbel_softmax, _identity),
                 _SET_GRAD_ENABLED: _ignore,
             }
         )
@@ -230,6 +217,10 @@ def writes(function: Callable[..., Any]) -> bool:
     """Whether a torch function changes its first argument."""
     name = getattr(function, "__name__", "")
     return function in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _refuse_detach_in_place(tensor: Tensor) -> Tensor:
+    raise RuntimeError("detach_() takes a tensor's history away from what was computed with it: use detach()")
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -285,14 +276,16 @@ def _no_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Removab
     return RemovableHandle(OrderedDict())
 
 
-def _straight_through(soft: Tensor, stopped: Tensor, dim: int) -> Tensor:
-    index = soft.max(dim, keepdim=True)[1]
-    hard = torch.zeros_like(soft).scatter_(dim, index, 1.0)
-    return hard - stopped + soft
-
-
-def _gumbel_softmax_without_stop(
-    logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+def _gumbel_softmax(
+    stop: Callable[[Tensor], Tensor],
+    logits: Tensor,
+    tau: float = 1,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
 ) -> Tensor:
     soft = F.gumbel_softmax(logits, tau, dim=dim)
-    return _straight_through(soft, soft, dim) if hard else soft
+    if not hard:
+        return soft
+    index = soft.max(dim, keepdim=True)[1]
+    return torch.zeros_like(soft).scatter_(dim, index, 1.0) - stop(soft) + soft
