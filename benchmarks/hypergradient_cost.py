@@ -1,6 +1,6 @@
 """What hypergradients cost beside plain training, and beside the simple way to compute them.
 
-    python benchmarks/hypergradient_cost.py [--quick] [--repetitions 7] [--only forward reverse memory units]
+    python benchmarks/hypergradient_cost.py [--quick] [--repetitions 7] [--only forward reverse memory check units]
 
 Measured on synthetic data, on the CPU in one thread, as process time; contenders take turns in one process, and a
 figure is the median (and the range) over the turns of the ratio to the plain training steps of the same turn:
@@ -10,6 +10,8 @@ figure is the median (and the range) over the turns of the ratio to the plain tr
   (1,000 without --quick);
 - memory: growth of the peak resident memory of checkpointed reverse and of forward mode from T to 4 T steps, each in
   a process of its own;
+- check: the comparison with plain training that runs by itself before a search, once per problem, and the search for
+  what has no derivative alone, in plain training steps of a whole batch;
 - units: the ratios that `tune_hypergrad.budget.GRADIENTS_PER` holds.
 
 "difference" is the largest relative difference of the hypergradients of a short float64 run from the simple loop's,
@@ -40,7 +42,7 @@ from tune_hypergrad.problems.models import lenet5_grey
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
 
 SHORT = 6
-PARTS = ("forward", "reverse", "memory", "units")
+PARTS = ("forward", "reverse", "memory", "check", "units")
 CONTENDERS = ("forward", "reverse", "checkpointed_reverse")
 
 
@@ -255,6 +257,27 @@ def print_peak(mode: str, steps: int) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
+def measure_check(table: Table, name: str, repetitions: int) -> None:
+    """Times what runs once per problem, on problems that are new each time."""
+    values = hyperparameters(7, 1)
+
+    def work(mode: str, check: bool) -> Callable[[], object]:
+        return lambda: hypergradient_run(inner_loop(NETWORKS[name], 10), values, differentiation=mode, check=check)
+
+    loop = inner_loop(NETWORKS[name], 10)
+    with loop.running():
+        contenders: dict[str, Callable[[], object]] = {"plain": lambda: loop.run(values)}
+        for mode in ("forward", "reverse"):
+            contenders[f"what has no derivative, {mode}"] = work(mode, False)
+            contenders[f"check, {mode}"] = work(mode, True)
+        times = take_turns(contenders, repetitions)
+    for what in contenders:
+        if what != "plain":
+            steps = [10 * ratio for ratio in over(times[what], times["plain"])]
+            seconds = f" ({statistics.median(times[what]):.2f} s)"
+            table.add_row(name, f"{what}, in plain steps", shown(steps) + seconds, "", "", "")
+
+
 def measure_evaluation(name: str, repetitions: int) -> dict[str, list[float]]:
     """Costs of evaluating as many examples as a batch has, in plain steps."""
     loop = inner_loop(NETWORKS[name], 1)
@@ -299,6 +322,8 @@ def main() -> None:
         if {"reverse", "units"} & set(arguments.only):
             steps = arguments.steps or (250 if name == "LeNet" and not arguments.quick else 16)
             measured["adjoint_step"] = measure_reverse(table, name, steps, max(1, repetitions // 2))
+        if "check" in arguments.only:
+            measure_check(table, name, max(1, repetitions // 2))
         if "units" in arguments.only:
             measured.update(measure_evaluation(name, repetitions))
         for unit, ratios in measured.items():

@@ -154,7 +154,7 @@ class Problem:
             if isinstance(default, int | float) and not isinstance(default, bool)
         }
 
-    @cached_property
+    @property
     def _train_loss_arguments(self) -> Mapping[str, inspect.Parameter]:
         if self.train_loss is None:
             return {}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, as_real
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, as_real, has_derivatives
 from tune_hypergrad.hypergradients.normalisation import instance_norm
 from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.run import HypergradientRun
@@ -132,6 +132,29 @@ class ForwardRun(HypergradientRun):
     ) -> tuple[Tensor, Tensor, frozenset[int], Buffers]:
         """Training gradient [P], its tangents [k, P] along `dparams` [k, P] and `dh` (each [k]), the positions of
         parameters without a gradient, and the buffers; moves the tangents of the buffers."""
+        loop, buffers = self.loop, self.state.buffers
+        if not loop.knows_moving:
+            loop.training(self.state, h, step)
+        may_move = {name for name, buffer in buffers.items() if has_derivatives(buffer)} - loop.moving
+        try:
+            found, after = self._differentiate(h, dparams, dh, step)
+        except RuntimeError:
+            late = may_move  # torch.func does not let a tensor without tangents be overwritten by one that has them
+            if not late:
+                raise
+        else:
+            late = {name for name in may_move if not torch.equal(found[3][name], buffers[name])}
+        if late:
+            loop.moving |= late
+            found, after = self._differentiate(h, dparams, dh, step)
+        for name, tangents in after.items():
+            self.tangent_buffers[name][: len(dparams)] = tangents
+        return found
+
+    def _differentiate(
+        self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int
+    ) -> tuple[tuple[Tensor, Tensor, frozenset[int], Buffers], Buffers]:
+        """What `_gradient_tangents` gives, and the tangents of the buffers afterwards."""
         loop, state, batch = self.loop, self.state, self.loop.batch(step)
         of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
         moved = {name: state.buffers[name] for name in loop.differentiated(state.buffers)}
@@ -155,18 +178,20 @@ class ForwardRun(HypergradientRun):
 
         # one dropout mask for all columns: they are tangents of the same step
         batched = vmap(tangent, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
-        dgradient, dbuffers = torch.empty_like(dparams), self._tangents_of(moved)
+        before = self._tangents_of(moved)
         gradient, buffers = state.params, state.buffers
+        chunks: list[tuple[Tensor, Buffers]] = []
         for start in range(0, len(dparams), self.columns_at_once):
             chunk = slice(start, min(start + self.columns_at_once, len(dparams)))
-            given = {name: dbuffers[name][chunk] for name in moved}
-            (gradient, _), (dgradient[chunk], after), buffers = batched(
+            given = {name: before[name][chunk] for name in moved}
+            (gradient, _), tangents, buffers = batched(
                 dparams[chunk], given, {name: dh[name][chunk] for name in of_loss}
             )
-            for name, tangents in after.items():
-                dbuffers[name][chunk] = tangents
+            chunks.append(tangents)
+        dgradient = torch.cat([tangents for tangents, _ in chunks])
+        after = {name: torch.cat([tangents[name] for _, tangents in chunks]) for name in moved}
         without = frozenset(range(len(state.counts))) - with_gradient
-        return gradient, dgradient, without, buffers
+        return (gradient, dgradient, without, buffers), after
 
     def _tangents_of(self, moved: Buffers) -> Buffers:
         """The tangents of buffers, zero for those that had none so far."""

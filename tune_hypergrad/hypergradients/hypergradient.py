@@ -207,7 +207,6 @@ def choose_differentiation(
 
 
 def state_bytes(loop: InnerLoop) -> int:
-    """Size of one inner state: weights, optimizer slots and buffers that training changes."""
+    """Size of one inner state: weights, optimizer slots and buffers; states share what stays frozen."""
     state = loop.initial_state()
-    moving = [buffer for name, buffer in state.buffers.items() if name in loop.moving]
-    return sum(tensor.nbytes for tensor in (state.params, *state.slots, *moving))
+    return sum(tensor.nbytes for tensor in (state.params, *state.slots, *loop.reported(state.buffers).values()))

@@ -159,7 +159,8 @@ class InnerLoop:
         self._frozen = {
             name for name in self._initial_buffers if name not in self._scope.names(self._scope.named_buffers())
         }
-        self._knows_frozen = False  # whether those that training changes are among the moving
+        self.knows_moving = False
+        """Whether a training step has been taken, after which `moving` has what every step changes."""
         set_training(self.model, self.in_evaluation)
         self.moving = _running_statistics(self.model)
         """Names of the buffers and frozen parameters that training has been seen to change."""
@@ -350,13 +351,13 @@ class InnerLoop:
             loss, found, after = self.at_training_loss(named, buffers, h, self.batch(step), step, differentiate)
         gradient, without = self._together(named, found)
         self.moving |= {n for n in after if self._is_changed(n, state.buffers[n], buffers[n], before[n], after[n])}
-        self._knows_frozen = True
+        self.knows_moving = True
         kept = {name: after[name].detach() if name in self.moving else buffer for name, buffer in state.buffers.items()}
         return Training(loss, gradient, without, kept)
 
     def copies(self, buffers: Buffers) -> Buffers:
         """Buffers that a pass through the model may overwrite; frozen parameters that it never has are not copied."""
-        fixed = self._frozen - self.moving if self._knows_frozen else set()
+        fixed = self._frozen - self.moving if self.knows_moving else set()
         return {name: buffer if name in fixed else buffer.clone() for name, buffer in buffers.items()}
 
     def _is_changed(self, name: str, before: Tensor, given: Tensor, version: int, after: Tensor) -> bool:
@@ -374,7 +375,7 @@ class InnerLoop:
         """
         if after is given and after._version == version:
             # `.data` is written to without a trace
-            return not self._knows_frozen and not torch.equal(after, before)
+            return not self.knows_moving and not torch.equal(after, before)
         if after is before:
             raise InputError(
                 f"the frozen parameter {name!r} stayed as it was in the first step, and was overwritten in a later "
@@ -500,7 +501,7 @@ class InnerLoop:
 
     def differentiated(self, buffers: Buffers) -> list[str]:
         """Names of those buffers that are part of the differentiated state: floating ones that training changes."""
-        return [name for name, buffer in buffers.items() if name in self.moving and _has_derivatives(buffer)]
+        return [name for name, buffer in buffers.items() if name in self.moving and has_derivatives(buffer)]
 
     def split(self, which: str) -> Split:
         """The "train", "val" or "test" split, where training happens."""
@@ -535,7 +536,8 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.stack([tensor.real, tensor.imag], -1) if tensor.is_complex() else tensor
 
 
-def _has_derivatives(tensor: Tensor) -> bool:
+def has_derivatives(tensor: Tensor) -> bool:
+    """Whether a tensor is of a type that derivatives are taken of."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
