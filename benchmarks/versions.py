@@ -60,10 +60,9 @@ print(json.dumps(found))
 
 DIGITS = """
 import json, tempfile, time
-from tune_hypergrad import Retraining, compare
-from tune_hypergrad.problems.registry import load_problem
+from tune_hypergrad import Retraining, compare, problems
 
-made = load_problem("digits", data_dir=None, seed=0, batch_size=None, download=False).problem
+made = problems.get("digits")
 with tempfile.TemporaryDirectory() as folder:
     begun = time.perf_counter()
     compare(made, budget="40e", out=folder + "/run", retraining=Retraining(seeds=0), progress="quiet", epochs=10)
