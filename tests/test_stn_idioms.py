@@ -24,7 +24,7 @@ from tune_hypergrad.stn import (
     training_gradients,
     validation_gradients,
 )
-from tune_hypergrad.stn.verification import refuse_inexact_linearisation, refuse_unlike_reported
+from tune_hypergrad.stn.verification import refuse_gradients_lost, refuse_inexact_linearisation, refuse_unlike_reported
 
 F64 = torch.float64
 EXAMPLES, N = 5, 2
@@ -66,6 +66,14 @@ class DifferentiableSquare(Square):
     @staticmethod
     def jvp(ctx, tangent):
         return 2 * ctx.saved_tensors[0] * tangent
+
+
+class SquareWithoutGraph(DifferentiableSquare):
+    """Its forward-mode derivative is right, but constant."""
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return DifferentiableSquare.jvp(ctx, tangent).detach()
 
 
 class Reversed(torch.autograd.Function):
@@ -142,6 +150,10 @@ NOT_LINEARISED = {
     "hook": (with_hooked_tensor, "the responses of first are not what a linearised prediction takes them for"),
     "function": (lambda net, h: Square.apply(net.second(h)), "the model has no forward-mode derivative, which"),
     "reversal": (lambda net, h: Reversed.apply(net.second(h)), "the model has no forward-mode derivative, which"),
+    "constant derivative": (
+        lambda net, h: SquareWithoutGraph.apply(net.second(h)),
+        "the responses of first, second are not what a linearised prediction takes them for",
+    ),
     "nested": (
         lambda net, h: torch.func.jvp(torch.tanh, (net.second(h),), (h,))[1],
         "(RuntimeError: Nested forward mode AD is not supported",
@@ -229,12 +241,19 @@ def assert_exact(network, model, variant):
 
 def verify(network, model, variant):
     _, (x, target), perturbations = settings(network)
-    refuse_unlike_reported(
-        network, model, lambda each: (each(x.clone()), squared(each(x.clone()), target)), perturbations[0]
-    )
+
+    def predict(each):
+        return each(x.clone())
+
+    def predict_and_judge(each):
+        output = predict(each)
+        return output, squared(output, target)
+
+    refuse_unlike_reported(network, model, predict_and_judge, perturbations[0])
+    refuse_gradients_lost(network, predict_and_judge, perturbations)
     if VARIANTS[variant].linearised:
         for training in (True, False):
-            refuse_inexact_linearisation(network.train(training), lambda each: each(x.clone()), perturbations)
+            refuse_inexact_linearisation(network.train(training), predict, perturbations)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +319,44 @@ def by_type(net, h):
     return torch.tanh(net.second(h)) if type(net.second) is nn.Linear else h
 
 
+def without_gradient_in_evaluation(net, h):
+    with torch.set_grad_enabled(net.training):
+        other = torch.tanh(net.second(h))
+    return h + other
+
+
+def detached_in_evaluation(net, h):
+    return torch.tanh(net.second(h if net.training else h.detach()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("middle", "layers"), [(without_gradient_in_evaluation, "first, second"), (detached_in_evaluation, "first")]
+)
+def test_gradients_that_evaluation_alone_stops_are_refused(middle, layers, variant):
+    model = Net(middle)
+    with pytest.raises(
+        InputError, match=f"^the responses of {layers} have no gradient, or a part of it, in eval"
+    ) as error:
+        verify(self_tuning(model, N), model, variant)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("linearised", [True, False])
+def test_validation_without_any_gradient_is_refused(linearised):
+    class Evaluated(Net):
+        def forward(self, x):
+            with torch.set_grad_enabled(self.training):
+                return super().forward(x)
+
+    network = self_tuning(Evaluated(EXACT["called"]), N).eval()
+    tuned, batch, _ = settings(network)
+    perturbations = tuned.perturbations(EXAMPLES, torch.Generator().manual_seed(2))
+    with pytest.raises(InputError, match=r"^the validation loss has no derivative by the hyperparameters: let a layer"):
+        method, given = VARIANTS["delta-stn"], {"entropy_weight": 0.1, "linearised": linearised}
+        validation_gradients(network, tuned, method, squared, batch, perturbations, **given)
+
+
 @torch.jit.script
 def scripted_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x @ weight.t()
@@ -342,6 +399,19 @@ def test_verification_tells_rounding_from_difference():
 
     refuse_unlike_reported(network, model, in_half, inputs[0])
     refuse_inexact_linearisation(network, in_half, inputs)
+
+
+def test_verification_looks_past_infinite_elements():
+    """Logits of what cannot be are minus infinity, with any weights."""
+    model = Net(lambda net, h: h @ net.second.weight)
+    network, x, inputs = self_tuning(model, N), torch.randn(EXAMPLES, 3, dtype=F64), torch.randn(N, dtype=F64)
+
+    def masked(each):
+        return torch.cat([each(x), torch.full((EXAMPLES, 1), -torch.inf, dtype=F64)], 1)
+
+    with pytest.raises(InputError, match="the responses of second are not those"):
+        refuse_unlike_reported(network, model, masked, inputs)
+    refuse_unlike_reported(self_tuning(model, N, ("second",)), model, masked, inputs)
 
 
 def test_embeddings_that_change_their_weight_or_its_gradient_do_not_respond():

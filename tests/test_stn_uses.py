@@ -13,10 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.regularisers import WeightDecay
-from tune_hypergrad.stn import VARIANTS, register, self_tuning
-from tune_hypergrad.stn.convert import responding_layers
+from tune_hypergrad.stn import VARIANTS, register, responding_layers, self_tuning, used_elsewhere
 from tune_hypergrad.stn.layers import RULES, SelfTuningLinear
-from tune_hypergrad.stn.uses import used_elsewhere
 
 N = 2
 

@@ -139,7 +139,7 @@ def self_tuning(model: nn.Module, hyperparameters: int, without_response: Collec
     Layers that `RULES` knows respond, unless a parameter of theirs is frozen (`requires_grad=False`); parameters that
     are shared keep being shared, and so do their responses. Their names, attributes and the model's `forward` stay as
     they are. A layer responds in its own forward only: where the model uses its weights elsewhere, as in
-    `F.linear(x, layer.weight)`, it has to be named in `without_response`.
+    `F.linear(x, layer.weight)`, it has to be named in `without_response`, which `used_elsewhere` finds.
 
     Args:
         model: any module.

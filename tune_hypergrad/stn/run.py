@@ -22,7 +22,7 @@ from tune_hypergrad.stn.convert import responding_layers, self_tuning
 from tune_hypergrad.stn.hyperparameters import TunedHyperparameter, TunedHyperparameters
 from tune_hypergrad.stn.steps import VARIANTS, response_inputs, training_gradients, validation_gradients
 from tune_hypergrad.stn.uses import used_elsewhere
-from tune_hypergrad.stn.verification import refuse_inexact_linearisation, refuse_unlike_reported
+from tune_hypergrad.stn.verification import refuse_gradients_lost, refuse_inexact_linearisation, refuse_unlike_reported
 
 # What a draw is for, beside the inner loop's streams.
 _TRAINING_PERTURBATION, _VALIDATION_PERTURBATION = range(100, 102)
@@ -160,7 +160,7 @@ class SelfTuningRun:
         """Try the network out on a batch; nothing of the run changes. Enter `loop.running()` around it.
 
         Raises:
-            InputError: what is reported would not be what is trained, or a linearised prediction not the derivative.
+            InputError: what is reported would not be what is trained, or a derivative not that of what is trained.
         """
         *x, target = self.loop.batch(0)
         inputs = torch.randn(
@@ -175,6 +175,7 @@ class SelfTuningRun:
             return output, self.loop.problem.loss(output, target)
 
         refuse_unlike_reported(self.network, self.loop.model, predict_and_judge, inputs[0])
+        refuse_gradients_lost(self.network, predict_and_judge, inputs)
         if self.variant.linearised:
             refuse_inexact_linearisation(self.network.train(), predict, inputs)
         if self.settings.linearised_validation:

@@ -6,7 +6,7 @@ STN: MacKay et al., "Self-Tuning Networks", ICLR 2019, algorithm 1. Centred STN 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tune_hypergrad.data import Batch
@@ -81,6 +82,9 @@ def training_gradients(
 
     Returns:
         By general parameters and by response parameters; those without influence are left out.
+
+    Raises:
+        InputError: the prediction cannot be linearised, where the variant does so.
     """
     general, responses = network.general_parameters(), network.response_parameters()
     perturbations = perturbations.detach()
@@ -127,6 +131,9 @@ def validation_gradients(
 
     Returns:
         The validation loss, and the gradients by `tuned.unconstrained` and `tuned.log_scales`, of shapes [], [n], [n].
+
+    Raises:
+        InputError: the loss does not depend on the hyperparameters, or takes a loss in a linearised prediction's place.
     """
     *x, target = batch
     inputs = response_inputs(network, tuned, variant, perturbations)
@@ -134,7 +141,12 @@ def validation_gradients(
     with kept_buffers(network.model), perturbed:
         value = _loss(network.perturbation, lambda output: loss(output, target), network(*x))
         objective = value - entropy_weight * tuned.entropy()
-        by_hyperparameters, by_scales = torch.autograd.grad(objective, (tuned.unconstrained, tuned.log_scales))
+        by_hyperparameters, by_scales = gradients(objective, (tuned.unconstrained, tuned.log_scales))
+    if by_hyperparameters is None or by_scales is None:
+        raise InputError(
+            "the validation loss has no derivative by the hyperparameters: let a layer that responds run in evaluation "
+            "mode, and with gradients"
+        )
     return value.detach(), by_hyperparameters, by_scales
 
 
@@ -173,7 +185,7 @@ def _gradients_of_pass(
         buffers = copied_buffers(network.model)
         loss = _loss(network.perturbation, lambda given: objective.loss(given, target, at, values), prediction)
         with network.multiplied(used):
-            return _gradients(loss, parameters), buffers
+            return _gradients_by_name(loss, parameters), buffers
 
 
 @contextmanager
@@ -235,8 +247,20 @@ def _to_first_order(leaf: Any) -> Tensor:
     return value.detach() if tangent is None else value.detach() + tangent
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+def gradients(value: Tensor, by: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of a value of shape [] by tensors that require them; None where it does not depend on one.
+
+    Checkpointed parts of a model, which run again meanwhile, find the caller's torch function modes in place:
+    `torch.autograd.grad` leaves them when it is given tensors, but not when it is given their edges.
+    """
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        get_gradient_edge(value), [get_gradient_edge(tensor) for tensor in by], allow_unused=True
+    )
+    return found
+
+
+def _gradients_by_name(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = gradients(loss, list(parameters.values()))
     return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
 
 

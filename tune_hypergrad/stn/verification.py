@@ -18,7 +18,7 @@ from tune_hypergrad.randomness import seed_everything
 from tune_hypergrad.stn.buffers import kept_buffers
 from tune_hypergrad.stn.convert import SelfTuningNetwork
 from tune_hypergrad.stn.layers import SelfTuningLayer
-from tune_hypergrad.stn.steps import OTHER_VARIANTS, linearising, no_forward_mode
+from tune_hypergrad.stn.steps import OTHER_VARIANTS, gradients, linearising, no_forward_mode
 
 Evaluate = Callable[[nn.Module], Any]
 """Gives a pytree with tensors from a model, or from a network as from a model."""
@@ -61,6 +61,42 @@ def refuse_unlike_reported(network: SelfTuningNetwork, plain: nn.Module, evaluat
     )
 
 
+def refuse_gradients_lost(network: SelfTuningNetwork, evaluate: Evaluate, inputs: Tensor) -> None:
+    """Refuse a network of which gradients by its responses are stopped in evaluation mode, but not in training mode.
+
+    Training would learn a response that validation does not see the whole of. Where both modes stop the same, it is
+    meant so. Copies are tried out, from seeds of the global generators.
+
+    Args:
+        network: the converted model.
+        evaluate: gives the prediction.
+        inputs: what responses are linear in, shape [examples, n].
+
+    Raises:
+        InputError: names the layers whose gradients are lost.
+    """
+
+    def complete(network: SelfTuningNetwork) -> bool:
+        with _Coarsest() as precision:
+            stopped = _by_backpropagation(network, evaluate, inputs)
+            try:
+                with _WithoutStops():
+                    whole = _by_backpropagation(network, evaluate, inputs)
+            except RuntimeError:  # what is written in place, for one, cannot have a gradient everywhere
+                return True
+        return not float((stopped - whole).norm()) > precision.tolerance * float(whole.norm())
+
+    def agrees(network: SelfTuningNetwork) -> bool:
+        return complete(network.eval()) or not complete(network.train())
+
+    _refuse_unless(
+        agrees,
+        network,
+        "have no gradient, or a part of it, in evaluation mode: take torch.no_grad(), set_grad_enabled() and detach() "
+        "out of the model's evaluation, whose derivative tunes hyperparameters",
+    )
+
+
 def refuse_inexact_linearisation(network: SelfTuningNetwork, evaluate: Evaluate, inputs: Tensor) -> None:
     """Refuse a network whose linearised prediction is not the derivative that backpropagation gives.
 
@@ -76,19 +112,13 @@ def refuse_inexact_linearisation(network: SelfTuningNetwork, evaluate: Evaluate,
     """
 
     def agrees(network: SelfTuningNetwork) -> bool:
-        zero, along = (x.detach().clone().requires_grad_() for x in (torch.zeros_like(inputs), inputs))
         with _Coarsest() as precision:
-            with kept_buffers(network.model), network.perturbation.set_to(zero):
-                outputs = _outputs(evaluate, network)
-                cotangents = [torch.randn_like(output) for output in outputs]
-                by_reverse = _gradient(_product(cotangents, outputs), zero)
-            tangents, change, by_forward = _linearised(evaluate, network, along, cotangents)
-        # a linear function: its value is its gradient times where it is taken
-        size = sum(float(c.norm() * t.detach().norm()) for c, t in zip(cotangents, tangents, strict=True))
-        value_off = abs(float(change.detach() - (by_reverse * along.detach()).sum()))
-        gradient_off, gradient_size = float((by_forward - by_reverse).norm()), float(by_reverse.norm())
-        tolerance = precision.tolerance
-        return not (value_off > tolerance * size or gradient_off > tolerance * gradient_size)
+            backward = _by_backpropagation(network, evaluate, inputs)
+            change, forward = _in_forward_mode(network, evaluate, inputs)
+        # the change is linear in the inputs
+        value_off, off = abs(float(change - (backward * inputs).sum())), float((forward - backward).norm())
+        size, tolerance = float(backward.norm()), precision.tolerance
+        return not (value_off > tolerance * size * float(inputs.norm()) or off > tolerance * size)
 
     _refuse_unless(
         agrees,
@@ -98,19 +128,24 @@ def refuse_inexact_linearisation(network: SelfTuningNetwork, evaluate: Evaluate,
     )
 
 
-def _linearised(
-    evaluate: Evaluate, network: SelfTuningNetwork, inputs: Tensor, cotangents: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Tangents of the network's outputs, their product with cotangents, and its gradient by the inputs.
+def _by_backpropagation(network: SelfTuningNetwork, evaluate: Evaluate, inputs: Tensor) -> Tensor:
+    """The gradient of a projection of the outputs by what responses are linear in, at zeros of the inputs' shape."""
+    zero = torch.zeros_like(inputs).requires_grad_()
+    with kept_buffers(network.model), network.perturbation.set_to(zero):
+        return _gradient(_projection(_outputs(evaluate, network)), zero)
+
+
+def _in_forward_mode(network: SelfTuningNetwork, evaluate: Evaluate, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The change of the same projection along the inputs, shape [], and its gradient by them.
 
     Raises:
-        InputError: this fails; the network itself is known to work.
+        InputError: this fails; backpropagation is known to work.
     """
+    inputs = inputs.clone().requires_grad_()
     try:
         with kept_buffers(network.model), linearising(network, inputs):
-            tangents = [_tangent(output) for output in _outputs(evaluate, network)]
-            change = _product(cotangents, tangents)
-            return tangents, change, _gradient(change, inputs)
+            change = _projection([_tangent(output) for output in _outputs(evaluate, network)])
+            return change.detach(), _gradient(change, inputs)
     except InputError:
         raise
     except Exception as error:
@@ -159,7 +194,8 @@ def _all_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: f
 
 
 def _largest(x: Tensor) -> float:
-    return float(x.detach().nan_to_num().abs().max()) if x.numel() else 0.0
+    finite = x.detach()[x.isfinite()]
+    return float(finite.abs().max()) if len(finite) else 0.0
 
 
 def _tangent(x: Tensor) -> Tensor:
@@ -167,17 +203,28 @@ def _tangent(x: Tensor) -> Tensor:
     return torch.zeros_like(x) if tangent is None else tangent
 
 
-def _product(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """The inner product of what several tensors hold, shape []."""
-    return torch.stack([(one * other).sum() for one, other in zip(ones, others, strict=True)]).sum()
+def _projection(outputs: Sequence[Tensor]) -> Tensor:
+    """The inner product with random tensors, always the same for outputs of the same shapes: shape []."""
+    seed_everything(0)
+    return sum(((torch.randn_like(output) * output).sum() for output in outputs), torch.zeros(()))
 
 
 def _gradient(value: Tensor, by: Tensor) -> Tensor:
     """The gradient by a tensor, zero where there is none."""
     if not value.requires_grad:
         return torch.zeros_like(by)
-    (gradient,) = torch.autograd.grad(value, by, allow_unused=True)
+    (gradient,) = gradients(value, [by])
     return torch.zeros_like(by) if gradient is None else gradient
+
+
+class _WithoutStops(TorchFunctionMode):
+    """While entered, neither `torch.no_grad` nor `detach` stops a gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with torch.enable_grad():
+            if getattr(func, "__name__", "") == "detach":
+                return args[0].view_as(args[0])
+            return func(*args, **(kwargs or {}))
 
 
 class _Coarsest(TorchFunctionMode):

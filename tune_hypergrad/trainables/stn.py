@@ -79,6 +79,11 @@ class DeltaSTN(ProblemTrainable):
     replay on the plain network. Where a trial's config gives a tuned hyperparameter a value, it begins there;
     others it gives are held constant.
 
+    Layers whose weights the model uses elsewhere than in their own forward do not respond; a warning names them.
+    Predictions are linearised by forward-mode differentiation: a model that it does not see through (one that returns
+    its loss, or has `torch.no_grad` or an autograd function without `jvp` on its way) is refused, which `STN` and
+    `CenteredSTN` train.
+
     Source: Bae and Grosse, "Delta-STN: Efficient Bilevel Optimization for Neural Networks using Structured Response
     Jacobians", NeurIPS 2020.
     """
