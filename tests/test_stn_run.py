@@ -27,12 +27,13 @@ from self_tuning import (
 )
 from torch import nn
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.regularisers import Cutout, Dropout, WeightDecay
+from tune_hypergrad.regularisers import Cutout, Dropout, InputNoise, Mixup, WeightDecay
 from tune_hypergrad.stn import VARIANTS, TunedHyperparameter
 
 STEPS = 13
@@ -188,6 +189,106 @@ def test_a_replay_sees_the_values_of_each_step():
         assert [float(value) for value in spy.seen] == list(run.history[spy.hyperparameter])
     assert all(len(set(run.history[name])) > 2 for name in ("a", "dropout"))
     assert math.isfinite(loop.evaluate(plain).loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what models do besides
+
+
+class Residual(nn.Module):
+    """Images to three classes by way of a middle layer, which `way` puts to use on the module and its inputs."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(36, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm, self.way = nn.BatchNorm1d(8, affine=False), way
+        self.register_buffer("cache", None)
+
+    def forward(self, x):
+        return self.last(self.way(self, torch.tanh(self.norm(self.first(x.flatten(1))))))
+
+    def branch(self, h):
+        # in another memory layout, torch's own dropout would draw another mask than the inner loop's
+        return F.dropout(torch.tanh(self.middle(h)).T, 0.2, self.training).T
+
+    def get_extra_state(self):
+        return {"of": "Residual"}
+
+    def set_extra_state(self, state):
+        assert state == {"of": "Residual"}
+
+
+def layer_dropped(net, h):
+    return h if net.training and torch.rand(()) < 0.3 else h + net.branch(h)
+
+
+def cached(net, h):
+    net.cache = torch.zeros(h.shape[1:]).to(h) if net.cache is None else 0.9 * net.cache + 0.1 * h.mean(0)
+    return h + net.branch(h) + net.cache
+
+
+def checkpointed(net, h):
+    return h + checkpoint(net.branch, h, use_reentrant=False)
+
+
+def residual(way, **settings):
+    """A run with regularisers that change batches and penalise weights."""
+    regularisers = [WeightDecay(), InputNoise(), Mixup(3)]
+    problem = regularised_problem(model=lambda: Residual(way).double(), regularisers=regularisers)
+    return make_run(problem, tuned=TUNED[1:4], **settings)
+
+
+def test_layers_dropped_at_random_and_plain_normalisation_are_those_of_plain_training():
+    assert_trained_alike(advanced(residual(layer_dropped)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpointed_model_trains_as_without(variant):
+    def plainly(net, h):
+        return h + net.branch(h)
+
+    runs = [advanced(residual(way, variant=variant)) for way in (checkpointed, plainly)]
+    assert bits(runs[0].state_dict()) == bits(runs[1].state_dict()) and runs[0].val_steps == 10
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_buffers_that_the_model_makes_are_restored(variant):
+    whole, saved = residual(cached, variant=variant), advanced(residual(cached, variant=variant), 7).state_dict()
+    restored = residual(cached, variant=variant)
+    restored.load_state_dict(saved)
+    assert bits(restored.state_dict()) == bits(saved) and restored.network.model.cache.abs().max() > 0
+    assert bits(advanced(restored).state_dict()) == bits(advanced(whole).state_dict())
+
+
+def test_the_incumbents_weights_have_the_models_extra_state():
+    run = advanced(residual(layer_dropped))
+    with run.loop.running():
+        loss = run.judge().loss
+    assert run.incumbent.weights["_extra_state"] == {"of": "Residual"}
+    assert loaded_and_judged(run.loop.problem, run.incumbent.weights).loss == loss
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_frozen_normalisation_stays_as_it_was_made(variant):
+    def model():
+        made = network()
+        made.norm.eval().requires_grad_(False)
+        return made
+
+    run = advanced(make_run(regularised_problem(model=model), variant=variant))
+    assert run.network.model.norm.num_batches_tracked == 0 and not run.network.model.norm.running_mean.any()
+    run.network.train()
+    assert [name for name, module in run.network.model.named_modules() if not module.training] == ["norm"]
+
+
+def test_verifying_changes_nothing():
+    run, other = residual(cached), residual(cached)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with run.loop.running():
+        run.verify()
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert bits(run.state_dict()) == bits(other.state_dict())
+    assert bits(advanced(run).state_dict()) == bits(advanced(other).state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

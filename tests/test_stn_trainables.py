@@ -347,6 +347,104 @@ def test_a_network_that_keeps_its_examples_is_tried_out_and_leaves_no_trace(trai
     assert run() == expected
 
 
+class _Images(torch.nn.Module):
+    """Three classes of images; how its middle layer is put to use is for `how` to say."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.middle = how, torch.nn.Linear(36, 6), torch.nn.Linear(6, 6)
+        self.dropout, self.head = torch.nn.Dropout(0.1), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x.flatten(1)))
+        if self.how == "functional":
+            h = h @ self.middle.weight.T
+        elif self.how == "no_grad":
+            with torch.no_grad():
+                other = self.middle(h)
+            h = h + other
+        elif self.how == "evaluation without gradient":
+            with torch.set_grad_enabled(self.training):
+                h = torch.tanh(self.middle(h))
+        elif self.how == "by type":
+            h = self.middle(h) if type(self.middle) is torch.nn.Linear else h
+        elif self.how == "function":
+            h = _Cube.apply(self.middle(h))
+        else:
+            h = self.middle(h)
+        logits = self.head(self.dropout(h))
+        return {"logits": logits, "loss": logits.logsumexp(1).mean()} if self.how == "loss" else logits
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+def of_images(how, **fields):
+    return regularised_problem(model=lambda: _Images(how).double(), regularisers=[Dropout()], **fields)
+
+
+def images_settings(**settings):
+    return {**SETTINGS, "space": {"dropout": SPACE["dropout"]}, **settings}
+
+
+def loss_in_output(output, target):
+    return output["loss"] - output["logits"].gather(1, target[:, None]).mean()
+
+
+NOT_LINEARISED = [
+    ("no_grad", {}, "the responses of first, middle are not what a linearised prediction takes them for"),
+    ("function", {}, "the model has no forward-mode derivative"),
+    ("loss", {"loss": loss_in_output, "train_loss": None, "metrics": {}}, "the model gives a loss itself, of shape []"),
+]
+
+
+@pytest.mark.parametrize(("how", "fields", "words"), NOT_LINEARISED)
+def test_what_cannot_be_linearised_is_refused_before_any_trial(how, fields, words):
+    said = refusal(DeltaSTN.from_problem, of_images(how, **fields), **images_settings())
+    assert words in said and "choose the variant stn or centered-stn" in said
+    linearised = images_settings(linearised_validation=True)
+    assert words in refusal(STN.from_problem, of_images(how, **fields), **linearised)
+
+
+@pytest.mark.parametrize("trainable", [STN, CenteredSTN])
+@pytest.mark.parametrize(("how", "fields", "_"), NOT_LINEARISED)
+def test_the_other_variants_train_it(trainable, how, fields, _):
+    trainable.from_problem(of_images(how, **fields), **images_settings())
+    results = run_to_end(make(trainable, None, of_images(how, **fields), **images_settings()))
+    assert results[-1]["val_loss"] < results[0]["val_loss"]
+
+
+@pytest.mark.parametrize("trainable", CLASSES.values())
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("by type", "the responses of first, middle, head are not those of the plain model's weights"),
+        ("evaluation without gradient", "the responses of first, middle have no gradient, or a part of it, in evaluat"),
+    ],
+)
+def test_models_that_are_another_once_converted_or_evaluated_are_refused_before_any_trial(trainable, how, words):
+    assert words in refusal(trainable.from_problem, of_images(how), **images_settings())
+
+
+@pytest.mark.parametrize("trainable", CLASSES.values())
+def test_weights_used_elsewhere_are_warned_of_and_reported_as_trained(caplog, tmp_path, trainable):
+    problem = of_images("functional")
+    trainable.from_problem(problem, **images_settings())
+    said = [record.getMessage() for record in caplog.records]
+    assert "these modules' weights do not respond to hyperparameters: middle" in said
+    trial = make(trainable, None, problem, **images_settings())
+    result = run_to_end(trial)[-1]
+    assert loaded_and_judged(problem, saved_by(trial, tmp_path)[1]).loss == result["best_val_loss"]
+
+
 def test_one_draw_for_a_minibatch_lets_dropout_have_any_shape():
     problem, settings = of_words("dropout on all"), words_settings(per_minibatch=("dropout",))
     assert run_to_end(make(DeltaSTN, None, problem, **settings))

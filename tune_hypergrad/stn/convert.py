@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.stn import attention, recurrent  # noqa: F401 (they register their rules)
 from tune_hypergrad.stn.layers import RULES, SelfTuningLayer
 from tune_hypergrad.stn.response import Perturbation
@@ -26,6 +26,7 @@ class SelfTuningNetwork(nn.Module):
         """What the layers see of the hyperparameters."""
         self.without_rule = without_rule
         """Names of the modules whose own parameters do not respond."""
+        self._always_evaluating = tuple(m for m in model.modules() if model.training and not m.training)
         self._of_responses = {
             f"{path}response.{name}"
             for path, layer in self._layers(remove_duplicate=False)
@@ -42,6 +43,17 @@ class SelfTuningNetwork(nn.Module):
         output: Tensor = self.model(*inputs)
         return output
 
+    def train(self, mode: bool = True) -> SelfTuningNetwork:
+        """Set the model's mode; modules that were in evaluation mode while the model was in training mode stay there.
+
+        Args:
+            mode: training, or evaluation.
+        """
+        super().train(mode)
+        for module in self._always_evaluating:
+            module.training = False
+        return self
+
     def call(self, inputs: Sequence[Any], factors: Mapping[str, Tensor]) -> Any:
         """The model's output with some weights, and their responses, multiplied by factors of their shapes.
 
@@ -49,15 +61,27 @@ class SelfTuningNetwork(nn.Module):
             inputs: the model's positional arguments.
             factors: by the plain model's names.
         """
-        if not factors:
+        with self.multiplied(factors):
             return self.model(*inputs)
+
+    @contextmanager
+    def multiplied(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run the body with these factors, as `call` does.
+
+        Taking gradients is such a body: checkpointed parts of a model run again for them.
+
+        Args:
+            factors: by the plain model's names.
+        """
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        changed = {name: parameters[name] * factor for name, factor in factors.items()}
+        changed = {id(parameters[name]): parameters[name] * factor for name, factor in factors.items()}
         for own, responses in self._responses():
             if own in factors:
                 for response, factor in zip(responses, factors[own].chunk(len(responses)), strict=True):
-                    changed[response] = parameters[response] * factor.reshape(parameters[response].shape)
-        return functional_call(self.model, changed, tuple(inputs))
+                    whole = parameters[response]
+                    changed[id(whole)] = whole * factor.reshape(whole.shape)
+        with _replaced(self.model, changed):
+            yield
 
     def _responses(self) -> Iterator[tuple[str, list[str]]]:
         """Names of parameters and of those with which they respond."""
@@ -109,46 +133,60 @@ class SelfTuningNetwork(nn.Module):
         return state
 
 
-def self_tuning(model: nn.Module, hyperparameters: int) -> SelfTuningNetwork:
+def self_tuning(model: nn.Module, hyperparameters: int, without_response: Collection[str] = ()) -> SelfTuningNetwork:
     """Convert a copy of a model.
 
     Layers that `RULES` knows respond, unless a parameter of theirs is frozen (`requires_grad=False`); parameters that
     are shared keep being shared, and so do their responses. Their names, attributes and the model's `forward` stay as
-    they are.
+    they are. A layer responds in its own forward only: where the model uses its weights elsewhere, as in
+    `F.linear(x, layer.weight)`, it has to be named in `without_response`, which `used_elsewhere` finds.
 
     Args:
         model: any module.
         hyperparameters: how many numbers the weights respond to.
+        without_response: names of layers that do not respond, among those of `responding_layers`.
 
     Raises:
-        InputError: no layer responds, or layers that share a parameter cannot share its response.
+        InputError: no layer responds, a name is unknown, or layers that share a parameter cannot share its response.
     """
     model = copy.deepcopy(model)
+    known = responding_layers(model)
+    for name in without_response:
+        if name not in known:
+            raise InputError(f"no layer {name!r} responds: {', '.join(known) or 'none'} can{did_you_mean(name, known)}")
+    chosen = {name: parts for name, parts in known.items() if name not in without_response}
+    if not chosen:
+        raise InputError(_nothing_responds(known))
+    responding = {part for parts in chosen.values() for part in parts}
+    without_rule = {
+        _named(name, module): module
+        for name, module in model.named_modules()
+        if module not in responding and any(p.requires_grad for p in module.parameters(recurse=False))
+    }
     perturbation = Perturbation()
     shared: dict[tuple[int, int], _Shared] = {}
-    without_rule: dict[str, nn.Module] = {}
-    within: set[nn.Module] = set()
-    for name, layer in list(model.named_modules()):
-        name = name or type(layer).__name__
-        if layer in within:
-            continue
-        rule = _rule(layer)
-        if rule is None:
-            if any(p.requires_grad for p in layer.parameters(recurse=False)):
-                without_rule[name] = layer
-            continue
-        layer.__class__ = rule
+    for name, (layer, *_) in chosen.items():
+        layer.__class__ = RULES[type(layer)]
         assert isinstance(layer, SelfTuningLayer)
-        within.update(layer.get_submodule(child) for child in layer.children_within)
         layer.begin_responding(layer.make_response(hyperparameters), perturbation)
         _share_responses(name, layer, shared)
-    if not shared:
-        raise InputError(
-            "the model has no layer whose weights can respond: use one of "
-            f"{', '.join(rule.__name__ for rule in RULES)}, or register a rule of your own"
-        )
     _refuse_half_responding(without_rule, shared)
     return SelfTuningNetwork(model, perturbation, tuple(without_rule))
+
+
+def responding_layers(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
+    """The layers of a model that can respond, by name: each with those children that respond as part of it."""
+    found: dict[str, tuple[nn.Module, ...]] = {}
+    within: set[nn.Module] = set()
+    for name, layer in model.named_modules():
+        rule = RULES.get(type(layer))
+        if layer in within or rule is None or not rule.applies_to(layer):
+            continue
+        parts = layer, *(layer.get_submodule(child) for child in rule.children_within)
+        if all(p.requires_grad for part in parts for p in part.parameters(recurse=False)):
+            found[_named(name, layer)] = parts
+            within.update(parts)
+    return found
 
 
 class _Shared(NamedTuple):
@@ -160,13 +198,21 @@ class _Shared(NamedTuple):
     scale: nn.Parameter
 
 
-def _rule(layer: nn.Module) -> type[SelfTuningLayer] | None:
-    """What a layer becomes: None if there is no rule for it, or a parameter that would respond is frozen."""
-    rule = RULES.get(type(layer))
-    if rule is None or not rule.applies_to(layer):
-        return None
-    parts = [layer, *(layer.get_submodule(child) for child in rule.children_within)]
-    return rule if all(p.requires_grad for part in parts for p in part.parameters(recurse=False)) else None
+def _named(name: str, module: nn.Module) -> str:
+    """What to call a module: the model itself has an empty name."""
+    return name or type(module).__name__
+
+
+def _nothing_responds(known: Collection[str]) -> str:
+    if known:
+        return (
+            f"no layer responds, since the model uses weights of {', '.join(known)} elsewhere than in these layers' "
+            "own forward: call the layers, or give other places parameters of their own"
+        )
+    return (
+        "the model has no layer whose weights can respond: use one of "
+        f"{', '.join(rule.__name__ for rule in RULES)}, or register a rule of your own"
+    )
 
 
 def _share_responses(name: str, layer: SelfTuningLayer, shared: dict[tuple[int, int], _Shared]) -> None:
@@ -203,3 +249,21 @@ def _refuse_half_responding(without_rule: Mapping[str, nn.Module], shared: Mappi
                     f"{first.layer!r} and {name!r} share {own!r}, which responds in the first only: give each a "
                     f"parameter of its own, or register a rule for {type(layer).__name__}"
                 )
+
+
+@contextmanager
+def _replaced(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Run the body with tensors in place of parameters, by these' identities, wherever the model has them."""
+    places: list[tuple[dict[str, Any], str, nn.Parameter | None]] = [
+        (module._parameters, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if id(p) in tensors
+    ]
+    try:
+        for parameters, name, p in places:
+            parameters[name] = tensors[id(p)]
+        yield
+    finally:
+        for parameters, name, p in places:
+            parameters[name] = p

@@ -202,9 +202,16 @@ class SelfTuningConvTranspose3d(_TransposedConvolution, nn.ConvTranspose3d):
 
 
 class SelfTuningEmbedding(SelfTuningLayer, nn.Embedding):
-    """`nn.Embedding` of indices of shape [examples, ...]; the rows respond, so that a tied output layer's rows do."""
+    """`nn.Embedding` of indices of shape [examples, ...]; the rows respond, so that a tied output layer's rows do.
+
+    Not with `max_norm`, which changes the weight in place, nor with gradients of its own.
+    """
 
     response: Response
+
+    @classmethod
+    def applies_to(cls, layer: nn.Module) -> bool:
+        return super().applies_to(layer) and layer.max_norm is None and not (layer.scale_grad_by_freq or layer.sparse)
 
     def make_response(self, hyperparameters: int) -> Response:
         return Response(self.weight, None, self.num_embeddings, hyperparameters)

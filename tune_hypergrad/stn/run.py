@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite, isnan, log
@@ -9,7 +10,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.errors import InputError, did_you_mean
@@ -18,9 +19,12 @@ from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.optimizers import get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.randomness import fold_seed
-from tune_hypergrad.stn.convert import self_tuning
+from tune_hypergrad.stn.buffers import load_buffers
+from tune_hypergrad.stn.convert import responding_layers, self_tuning
 from tune_hypergrad.stn.hyperparameters import TunedHyperparameter, TunedHyperparameters
 from tune_hypergrad.stn.steps import VARIANTS, response_inputs, training_gradients, validation_gradients
+from tune_hypergrad.stn.uses import used_elsewhere
+from tune_hypergrad.stn.verification import refuse_gradients_lost, refuse_inexact_linearisation, refuse_unlike_reported
 
 # What a draw is for, beside the inner loop's streams.
 _TRAINING_PERTURBATION, _VALIDATION_PERTURBATION = range(100, 102)
@@ -83,7 +87,7 @@ class Incumbent(NamedTuple):
     """Over the whole validation split."""
     values: dict[str, float]
     """The hyperparameters."""
-    weights: dict[str, Tensor]
+    weights: dict[str, Any]
     """A state dict of the plain model."""
 
 
@@ -139,7 +143,7 @@ class SelfTuningRun:
         # half precision is too coarse for what moves by small steps
         options: dict[str, Any] = {"dtype": torch.promote_types(loop.dtype, torch.float32), "device": loop.device}
         self.tuned = TunedHyperparameters(tuned, initial=settings.initial, scale=settings.scale, **options)
-        self.network = self_tuning(loop.model, len(self.tuned))
+        self.network = self_tuning(loop.model, len(self.tuned), self._used_elsewhere())
         self._general = self.network.general_parameters()
         self._responses = self.network.response_parameters()
         self._weights = [_as_views(self._general.values()), _as_views(self._responses.values())]
@@ -153,6 +157,31 @@ class SelfTuningRun:
         """Validation steps taken."""
         self.incumbent: Incumbent | None = None
         self.cost = Cost()
+
+    def verify(self) -> None:
+        """Try the network out on a batch; nothing of the run changes. Enter `loop.running()` around it.
+
+        Raises:
+            InputError: what is reported would not be what is trained, or a derivative not that of what is trained.
+        """
+        *x, target = self.loop.batch(0)
+        inputs = torch.randn(
+            self.loop.problem.batch_size, len(self.tuned), dtype=self.network.dtype, device=self.loop.device
+        )
+
+        def predict(model: nn.Module) -> Any:
+            return model(*copy.deepcopy(x))  # a model may write to its inputs
+
+        def predict_and_judge(model: nn.Module) -> Any:
+            output = predict(model)
+            return output, self.loop.problem.loss(output, target)
+
+        refuse_unlike_reported(self.network, self.loop.model, predict_and_judge, inputs[0])
+        refuse_gradients_lost(self.network, predict_and_judge, inputs)
+        if self.variant.linearised:
+            refuse_inexact_linearisation(self.network.train(), predict, inputs)
+        if self.settings.linearised_validation:
+            refuse_inexact_linearisation(self.network.eval(), predict, inputs)
 
     @property
     def done(self) -> bool:
@@ -227,9 +256,7 @@ class SelfTuningRun:
         with torch.no_grad():
             for flat, value in zip(self._weights, saved["weights"], strict=True):
                 flat.copy_(value)
-            buffers = dict(self.network.model.named_buffers())
-            for name, value in saved["buffers"].items():
-                buffers[name].copy_(value)
+            load_buffers(self.network.model, saved["buffers"])
             self.tuned.unconstrained.copy_(saved["tuned"][0])
             self.tuned.log_scales.copy_(saved["tuned"][1])
         self._slots = [tuple(slots) for slots in saved["slots"]]
@@ -237,6 +264,13 @@ class SelfTuningRun:
         self._path[: self.position] = saved["path"]
         self.incumbent = None if saved["incumbent"] is None else Incumbent(*saved["incumbent"])
         self.cost = Cost(*saved["cost"])
+
+    def _used_elsewhere(self) -> tuple[str, ...]:
+        """Layers that cannot respond, since the model uses their weights in other places."""
+        with self.loop.running():
+            batch = self.loop.batch(0)
+            self.loop.seed_model(0)
+            return used_elsewhere(self.loop.model, responding_layers(self.loop.model), batch[:-1])
 
     def _train(self) -> None:
         loop, step = self.loop, self.position
@@ -306,9 +340,14 @@ class SelfTuningRun:
         perturbations = torch.zeros_like(self.tuned.unconstrained)
         return response_inputs(self.network, self.tuned, self.variant, perturbations).detach()
 
-    def _plain_state_dict(self) -> dict[str, Tensor]:
+    def _plain_state_dict(self) -> dict[str, Any]:
         state = self.network.general_state_dict(self._present_inputs())
-        return {name: value.detach().clone() for name, value in state.items()}
+        return {name: _copied(value) for name, value in state.items()}
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an entry of a state dict, which may be a module's extra state and no tensor."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _is_finite(value: Any) -> bool:

@@ -6,21 +6,26 @@ STN: MacKay et al., "Self-Tuning Networks", ICLR 2019, algorithm 1. Centred STN 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from traceback import walk_tb
 from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tune_hypergrad.data import Batch
-from tune_hypergrad.errors import InputError
-from tune_hypergrad.objective import Objective
+from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.objective import Objective, Parameters
+from tune_hypergrad.stn.buffers import Buffers, copied_buffers, kept_buffers, put_buffers
 from tune_hypergrad.stn.convert import SelfTuningNetwork
 from tune_hypergrad.stn.hyperparameters import TunedHyperparameters
+from tune_hypergrad.stn.response import Perturbation
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ VARIANTS = {
     "delta-stn": Variant(centred=True, linearised=True),
 }
 """The methods by name."""
+
+OTHER_VARIANTS = "choose the variant stn or centered-stn, and linearised_validation=False"
 
 
 def response_inputs(
@@ -75,6 +82,9 @@ def training_gradients(
 
     Returns:
         By general parameters and by response parameters; those without influence are left out.
+
+    Raises:
+        InputError: the prediction cannot be linearised, where the variant does so.
     """
     general, responses = network.general_parameters(), network.response_parameters()
     perturbations = perturbations.detach()
@@ -83,21 +93,17 @@ def training_gradients(
         shared = response_inputs(network, tuned, variant, tuned.shared(perturbations))
         perturbed = {**(fixed or {}), **tuned.values(perturbations)}
         current = {**(fixed or {}), **tuned.values()}
+    at_shared, step = partial(network.parameters_at, shared), partial(_gradients_of_pass, network, objective, batch)
     if not variant.linearised:
-        *x, target = objective.transform(batch, perturbed)
-        with network.perturbation.set_to(inputs):
-            prediction = objective.predict(partial(network.call, x), general, perturbed)
-        loss = objective.loss(prediction, target, partial(network.parameters_at, shared), perturbed)
-        together = _gradients(loss, {**general, **responses})
+        together, buffers = step(perturbed, at_shared, {**general, **responses}, network.perturbation.set_to(inputs))
+        put_buffers(buffers)
         return _those(together, general), _those(together, responses)
     # the general weights' step comes first: it draws what a plain step draws, so that it can be replayed
-    *x, target = objective.transform(batch, current)
-    prediction = objective.predict(partial(network.call, x), general, current)
-    by_general = _gradients(objective.loss(prediction, target, lambda: general, current), general)
-    *x, target = objective.transform(batch, perturbed)
-    prediction = _linearised(network, inputs, lambda: objective.predict(partial(network.call, x), general, perturbed))
-    loss = objective.loss(prediction, target, partial(network.parameters_at, shared), perturbed)
-    return by_general, _gradients(loss, responses)
+    by_general, buffers = step(current, lambda: general, general, nullcontext())
+    # begins from the same buffers, which are those of the plain step in the end
+    by_responses, _ = step(perturbed, at_shared, responses, linearising(network, inputs))
+    put_buffers(buffers)
+    return by_general, by_responses
 
 
 def validation_gradients(
@@ -125,41 +131,136 @@ def validation_gradients(
 
     Returns:
         The validation loss, and the gradients by `tuned.unconstrained` and `tuned.log_scales`, of shapes [], [n], [n].
+
+    Raises:
+        InputError: the loss does not depend on the hyperparameters, or takes a loss in a linearised prediction's place.
     """
     *x, target = batch
     inputs = response_inputs(network, tuned, variant, perturbations)
-    if linearised:
-        output = _linearised(network, inputs, lambda: network(*x))
-    else:
-        with network.perturbation.set_to(inputs):
-            output = network(*x)
-    value = loss(output, target)
-    objective = value - entropy_weight * tuned.entropy()
-    by_hyperparameters, by_scales = torch.autograd.grad(objective, (tuned.unconstrained, tuned.log_scales))
+    perturbed = linearising(network, inputs) if linearised else network.perturbation.set_to(inputs)
+    with kept_buffers(network.model), perturbed:
+        value = _loss(network.perturbation, lambda output: loss(output, target), network(*x))
+        objective = value - entropy_weight * tuned.entropy()
+        by_hyperparameters, by_scales = gradients(objective, (tuned.unconstrained, tuned.log_scales))
+    if by_hyperparameters is None or by_scales is None:
+        raise InputError(
+            "the validation loss has no derivative by the hyperparameters: let a layer that responds run in evaluation "
+            "mode, and with gradients"
+        )
     return value.detach(), by_hyperparameters, by_scales
 
 
-def _linearised(network: SelfTuningNetwork, inputs: Tensor, predict: Callable[[], Any]) -> Any:
-    """Unperturbed predictions, constants, plus their change to first order in the weights' response.
+def _gradients_of_pass(
+    network: SelfTuningNetwork,
+    objective: Objective,
+    batch: Batch,
+    values: Mapping[str, Any],
+    at: Parameters,
+    parameters: Mapping[str, Tensor],
+    perturbed: AbstractContextManager[None],
+) -> tuple[dict[str, Tensor], Buffers]:
+    """The gradients of one regularised training loss, and the buffers after its forward pass.
+
+    What the prediction is made with stays in place until gradients have been taken: checkpointed parts of a model run
+    again for them.
+
+    Args:
+        network: keeps its buffers.
+        objective: the regularised training loss.
+        batch: inputs and, last, target.
+        values: the hyperparameters' values.
+        at: the parameters that penalties are of.
+        parameters: what to take gradients by.
+        perturbed: what sets the network's perturbation.
+    """
+    used: dict[str, Tensor] = {}
+
+    def call(factors: dict[str, Tensor]) -> Any:
+        used.update(factors)
+        return network.call(x, factors)
+
+    *x, target = objective.transform(batch, values)
+    with kept_buffers(network.model), perturbed:
+        prediction = objective.predict(call, network.general_parameters(), values)
+        buffers = copied_buffers(network.model)
+        loss = _loss(network.perturbation, lambda given: objective.loss(given, target, at, values), prediction)
+        with network.multiplied(used):
+            return _gradients_by_name(loss, parameters), buffers
+
+
+@contextmanager
+def linearising(network: SelfTuningNetwork, inputs: Tensor) -> Iterator[None]:
+    """For the body, the network's outputs are dual tensors: unperturbed, with their change as tangents.
 
     Args:
         network: what predicts.
         inputs: what responses are linear in.
-        predict: gives a pytree of tensors.
+
+    Raises:
+        InputError: torch has no forward-mode derivative of something in the body.
     """
-
-    def to_first_order(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            raise InputError(f"the model gives a {type(leaf).__name__}: a self-tuning network has to give tensors")
-        value, tangent = cast("tuple[Tensor, Tensor | None]", forward_ad.unpack_dual(leaf))
-        return value.detach() if tangent is None else value.detach() + tangent
-
-    with forward_ad.dual_level(), network.perturbation.set_to(inputs, linearised=True):
-        return tree_map(to_first_order, predict())
+    try:
+        with forward_ad.dual_level(), network.perturbation.set_to(inputs, linearised=True):
+            yield
+    except NotImplementedError as error:
+        raise InputError(no_forward_mode(error, network.model)) from error
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+def no_forward_mode(error: Exception, model: nn.Module) -> str:
+    """What to say of an exception in forward-mode differentiation of a model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    methods_of = (id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__))
+    innermost = [names[caller] for caller in methods_of if caller in names][-1:]
+    where = f"module {innermost[0]!r}" if innermost and innermost[0] else "the model"
+    return (
+        f"{where} has no forward-mode derivative, which a linearised prediction needs ({in_one_line(error)}): give "
+        f"autograd functions a jvp, do not compile, or {OTHER_VARIANTS}"
+    )
+
+
+def _loss(perturbation: Perturbation, loss: Callable[[Any], Tensor], prediction: Any) -> Tensor:
+    """The loss of a prediction, which is linearised before if the perturbation says so.
+
+    Raises:
+        InputError: of what is linearised, the loss takes something that is a loss itself.
+    """
+    if not perturbation.linearised:
+        return loss(prediction)
+    linearised = tree_map(_to_first_order, prediction)
+    value = loss(linearised)
+    assert perturbation.inputs is not None
+    examples = perturbation.inputs.shape[:-1].numel()
+    losses = [p for p in tree_leaves(linearised) if p.requires_grad and (p.ndim == 0 or p.numel() == 1 < examples)]
+    if losses and any(g is not None for g in torch.autograd.grad(value, losses, retain_graph=True, allow_unused=True)):
+        raise InputError(
+            f"the model gives a loss itself, of shape {list(losses[0].shape)}, which would be linearised in a "
+            f"prediction's place: return predictions and give Problem a loss, or {OTHER_VARIANTS}"
+        )
+    return value
+
+
+def _to_first_order(leaf: Any) -> Tensor:
+    """An unperturbed prediction, constant, plus its change to first order in the weights' response."""
+    if not isinstance(leaf, Tensor):
+        raise InputError(f"the model gives a {type(leaf).__name__}: a self-tuning network has to give tensors")
+    value, tangent = cast("tuple[Tensor, Tensor | None]", forward_ad.unpack_dual(leaf))
+    return value.detach() if tangent is None else value.detach() + tangent
+
+
+def gradients(value: Tensor, by: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of a value of shape [] by tensors that require them; None where it does not depend on one.
+
+    Checkpointed parts of a model, which run again meanwhile, find the caller's torch function modes in place:
+    `torch.autograd.grad` leaves them when it is given tensors, but not when it is given their edges.
+    """
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        get_gradient_edge(value), [get_gradient_edge(tensor) for tensor in by], allow_unused=True
+    )
+    return found
+
+
+def _gradients_by_name(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = gradients(loss, list(parameters.values()))
     return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
 
 

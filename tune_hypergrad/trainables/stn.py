@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError, in_one_line
@@ -79,6 +79,11 @@ class DeltaSTN(ProblemTrainable):
     replay on the plain network. Where a trial's config gives a tuned hyperparameter a value, it begins there;
     others it gives are held constant.
 
+    Layers whose weights the model uses elsewhere than in their own forward do not respond; a warning names them.
+    Predictions are linearised by forward-mode differentiation: a model that it does not see through (one that returns
+    its loss, or has `torch.no_grad` or an autograd function without `jvp` on its way) is refused, which `STN` and
+    `CenteredSTN` train.
+
     Source: Bae and Grosse, "Delta-STN: Efficient Bilevel Optimization for Neural Networks using Structured Response
     Jacobians", NeurIPS 2020.
     """
@@ -142,7 +147,7 @@ class DeltaSTN(ProblemTrainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         super().save_checkpoint(checkpoint_dir)
         if self.run.incumbent is not None:
-            weights = {name: weight.cpu() for name, weight in self.run.incumbent.weights.items()}
+            weights = tree_map_only(torch.Tensor, torch.Tensor.cpu, self.run.incumbent.weights)
             torch.save(weights, Path(checkpoint_dir) / BEST_WEIGHTS_FILE)
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,7 +159,7 @@ class DeltaSTN(ProblemTrainable):
 
 
 def _try_out(run: SelfTuningRun) -> None:
-    """A training and a validation step of a run that has no further use.
+    """Verify the network, and take a training and a validation step, of a run that has no further use.
 
     The batch is as large as nothing else in model and data, so that no other dimension passes for the examples.
 
@@ -169,6 +174,7 @@ def _try_out(run: SelfTuningRun) -> None:
         size = next((size for size in sizes if size not in taken), loop.problem.batch_size)
         loop.problem = loop.problem.replace(batch_size=size)
         try:
+            run.verify()
             run.advance(1)
         except Exception as error:
             said = error if isinstance(error, InputError) else in_one_line(error)
