@@ -29,6 +29,7 @@ from tune_hypergrad.figures import (
     part_of,
     weights,
 )
+from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.normalisation import IN_EVALUATION
 from tune_hypergrad.hypergradients.state import Buffers, State
@@ -200,8 +201,7 @@ class _Pass:
         pairs = [(output, g) for output, g in zip(outputs, cotangents, strict=True) if output.requires_grad]
         if not pairs:
             return [None] * len(self._leaves)
-        given = [output for output, _ in pairs], list(self._leaves.values()), [g for _, g in pairs]
-        return torch.autograd.grad(*given, allow_unused=True)
+        return gradients([output for output, _ in pairs], list(self._leaves.values()), [g for _, g in pairs])
 
     def _accumulate(self, gradients: Sequence[Tensor | None], factor: float) -> None:
         for total, gradient in zip(self._by_leaf.values(), gradients, strict=True):
@@ -274,7 +274,7 @@ class _Pass:
             with _recording(bool(self._leaves)):
                 value = part_of(as_mean(self._measures[LOSS](outputs, targets)), QuotientsOf(), _called(LOSS)).total
                 inputs = [*floating, *self._leaves.values()] if self._leaves else []
-                return value, list(torch.autograd.grad(value, inputs, allow_unused=True)) if inputs else []
+                return value, list(gradients([value], inputs)) if inputs else []
 
         value, gradients = self._within(judge)
         if self._leaves:

@@ -17,6 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
@@ -343,7 +344,7 @@ class InnerLoop:
         buffers = self.copies(state.buffers)
 
         def differentiate(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Any, ...]:
-            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            found = gradients([loss], list(named.values()))
             return loss.detach(), found, present()
 
         with torch.enable_grad():
@@ -393,9 +394,7 @@ class InnerLoop:
 
     def gradient_of(self, loss: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, frozenset[int]]:
         """Gradient [P] of a loss by parameters, itself differentiable, and the positions of those that have none."""
-        return self._together(
-            named, torch.autograd.grad(loss, list(named.values()), create_graph=True, allow_unused=True)
-        )
+        return self._together(named, gradients([loss], list(named.values()), create_graph=True))
 
     def update(
         self,
@@ -405,6 +404,7 @@ class InnerLoop:
         h: Mapping[str, Any],
         step: int,
         blocks: Sequence[Block] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> tuple[Tensor, Slots]:
         """The optimizer's update, gradient clipping included.
 
@@ -415,6 +415,7 @@ class InnerLoop:
             h: the tuned hyperparameters' values in force.
             step: the inner step.
             blocks: which parameters step; None: all, for which this is step `step`.
+            sizes: the parameters' numbers of elements, where these are not those of the model.
         """
         clip = self.settings.clip_gradient
         if clip is not None:
@@ -426,7 +427,7 @@ class InnerLoop:
         def of_block(params: Tensor, gradient: Tensor, slots: Slots, count: int) -> tuple[Tensor, Slots]:
             return self.optimizer.update(params, gradient, slots, values, count)
 
-        return update_blocks(of_block, blocks, self._sizes, params, gradient, slots)
+        return update_blocks(of_block, blocks, sizes or self._sizes, params, gradient, slots)
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
         """One plain training step."""

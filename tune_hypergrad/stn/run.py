@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.figures import as_mean
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.optimizers import get_optimizer
+from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.stn.buffers import load_buffers
@@ -95,7 +97,8 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
     """Refuse hyperparameters that a self-tuning network of this inner loop cannot tune.
 
     Raises:
-        InputError: nothing uses one of them, it is the optimizer's, or its range is more than its regulariser takes.
+        InputError: nothing uses one of them, it is the optimizer's, its range is more than its regulariser takes, or
+            the loss has parameters.
     """
     problem = loop.problem
     known = {**problem.regulariser_hyperparameters, **problem.train_loss_hyperparameters}
@@ -118,6 +121,11 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
                 f"regulariser takes {strength.lower:g} to {strength.upper:g}"
             )
     loop.check_names({definition.name: None for definition in tuned})
+    if loop.loss_parameters:
+        raise InputError(
+            f"the loss has parameters of its own ({', '.join(loop.loss_parameters)}), which a self-tuning network does "
+            "not train: move them into the model"
+        )
 
 
 class SelfTuningRun:
@@ -148,6 +156,7 @@ class SelfTuningRun:
         self._responses = self.network.response_parameters()
         self._weights = [_as_views(self._general.values()), _as_views(self._responses.values())]
         self._slots = [tuple(torch.zeros_like(flat) for _ in loop.optimizer.slots) for flat in self._weights]
+        self._counts = [(0,) * len(each) for each in (self._general, self._responses)]
         self._hyper_optimizer = get_optimizer(settings.hyper_optimizer)
         self._hyper_slots = tuple(torch.zeros(2 * len(self.tuned), **options) for _ in self._hyper_optimizer.slots)
         self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.settings.fixed), dtype=torch.float64)
@@ -174,7 +183,7 @@ class SelfTuningRun:
 
         def predict_and_judge(model: nn.Module) -> Any:
             output = predict(model)
-            return output, self.loop.problem.loss(output, target)
+            return output, as_mean(self.loop.problem.loss(output, target))
 
         refuse_unlike_reported(self.network, self.loop.model, predict_and_judge, inputs[0])
         refuse_gradients_lost(self.network, predict_and_judge, inputs)
@@ -242,6 +251,7 @@ class SelfTuningRun:
             "val_steps": self.val_steps,
             "weights": [flat.clone() for flat in self._weights],
             "slots": list(self._slots),
+            "counts": list(self._counts),
             "buffers": {name: buffer.clone() for name, buffer in self.network.model.named_buffers()},
             "tuned": (self.tuned.unconstrained.detach().clone(), self.tuned.log_scales.detach().clone()),
             "hyper_slots": self._hyper_slots,
@@ -260,6 +270,7 @@ class SelfTuningRun:
             self.tuned.unconstrained.copy_(saved["tuned"][0])
             self.tuned.log_scales.copy_(saved["tuned"][1])
         self._slots = [tuple(slots) for slots in saved["slots"]]
+        self._counts = [tuple(counts) for counts in saved["counts"]]
         self._hyper_slots = tuple(saved["hyper_slots"])
         self._path[: self.position] = saved["path"]
         self.incumbent = None if saved["incumbent"] is None else Incumbent(*saved["incumbent"])
@@ -289,9 +300,14 @@ class SelfTuningRun:
             ((self._general, gradients[0], {}), (self._responses, gradients[1], undecayed))
         ):
             gradient = torch.cat([found.get(name, torch.zeros_like(p)).reshape(-1) for name, p in parameters.items()])
+            without = {position for position, name in enumerate(parameters) if name not in found}
+            blocks, sizes = step_blocks(self._counts[index], without), [p.numel() for p in parameters.values()]
             with torch.no_grad():
-                weights, self._slots[index] = loop.update(self._weights[index], gradient, self._slots[index], h, step)
+                weights, self._slots[index] = loop.update(
+                    self._weights[index], gradient, self._slots[index], h, step, blocks, sizes
+                )
                 self._weights[index].copy_(weights)
+            self._counts[index] = counted(self._counts[index], without)
         self.position += 1
         gradients_spent = GRADIENTS_PER["delta_stn_step" if self.variant.linearised else "stn_step"]
         self.cost += Cost(
@@ -310,7 +326,7 @@ class SelfTuningRun:
             self.network,
             self.tuned,
             self.variant,
-            loop.problem.loss,
+            lambda output, target: as_mean(loop.problem.loss(output, target)),
             loop.val_batch(self.val_steps, size),
             self._perturbations(_VALIDATION_PERTURBATION, self.val_steps, size),
             entropy_weight=settings.entropy_weight,

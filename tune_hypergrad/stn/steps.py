@@ -6,7 +6,7 @@ STN: MacKay et al., "Self-Tuning Networks", ICLR 2019, algorithm 1. Centred STN 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,11 @@ from typing import Any, cast
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tune_hypergrad.data import Batch
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.objective import Objective, Parameters
 from tune_hypergrad.stn.buffers import Buffers, copied_buffers, kept_buffers, put_buffers
 from tune_hypergrad.stn.convert import SelfTuningNetwork
@@ -141,7 +141,7 @@ def validation_gradients(
     with kept_buffers(network.model), perturbed:
         value = _loss(network.perturbation, lambda output: loss(output, target), network(*x))
         objective = value - entropy_weight * tuned.entropy()
-        by_hyperparameters, by_scales = gradients(objective, (tuned.unconstrained, tuned.log_scales))
+        by_hyperparameters, by_scales = gradients([objective], (tuned.unconstrained, tuned.log_scales))
     if by_hyperparameters is None or by_scales is None:
         raise InputError(
             "the validation loss has no derivative by the hyperparameters: let a layer that responds run in evaluation "
@@ -180,7 +180,7 @@ def _gradients_of_pass(
         return network.call(x, factors)
 
     *x, target = objective.transform(batch, values)
-    with kept_buffers(network.model), perturbed:
+    with kept_buffers(network.model), perturbed, objective.acting(values):
         prediction = objective.predict(call, network.general_parameters(), values)
         buffers = copied_buffers(network.model)
         loss = _loss(network.perturbation, lambda given: objective.loss(given, target, at, values), prediction)
@@ -247,20 +247,8 @@ def _to_first_order(leaf: Any) -> Tensor:
     return value.detach() if tangent is None else value.detach() + tangent
 
 
-def gradients(value: Tensor, by: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of a value of shape [] by tensors that require them; None where it does not depend on one.
-
-    Checkpointed parts of a model, which run again meanwhile, find the caller's torch function modes in place:
-    `torch.autograd.grad` leaves them when it is given tensors, but not when it is given their edges.
-    """
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        get_gradient_edge(value), [get_gradient_edge(tensor) for tensor in by], allow_unused=True
-    )
-    return found
-
-
 def _gradients_by_name(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = gradients(loss, list(parameters.values()))
+    found = gradients([loss], list(parameters.values()))
     return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
 
 

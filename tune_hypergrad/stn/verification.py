@@ -14,11 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.randomness import seed_everything
 from tune_hypergrad.stn.buffers import kept_buffers
 from tune_hypergrad.stn.convert import SelfTuningNetwork
 from tune_hypergrad.stn.layers import SelfTuningLayer
-from tune_hypergrad.stn.steps import OTHER_VARIANTS, gradients, linearising, no_forward_mode
+from tune_hypergrad.stn.steps import OTHER_VARIANTS, linearising, no_forward_mode
 
 Evaluate = Callable[[nn.Module], Any]
 """Gives a pytree with tensors from a model, or from a network as from a model."""
@@ -213,7 +214,7 @@ def _gradient(value: Tensor, by: Tensor) -> Tensor:
     """The gradient by a tensor, zero where there is none."""
     if not value.requires_grad:
         return torch.zeros_like(by)
-    (gradient,) = gradients(value, [by])
+    (gradient,) = gradients([value], [by])
     return torch.zeros_like(by) if gradient is None else gradient
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients import InnerLoop
+from tune_hypergrad.hypergradients.verification import check_training
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.stn.hyperparameters import tuned_hyperparameters
@@ -104,6 +105,8 @@ class DeltaSTN(ProblemTrainable):
         if settings.val_steps and first > settings.steps:
             said = "a run of %d steps, whose first validation step is after %d, tunes nothing: lower warm_up"
             _logger.warning(said, settings.steps, first)
+        if check:
+            check_training(run.loop)
         _try_out(run)
 
     def begin(self, settings: SelfTuningTrialSettings, hyperparameters: dict[str, Any]) -> None:
