@@ -30,8 +30,6 @@ def gradients(
     Returns:
         One for each input, None where no output depends on it.
     """
-    edges = [[get_gradient_edge(tensor) for tensor in tensors] for tensors in (outputs, inputs)]
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        *edges, cotangents, create_graph=create_graph, allow_unused=True
-    )
-    return found
+    ends = [get_gradient_edge(tensor) for tensor in outputs]
+    begins = [get_gradient_edge(tensor) for tensor in inputs]
+    return torch.autograd.grad(ends, begins, cotangents, create_graph=create_graph, allow_unused=True)
