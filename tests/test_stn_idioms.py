@@ -495,13 +495,18 @@ def test_what_is_saved_for_gradients_of_a_linearised_prediction_has_no_tangents(
     """Else, backpropagation would carry tangents along that nobody asks for."""
     network = self_tuning(Net(EXACT["called"]), N)
     _, (x, _), perturbations = settings(network)
+    responses = {id(p) for p in network.response_parameters().values()}
     saved = []
-    with linearising(network, perturbations.requires_grad_()):
-        nodes = [forward_ad.unpack_dual(network(x)).tangent.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-            nodes += [each for each, _ in node.next_functions if each is not None]
+
+    def leads_to_responses(node):
+        further = [leads_to_responses(each) for each, _ in node.next_functions if each is not None]
+        if not any(further):
+            return id(getattr(node, "variable", None)) in responses
+        saved.extend(getattr(node, name) for name in dir(node) if name.startswith("_saved_"))
+        return True
+
+    with linearising(network, perturbations):
+        assert leads_to_responses(forward_ad.unpack_dual(network(x)).tangent.grad_fn)
         tensors = [each for each in saved if isinstance(each, torch.Tensor)]
         assert len(tensors) > 10
         assert all(forward_ad.unpack_dual(each).tangent is None for each in tensors)
