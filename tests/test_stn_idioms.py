@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
@@ -24,6 +25,7 @@ from tune_hypergrad.stn import (
     training_gradients,
     validation_gradients,
 )
+from tune_hypergrad.stn.steps import linearising
 from tune_hypergrad.stn.verification import refuse_gradients_lost, refuse_inexact_linearisation, refuse_unlike_reported
 
 F64 = torch.float64
@@ -487,6 +489,27 @@ def test_checkpointed_batch_norm_counts_a_batch_once(variant):
         found[-1] += (dict(network.model.named_buffers()),)
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
     assert found[0][2]["norm.num_batches_tracked"] == 1
+
+
+def test_what_is_saved_for_gradients_of_a_linearised_prediction_has_no_tangents():
+    """Else, backpropagation would carry tangents along that nobody asks for."""
+    network = self_tuning(Net(EXACT["called"]), N)
+    _, (x, _), perturbations = settings(network)
+    responses = {id(p) for p in network.response_parameters().values()}
+    saved = []
+
+    def leads_to_responses(node):
+        further = [leads_to_responses(each) for each, _ in node.next_functions if each is not None]
+        if not any(further):
+            return id(getattr(node, "variable", None)) in responses
+        saved.extend(getattr(node, name) for name in dir(node) if name.startswith("_saved_"))
+        return True
+
+    with linearising(network, perturbations):
+        assert leads_to_responses(forward_ad.unpack_dual(network(x)).tangent.grad_fn)
+        tensors = [each for each in saved if isinstance(each, torch.Tensor)]
+        assert len(tensors) > 10
+        assert all(forward_ad.unpack_dual(each).tangent is None for each in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

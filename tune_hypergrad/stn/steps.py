@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tune_hypergrad.data import Batch
@@ -192,6 +193,8 @@ def _gradients_of_pass(
 def linearising(network: SelfTuningNetwork, inputs: Tensor) -> Iterator[None]:
     """For the body, the network's outputs are dual tensors: unperturbed, with their change as tangents.
 
+    Gradients can be taken within, of the tangents: what is saved for them has no tangents of its own.
+
     Args:
         network: what predicts.
         inputs: what responses are linear in.
@@ -200,7 +203,12 @@ def linearising(network: SelfTuningNetwork, inputs: Tensor) -> Iterator[None]:
         InputError: torch has no forward-mode derivative of something in the body.
     """
     try:
-        with forward_ad.dual_level(), network.perturbation.set_to(inputs, linearised=True):
+        with (
+            forward_ad.dual_level(),
+            # else, backpropagation would carry tangents along, at twice the cost
+            saved_tensors_hooks(Tensor.detach, lambda saved: saved),
+            network.perturbation.set_to(inputs, linearised=True),
+        ):
             yield
     except NotImplementedError as error:
         raise InputError(no_forward_mode(error, network.model)) from error
