@@ -449,18 +449,19 @@ class InnerLoop:
     def evaluate(
         self, state: State, which: str = "val", *, gradient: bool = False, examples: int | None = None, draw: int = 0
     ) -> Evaluation:
-        """Mean loss and metrics over a split, in evaluation mode; with `gradient`, the loss's by the weights as well.
+        """Loss and metrics of a split, in evaluation mode; with `gradient`, the loss's by the weights as well.
 
         Args:
             which: "train", "val" or "test".
-            examples: how many examples to take, drawn from (seed, `draw`); None for the whole split.
+            examples: how many examples to take, drawn from (seed, `draw`), and these without metrics, which few
+                examples may not have; None for the whole split.
         """
         split = self.split(which)
         sample, size = self._sample(split, draw, examples), self.problem.eval_batch_size
         total = len(split) if sample is None else len(sample)
         ends = [(start, min(start + size, total)) for start in range(0, total, size)]
         batches = [slice(*pair) if sample is None else sample[slice(*pair)] for pair in ends]
-        return self._evaluator.evaluate(state, which, batches, gradient=gradient)
+        return self._evaluator.evaluate(state, which, batches, gradient=gradient, metrics=sample is None)
 
     def seed_evaluation(self) -> None:
         """Seed the global generators for what an evaluation draws."""
