@@ -131,7 +131,10 @@ class ForwardRun(HypergradientRun):
         self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int
     ) -> tuple[Tensor, Tensor, frozenset[int], Buffers]:
         """Training gradient [P], its tangents [k, P] along `dparams` [k, P] and `dh` (each [k]), the positions of
-        parameters without a gradient, and the buffers; moves the tangents of the buffers."""
+        parameters without a gradient, and the buffers; moves the tangents of the buffers.
+
+        A step that changes a buffer for the first time is done again with the buffer's tangents, which were zero.
+        """
         loop, state, batch = self.loop, self.state, self.loop.batch(step)
         of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
         moved = {name: state.buffers[name] for name in loop.differentiated(state.buffers)}
@@ -156,6 +159,7 @@ class ForwardRun(HypergradientRun):
         # one dropout mask for all columns: they are tangents of the same step
         batched = vmap(tangent, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
         dgradient, dbuffers = torch.empty_like(dparams), self._tangents_of(moved)
+        dafter = {name: torch.empty_like(tangents[: len(dparams)]) for name, tangents in dbuffers.items()}
         gradient, buffers = state.params, state.buffers
         for start in range(0, len(dparams), self.columns_at_once):
             chunk = slice(start, min(start + self.columns_at_once, len(dparams)))
@@ -164,7 +168,11 @@ class ForwardRun(HypergradientRun):
                 dparams[chunk], given, {name: dh[name][chunk] for name in of_loss}
             )
             for name, tangents in after.items():
-                dbuffers[name][chunk] = tangents
+                dafter[name][chunk] = tangents
+        if loop.note_changes(others, buffers):
+            return self._gradient_tangents(h, dparams, dh, step)
+        for name, tangents in dafter.items():
+            dbuffers[name][: len(dparams)] = tangents
         without = frozenset(range(len(state.counts))) - with_gradient
         return gradient, dgradient, without, buffers
 

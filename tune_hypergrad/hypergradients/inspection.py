@@ -207,11 +207,17 @@ class _Inspection:
     def _fault_of(self, noting: Callable[[Conversions], Tensor]) -> str | None:
         """Numbers that leave torch and matter, and functions of the program's own whose derivatives are wrong."""
         conversions = Conversions(self._sites.here)
-        with self._sites.watched(), _applications(self._sites.here) as applications:
-            value = noting(conversions)
+        try:
+            with self._sites.watched(), _applications(self._sites.here) as applications:
+                value = noting(conversions)
+        except Exception:
+            return None  # what fails, the trial of a mode tells
         for index, place in enumerate(conversions.places[:_LISTED_CONVERSIONS]):
-            with self._sites.watched():
-                moved = noting(Conversions(self._sites.here, moved=index))
+            try:
+                with self._sites.watched():
+                    moved = noting(Conversions(self._sites.here, moved=index))
+            except Exception:
+                continue  # such as an assertion about the number
             if not torch.equal(moved, value) and not bool(value.isnan()):
                 return (
                     f"{place} makes a Python or NumPy number of a tensor that depends on what is tuned or trained, so "

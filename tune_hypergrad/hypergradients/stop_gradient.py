@@ -170,7 +170,7 @@ class DifferentiableStops(Substituting):
 
     def _set_data(self, tensor: Tensor, value: Tensor) -> None:
         with torch.enable_grad():
-            tensor.copy_(self._stop(value))
+            _overwrite(tensor, self._stop(value))
 
     def _gumbel_softmax(
         self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
@@ -194,6 +194,7 @@ class ForwardStops(Substituting):
             {
                 **further,
                 **dict.fromkeys(DETACHING, self._stop),
+                _SET_DATA: self._set_data,
                 F.gumbel_softmax: self._gumbel_softmax,
             }
         )
@@ -202,6 +203,9 @@ class ForwardStops(Substituting):
         if id(tensor) in self._state or not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
         return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _set_data(self, tensor: Tensor, value: Tensor) -> None:
+        _overwrite(tensor, self._stop(value))
 
     def _gumbel_softmax(
         self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
@@ -230,6 +234,13 @@ def writes(function: Callable[..., Any]) -> bool:
     """Whether a torch function changes its first argument."""
     name = getattr(function, "__name__", "")
     return function in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _overwrite(tensor: Tensor, value: Tensor) -> None:
+    """What an assignment to `.data` does to the values."""
+    if tensor.shape != value.shape or tensor.dtype != value.dtype:
+        raise RuntimeError("an assignment to .data that changes a tensor's shape or type has no derivative")
+    tensor.copy_(value)
 
 
 def _identity(tensor: Tensor) -> Tensor:
