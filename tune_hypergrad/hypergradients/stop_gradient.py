@@ -13,7 +13,7 @@ and the gradient of a validation loss, which is no part of a step, passes throug
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,14 +72,14 @@ class Conversions:
 
     Args:
         where: gives the place in the program.
-        moved: which of the conversions gives a number that is a little off; None for none. Where the loss then is
-            another one, it depends on the number.
+        moved: which of the conversions, counted from 0, give numbers that are a little off. Where the loss then is
+            another one, it depends on them.
     """
 
     present: Conversions | None = None
     """Those that are noted now."""
 
-    def __init__(self, where: Callable[[], str], moved: int | None = None) -> None:
+    def __init__(self, where: Callable[[], str], moved: Container[int] = ()) -> None:
         self._where, self._moved = where, moved
         self.places: list[str] = []
 
@@ -95,7 +95,7 @@ class Conversions:
     def note(self, result: Any) -> Any:
         """What a conversion gives."""
         self.places.append(self._where())
-        return _moved(result) if len(self.places) - 1 == self._moved else result
+        return _moved(result) if len(self.places) - 1 in self._moved else result
 
 
 class StopGradient(Function):
