@@ -117,6 +117,15 @@ def can_be_cut(tree: Any, examples: int) -> bool:
     return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == examples for leaf in leaves)
 
 
+def can_be_joined(tree: Any, other: Any) -> bool:
+    """Whether trees of one structure hold tensors that differ in their first dimension at the most."""
+    leaves, others = tree_leaves(tree), tree_leaves(other)
+    return len(leaves) == len(others) and all(
+        isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim > 0 and a.shape[1:] == b.shape[1:]
+        for a, b in zip(leaves, others, strict=True)
+    )
+
+
 def cut(tree: Any, begin: int, end: int) -> Any:
     """The examples from `begin` to before `end` of a tree of tensors that can be cut."""
     return tree_map(lambda leaf: leaf[begin:end], tree)

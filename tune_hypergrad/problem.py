@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.figures import as_mean, detached, is_accumulating
+from tune_hypergrad.figures import QuotientsOf, as_mean, detached, is_accumulating, is_of_whole_split, part_of
 from tune_hypergrad.objective import Objective, Parameters, strengths
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 from tune_hypergrad.regularisers import Regulariser, Strength
@@ -219,32 +219,36 @@ class Problem:
         inputs, target = batch[:-1], batch[-1]
         shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in inputs)
         model.train(split.name == "train")
-        output = _attempt(f"the model's forward on a {split.name} batch of shape {shapes}", model, *inputs)
-        loss = _attempt(f"loss on a {split.name} batch", self._loss_of_check, output, target)
+        with QuotientsOf() as quotients:
+            output = _attempt(f"the model's forward on a {split.name} batch of shape {shapes}", model, *inputs)
+            value = _attempt(f"loss on a {split.name} batch", self._loss_of_check, output, target)
+        loss = as_mean(value)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             raise InputError("loss(output, target) must give a scalar tensor, the mean over the batch, or (sum, count)")
-        if not bool(torch.isfinite(loss)):
+        # all of a batch's targets may be ignored
+        if not bool(torch.isfinite(loss)) and part_of(value, quotients, "the loss").divisor != 0:
             raise InputError(
                 f"loss on a {split.name} batch is {loss.item()} for the untrained model: check data and loss"
             )
         for name, metric in self.metrics.items():
-            _attempt(f"metric {name!r} on a {split.name} batch", _measured, metric, detached(output), target)
+            if size == len(split) or not is_of_whole_split(metric):
+                _attempt(f"metric {name!r} on a {split.name} batch", _measured, metric, detached(output), target)
 
     def _loss_of_check(self, output: Any, target: Any) -> Any:
         """The loss, unless output and target are of shapes that broadcast to nonsense."""
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Using a target size")  # torch's own words for it
             try:
-                loss = as_mean(self.loss(output, target))
+                value = self.loss(output, target)
             except UserWarning:
-                loss = None
-        if loss is None or _broadcasts(self.loss, loss, output, target):
+                value = None
+        if value is None or _broadcasts(self.loss, as_mean(value), output, target):
             raise InputError(
                 f"the model's output has shape {tuple(output.shape)} and the target {tuple(target.shape)}, so that the "
                 "loss compares every example with every other: give both the same shape, such as "
                 "`output.squeeze(1)` or `target[:, None]`"
             )
-        return loss
+        return value
 
     def _check_regularised_step(self, model: nn.Module, reference: Tensor) -> None:
         """One training prediction, its loss and its gradient, with every regulariser at work."""

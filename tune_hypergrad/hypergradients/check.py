@@ -276,7 +276,7 @@ def _reduced(problem: Problem, examples: int | None) -> Problem:
     val: Any = tuple(t[:size] for t in split.tensors) if split.tensors else Subset(split.dataset, range(size))  # type: ignore[arg-type]
     batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
     model = partial(_double, problem.model)
-    return problem.replace(model=model, val=val, test=None, batch_size=batch_size, eval_batch_size=size)
+    return problem.replace(model=model, val=val, test=None, metrics={}, batch_size=batch_size, eval_batch_size=size)
 
 
 def _double(factory: Any) -> nn.Module:

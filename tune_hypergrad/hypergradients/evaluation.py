@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +21,7 @@ from tune_hypergrad.figures import (
     agree,
     as_mean,
     can_be_cut,
+    can_be_joined,
     cut,
     detached,
     figure,
@@ -40,6 +42,13 @@ if TYPE_CHECKING:
 
 LOSS = "loss"
 """How the loss is called among the measures; metrics have names of their own."""
+_ENOUGH = 8
+"""Batches whose parts had to agree, with values that differed, before a measure is known to be a mean."""
+
+_Comparison = tuple[str, tuple[Part, int], list[tuple[Part, int]]]
+"""A measure's name, its part of the figure from some examples and their number, and the same from two parts of them."""
+_Single = tuple[Batch, Any]
+"""A batch of one example, and its output where that can be put together with others."""
 
 
 class Evaluation(NamedTuple):
@@ -56,8 +65,9 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """Evaluates weights of an inner loop, and finds out which of its measures are means over examples.
 
-    In the first evaluation of a split in several batches, every batch's value is compared with those of its parts. A
-    measure that is no mean is evaluated at once, on the outputs of the whole split.
+    In the first evaluations of a split in several batches, every batch's value is compared with those of its parts. A
+    measure that is no mean is evaluated at once, on the outputs of the whole split. Parts of one value, such as an F1
+    of 0 before the model has learned to find anything, tell nothing.
     """
 
     def __init__(self, loop: InnerLoop) -> None:
@@ -65,10 +75,16 @@ class Evaluator:
         self._measures: dict[str, Measure] = {**loop.problem.metrics, LOSS: loop.problem.loss}
         marked = {name for name, measure in self._measures.items() if is_of_whole_split(measure)}
         self._whole = {which: set(marked) for which in ("train", "val", "test")}
-        self._tested: set[str] = set()
+        self._telling: dict[str, Counter[str]] = {which: Counter() for which in self._whole}
 
     def evaluate(
-        self, state: State, which: str, batches: Sequence[Tensor | slice], *, gradient: bool = False
+        self,
+        state: State,
+        which: str,
+        batches: Sequence[Tensor | slice],
+        *,
+        gradient: bool = False,
+        metrics: bool = True,
     ) -> Evaluation:
         """Loss and metrics over batches of a split, in evaluation mode.
 
@@ -77,22 +93,24 @@ class Evaluator:
             which: "train", "val" or "test".
             batches: indices of the examples of each batch.
             gradient: whether to differentiate the loss.
+            metrics: whether to evaluate them.
 
         Raises:
             InputError: a measure gives no number; or it is no mean over examples, and the model's outputs cannot be
                 put together over batches, or do not fit the memory.
         """
         several = len(batches) > 1  # one batch is the whole
-        test = several and which not in self._tested
+        measures = self._measures if metrics else {LOSS: self._measures[LOSS]}
+        telling = self._telling[which]
+        unknown = {name for name in measures if telling[name] < _ENOUGH} if several else set()
         while True:
-            whole = self._whole[which] if several else set()
-            one = _Pass(self._loop, self._measures, whole, self._loop.split(which), batches, state, gradient=gradient)
-            no_means = one.run(test=test)
+            whole = self._whole[which] & set(measures) if several else set()
+            one = _Pass(self._loop, measures, whole, self._loop.split(which), batches, state, gradient=gradient)
+            no_means = one.run(unknown - whole)
             if not no_means:
                 break
             self._whole[which] |= no_means
-        if several:
-            self._tested.add(which)
+        telling.update(one.telling)
         return one.result()
 
 
@@ -125,15 +143,18 @@ class _Pass:
         self._declared: set[str] = set()  # those that give (sum, count) of their own accord
         self._gradients: list[Sequence[Tensor | None]] = []
         self._outputs: list[tuple[Any, Any]] = []
+        self._single: _Single | None = None
+        self.telling: Counter[str] = Counter()
+        """By measure, batches whose parts have agreed though their values differ."""
 
-    def run(self, *, test: bool) -> set[str]:
-        """Go through the batches; returns measures that turned out to be no means over examples."""
+    def run(self, unknown: Set[str]) -> set[str]:
+        """Go through the batches; returns those of the `unknown` measures that are no means over examples."""
         for metric in self._accumulating.values():
             metric.reset()  # type: ignore[attr-defined]
         self._loop.seed_evaluation()
         for chosen in self._batches:
             batch = self._read(chosen)
-            no_means: set[str] = self._within(partial(self._judge, batch, test=test))
+            no_means: set[str] = self._within(partial(self._judge, batch, unknown))
             if no_means:
                 return no_means
         return set()
@@ -167,8 +188,8 @@ class _Pass:
         buffers = self._loop.copies({name: self._tensors[name] for name in self._buffers})
         return self._loop.within({**self._tensors, **buffers}, body, training=False)
 
-    def _judge(self, batch: Batch, *, test: bool) -> set[str]:
-        """Everything that one batch adds; returns measures that are no means over its examples."""
+    def _judge(self, batch: Batch, unknown: Set[str]) -> set[str]:
+        """Everything that one batch adds; returns those of the `unknown` measures that are no means of it."""
         target, examples, quotients = batch[-1], _length(batch), QuotientsOf()
         now = LOSS not in self._whole
         with _recording(now and bool(self._leaves)):
@@ -188,7 +209,7 @@ class _Pass:
                 metric.update(output, target)  # type: ignore[attr-defined]
             if self._whole:
                 self._keep(output, target, examples)
-            return self._no_means(batch, output) if test else set()
+            return self._no_means(batch, output, unknown)
 
     def _measure(self, name: str, output: Any, target: Any, quotients: QuotientsOf) -> Part:
         with quotients:
@@ -208,22 +229,27 @@ class _Pass:
             if gradient is not None:
                 total.add_(gradient, alpha=factor)
 
-    def _no_means(self, batch: Batch, output: Any) -> set[str]:
-        """Measures whose figures are not what two parts of a batch make together."""
-        examples, target = _length(batch), batch[-1]
-        latest = {name: parts[-1] for name, parts in self._parts.items() if name not in self._declared}
-        ends = (0, examples // 3), (examples // 3, examples)
-        if not latest or examples < 3 or not _is_finite(output):
+    def _no_means(self, batch: Batch, output: Any, unknown: Set[str]) -> set[str]:
+        """Those of the `unknown` measures whose figures are not what two parts of a batch make together."""
+        names = [name for name in self._parts if name in unknown - self._declared]
+        together = can_be_cut((output, batch[-1]), _length(batch))
+        previous, self._single = self._single, None
+        if not names or not _is_finite(output):
             return set()
-        together = can_be_cut((output, target), examples)
-        parts = [self._part_of_batch(batch, output, begin, end, together) for begin, end in ends]
-        sizes = [end - begin for begin, end in ends]
         precision = torch.finfo(self._loop.dtype).eps
+        if _length(batch) > 1:
+            comparisons = self._with_parts(names, batch, output, together)
+        else:
+            self._single = (batch, output if together else ())
+            comparisons = self._with_previous(names, previous, self._single)
         found = set()
-        for name, whole in latest.items():
-            values = [self._attempt(name, *part) for part in parts]
-            if not agree(figure([whole]), figure(list(zip(values, sizes, strict=True))), precision):
+        for name, whole, parts in comparisons:
+            if whole[0].divisor == 0:
+                continue  # nothing in this batch counts
+            if not agree(figure([whole]), figure(parts), precision):
                 found.add(name)
+            elif not agree(figure(parts[:1]), figure(parts[1:]), precision):
+                self.telling[name] += 1
         if found and not together:
             raise InputError(
                 f"{_called(min(found))} is no mean over the examples of a {self._split.name} batch, and the model's "
@@ -232,15 +258,32 @@ class _Pass:
             )
         return found
 
-    def _part_of_batch(
-        self, batch: Batch, output: Any, begin: int, end: int, together: bool
-    ) -> tuple[Any, Any, QuotientsOf]:
-        """Output and target of some of a batch's examples, and the cross entropies that the model has taken."""
-        inputs, quotients = cut(batch, begin, end), QuotientsOf()
-        if together:
-            return cut(output, begin, end), inputs[-1], quotients
-        with quotients:
-            return detached(self._loop.model(*inputs[:-1])), inputs[-1], quotients
+    def _with_parts(self, names: list[str], batch: Batch, output: Any, together: bool) -> Iterator[_Comparison]:
+        """Some measures of a batch, and of two parts of it."""
+        examples = _length(batch)
+        middle = max(1, examples // 3)
+        parts = []
+        for begin, end in (0, middle), (middle, examples):
+            inputs, quotients = cut(batch, begin, end), QuotientsOf()
+            own = cut(output, begin, end) if together else self._output(inputs, quotients)
+            parts.append((own, inputs[-1], quotients, end - begin))
+        for name in names:
+            yield name, self._parts[name][-1], [(self._attempt(name, *part), size) for *part, size in parts]
+
+    def _with_previous(self, names: list[str], previous: _Single | None, single: _Single) -> Iterator[_Comparison]:
+        """Some measures of two batches of one example as one batch, if they can be that, and of each."""
+        if previous is None or not can_be_joined(previous, single):
+            return
+        quotients = QuotientsOf()
+        batch, output = joined([previous, single])
+        if not tree_leaves(output):
+            output = self._output(batch, quotients)
+        for name in names:
+            yield name, (self._attempt(name, output, batch[-1], quotients), 2), self._parts[name][-2:]
+
+    def _output(self, batch: Batch, quotients: QuotientsOf) -> Any:
+        with quotients:  # not detached: another tensor would not be known for a cross entropy
+            return self._loop.model(*batch[:-1])
 
     def _attempt(self, name: str, output: Any, target: Any, quotients: QuotientsOf) -> Part:
         """A measure's value for a part of a batch; NaN where it has none, such as a ranking of one class."""

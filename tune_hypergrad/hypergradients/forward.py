@@ -135,17 +135,17 @@ class ForwardRun(HypergradientRun):
         loop, buffers = self.loop, self.state.buffers
         if not loop.knows_moving:
             loop.training(self.state, h, step)
-        may_move = {name for name, buffer in buffers.items() if has_derivatives(buffer)} - loop.moving
+        still = {n: buffer for n, buffer in buffers.items() if n not in loop.moving and has_derivatives(buffer)}
         try:
             found, after = self._differentiate(h, dparams, dh, step)
+            moved_late = loop.note_changes(still, found[3])
         except RuntimeError:
-            late = may_move  # torch.func does not let a tensor without tangents be overwritten by one that has them
-            if not late:
+            if not still:
                 raise
-        else:
-            late = {name for name in may_move if not torch.equal(found[3][name], buffers[name])}
-        if late:
-            loop.moving |= late
+            # torch.func lets nothing that has tangents be written to a tensor that has none
+            loop.moving |= set(still)
+            moved_late = True
+        if moved_late:
             found, after = self._differentiate(h, dparams, dh, step)
         for name, tangents in after.items():
             self.tangent_buffers[name][: len(dparams)] = tangents

@@ -23,6 +23,7 @@ from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
 from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
+from tune_hypergrad.hypergradients.substitution import DataWrites
 from tune_hypergrad.hypergradients.supported import refuse_unsupported, twice_differentiable
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
@@ -347,11 +348,14 @@ class InnerLoop:
             found = gradients([loss], list(named.values()))
             return loss.detach(), found, present()
 
-        with torch.enable_grad():
-            before = {name: buffer._version for name, buffer in buffers.items()}
+        with torch.enable_grad(), DataWrites(buffers.values()).noted() as writes:
+            versions = {name: buffer._version for name, buffer in buffers.items()}
             loss, found, after = self.at_training_loss(named, buffers, h, self.batch(step), step, differentiate)
         gradient, without = self._together(named, found)
-        self.moving |= {n for n in after if self._is_changed(n, state.buffers[n], buffers[n], before[n], after[n])}
+        traceless = {name for name, buffer in buffers.items() if writes.have_changed(buffer)}
+        traced = {name for name, buffer in buffers.items() if after[name] is not buffer}
+        traced |= {name for name, buffer in buffers.items() if buffer._version != versions[name]}
+        self._note_moving(traced | traceless, state.buffers, after)
         self.knows_moving = True
         kept = {name: after[name].detach() if name in self.moving else buffer for name, buffer in state.buffers.items()}
         return Training(loss, gradient, without, kept)
@@ -361,28 +365,32 @@ class InnerLoop:
         fixed = self._frozen - self.moving if self.knows_moving else set()
         return {name: buffer if name in fixed else buffer.clone() for name, buffer in buffers.items()}
 
-    def _is_changed(self, name: str, before: Tensor, given: Tensor, version: int, after: Tensor) -> bool:
-        """Whether a step has changed a buffer.
+    def note_changes(self, before: Buffers, after: Buffers) -> bool:
+        """Add those buffers to the moving that differ and have derivatives; returns whether there were any.
 
         Args:
-            name: the buffer's.
-            before: the buffer before the step.
-            given: what the step was given for it: `before` itself or a copy.
-            version: that tensor's version then.
-            after: what the step has left.
+            before: some buffers, none of them known to move.
+            after: all buffers after a step.
+        """
+        changed = {
+            name for name, buffer in before.items() if has_derivatives(buffer) and not torch.equal(buffer, after[name])
+        }
+        self.moving |= changed
+        return bool(changed)
+
+    def _note_moving(self, changed: set[str], before: Buffers, after: Buffers) -> None:
+        """Add what a training step has changed to the moving.
 
         Raises:
-            InputError: it has overwritten what was taken for constant.
+            InputError: the step has overwritten what was taken for constant, and not copied.
         """
-        if after is given and after._version == version:
-            # `.data` is written to without a trace
-            return not self.knows_moving and not torch.equal(after, before)
-        if after is before:
-            raise InputError(
-                f"the frozen parameter {name!r} stayed as it was in the first step, and was overwritten in a later "
-                "one: register it as a buffer"
-            )
-        return True
+        for name in changed:
+            if after[name] is before[name]:
+                raise InputError(
+                    f"the frozen parameter {name!r} stayed as it was in the first step, and was overwritten in a later "
+                    "one: register it as a buffer"
+                )
+        self.moving |= changed
 
     def _together(
         self, named: Mapping[str, Tensor], gradients: Sequence[Tensor | None]
@@ -451,18 +459,19 @@ class InnerLoop:
     def evaluate(
         self, state: State, which: str = "val", *, gradient: bool = False, examples: int | None = None, draw: int = 0
     ) -> Evaluation:
-        """Mean loss and metrics over a split, in evaluation mode; with `gradient`, the loss's by the weights as well.
+        """Loss and metrics of a split, in evaluation mode; with `gradient`, the loss's by the weights as well.
 
         Args:
             which: "train", "val" or "test".
-            examples: how many examples to take, drawn from (seed, `draw`); None for the whole split.
+            examples: how many examples to take, drawn from (seed, `draw`), and these without metrics, which few
+                examples may not have; None for the whole split.
         """
         split = self.split(which)
         sample, size = self._sample(split, draw, examples), self.problem.eval_batch_size
         total = len(split) if sample is None else len(sample)
         ends = [(start, min(start + size, total)) for start in range(0, total, size)]
         batches = [slice(*pair) if sample is None else sample[slice(*pair)] for pair in ends]
-        return self._evaluator.evaluate(state, which, batches, gradient=gradient)
+        return self._evaluator.evaluate(state, which, batches, gradient=gradient, metrics=sample is None)
 
     def seed_evaluation(self) -> None:
         """Seed the global generators for what an evaluation draws."""

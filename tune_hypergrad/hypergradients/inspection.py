@@ -6,7 +6,7 @@ or what a program does that no derivative follows, is a refusal of one mode or o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 Refusals = dict[str, str]
 """Why a mode, "forward" or "reverse", has no right derivative: one line each."""
 
-_LISTED_CONVERSIONS = 8
+_MOST_CONVERSIONS = 100
 _WRITES_TO_DATA = "the model changes its input in place, and with it the data: begin with `x = x.clone()` in forward"
 
 
@@ -207,16 +207,18 @@ class _Inspection:
     def _fault_of(self, noting: Callable[[Conversions], Tensor]) -> str | None:
         """Numbers that leave torch and matter, and functions of the program's own whose derivatives are wrong."""
         conversions = Conversions(self._sites.here)
-        with self._sites.watched(), _applications(self._sites.here) as applications:
-            value = noting(conversions)
-        for index, place in enumerate(conversions.places[:_LISTED_CONVERSIONS]):
-            with self._sites.watched():
-                moved = noting(Conversions(self._sites.here, moved=index))
-            if not torch.equal(moved, value) and not bool(value.isnan()):
-                return (
-                    f"{place} makes a Python or NumPy number of a tensor that depends on what is tuned or trained, so "
-                    "that its derivative is lost: compute with the tensor itself"
-                )
+        try:
+            with self._sites.watched(), _applications(self._sites.here) as applications:
+                value = noting(conversions)
+        except Exception:
+            return None  # what fails, the trial of a mode tells
+
+        place = self._conversion_that_matters(noting, value, conversions.places)
+        if place is not None:
+            return (
+                f"{place} makes a Python or NumPy number of a tensor that depends on what is tuned or trained, so that "
+                "its derivative is lost: compute with the tensor itself"
+            )
         tried: set[tuple[type[Function], str]] = set()
         for function, args, place in applications:
             if (function, place) not in tried:
@@ -225,6 +227,22 @@ class _Inspection:
                 if fault is not None:
                     return f"autograd.Function {function.__name__!r} in {place}: {fault}"
         return None
+
+    def _conversion_that_matters(
+        self, noting: Callable[[Conversions], Tensor], value: Tensor, places: Sequence[str]
+    ) -> str | None:
+        """The place of the first conversion whose number the loss depends on, so that another makes another loss."""
+
+        def is_other(moved: Container[int]) -> bool | None:
+            try:
+                with self._sites.watched():
+                    return not torch.equal(noting(Conversions(self._sites.here, moved)), value)
+            except Exception:
+                return None  # such as an assertion about a number
+
+        if not places or bool(value.isnan()) or is_other(range(len(places))) is False:
+            return None
+        return next((place for index, place in enumerate(places[:_MOST_CONVERSIONS]) if is_other([index])), None)
 
     def _fault_of_forward(self, plain: Training, pure: bool) -> str | None:
         try:

@@ -13,7 +13,7 @@ and the gradient of a validation loss, which is no part of a step, passes throug
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -73,14 +73,14 @@ class Conversions:
 
     Args:
         where: gives the place in the program.
-        moved: which of the conversions gives a number that is a little off; None for none. Where the loss then is
-            another one, it depends on the number.
+        moved: which of the conversions, counted from 0, give numbers that are a little off. Where the loss then is
+            another one, it depends on them.
     """
 
     present: Conversions | None = None
     """Those that are noted now."""
 
-    def __init__(self, where: Callable[[], str], moved: int | None = None) -> None:
+    def __init__(self, where: Callable[[], str], moved: Container[int] = ()) -> None:
         self._where, self._moved = where, moved
         self.places: list[str] = []
 
@@ -96,7 +96,7 @@ class Conversions:
     def note(self, result: Any) -> Any:
         """What a conversion gives."""
         self.places.append(self._where())
-        return _moved(result) if len(self.places) - 1 == self._moved else result
+        return _moved(result) if len(self.places) - 1 in self._moved else result
 
 
 class StopGradient(Function):
@@ -168,7 +168,7 @@ class DifferentiableStops(Substituting):
 
     def _set_data(self, tensor: Tensor, value: Tensor) -> None:
         with torch.enable_grad():
-            tensor.copy_(self._stop(value))
+            _overwrite(tensor, self._stop(value))
 
 
 class ForwardStops(Substituting):
@@ -186,6 +186,7 @@ class ForwardStops(Substituting):
             {
                 **further,
                 **dict.fromkeys(DETACHING, self._stop),
+                _SET_DATA: self._set_data,
                 Tensor.detach_: _refuse_detach_in_place,
                 F.gumbel_softmax: partial(_gumbel_softmax, self._stop),
             }
@@ -195,6 +196,9 @@ class ForwardStops(Substituting):
         if id(tensor) in self._state or not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
         return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _set_data(self, tensor: Tensor, value: Tensor) -> None:
+        _overwrite(tensor, self._stop(value))
 
 
 class WithoutStops(Substituting):
@@ -221,6 +225,13 @@ def writes(function: Callable[..., Any]) -> bool:
 
 def _refuse_detach_in_place(tensor: Tensor) -> Tensor:
     raise RuntimeError("detach_() takes a tensor's history away from what was computed with it: use detach()")
+
+
+def _overwrite(tensor: Tensor, value: Tensor) -> None:
+    """What an assignment to `.data` does to the values."""
+    if tensor.shape != value.shape or tensor.dtype != value.dtype:
+        raise RuntimeError("an assignment to .data that changes a tensor's shape or type has no derivative")
+    tensor.copy_(value)
 
 
 def _identity(tensor: Tensor) -> Tensor:

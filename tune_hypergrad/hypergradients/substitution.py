@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,7 +68,50 @@ def cross_entropy(
     return none + label_smoothing * (full - none)
 
 
-REPLAYABLE: Substitutes = {F.dropout: replayable_dropout, F.cross_entropy: cross_entropy}
+class DataWrites:
+    """Tells which of some tensors are overwritten by way of `.data`, which leaves no trace in a tensor's version."""
+
+    present: DataWrites | None = None
+    """Those that are noted now."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = {id(tensor): tensor for tensor in tensors}
+        self._before: dict[int, Tensor] = {}
+
+    @contextmanager
+    def noted(self) -> Iterator[DataWrites]:
+        """For the body, note uses of `.data` in programs that run with `REPLAYABLE`."""
+        DataWrites.present = self
+        try:
+            yield self
+        finally:
+            DataWrites.present = None
+
+    def note(self, tensor: Tensor) -> None:
+        """A tensor's `.data` is about to be used."""
+        if id(tensor) in self._tensors and id(tensor) not in self._before:
+            self._before[id(tensor)] = tensor.clone()
+
+    def have_changed(self, tensor: Tensor) -> bool:
+        """Whether a tensor is no more what it was when its `.data` was used first."""
+        before = self._before.get(id(tensor))
+        return before is not None and not torch.equal(before, tensor)
+
+
+def _noted(access: Callable[..., Any]) -> Callable[..., Any]:
+    def accessed(tensor: Tensor, *value: Tensor) -> Any:
+        if DataWrites.present is not None:
+            DataWrites.present.note(tensor)
+        return access(tensor, *value)
+
+    return accessed
+
+
+REPLAYABLE: Substitutes = {
+    F.dropout: replayable_dropout,
+    F.cross_entropy: cross_entropy,
+    **{access: _noted(access) for access in (Tensor.data.__get__, Tensor.data.__set__)},  # type: ignore[attr-defined]
+}
 """What every training step and every evaluation runs with."""
 
 
