@@ -233,10 +233,11 @@ def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
 def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Vector-Jacobian products, zeros where an output does not depend on an input."""
     pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    return torch.autograd.grad(
+    products = torch.autograd.grad(
         [output for output, _ in pairs],
         inputs,
         [cotangent for _, cotangent in pairs],
         allow_unused=True,
         materialize_grads=True,
     )
+    return tuple(constant(product) for product in products)
