@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from tune_hypergrad.hypergradients.lasting import LastingMode
 from tune_hypergrad.hypergradients.stop_gradient import writes
 
 _WIDE = {
@@ -19,21 +19,19 @@ _WIDE = {
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
-class DoublePrecision(TorchFunctionMode):
+class DoublePrecision(LastingMode):
     """While entered, floating tensors that enter an operation are cast to float64, and casts give float64.
 
     A program computes part of what it does in single or half precision (`logits.float()`, autocast); differences of
     small steps drown in its rounding, which says nothing about derivatives.
     """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _CASTS:
+    def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if function in _CASTS:
             return args[0].double()
-        written = args[:1] if writes(func) else ()
-        read = tree_map(_widened, (args[len(written) :], kwargs or {}))
-        return func(*written, *read[0], **read[1])
+        written = args[:1] if writes(function) else ()
+        read = tree_map(_widened, (args[len(written) :], kwargs))
+        return function(*written, *read[0], **read[1])
 
 
 def _widened(leaf: Any) -> Any:

@@ -31,7 +31,6 @@ from tune_hypergrad.figures import (
     part_of,
     weights,
 )
-from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.normalisation import IN_EVALUATION
 from tune_hypergrad.hypergradients.state import Buffers, State
@@ -222,7 +221,8 @@ class _Pass:
         pairs = [(output, g) for output, g in zip(outputs, cotangents, strict=True) if output.requires_grad]
         if not pairs:
             return [None] * len(self._leaves)
-        return gradients([output for output, _ in pairs], list(self._leaves.values()), [g for _, g in pairs])
+        given = [output for output, _ in pairs], list(self._leaves.values()), [g for _, g in pairs]
+        return _constants(torch.autograd.grad(*given, allow_unused=True))
 
     def _accumulate(self, gradients: Sequence[Tensor | None], factor: float) -> None:
         for total, gradient in zip(self._by_leaf.values(), gradients, strict=True):
@@ -317,7 +317,7 @@ class _Pass:
             with _recording(bool(self._leaves)):
                 value = part_of(as_mean(self._measures[LOSS](outputs, targets)), QuotientsOf(), _called(LOSS)).total
                 inputs = [*floating, *self._leaves.values()] if self._leaves else []
-                return value, list(gradients([value], inputs)) if inputs else []
+                return value, _constants(torch.autograd.grad(value, inputs, allow_unused=True)) if inputs else []
 
         value, gradients = self._within(judge)
         if self._leaves:
@@ -363,6 +363,10 @@ def _length(batch: Batch) -> int:
 
 def _is_finite(tree: Any) -> bool:
     return all(bool(leaf.isfinite().all()) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _constants(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if gradient is None else constant(gradient) for gradient in gradients]
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
@@ -345,7 +344,7 @@ class InnerLoop:
         buffers = self.copies(state.buffers)
 
         def differentiate(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Any, ...]:
-            found = gradients([loss], list(named.values()))
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
             return loss.detach(), found, present()
 
         with torch.enable_grad(), DataWrites(buffers.values()).noted() as writes:
@@ -402,7 +401,8 @@ class InnerLoop:
 
     def gradient_of(self, loss: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, frozenset[int]]:
         """Gradient [P] of a loss by parameters, itself differentiable, and the positions of those that have none."""
-        return self._together(named, gradients([loss], list(named.values()), create_graph=True))
+        found = torch.autograd.grad(loss, list(named.values()), create_graph=True, allow_unused=True)
+        return self._together(named, found)
 
     def update(
         self,

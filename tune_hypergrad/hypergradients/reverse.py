@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.partial_update import step_blocks
@@ -234,7 +233,11 @@ def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
 def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Vector-Jacobian products, zeros where an output does not depend on an input."""
     pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
-    if pairs:
-        found = gradients([output for output, _ in pairs], inputs, [cotangent for _, cotangent in pairs])
-    return tuple(torch.zeros_like(x) if product is None else product for x, product in zip(inputs, found, strict=True))
+    products = torch.autograd.grad(
+        [output for output, _ in pairs],
+        inputs,
+        [cotangent for _, cotangent in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return tuple(constant(product) for product in products)

@@ -29,6 +29,7 @@ from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
 
 DETACHING: tuple[Any, ...] = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 """Functions of one tensor that give it without its history."""
+_DETACHING_IN_PLACE: tuple[Any, ...] = (Tensor.detach_, torch.detach_)
 _CONVERSIONS: tuple[Any, ...] = (
     Tensor.item,
     Tensor.__float__,
@@ -139,23 +140,22 @@ class DifferentiableStops(Substituting):
                 **further,
                 **dict.fromkeys(DETACHING, self._stop),
                 **NOTED,
-                Tensor.detach_: _refuse_detach_in_place,
+                **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: _hook_of_first_pass,
                 _SET_DATA: self._set_data,
                 F.gumbel_softmax: partial(_gumbel_softmax, self._stop),
             }
         )
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.is_grad_enabled() or func in self._substitutes or func is _SET_GRAD_ENABLED:
-            return super().__torch_function__(func, types, args, kwargs)
+    def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.is_grad_enabled() or function in self._substitutes or function is _SET_GRAD_ENABLED:
+            return super().handle(function, args, kwargs)
+        _refuse_inference_mode()
         # what is written to keeps its history; what is read has none for the first pass
-        written = args[:1] if writes(func) else ()
-        read = tree_map(self._stop_leaf, (args[len(written) :], kwargs or {}))
+        written = args[:1] if writes(function) else ()
+        read = tree_map(self._stop_leaf, (args[len(written) :], kwargs))
         with torch.enable_grad():
-            return super().__torch_function__(func, types, (*written, *read[0]), read[1])
+            return super().handle(function, (*written, *read[0]), read[1])
 
     def _stop_leaf(self, leaf: Any) -> Any:
         return self._stop(leaf) if isinstance(leaf, Tensor) else leaf
@@ -186,11 +186,19 @@ class ForwardStops(Substituting):
             {
                 **further,
                 **dict.fromkeys(DETACHING, self._stop),
+                **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
+                Tensor.register_hook: self._register_hook,
                 _SET_DATA: self._set_data,
-                Tensor.detach_: _refuse_detach_in_place,
                 F.gumbel_softmax: partial(_gumbel_softmax, self._stop),
             }
         )
+
+    def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        def stopping(gradient: Tensor) -> Tensor | None:
+            with self:  # the backward pass of `torch.func.grad` begins when this mode has been left
+                return hook(gradient)
+
+        return tensor.register_hook(stopping)  # type: ignore[no-any-return]
 
     def _stop(self, tensor: Tensor) -> Tensor:
         if id(tensor) in self._state or not (tensor.is_floating_point() or tensor.is_complex()):
@@ -208,23 +216,24 @@ class WithoutStops(Substituting):
         super().__init__(
             {
                 **further,
-                **dict.fromkeys((*DETACHING, Tensor.detach_), _identity),
+                **dict.fromkeys((*DETACHING, *_DETACHING_IN_PLACE), _identity),
                 **NOTED,
                 Tensor.register_hook: _no_hook,
                 F.gumbel_softmax: partial(_gumbel_softmax, _identity),
-                _SET_GRAD_ENABLED: _ignore,
+                _SET_GRAD_ENABLED: _enable_gradients,
             }
         )
+
+    def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            _refuse_inference_mode()
+        return super().handle(function, args, kwargs)
 
 
 def writes(function: Callable[..., Any]) -> bool:
     """Whether a torch function changes its first argument."""
     name = getattr(function, "__name__", "")
     return function in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
-def _refuse_detach_in_place(tensor: Tensor) -> Tensor:
-    raise RuntimeError("detach_() takes a tensor's history away from what was computed with it: use detach()")
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
@@ -238,8 +247,19 @@ def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _ignore(enabled: bool) -> None:
-    """In place of what turns recording off."""
+def _enable_gradients(enabled: bool) -> None:
+    """In place of what turns recording on or off: it only goes on."""
+    if enabled:
+        _SET_GRAD_ENABLED(True)
+
+
+def _refuse_in_place(tensor: Tensor) -> Tensor:
+    raise RuntimeError("detach_() takes a tensor's history away from what was computed with it: use detach()")
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("what is computed in torch.inference_mode() has no derivative: use torch.no_grad()")
 
 
 def _of_constant(function: Callable[..., Any]) -> Callable[..., Any]:

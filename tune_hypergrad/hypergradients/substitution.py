@@ -9,14 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from tune_hypergrad.hypergradients.lasting import LastingMode
 
 Substitutes = Mapping[Any, Callable[..., Any]]
 """What to call, with the same arguments, by the torch function that a program calls."""
 
 
-class Substituting(TorchFunctionMode):
-    """While entered, calls of some torch functions go to substitutes.
+class Substituting(LastingMode):
+    """While entered, backward passes included, calls of some torch functions go to substitutes.
 
     Args:
         substitutes: by torch's function. A substitute that calls torch's function itself gets torch's, or what a mode
@@ -27,10 +28,8 @@ class Substituting(TorchFunctionMode):
         super().__init__()
         self._substitutes = substitutes
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self._substitutes.get(func, func)(*args, **(kwargs or {}))
+    def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._substitutes.get(function, function)(*args, **kwargs)
 
 
 def replayable_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

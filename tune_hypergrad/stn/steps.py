@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tune_hypergrad.data import Batch
 from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.objective import Objective, Parameters
+from tune_hypergrad.stn.backward import gradients
 from tune_hypergrad.stn.buffers import Buffers, copied_buffers, kept_buffers, put_buffers
 from tune_hypergrad.stn.convert import SelfTuningNetwork
 from tune_hypergrad.stn.hyperparameters import TunedHyperparameters

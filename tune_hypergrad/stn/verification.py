@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.backward import gradients
 from tune_hypergrad.randomness import seed_everything
+from tune_hypergrad.stn.backward import gradients
 from tune_hypergrad.stn.buffers import kept_buffers
 from tune_hypergrad.stn.convert import SelfTuningNetwork
 from tune_hypergrad.stn.layers import SelfTuningLayer
