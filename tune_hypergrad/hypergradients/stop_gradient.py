@@ -198,6 +198,10 @@ class ForwardStops(Substituting):
             }
         )
 
+    def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _refuse_inference_mode()
+        return super().handle(function, args, kwargs)
+
     def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         def stopping(gradient: Tensor) -> Tensor | None:
             with self:  # the backward pass of `torch.func.grad` begins when this mode has been left
