@@ -44,6 +44,22 @@ def in_checkpoint(net: Any, h: Tensor) -> Tensor:
     return checkpoint(net.middle, h, use_reentrant=False)
 
 
+def with_stops(net: Any, h: Tensor) -> Tensor:
+    """Stop-gradients of both kinds."""
+    with torch.no_grad():
+        gate = torch.sigmoid(h)
+    return torch.tanh(net.middle(h)) * gate + h.detach() ** 2
+
+
+def checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda net, h: checkpoint(lambda h: function(net, h), h, use_reentrant=False)
+
+
+def transposed_dropout(net: Any, h: Tensor) -> Tensor:
+    """Of activations that are stored column by column, where torch's own mask is another one."""
+    return F.dropout(torch.tanh(net.middle(h)).t().contiguous().t(), 0.4, net.training) ** 2
+
+
 def squared(net: Any, h: Tensor) -> Tensor:
     return torch.tanh(net.middle(h)) ** 2
 
@@ -116,6 +132,14 @@ CASES: dict[str, Case] = {
         hidden(plain, hidden_layer, regularisers=[DropConnect(parameters="middle.*weight")]),
         {"weight_drop": 0.4},
         BACKWARD,
+    ),
+    "checkpointed dropout, transposed": Case(
+        hidden(checkpointed(transposed_dropout)), hidden(transposed_dropout), modes=BACKWARD
+    ),
+    "checkpointed stop-gradients": Case(hidden(checkpointed(with_stops)), hidden(with_stops), modes=BACKWARD),
+    "checkpointed BatchNorm, moved by both runs": Case(
+        hidden(in_checkpoint, lambda: nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh())),
+        modes=BACKWARD,
     ),
     "save_on_cpu": Case(hidden(saved_on_cpu), hidden(squared), modes=BACKWARD),
     "saved_tensors_hooks": Case(hidden(saved_as_arrays), hidden(squared), modes=BACKWARD),

@@ -9,10 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from construct_cases.case import between, square
-from construct_cases.gradients import gumbel, rounded, without_gradient
-from engine_problems import make_problem
+from construct_cases.gradients import Forces, gumbel, hooked, rounded, without_gradient
+from construct_cases.losses import focal
+from engine_problems import MODES, Values, differentiate, double, make_loop, make_problem
 from torch import Tensor
-from torch_loops import assert_exact
+from torch_loops import SGD, assert_exact
+
+from tune_hypergrad import InputError
+from tune_hypergrad.hypergradients import hypergradient_run
+from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.reverse import adjoint_step
 
 Function = Callable[[Any, Tensor], Tensor]
 
@@ -52,8 +58,12 @@ def in_place_without_gradient(net: Any, h: Tensor) -> Tensor:
     with torch.no_grad():
         mask = torch.zeros_like(h)
         mask[:, :3] = h[:, :3]
-        mask.sigmoid_().mul_(2)
+        mask.mul_(2).add_(h.sigmoid())
     return h * mask
+
+
+def along_examples(net: Any, h: Tensor) -> Tensor:
+    return h * F.gumbel_softmax(net.middle(h), 0.7, True, dim=0) if net.training else h
 
 
 def with_hooks(net: Any, h: Tensor) -> Tensor:
@@ -83,10 +93,157 @@ MODELS: dict[str, Function] = {
     "straight-through rounding": rounded,
     "straight-through sign": straight_through_sign,
     "hard gumbel": gumbel,
-    "hard gumbel along another dimension": lambda net, h: h * F.gumbel_softmax(net.middle(h), 0.7, True, dim=0),
+    "hard gumbel along another dimension": along_examples,
+    "hook that scales": hooked,
+    "hooks that see and bend": with_hooks,
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str) -> None:
     assert_exact(make_problem(between(MODELS[name], middle=square)))
+
+
+def self_distilled(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target) + F.mse_loss(output.tanh(), output.detach().roll(1, 0))
+
+
+def weighted(output: Tensor, target: Tensor, *, a: Any = 1.0) -> Tensor:
+    """The tuned number itself is detached: training depends on it all the same."""
+    return torch.as_tensor(a).detach() * F.cross_entropy(output, target)
+
+
+@pytest.mark.parametrize(
+    ("train_loss", "values"),
+    [(focal, SGD), (self_distilled, SGD), (weighted, {"a": double(0.5, 2.0), "lr": double(0.2)})],
+    ids=["focal", "self-distilled", "tuned number"],
+)
+def test_losses(train_loss: Callable[..., Tensor], values: Values) -> None:
+    assert_exact(make_problem(train_loss=train_loss), values)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nesterov"])
+def test_other_optimizers(optimizer: str) -> None:
+    fixed = {"eps": 1e-3} if optimizer == "adamw" else {"momentum": 0.6}
+    values = {"lr": double(0.05, 0.1), "weight_decay": double(0.1)}
+    problem = make_problem(between(MODELS["detached weight"], middle=square))
+    assert_exact(problem, values, optimizer=optimizer, fixed=fixed)
+
+
+def without_first(h: Tensor) -> Tensor:
+    """The same, but for an example of zeros, whose norm has no derivative."""
+    return torch.cat([0 * h[:1], h[1:]])
+
+
+def by_norm(net: Any, h: Tensor) -> Tensor:
+    h = without_first(h)
+    return h / (h.detach().norm(dim=1, keepdim=True) + 0.1)
+
+
+def by_root(net: Any, h: Tensor) -> Tensor:
+    h = without_first(h)
+    return h / (h.detach().square().sum(1, keepdim=True).sqrt() + 0.1)
+
+
+def by_masked(net: Any, h: Tensor) -> Tensor:
+    """A softmax over some, by infinities, less their largest."""
+    scores = net.middle(h).masked_fill(torch.eye(6, dtype=torch.bool)[: len(h)], -torch.inf)
+    return h * (scores - scores.detach().amax(1, keepdim=True)).exp()
+
+
+@pytest.mark.parametrize("function", [by_norm, by_masked])
+def test_zeros_and_infinities(function: Function) -> None:
+    assert_exact(make_problem(between(function, middle=square)))
+
+
+@pytest.mark.parametrize("function", [by_norm, by_root, by_masked])
+def test_behind_a_stop_zero_times_infinity_does_not_happen(function: Function) -> None:
+    """Zeros would be multiplied by the infinite derivative of a root; there has to be nothing to multiply."""
+    loop = make_loop(make_problem(between(function, middle=square)))
+    state, h = loop.initial_state(), {name: value[0] for name, value in SGD.items()}
+    with loop.running():
+        plain = loop.training(state, h, 0).gradient
+        leaves = {name: value.clone().requires_grad_() for name, value in h.items()}
+        pulled = adjoint_step(loop, state, leaves, 0, (plain, *(torch.zeros_like(slot) for slot in state.slots)), {})
+        gradient, _ = ForwardRun(loop, SGD).try_out()
+    assert plain.isfinite().all() and plain.norm() > 0
+    for found in (pulled.gradient, gradient):
+        torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("straight-through sign", "scale of weights")])
+def test_the_gradient_of_a_validation_loss_passes(name: str) -> None:
+    """It is no part of a step: what stands behind a stop moves the loss."""
+    loop = make_loop(make_problem(between(MODELS[name], middle=square)))
+    state = loop.initial_state()
+    direction = torch.randn(loop.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss(shift: float) -> float:
+        return loop.evaluate(state._replace(params=state.params + shift * direction)).loss
+
+    with loop.running():
+        slope = float(loop.evaluate(state, gradient=True).gradient @ direction)
+        assert slope == pytest.approx((loss(1e-6) - loss(-1e-6)) / 2e-6, rel=1e-6)
+
+
+def doubled_without_gradient(net: Any, h: Tensor) -> Tensor:
+    """Overwrites what has a history, where torch records nothing."""
+    h = h.clone()
+    with torch.no_grad():
+        h.mul_(2)
+    return net.middle(h)
+
+
+@pytest.mark.parametrize("function", [doubled_without_gradient])
+def test_what_only_forward_mode_can(function: Function) -> None:
+    problem = make_problem(between(function, middle=square))
+    assert_exact(problem, modes=("forward",))
+    with pytest.raises(InputError, match="reverse mode's training gradient is not that of plain training"):
+        differentiate(make_loop(problem), SGD, "reverse")
+    many = {"lr": double(0.1, 0.2, 0.1, 0.2, 0.1), "momentum": double(0.5, 0.6, 0.7)}
+    run = hypergradient_run(make_loop(problem), many)
+    assert run.differentiation == "forward" and "is not that of plain training" in run.reason
+
+
+def test_gradients_by_inputs() -> None:
+    """They detach their input and require its gradient, which `torch.func` has no way for."""
+    problem = make_problem(Forces)
+    assert_exact(problem, modes=("reverse", "checkpointed_reverse"))
+    with pytest.raises(InputError, match="forward mode does not work on this model"):
+        differentiate(make_loop(problem), SGD, "forward")
+    run = hypergradient_run(make_loop(problem), {"lr": double(0.1)})
+    assert run.differentiation == "reverse" and "forward mode does not work on this model" in run.reason
+
+
+def detached_in_place(net: Any, h: Tensor) -> Tensor:
+    return h * net.middle(h).detach_()
+
+
+def in_inference_mode(net: Any, h: Tensor) -> Tensor:
+    with torch.inference_mode():
+        gate = torch.sigmoid(h)
+    return h * gate.clone()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (detached_in_place, r"detach_\(\) has no derivative of second order: use detach\(\)"),
+        (in_inference_mode, r"what is computed in torch.inference_mode\(\) has no derivative: use torch.no_grad\(\)"),
+    ],
+)
+@pytest.mark.parametrize("in_evaluation", [False, True])
+def test_refused(function: Function, message: str, in_evaluation: bool) -> None:
+    def somewhere(net: Any, h: Tensor) -> Tensor:
+        return function(net, h) if net.training or in_evaluation else h
+
+    for mode in ("auto", *MODES):
+        with pytest.raises(InputError, match=message):
+            differentiate(make_loop(make_problem(between(somewhere, middle=square))), SGD, mode)
+
+
+def test_in_evaluation_alone_detach_in_place_is_none() -> None:
+    def in_evaluation(net: Any, h: Tensor) -> Tensor:
+        return h if net.training else detached_in_place(net, h)
+
+    assert_exact(make_problem(between(in_evaluation, middle=square)))

@@ -193,6 +193,10 @@ class ForwardStops(Substituting):
             }
         )
 
+    def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _refuse_inference_mode()
+        return super().handle(function, args, kwargs)
+
     def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         def stopping(gradient: Tensor) -> Tensor | None:
             with self:  # the backward pass of `torch.func.grad` begins when this mode has been left
@@ -254,7 +258,7 @@ def _enable_gradients(enabled: bool) -> None:
 
 
 def _refuse_in_place(tensor: Tensor) -> Tensor:
-    raise RuntimeError("detach_() takes a tensor's history away from what was computed with it: use detach()")
+    raise RuntimeError("detach_() has no derivative of second order: use detach()")
 
 
 def _refuse_inference_mode() -> None:
