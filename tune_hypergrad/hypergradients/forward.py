@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, as_real
 from tune_hypergrad.hypergradients.normalisation import instance_norm
@@ -39,7 +40,10 @@ class ForwardRun(HypergradientRun):
     Args:
         clip_hessian_product: clamp every element of the Hessian products to +- this value, as the FDS paper does to
             tame exploding tangents; the hypergradient is then no longer exact.
-        columns_at_once: columns in one batched Hessian product.
+        columns_at_once: columns in one batched Hessian product; None is all of them.
+
+    Raises:
+        InputError: a step is run several times, and is another one each time.
     """
 
     differentiation = "forward"
@@ -52,15 +56,16 @@ class ForwardRun(HypergradientRun):
         horizon: int | None = None,
         val_examples: int | None = None,
         clip_hessian_product: float | None = None,
-        columns_at_once: int = COLUMNS_AT_ONCE,
+        columns_at_once: int | None = COLUMNS_AT_ONCE,
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples)
-        self.clip_hessian_product, self.columns_at_once = clip_hessian_product, columns_at_once
+        self.clip_hessian_product = clip_hessian_product
         windows = [(name, w, len(v)) for name, v in self.hyperparameters.items() for w in range(len(v))]
         # by the step at which a window opens: the columns in use are always the first ones
         windows.sort(key=lambda column: _opening(column[1], column[2], loop.steps))
         self.columns = [(name, window) for name, window, _ in windows]
         self._openings = [_opening(window, count, loop.steps) for _, window, count in windows]
+        self.columns_at_once = columns_at_once or len(self.columns)
         self._in_use = 0
         self.tangent_params = torch.zeros(len(self.columns), loop.size, device=loop.device, dtype=loop.dtype)
         self.tangent_slots = tuple(torch.zeros_like(self.tangent_params) for _ in loop.optimizer.slots)
@@ -161,6 +166,7 @@ class ForwardRun(HypergradientRun):
         dgradient, dbuffers = torch.empty_like(dparams), self._tangents_of(moved)
         dafter = {name: torch.empty_like(tangents[: len(dparams)]) for name, tangents in dbuffers.items()}
         gradient, buffers = state.params, state.buffers
+        first = gradient
         for start in range(0, len(dparams), self.columns_at_once):
             chunk = slice(start, min(start + self.columns_at_once, len(dparams)))
             given = {name: dbuffers[name][chunk] for name in moved}
@@ -169,8 +175,14 @@ class ForwardRun(HypergradientRun):
             )
             for name, tangents in after.items():
                 dafter[name][chunk] = tangents
+            if start == 0:
+                first = gradient
+            else:
+                _refuse_another_step(step, first, gradient)
         if loop.note_changes(others, buffers):
-            return self._gradient_tangents(h, dparams, dh, step)
+            again = self._gradient_tangents(h, dparams, dh, step)
+            _refuse_another_step(step, gradient, again[0])
+            return again
         for name, tangents in dafter.items():
             dbuffers[name][: len(dparams)] = tangents
         without = frozenset(range(len(state.counts))) - with_gradient
@@ -213,6 +225,17 @@ class ForwardRun(HypergradientRun):
 def _opening(window: int, count: int, steps: int) -> int:
     """First step t with floor(count t / steps) = window."""
     return -(-window * steps // count)
+
+
+def _refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:
+    """Refuse tangents of a step that was another one for some of them."""
+    scale = float(first.abs().max())
+    if not torch.allclose(again, first, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
+        raise InputError(
+            f"training step {step} was another one when it was run again for further tangents: something in the data "
+            "or the model draws from a generator of its own, counts calls or caches; draw from torch's, NumPy's or "
+            "Python's global generators, and keep nothing between calls but in buffers"
+        )
 
 
 def _note(noted: set[int], position: int, gradient: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
@@ -132,7 +132,13 @@ def hypergradient_run(
     run: HypergradientRun
     if choice.differentiation == "forward":
         run = ForwardRun(
-            loop, values, horizon=horizon, val_examples=val_examples, clip_hessian_product=clip_hessian_product
+            loop,
+            values,
+            horizon=horizon,
+            val_examples=val_examples,
+            clip_hessian_product=clip_hessian_product,
+            # a step that cannot be run again for its adjoint cannot be run once for every few columns
+            columns_at_once=None if "reverse" in refusals else COLUMNS_AT_ONCE,
         )
     else:
         keep_all = choice.differentiation == "reverse"
