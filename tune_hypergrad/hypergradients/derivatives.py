@@ -63,7 +63,9 @@ def fault_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
 
         def gradient(point: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
             leaves = [value.detach().requires_grad_() for value in point] if not create_graph else list(point)
-            value = _inner(call(leaves), weights)
+            # as from a loss that is differentiated twice
+            cotangents = [weight.detach().requires_grad_(create_graph) for weight in weights]
+            value = _inner(call(leaves), cotangents)
             if not value.requires_grad:
                 return [torch.zeros_like(leaf) for leaf in leaves]
             return _filled(torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True), leaves)
@@ -73,15 +75,15 @@ def fault_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
             return "its backward is not the derivative of its forward"
         others = [_draw(value, 200 + position) for position, value in enumerate(call.point)]
         leaves = [value.detach().requires_grad_() for value in call.point]
-        with DifferentiableStops((), {}):
-            product = _inner(gradient(leaves, create_graph=True), others)
         second: Sequence[Tensor | None] = [None] * len(leaves)
-        if product.requires_grad:
-            try:
-                with through_stops():
-                    second = torch.autograd.grad(product, leaves, allow_unused=True)
-            except RuntimeError as error:
-                return f"it has no second derivative ({in_one_line(error)})"
+        try:
+            with DifferentiableStops((), {}):
+                product = _inner(gradient(leaves, create_graph=True), others)
+                if product.requires_grad:
+                    with through_stops():
+                        second = torch.autograd.grad(product, leaves, allow_unused=True)
+        except Exception as error:
+            return f"it has no second derivative ({in_one_line(error)})"
         found = float(_inner(_filled(second, leaves), directions).detach())
         if not _is_near(found, lambda point: float(_inner(gradient(point), others)), call.point, directions):
             return "its second derivative is wrong: backward reads what autograd does not know of"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, as_real, has_derivatives
 from tune_hypergrad.hypergradients.normalisation import instance_norm
@@ -33,13 +34,19 @@ COLUMNS_AT_ONCE = 8
 """Columns that one batched Hessian product carries: more need more memory, fewer repeat the gradient more often."""
 
 
+_Differentiated = tuple[Tensor, Tensor, frozenset[int], Buffers]
+
+
 class ForwardRun(HypergradientRun):
     """A hypergradient by forward mode: one unit of work per inner step.
 
     Args:
         clip_hessian_product: clamp every element of the Hessian products to +- this value, as the FDS paper does to
             tame exploding tangents; the hypergradient is then no longer exact.
-        columns_at_once: columns in one batched Hessian product.
+        columns_at_once: columns in one batched Hessian product; None is all of them.
+
+    Raises:
+        InputError: a step is run several times, and is another one each time.
     """
 
     differentiation = "forward"
@@ -52,15 +59,16 @@ class ForwardRun(HypergradientRun):
         horizon: int | None = None,
         val_examples: int | None = None,
         clip_hessian_product: float | None = None,
-        columns_at_once: int = COLUMNS_AT_ONCE,
+        columns_at_once: int | None = COLUMNS_AT_ONCE,
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples)
-        self.clip_hessian_product, self.columns_at_once = clip_hessian_product, columns_at_once
+        self.clip_hessian_product = clip_hessian_product
         windows = [(name, w, len(v)) for name, v in self.hyperparameters.items() for w in range(len(v))]
         # by the step at which a window opens: the columns in use are always the first ones
         windows.sort(key=lambda column: _opening(column[1], column[2], loop.steps))
         self.columns = [(name, window) for name, window, _ in windows]
         self._openings = [_opening(window, count, loop.steps) for _, window, count in windows]
+        self.columns_at_once = columns_at_once or len(self.columns)
         self._in_use = 0
         self.tangent_params = torch.zeros(len(self.columns), loop.size, device=loop.device, dtype=loop.dtype)
         self.tangent_slots = tuple(torch.zeros_like(self.tangent_params) for _ in loop.optimizer.slots)
@@ -129,13 +137,14 @@ class ForwardRun(HypergradientRun):
 
     def _gradient_tangents(
         self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int
-    ) -> tuple[Tensor, Tensor, frozenset[int], Buffers]:
+    ) -> _Differentiated:
         """Training gradient [P], its tangents [k, P] along `dparams` [k, P] and `dh` (each [k]), the positions of
         parameters without a gradient, and the buffers; moves the tangents of the buffers."""
         loop, buffers = self.loop, self.state.buffers
         if not loop.knows_moving:
             loop.training(self.state, h, step)
         still = {n: buffer for n, buffer in buffers.items() if n not in loop.moving and has_derivatives(buffer)}
+        found: _Differentiated | None
         try:
             found, after = self._differentiate(h, dparams, dh, step)
             moved_late = loop.note_changes(still, found[3])
@@ -144,16 +153,20 @@ class ForwardRun(HypergradientRun):
                 raise
             # torch.func lets nothing that has tangents be written to a tensor that has none
             loop.moving |= set(still)
-            moved_late = True
+            found, moved_late = None, True
         if moved_late:
-            found, after = self._differentiate(h, dparams, dh, step)
+            again, after = self._differentiate(h, dparams, dh, step)
+            if found is not None:
+                _refuse_another_step(step, found[0], again[0])
+            found = again
+        assert found is not None
         for name, tangents in after.items():
             self.tangent_buffers[name][: len(dparams)] = tangents
         return found
 
     def _differentiate(
         self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int
-    ) -> tuple[tuple[Tensor, Tensor, frozenset[int], Buffers], Buffers]:
+    ) -> tuple[_Differentiated, Buffers]:
         """What `_gradient_tangents` gives, and the tangents of the buffers afterwards."""
         loop, state, batch = self.loop, self.state, self.loop.batch(step)
         of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
@@ -181,6 +194,7 @@ class ForwardRun(HypergradientRun):
         before = self._tangents_of(moved)
         gradient, buffers = state.params, state.buffers
         chunks: list[tuple[Tensor, Buffers]] = []
+        first = gradient
         for start in range(0, len(dparams), self.columns_at_once):
             chunk = slice(start, min(start + self.columns_at_once, len(dparams)))
             given = {name: before[name][chunk] for name in moved}
@@ -188,6 +202,10 @@ class ForwardRun(HypergradientRun):
                 dparams[chunk], given, {name: dh[name][chunk] for name in of_loss}
             )
             chunks.append(tangents)
+            if start == 0:
+                first = gradient
+            else:
+                _refuse_another_step(step, first, gradient)
         dgradient = torch.cat([tangents for tangents, _ in chunks])
         after = {name: torch.cat([tangents[name] for _, tangents in chunks]) for name in moved}
         without = frozenset(range(len(state.counts))) - with_gradient
@@ -230,6 +248,17 @@ class ForwardRun(HypergradientRun):
 def _opening(window: int, count: int, steps: int) -> int:
     """First step t with floor(count t / steps) = window."""
     return -(-window * steps // count)
+
+
+def _refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:
+    """Refuse tangents of a step that was another one for some of them."""
+    scale = float(first.abs().max())
+    if not torch.allclose(again, first, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
+        raise InputError(
+            f"training step {step} was another one when it was run again for further tangents: something in the data "
+            "or the model draws from a generator of its own, counts calls or caches; draw from torch's, NumPy's or "
+            "Python's global generators, and keep nothing between calls but in buffers"
+        )
 
 
 def _note(noted: set[int], position: int, gradient: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
@@ -130,13 +130,24 @@ def hypergradient_run(
     run: HypergradientRun
     if choice.differentiation == "forward":
         run = ForwardRun(
-            loop, values, horizon=horizon, val_examples=val_examples, clip_hessian_product=clip_hessian_product
+            loop,
+            values,
+            horizon=horizon,
+            val_examples=val_examples,
+            clip_hessian_product=clip_hessian_product,
+            columns_at_once=_columns_at_once(loop, values),
         )
     else:
         keep_all = choice.differentiation == "reverse"
         run = ReverseRun(loop, values, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
     run.reason = choice.reason
     return run
+
+
+def _columns_at_once(loop: InnerLoop, values: Mapping[str, Tensor]) -> int | None:
+    """A step that cannot be run again for its adjoint cannot be run once for every few columns either."""
+    several = sum(len(v) for v in values.values()) > COLUMNS_AT_ONCE
+    return None if several and refusal_of(loop, values, "reverse", check=False) else COLUMNS_AT_ONCE
 
 
 def _cheapest_right(loop: InnerLoop, values: Mapping[str, Tensor], horizon: int | None, *, check: bool) -> Choice:

@@ -43,6 +43,7 @@ _REBUILDING: tuple[Any, ...] = (torch.tensor, Tensor.new_tensor)
 """Functions that make a new tensor of numbers and tensors."""
 
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled  # what `torch.no_grad` and its like call
 _IN_PLACE = (Tensor.__setitem__, _SET_DATA)
 
@@ -143,6 +144,7 @@ class DifferentiableStops(Substituting):
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: _hook_of_first_pass,
                 _SET_DATA: self._set_data,
+                _SET_REQUIRES_GRAD: _require_gradient,
                 F.gumbel_softmax: partial(_gumbel_softmax, self._stop),
             }
         )
@@ -225,6 +227,7 @@ class WithoutStops(Substituting):
                 Tensor.register_hook: _no_hook,
                 F.gumbel_softmax: partial(_gumbel_softmax, _identity),
                 _SET_GRAD_ENABLED: _enable_gradients,
+                _SET_REQUIRES_GRAD: _require_gradient,
             }
         )
 
@@ -255,6 +258,12 @@ def _enable_gradients(enabled: bool) -> None:
     """In place of what turns recording on or off: it only goes on."""
     if enabled:
         _SET_GRAD_ENABLED(True)
+
+
+def _require_gradient(tensor: Tensor, required: bool) -> None:
+    """What was detached for this may still have a history, and require a gradient already."""
+    if not (required and tensor.requires_grad):
+        _SET_REQUIRES_GRAD(tensor, required)
 
 
 def _refuse_in_place(tensor: Tensor) -> Tensor:
