@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tune_hypergrad.errors import in_one_line
+from tune_hypergrad.hypergradients.double_precision import DoublePrecision
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, through_stops
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 
@@ -52,7 +53,7 @@ def fault_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     call = _Call(function, args, kwargs)
     if not call.point:
         return None
-    with preserved_generators(), torch.enable_grad():
+    with preserved_generators(), torch.enable_grad(), DoublePrecision():
         try:
             weights = [_draw(output, position) for position, output in enumerate(call(call.point))]
         except Exception:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ Refusals = dict[str, str]
 """Why a mode, "forward" or "reverse", has no right derivative: one line each."""
 
 _MOST_CONVERSIONS = 100
+_LIBRARIES = ("torch.", "tune_hypergrad.")
 _WRITES_TO_DATA = "the model changes its input in place, and with it the data: begin with `x = x.clone()` in forward"
 
 
@@ -307,20 +309,40 @@ class _Inspection:
 
 @contextmanager
 def _applications(where: Callable[[], str]) -> Iterator[list[Application]]:
-    """For the body, note calls of `autograd.Function`s that are neither torch's nor this package's."""
+    """For the body, note calls of `autograd.Function`s that are neither torch's nor this package's.
+
+    A program may hold `MyFunction.apply` from before, so that it is `forward` that is watched.
+    """
     found: list[Application] = []
-    original = Function.__dict__["apply"]
+    watched = {cls: cls.forward for cls in _subclasses(Function) if not cls.__module__.startswith(_LIBRARIES)}
+    own = {cls: cls.__dict__.get("forward") for cls in watched}
 
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith(("torch.", "tune_hypergrad.")):
-            found.append(Application(cls, args, where()))
-        return original.__func__(cls, *args, **kwargs)
+    def noting(cls: type[Function], forward: Callable[..., Any]) -> Callable[..., Any]:
+        takes_context = cls.setup_context is Function.setup_context
 
-    setattr(Function, "apply", classmethod(apply))  # noqa: B010
+        @wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            found.append(Application(cls, args[1:] if takes_context else args, where()))
+            return forward(*args, **kwargs)
+
+        return noted
+
+    for cls, forward in watched.items():
+        setattr(cls, "forward", staticmethod(noting(cls, forward)))  # noqa: B010
     try:
         yield found
     finally:
-        setattr(Function, "apply", original)  # noqa: B010
+        for cls, original in own.items():
+            if original is None:
+                delattr(cls, "forward")
+            else:
+                setattr(cls, "forward", original)  # noqa: B010
+
+
+def _subclasses(cls: type[Function]) -> Iterator[type[Function]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def _constant_loss(loss: Tensor, present: Callable[[], Buffers]) -> Tensor:
