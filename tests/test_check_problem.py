@@ -88,7 +88,7 @@ def test_detach_is_exact() -> None:
 
 def test_wrong_second_derivatives_of_functions_are_found() -> None:
     problem = make_problem(lambda: Activation(HalfTanh.apply))
-    assert_not_ok(problem, "its second derivative is wrong: backward reads what autograd does not know of")
+    assert_not_ok(problem, "its second derivative is wrong: let backward compute with torch operations")
 
 
 class Eigenvalues(nn.Module):

@@ -236,7 +236,7 @@ class TestFunctions:
         ("function", "fault"),
         [
             (WrongBackward, "its backward is not the derivative of its forward"),
-            (ByNumpy, "its second derivative is wrong: backward reads what autograd does not know of"),
+            (ByNumpy, "its second derivative is wrong: let backward compute with torch operations"),
             (Once, "it has no second derivative (RuntimeError: trying to differentiate twice a function"),
         ],
     )

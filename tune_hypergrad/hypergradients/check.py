@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from math import isfinite, isnan
+from functools import cached_property, partial
+from math import inf, isfinite, isnan, nan
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Subset
 
 from tune_hypergrad.data import Batch, Split
 from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.hypergradients.double_precision import DoublePrecision
+from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.inspection import Refusals, inspect
@@ -23,8 +23,8 @@ from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.plain_training import (
     TORCH_OPTIMIZERS,
     differences,
+    estimates,
     plain_val_loss,
-    steps_of_differences,
 )
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import check_values
@@ -36,6 +36,8 @@ _RUNS = {"forward": ForwardRun, "reverse": ReverseRun}
 _USUAL = {"lr": 0.05, "momentum": 0.5, "weight_decay": 1e-3}
 _ADAPTIVE = {"lr": 1e-3, "momentum": 0.5, "weight_decay": 1e-2}
 _VAL_EXAMPLES = 64
+_ROUNDING = torch.finfo(torch.float64).eps
+"""Relative rounding error of a validation loss after a few steps in double precision."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def check_problem(
         seed: seeds the runs.
         clip_gradient: clamp the training gradient's elements to +- this value.
         modes: which modes to compare.
-        examples: training examples in a step of the comparison at the most; None is the problem's batch size.
+        examples: examples in a step of the comparison, and in its validation, at the most; None is the problem's
+            batch size, and 64.
         tolerance: error, relative to a hyperparameter's largest element, up to which the two agree.
 
     Returns:
@@ -179,7 +182,7 @@ def _compare(
         return {}, {}, ""
     for small in dict.fromkeys((examples, None)):
         try:
-            return _Comparison(_reduced(problem, small), settings, values).of(modes, tolerance)
+            return _Comparison(in_double_precision(_reduced(problem, small)), settings, values).of(modes, tolerance)
         except Exception as error:
             failure = in_one_line(error)
     return {}, {}, f"not compared with finite differences, since it does not train in float64 ({failure})"
@@ -191,32 +194,54 @@ class _Comparison:
     def __init__(self, problem: Problem, settings: TrainingSettings, values: Hyperparameters) -> None:
         self._problem, self._settings, self._values = problem, settings, values
         self._loop = self._fresh_loop()
+        self._differences: dict[tuple[str, int, float], float] = {}
         with self._loop.running():
             self._batches = [self._loop.batch(step) for step in range(settings.steps)]
 
     def of(self, modes: list[str], tolerance: float) -> tuple[dict[str, float], Refusals, str]:
-        with self._loop.running():
-            loss = self._plain_loss(self._values)
-            if not isfinite(loss):
-                return {}, {}, "not compared with finite differences: the run diverges in its first steps"
-            if self._plain_loss(self._values) != loss:
-                return {}, {}, "not compared with finite differences: no two trainings are the same"
-        errors, wrong = {}, {}
+        obstacle = self._obstacle()
+        if obstacle:
+            return {}, {}, f"not compared with finite differences: {obstacle}"
+        errors: dict[str, float] = {}
+        wrong: Refusals = {}
+        untold: set[str] = set()
         for mode in modes:
-            found_loss, found = self._run(mode)
-            if abs(found_loss - loss) > 1e-8 * max(abs(loss), 1e-3):
+            try:
+                val_loss, found = self._run(mode)
+            except Exception as error:
+                wrong[mode] = f"{mode} mode fails after the first step ({in_one_line(error)}){self._named_culprit}"
+                continue
+            if abs(val_loss - self._loss) > 1e-8 * max(abs(self._loss), 1e-3):
                 wrong[mode] = (
-                    f"{mode} mode trains another network than plain torch does (a validation loss of {found_loss:.8g}, "
-                    f"not {loss:.8g}){self._named_culprit()}"
+                    f"{mode} mode trains another network than plain torch does (a validation loss of {val_loss:.8g}, "
+                    f"not {self._loss:.8g}){self._named_culprit}"
                 )
                 continue
-            name, errors[mode] = self._error(found, loss, tolerance)
+            by_name = self._errors(found, tolerance)
+            untold |= found.keys() - by_name.keys()
+            if not by_name:
+                continue
+            name = max(by_name, key=lambda each: _or_infinite(by_name[each]))
+            errors[mode] = by_name[name]
             if not errors[mode] <= tolerance:
                 wrong[mode] = (
                     f"hypergradients differ from finite differences: {mode} mode is off by {errors[mode]:.1e} in the "
-                    f"derivative by {name!r}{self._named_culprit()}"
+                    f"derivative by {name!r}{self._named_culprit}"
                 )
-        return errors, wrong, ""
+        listed = ", ".join(map(repr, sorted(untold)))
+        return errors, wrong, f"too small for a comparison: the derivative by {listed}" if untold else ""
+
+    @cached_property
+    def _loss(self) -> float:
+        with self._loop.running():
+            return self._plain_loss(self._values)
+
+    def _obstacle(self) -> str:
+        if not isfinite(self._loss):
+            return "the run diverges in its first steps"
+        with self._loop.running():
+            same = self._plain_loss(self._values) == self._loss
+        return "" if same else "no two trainings are the same"
 
     def _fresh_loop(self) -> _ReadingOnce:
         loop = _ReadingOnce(self._problem, self._settings)
@@ -237,31 +262,42 @@ class _Comparison:
         result = run.result()
         return result.val_loss, result.hypergradients
 
-    def _error(self, found: Hyperparameters, loss: float, tolerance: float) -> tuple[str, float]:
-        """The hyperparameter with the largest error, and that, relative to the hyperparameter's largest element."""
-        worst = "", 0.0
+    def _errors(self, found: Hyperparameters, tolerance: float) -> dict[str, float]:
+        """The largest error of each hyperparameter's elements, relative to the largest of these; without those whose
+        derivatives differences cannot tell."""
+        errors: dict[str, float] = {}
         with self._loop.running():
             for name, gradients in found.items():
                 scale = float(gradients.abs().max())
-                for element, gradient in enumerate(gradients.tolist()):
-                    error = self._nearest(name, element, gradient, scale, loss, tolerance)
-                    if not error <= worst[1]:
-                        worst = name, error
-        return worst
+                each = [self._nearest(name, i, g, scale, tolerance) for i, g in enumerate(gradients.tolist())]
+                told = [error for error in each if error is not None]
+                if told:
+                    errors[name] = max(told, key=_or_infinite)
+        return errors
 
-    def _nearest(self, name: str, element: int, gradient: float, scale: float, loss: float, tolerance: float) -> float:
-        nearest = float("inf")
-        for step in steps_of_differences(float(self._values[name][element])):
-            difference = differences(self._plain_loss, self._values, name, element, step)
-            rounding = 1e-14 * max(abs(loss), 1e-3) / step
-            error = abs(gradient - difference) / max(scale, abs(difference), 1e-12)
-            if abs(gradient - difference) <= rounding:
-                error = min(error, tolerance)
-            nearest = error if isnan(error) else min(nearest, error)
+    def _nearest(self, name: str, element: int, gradient: float, scale: float, tolerance: float) -> float | None:
+        """Distance from the nearest difference of those that rounding leaves exact enough, if there are any."""
+        if not isfinite(gradient):
+            return nan
+        nearest = None
+        difference = partial(self._difference, name, element)
+        for estimate, step in estimates(difference, float(self._values[name][element])):
+            largest = max(scale, abs(estimate))
+            if not isfinite(estimate) or _ROUNDING * max(abs(self._loss), 1e-3) / step > tolerance * largest:
+                continue
+            error = abs(gradient - estimate) / largest
+            nearest = error if nearest is None else min(nearest, error)
             if nearest <= tolerance:
                 break
         return nearest
 
+    def _difference(self, name: str, element: int, step: float) -> float:
+        key = name, element, step
+        if key not in self._differences:  # the modes share them
+            self._differences[key] = differences(self._plain_loss, self._values, name, element, step)
+        return self._differences[key]
+
+    @cached_property
     def _named_culprit(self) -> str:
         loop = self._fresh_loop()
         with loop.running(), DoublePrecision():
@@ -270,18 +306,17 @@ class _Comparison:
 
 
 def _reduced(problem: Problem, examples: int | None) -> Problem:
-    """The problem in double precision, with small batches and a part of the validation split."""
+    """The problem with small batches and a part of the validation split, of which metrics may have no value."""
     split: Split = problem.val  # type: ignore[assignment]
-    size = min(len(split), _VAL_EXAMPLES)
+    size = min(len(split), examples or _VAL_EXAMPLES)
     val: Any = tuple(t[:size] for t in split.tensors) if split.tensors else Subset(split.dataset, range(size))  # type: ignore[arg-type]
     batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
-    model = partial(_double, problem.model)
-    return problem.replace(model=model, val=val, test=None, metrics={}, batch_size=batch_size, eval_batch_size=size)
+    return problem.replace(val=val, test=None, metrics={}, batch_size=batch_size, eval_batch_size=size)
 
 
-def _double(factory: Any) -> nn.Module:
-    model: nn.Module = factory()
-    return model.double()
+def _or_infinite(error: float) -> float:
+    """By what to order errors of which some are not numbers."""
+    return inf if isnan(error) else error
 
 
 def _between(lower: float, upper: float, *, log: bool) -> float:
@@ -294,5 +329,5 @@ def _verdict(modes: Sequence[str], errors: dict[str, float], refusals: Refusals,
     if not works:
         return ProblemCheck(False, "; ".join(lines), errors, refusals)
     agreed = ", ".join(f"{mode} {errors[mode]:.1e}" for mode in works if mode in errors)
-    message = f"hypergradients agree with finite differences (relative error: {agreed})" if agreed else note
-    return ProblemCheck(True, "; ".join([message, *lines]), errors, refusals)
+    message = f"hypergradients agree with finite differences (relative error: {agreed})" if agreed else ""
+    return ProblemCheck(True, "; ".join(filter(None, [message, note, *lines])), errors, refusals)

@@ -55,40 +55,60 @@ def fault_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
         return None
     with preserved_generators(), torch.enable_grad(), DoublePrecision():
         try:
-            weights = [_draw(output, position) for position, output in enumerate(call(call.point))]
+            cotangents = _draws(call(call.point), 0)
         except Exception:
             return None  # not in double precision
-        if not weights:
+        if not cotangents:
             return None
-        directions = [_draw(value, 100 + position) for position, value in enumerate(call.point)]
+        return _fault_of_backward(call, cotangents) or _fault_of_double_backward(call, cotangents)
 
-        def gradient(point: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
-            leaves = [value.detach().requires_grad_() for value in point] if not create_graph else list(point)
-            # as from a loss that is differentiated twice
-            cotangents = [weight.detach().requires_grad_(create_graph) for weight in weights]
-            value = _inner(call(leaves), cotangents)
-            if not value.requires_grad:
-                return [torch.zeros_like(leaf) for leaf in leaves]
-            return _filled(torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True), leaves)
 
-        found = float(_inner(gradient(call.point), directions))
-        if not _is_near(found, lambda point: float(_inner(call(point), weights).detach()), call.point, directions):
-            return "its backward is not the derivative of its forward"
-        others = [_draw(value, 200 + position) for position, value in enumerate(call.point)]
-        leaves = [value.detach().requires_grad_() for value in call.point]
-        second: Sequence[Tensor | None] = [None] * len(leaves)
-        try:
-            with DifferentiableStops((), {}):
-                product = _inner(gradient(leaves, create_graph=True), others)
-                if product.requires_grad:
-                    with through_stops():
-                        second = torch.autograd.grad(product, leaves, allow_unused=True)
-        except Exception as error:
-            return f"it has no second derivative ({in_one_line(error)})"
-        found = float(_inner(_filled(second, leaves), directions).detach())
-        if not _is_near(found, lambda point: float(_inner(gradient(point), others)), call.point, directions):
-            return "its second derivative is wrong: backward reads what autograd does not know of"
+def _fault_of_backward(call: _Call, cotangents: Sequence[Tensor]) -> str | None:
+    def function(point: Sequence[Tensor]) -> float:
+        return float(_inner(call(point), cotangents).detach())
+
+    directions = _draws(call.point, 100)
+    found = float(_inner(_pulled_back(call, _as_leaves(call.point), cotangents), directions))
+    if not _is_near(found, function, call.point, directions):
+        return "its backward is not the derivative of its forward"
     return None
+
+
+def _fault_of_double_backward(call: _Call, cotangents: Sequence[Tensor]) -> str | None:
+    # backward is a function of the gradient that it is given as well
+    point, count = [*call.point, *cotangents], len(call.point)
+    weights, directions = _draws(call.point, 200), _draws(point, 300)
+
+    def function(point: Sequence[Tensor]) -> float:
+        return float(_inner(_pulled_back(call, _as_leaves(point[:count]), point[count:]), weights))
+
+    leaves = _as_leaves(point)
+    second: Sequence[Tensor | None] = [None] * len(leaves)
+    try:
+        with DifferentiableStops((), {}):
+            value = _inner(_pulled_back(call, leaves[:count], leaves[count:], create_graph=True), weights)
+            if value.requires_grad:
+                with through_stops():
+                    second = torch.autograd.grad(value, leaves, allow_unused=True)
+    except Exception as error:
+        return f"it has no second derivative ({in_one_line(error)})"
+    found = float(_inner(_filled(second, leaves), directions).detach())
+    if not _is_near(found, function, point, directions):
+        return (
+            "its second derivative is wrong: let backward compute with torch operations, on tensors that "
+            "save_for_backward has kept, and not be once_differentiable"
+        )
+    return None
+
+
+def _pulled_back(
+    call: _Call, leaves: Sequence[Tensor], cotangents: Sequence[Tensor], create_graph: bool = False
+) -> list[Tensor]:
+    """The cotangents' product with the call's Jacobian."""
+    value = _inner(call(leaves), cotangents)
+    if not value.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return _filled(torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True), leaves)
 
 
 def _is_near(
@@ -112,9 +132,13 @@ def _inner(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def _draw(like: Tensor, seed: int) -> Tensor:
+def _draws(like: Sequence[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in like]
+
+
+def _as_leaves(point: Sequence[Tensor]) -> list[Tensor]:
+    return [value.detach().requires_grad_() for value in point]
 
 
 def _filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

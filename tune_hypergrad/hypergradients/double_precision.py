@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
 
 from tune_hypergrad.hypergradients.lasting import LastingMode
 from tune_hypergrad.hypergradients.stop_gradient import writes
+from tune_hypergrad.problem import Problem
 
 _WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
@@ -30,11 +31,30 @@ class DoublePrecision(LastingMode):
         if function in _CASTS:
             return args[0].double()
         written = args[:1] if writes(function) else ()
-        read = tree_map(_widened, (args[len(written) :], kwargs))
-        return function(*written, *read[0], **read[1])
+        return function(*written, *_widened(args[len(written) :]), **_widened(kwargs))
 
 
-def _widened(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.to(_WIDE[leaf.dtype]) if leaf.dtype in _WIDE else leaf
-    return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+def in_double_precision(problem: Problem) -> Problem:
+    """The problem with its model in float64, to be trained in `DoublePrecision`."""
+    return problem.replace(model=partial(_double, problem.model))
+
+
+def _double(factory: Callable[[], nn.Module]) -> nn.Module:
+    model = factory().double()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_complex():  # which `double` leaves as they are
+            tensor.data = tensor.data.to(torch.complex128)
+    return model
+
+
+def _widened(tree: Any) -> Any:
+    # by hand, since pytree's overhead would be most of what a small model costs
+    if isinstance(tree, Tensor):
+        return tree.to(_WIDE[tree.dtype]) if tree.dtype in _WIDE else tree
+    if isinstance(tree, torch.dtype):
+        return _WIDE.get(tree, tree)
+    if type(tree) is tuple or type(tree) is list:
+        return type(tree)(map(_widened, tree))
+    if type(tree) is dict:
+        return {name: _widened(value) for name, value in tree.items()}
+    return tree

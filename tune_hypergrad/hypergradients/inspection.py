@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import cached_property, partial, wraps
+from math import isnan
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,10 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.derivatives import fault_of
+from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Training
+from tune_hypergrad.hypergradients.narrowing import culprit
 from tune_hypergrad.hypergradients.reverse import adjoint_step, differentiable
-from tune_hypergrad.hypergradients.sites import Sites, called
+from tune_hypergrad.hypergradients.sites import Sites, called, line_of
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters
 from tune_hypergrad.hypergradients.stop_gradient import Conversions, constant
 
@@ -33,6 +36,25 @@ Refusals = dict[str, str]
 _MOST_CONVERSIONS = 100
 _LIBRARIES = ("torch.", "tune_hypergrad.")
 _WRITES_TO_DATA = "the model changes its input in place, and with it the data: begin with `x = x.clone()` in forward"
+
+
+class Fingerprint(NamedTuple):
+    """A call of a module."""
+
+    name: str
+    given: Tensor
+    """The sums of its inputs."""
+    gave: Tensor
+    """The sums of its outputs."""
+
+
+class Gradient(NamedTuple):
+    """A training gradient."""
+
+    by_params: Tensor
+    """Shape [P]."""
+    without: frozenset[int] | None
+    """Positions of the parameters that have none, if they are known."""
 
 
 class Application(NamedTuple):
@@ -83,6 +105,7 @@ class _Inspection:
         fault = self._fault_of_training() or self._fault_of_evaluation()
         if fault is not None:
             return dict.fromkeys(modes, fault)
+        self._train_elsewhere()
         again = self._training()
         pure = torch.equal(plain.loss, again.loss) or bool(plain.loss.isnan())
         found: Refusals = {}
@@ -156,10 +179,12 @@ class _Inspection:
         for leaf in found[1]:
             # the parameters are other tensors each time, and so is what the forward pass itself makes
             if any(leaf is earlier for earlier in found[0]):
+                names = (f"parameter {name!r}, of" for name, p in loop.model.named_parameters() if p is leaf)
                 raise InputError(
-                    f"the training loss depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient, but "
-                    "is not reached as a parameter of the model, or of a loss that is a module, so that it would not "
-                    "be trained: use it by its name in the module (not through a list or a closure), or detach it"
+                    f"the training loss depends on {next(names, 'a tensor of')} shape {tuple(leaf.shape)}, that "
+                    "requires a gradient, but is not reached as a parameter of the model, or of a loss that is a "
+                    "module, so that it would not be trained: use it by its name in the module (not through a list or "
+                    "a closure), or detach it"
                 )
 
     def _fault_of_training(self) -> str | None:
@@ -178,33 +203,44 @@ class _Inspection:
         return self._fault_of(loss)
 
     def _fault_of_evaluation(self) -> str | None:
-        loop, state = self._loop, self._state
-        examples = min(len(loop.split("val")), loop.problem.eval_batch_size)
-
-        def evaluate(gradient: bool) -> Tensor:
-            return torch.tensor(loop.evaluate(state, gradient=gradient, examples=examples).loss, dtype=torch.float64)
-
         def loss(conversions: Conversions) -> Tensor:
             with conversions.noted():
-                return evaluate(True)
+                return self._evaluate(True)
 
         versions = self._data_versions()
         try:
-            recording, plain = evaluate(True), evaluate(False)
+            recording, plain = self._evaluate(True), self._evaluate(False)
         except InputError:
             raise
         except Exception as error:
             raise InputError(f"the gradient of the validation loss fails: {in_one_line(error)}") from error
         if versions != self._data_versions():
             raise InputError(_WRITES_TO_DATA)
-        if not _is_close(plain, recording, self._loop.dtype):
-            if not _is_close(plain, evaluate(False), self._loop.dtype):
-                return "the validation loss of the same weights differs from call to call: draw from global generators"
+        same = torch.equal(plain, recording) or bool(plain.isnan())
+        return (None if same else self._fault_of_differing()) or self._fault_of(loss)
+
+    def _evaluate(self, gradient: bool) -> Tensor:
+        examples = min(len(self._loop.split("val")), self._loop.problem.eval_batch_size)
+        loss = self._loop.evaluate(self._state, gradient=gradient, examples=examples).loss
+        return torch.tensor(loss, dtype=torch.float64)
+
+    def _fault_of_differing(self) -> str | None:
+        """Why evaluations of the same weights differ, unless it is by rounding."""
+        with self._exact._loop.running(), DoublePrecision():
+            runs = [self._exact._fingerprints(partial(self._exact._evaluate, on)) for on in (False, False, True)]
+        (plain, first), (again, second), (recording, third) = runs
+        if not _is_near(plain, again):
             return (
-                "the validation loss is another one where gradients are recorded: something in the model asks "
-                "torch.is_grad_enabled()"
+                f"{_differing(first, second) or 'the validation loss'} differs from call to call in evaluation, with "
+                "the same weights: draw from torch's, NumPy's or Python's global generators, and keep nothing between "
+                "calls but in buffers"
             )
-        return self._fault_of(loss)
+        if not _is_near(plain, recording):
+            return (
+                f"{_differing(first, third) or 'the validation loss'} is another one where gradients are recorded, as "
+                "if it asked torch.is_grad_enabled(): compute the same in both cases"
+            )
+        return None
 
     def _fault_of(self, noting: Callable[[Conversions], Tensor]) -> str | None:
         """Numbers that leave torch and matter, and functions of the program's own whose derivatives are wrong."""
@@ -248,10 +284,10 @@ class _Inspection:
 
     def _fault_of_forward(self, plain: Training, pure: bool) -> str | None:
         try:
-            gradient, without = ForwardRun(self._loop, self._hyperparameters).try_out()
+            found = self._gradient_of("forward")
         except Exception as error:
-            return f"forward mode does not work on this model ({in_one_line(error)})"
-        return self._other_gradient("forward", plain, gradient, without) if pure else None
+            return f"forward mode does not work on this model{_reason(error, line_of(error))}"
+        return self._other_gradient("forward", plain, found) if pure else None
 
     def _fault_of_reverse(self, plain: Training, pure: bool) -> str | None:
         if not pure:
@@ -259,26 +295,55 @@ class _Inspection:
                 f"{self._impure_part()} differs from call to call, so that no training step can be run again: draw "
                 "from torch's, NumPy's or Python's global generators, and keep nothing between calls but in buffers"
             )
-        h = {name: value.detach().requires_grad_() for name, value in self._h.items()}
-        adjoint = (plain.gradient, *(torch.zeros_like(slot) for slot in self._state.slots))
         try:
-            pulled = adjoint_step(self._loop, self._state, h, 0, adjoint, {})
+            found = self._gradient_of("reverse")
         except InputError:
             raise
         except Exception as error:
-            return f"reverse mode does not work on this model ({in_one_line(error)})"
-        return self._other_gradient("reverse", plain, pulled.gradient, plain.without_gradient)
+            line = line_of(error)
+            # a backward pass has no line: its operations are tried one by one
+            named = None if line else culprit(self._loop, self._hyperparameters)
+            return f"reverse mode does not work on this model{_reason(error, line)}{f': {named}' if named else ''}"
+        return self._other_gradient("reverse", plain, found)
 
-    def _other_gradient(self, mode: str, plain: Training, gradient: Tensor, without: frozenset[int]) -> str | None:
-        off = float((gradient - plain.gradient).norm())
-        tolerance = min(0.3, max(1e-4, 1e4 * torch.finfo(self._loop.dtype).eps))
-        same = off <= tolerance * float(plain.gradient.norm()) or off != off
-        if same and without == plain.without_gradient:
+    def _gradient_of(self, mode: str) -> Gradient:
+        """A mode's training gradient of the first step."""
+        if mode == "forward":
+            return Gradient(*ForwardRun(self._loop, self._hyperparameters).try_out())
+        h = {name: value.detach().requires_grad_() for name, value in self._h.items()}
+        adjoint = tuple(torch.ones_like(tensor) for tensor in (self._state.params, *self._state.slots))
+        return Gradient(adjoint_step(self._loop, self._state, h, 0, adjoint, {}).gradient, None)
+
+    def _other_gradient(self, mode: str, plain: Training, found: Gradient) -> str | None:
+        if self._agrees(plain, found):
             return None
+        exact = self._exact
+        with exact._loop.running(), DoublePrecision():
+            plain, found = exact._training(), exact._gradient_of(mode)
+            if exact._agrees(plain, found):
+                return None
+        off = float((found.by_params - plain.gradient).norm())
         return (
             f"{mode} mode's training gradient is not that of plain training (off by {off:.1e}): something in the model "
             "is not what torch.func and double backward take it for"
         )
+
+    @cached_property
+    def _exact(self) -> _Inspection:
+        """The same in double precision: what differs there, in `DoublePrecision`, does not do so by rounding."""
+        loop = InnerLoop(in_double_precision(self._loop.source), self._loop.settings)
+        return _Inspection(loop, {name: value.double() for name, value in self._hyperparameters.items()})
+
+    def _train_elsewhere(self) -> None:
+        """Another step at other weights, for a model to keep something of."""
+        self._loop.training(self._state._replace(params=1.01 * self._state.params), self._h, 1)
+
+    def _agrees(self, plain: Training, found: Gradient) -> bool:
+        """Whether a training gradient is that of plain training, up to rounding."""
+        off = float((found.by_params - plain.gradient).norm())
+        tolerance = min(0.3, max(1e-4, 1e4 * torch.finfo(self._loop.dtype).eps))
+        same = off <= tolerance * float(plain.gradient.norm()) or isnan(off)
+        return same and found.without in (None, plain.without_gradient)
 
     def _impure_part(self) -> str:
         """What gives something else for the same."""
@@ -286,25 +351,23 @@ class _Inspection:
         if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(first, second, strict=True)):
             source = self._loop.split("train").dataset
             return f"the train data ({type(source).__name__})"
-        runs = [self._fingerprints() for _ in range(2)]
-        for (name, inputs, output), (_, other_inputs, other_output) in zip(*runs, strict=False):
-            if inputs == other_inputs and output != other_output:
-                return str(name)
-        return "the training step"
+        _, run = self._fingerprints(self._training)
+        self._train_elsewhere()
+        _, other = self._fingerprints(self._training)
+        return _differing(run, other) or "the training step"
 
-    def _fingerprints(self) -> list[tuple[str, tuple[float, ...], tuple[float, ...]]]:
-        """What every module was given and gave in a training step, in the order in which they ended."""
-        found: list[tuple[str, tuple[float, ...], tuple[float, ...]]] = []
+    def _fingerprints(self, run: Callable[[], T]) -> tuple[T, list[Fingerprint]]:
+        """What `run` gives, and what every module was given and gave in it, in the order in which they ended."""
+        found: list[Fingerprint] = []
         with ExitStack() as stack:
             for name, module in self._loop.model.named_modules():
                 title = called(name, module)
 
                 def note(module: nn.Module, inputs: Any, output: Any, title: str = title) -> None:
-                    found.append((title, _fingerprint(inputs), _fingerprint(output)))
+                    found.append(Fingerprint(title, _sums(inputs), _sums(output)))
 
                 stack.callback(module.register_forward_hook(note).remove)
-            self._training()
-        return found
+            return run(), found
 
 
 @contextmanager
@@ -314,35 +377,38 @@ def _applications(where: Callable[[], str]) -> Iterator[list[Application]]:
     A program may hold `MyFunction.apply` from before, so that it is `forward` that is watched.
     """
     found: list[Application] = []
-    watched = {cls: cls.forward for cls in _subclasses(Function) if not cls.__module__.startswith(_LIBRARIES)}
-    own = {cls: cls.__dict__.get("forward") for cls in watched}
-
-    def noting(cls: type[Function], forward: Callable[..., Any]) -> Callable[..., Any]:
-        takes_context = cls.setup_context is Function.setup_context
-
-        @wraps(forward)
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            found.append(Application(cls, args[1:] if takes_context else args, where()))
-            return forward(*args, **kwargs)
-
-        return noted
-
-    for cls, forward in watched.items():
-        setattr(cls, "forward", staticmethod(noting(cls, forward)))  # noqa: B010
-    try:
+    with ExitStack() as stack:
+        for function in _subclasses(Function):
+            if not function.__module__.startswith(_LIBRARIES):
+                stack.enter_context(_noted(function, found, where))
         yield found
+
+
+@contextmanager
+def _noted(function: type[Function], found: list[Application], where: Callable[[], str]) -> Iterator[None]:
+    # by its forward: a program may have kept its `apply` under another name
+    forward, own = function.forward, function.__dict__.get("forward")
+    passes_context = function.setup_context is Function.setup_context
+
+    @wraps(forward)
+    def noting(*args: Any, **keywords: Any) -> Any:
+        found.append(Application(function, args[passes_context:], where()))
+        return forward(*args, **keywords)
+
+    setattr(function, "forward", staticmethod(noting))  # noqa: B010
+    try:
+        yield
     finally:
-        for cls, original in own.items():
-            if original is None:
-                delattr(cls, "forward")
-            else:
-                setattr(cls, "forward", original)  # noqa: B010
+        if own is None:
+            delattr(function, "forward")
+        else:
+            setattr(function, "forward", own)  # noqa: B010
 
 
-def _subclasses(cls: type[Function]) -> Iterator[type[Function]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _subclasses(child)
+def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _constant_loss(loss: Tensor, present: Callable[[], Buffers]) -> Tensor:
@@ -364,11 +430,25 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _is_close(value: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    return bool(torch.isclose(value, other, rtol=1e4 * torch.finfo(dtype).eps, atol=0, equal_nan=True))
+def _reason(error: Exception, line: str) -> str:
+    return f" ({in_one_line(error)}{f', at {line}' if line else ''})"
 
 
-def _fingerprint(tree: Any) -> tuple[float, ...]:
-    return tuple(
-        float(leaf.detach().double().sum()) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.numel()
-    )
+def _is_near(value: Tensor, other: Tensor) -> bool:
+    """Whether two numbers in double precision are the same but for the order in which they were added up."""
+    return bool(torch.isclose(value, other, rtol=1e-9, atol=1e-12, equal_nan=True).all())
+
+
+def _differing(run: Sequence[Fingerprint], other: Sequence[Fingerprint]) -> str | None:
+    """The first module that gave something else for the same."""
+    for (name, given, gave), (_, also_given, also_gave) in zip(run, other, strict=False):
+        same = given.shape == also_given.shape and _is_near(given, also_given)
+        if same and (gave.shape != also_gave.shape or not _is_near(gave, also_gave)):
+            return name
+    return None
+
+
+def _sums(tree: Any) -> Tensor:
+    """The sum of each tensor, shape [number of tensors]."""
+    leaves = [constant(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return torch.stack([torch.zeros((), dtype=torch.float64), *(leaf.double().sum().cpu() for leaf in leaves)])

@@ -5,7 +5,7 @@ Only the initial weights, the batches and the seeds of random draws come from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -73,6 +73,7 @@ def plain_val_loss(
             torch.nn.utils.clip_grad_value_(trained.parameters(), loop.settings.clip_gradient)
         optimizer.step()
     trained.eval()
+    loop.seed_evaluation()
     split = loop.split("val")
     *inputs, target = loop.cast(split.batch(slice(0, len(split))))
     with mode, torch.no_grad():
@@ -107,8 +108,19 @@ def differences(
     return (losses[0] - losses[1]) / (2 * step)
 
 
-def steps_of_differences(value: float) -> Iterable[float]:
-    """Step sizes of differences at a value, in the order in which to try them: kinks spoil large ones, rounding small
-    ones."""
+def estimates(difference: Callable[[float], float], value: float) -> Iterator[tuple[float, float]]:
+    """Estimates of a derivative at a value, each with the step size that rounding acts on, in the order in which to
+    try them: differences, of which kinks spoil large steps and rounding small ones, and what neighbours extrapolate to
+    (Adam is curved where a gradient is next to nothing).
+
+    Args:
+        difference: the central difference of a step size.
+    """
     scale = max(abs(value), 1e-3)
-    return (scale * factor for factor in (1e-5, 1e-4, 1e-6, 1e-3, 1e-7))
+    known: dict[int, float] = {}
+    for digits in (6, 5, 7, 4, 8, 3, 2):
+        known[digits] = difference(scale * 10.0**-digits)
+        yield known[digits], scale * 10.0**-digits
+        for fine in (digits, digits + 1):
+            if fine in known and fine - 1 in known:
+                yield (100 * known[fine] - known[fine - 1]) / 99, scale * 10.0**-fine

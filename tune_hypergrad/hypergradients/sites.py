@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,9 +68,24 @@ def _line() -> str:
                 return ""  # torch's modules, called by this package
         else:
             outside = True
-        if not file.startswith((_TORCH, _OWN, "<")):
-            code = linecache.getline(file, frame.f_lineno).strip()
-            shown = code if len(code) <= _LINE_LETTERS else f"{code[: _LINE_LETTERS - 1]}…"
-            return f"{Path(file).name}:{frame.f_lineno}" + (f" `{shown}`" if shown else "")
+        if _is_of_program(file):
+            return _shown(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def line_of(error: BaseException) -> str:
+    """The innermost line of the program that an exception came through, or nothing: backward passes have none."""
+    entries = traceback.extract_tb(error.__traceback__)
+    own = [entry for entry in entries if _is_of_program(entry.filename)]
+    return _shown(own[-1].filename, own[-1].lineno or 0) if own else ""
+
+
+def _is_of_program(file: str) -> bool:
+    return not file.startswith((_TORCH, _OWN, "<"))
+
+
+def _shown(file: str, number: int) -> str:
+    code = linecache.getline(file, number).strip()
+    shown = code if len(code) <= _LINE_LETTERS else f"{code[: _LINE_LETTERS - 1]}…"
+    return f"{Path(file).name}:{number}" + (f" `{shown}`" if shown else "")
