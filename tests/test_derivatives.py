@@ -109,7 +109,10 @@ RIGHT: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
 }
 
 BACKWARD = "its backward is not the derivative of its forward"
-SECOND = "its second derivative is wrong: let backward compute with torch operations, on tensors that save_for_backward has kept, and not be once_differentiable"
+SECOND = (
+    "its second derivative is wrong: let backward compute with torch operations, on tensors that save_for_backward has "
+    "kept, and not be once_differentiable"
+)
 WRONG: dict[str, tuple[Callable[..., Any], Tensor, str]] = {
     "asymmetric eigenvalues": (torch.linalg.eigvalsh, W, BACKWARD),
     "scaled": (Scaled.apply, X, BACKWARD),

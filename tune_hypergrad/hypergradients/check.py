@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import inf, isfinite, isnan, nan
@@ -300,9 +301,10 @@ class _Comparison:
     @cached_property
     def _named_culprit(self) -> str:
         loop = self._fresh_loop()
-        with loop.running(), DoublePrecision():
+        with suppress(Exception), loop.running(), DoublePrecision():  # that something is wrong is known
             found = culprit(loop, self._values)
-        return f": {found}" if found else ""
+            return f": {found}" if found else ""
+        return ""
 
 
 def _reduced(problem: Problem, examples: int | None) -> Problem:

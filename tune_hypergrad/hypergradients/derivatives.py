@@ -38,7 +38,7 @@ class _Call:
         """The floating tensors that the function gives."""
         leaves = [leaf.double() if _is_floating(leaf) else leaf for leaf in self._leaves]
         for position, value in zip(self._moving, point, strict=True):
-            leaves[position] = value
+            leaves[position] = value.clone()  # which the call may write to
         args, kwargs = tree_unflatten(leaves, self._structure)
         seed_everything(_SEED)
         return [leaf for leaf in tree_flatten(self._function(*args, **kwargs))[0] if _is_floating(leaf)]

@@ -181,7 +181,7 @@ class _Inspection:
             if any(leaf is earlier for earlier in found[0]):
                 names = (f"parameter {name!r}, of" for name, p in loop.model.named_parameters() if p is leaf)
                 raise InputError(
-                    f"the training loss depends on {next(names, 'a tensor of')} shape {tuple(leaf.shape)}, that "
+                    f"the training loss depends on {next(names, 'a tensor of')} shape {tuple(leaf.shape)} that "
                     "requires a gradient, but is not reached as a parameter of the model, or of a loss that is a "
                     "module, so that it would not be trained: use it by its name in the module (not through a list or "
                     "a closure), or detach it"
