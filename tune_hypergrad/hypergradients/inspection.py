@@ -336,7 +336,8 @@ class _Inspection:
 
     def _train_elsewhere(self) -> None:
         """Another step at other weights, for a model to keep something of."""
-        self._loop.training(self._state._replace(params=1.01 * self._state.params), self._h, 1)
+        other = min(1, self._loop.steps - 1)
+        self._loop.training(self._state._replace(params=1.01 * self._state.params), self._h, other)
 
     def _agrees(self, plain: Training, found: Gradient) -> bool:
         """Whether a training gradient is that of plain training, up to rounding."""
