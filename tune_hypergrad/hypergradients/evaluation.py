@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from tune_hypergrad.data import Batch, Split
@@ -35,9 +35,9 @@ from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.normalisation import IN_EVALUATION
 from tune_hypergrad.hypergradients.state import Buffers, State
 from tune_hypergrad.hypergradients.stop_gradient import WithoutStops, constant
+from tune_hypergrad.problem import Problem
 
-if TYPE_CHECKING:
-    from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+T = TypeVar("T")
 
 LOSS = "loss"
 """How the loss is called among the measures; metrics have names of their own."""
@@ -48,6 +48,31 @@ _Comparison = tuple[str, tuple[Part, int], list[tuple[Part, int]]]
 """A measure's name, its part of the figure from some examples and their number, and the same from two parts of them."""
 _Single = tuple[Batch, Any]
 """A batch of one example, and its output where that can be put together with others."""
+
+
+class Evaluable(Protocol):
+    """What an evaluation needs of an inner loop."""
+
+    problem: Problem
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+    def split(self, which: str) -> Split: ...
+
+    def cast(self, batch: Batch) -> Batch: ...
+
+    def seed_evaluation(self) -> None: ...
+
+    def unflatten(self, params: Tensor) -> dict[str, Tensor]: ...
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor: ...
+
+    def copies(self, buffers: Buffers) -> Buffers: ...
+
+    def differentiated(self, buffers: Buffers) -> list[str]: ...
+
+    def within(self, tensors: Mapping[str, Tensor], body: Callable[[], T], *, training: bool) -> T: ...
 
 
 class Evaluation(NamedTuple):
@@ -69,7 +94,7 @@ class Evaluator:
     of 0 before the model has learned to find anything, tell nothing.
     """
 
-    def __init__(self, loop: InnerLoop) -> None:
+    def __init__(self, loop: Evaluable) -> None:
         self._loop = loop
         self._measures: dict[str, Measure] = {**loop.problem.metrics, LOSS: loop.problem.loss}
         marked = {name for name, measure in self._measures.items() if is_of_whole_split(measure)}
@@ -118,7 +143,7 @@ class _Pass:
 
     def __init__(
         self,
-        loop: InnerLoop,
+        loop: Evaluable,
         measures: Mapping[str, Measure],
         whole: set[str],
         split: Split,
