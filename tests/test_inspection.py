@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from test_runs import Examples
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.data import Dataset
 from torch_loops import SGD, assert_exact
 
 from tune_hypergrad import InputError, hypergradient
-from tune_hypergrad.hypergradients import Descent, OnlineRun, hypergradient_run, verification
+from tune_hypergrad.hypergradients import Descent, OnlineRun, Optimizer, hypergradient_run, verification
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.reverse import NotReplayedError
 from tune_hypergrad.losses import smoothed_cross_entropy
@@ -542,3 +544,73 @@ class TestMemory:
         hypergradient(second, {"lr": double(0.1)}, steps=3, check=False)
         drawn = [torch.rand(3, generator=problem.train.dataset.generator) for problem in (first, second)]
         assert torch.equal(*drawn)
+
+    def test_what_is_tuned_and_what_is_fixed_are_told_apart(self) -> None:
+        def by_number(output: Tensor, target: Tensor, *, a: float = 0.5) -> Tensor:
+            return float(a) * F.cross_entropy(output, target)
+
+        problem = make_problem(train_loss=by_number)
+        hypergradient(problem, {"lr": double(0.1)}, steps=4, fixed={"a": 0.5})
+        with pytest.raises(InputError, match="makes a Python or NumPy number"):
+            hypergradient(problem, {"a": double(0.5)}, steps=4, fixed={"lr": 0.1})
+
+    def test_optimizers_of_ones_own_are_told_apart(self) -> None:
+        def moving_by(rate: Any) -> Optimizer:
+            return Optimizer("own", lambda p, g, s, h, step: (p - rate(h["lr"]) * g, s), (), {"lr": 0.1})
+
+        problem = make_problem()
+        whole = hypergradient(problem, {"lr": double(0.1)}, steps=4, optimizer=moving_by(lambda rate: rate))
+        assert float(whole.hypergradients["lr"]) != 0
+        with pytest.raises(InputError, match="differ from finite differences"):
+            hypergradient(problem, {"lr": double(0.1)}, steps=4, optimizer=moving_by(lambda rate: rate.detach()))
+
+
+class Closing(Dataset[Any]):
+    """A data set that closes its file at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.examples = data()
+        self.file = path.open("rb")
+
+    def __len__(self) -> int:
+        return len(self.examples[0])
+
+    def __getitem__(self, position: int) -> tuple[Tensor, ...]:
+        self.file.seek(0)
+        return tuple(leaf[position] for leaf in self.examples)
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+def test_data_sets_that_close_files_stay_open(tmp_path: Path) -> None:
+    path = tmp_path / "examples"
+    path.touch()
+    result = hypergradient(make_problem(train=Closing(path)), {"lr": double(0.1)}, steps=4)
+    assert math.isfinite(result.val_loss)
+
+
+class TestValues:
+    """A check trains at values that make sense."""
+
+    def test_of_losses_at_those_that_are_given(self) -> None:
+        def rooted(output: Tensor, target: Tensor, *, a: float = 0.0) -> Tensor:
+            return F.cross_entropy(output, target) * (1 + a**0.5)
+
+        result = hypergradient(make_problem(train_loss=rooted), {"a": double(0.3)}, steps=4, fixed={"lr": 0.1})
+        assert result.hypergradients["a"].isfinite().all()
+
+    def test_of_losses_without_defaults(self) -> None:
+        def tempered(output: Tensor, target: Tensor, *, temperature: float) -> Tensor:
+            assert float(torch.as_tensor(temperature).detach()) > 0
+            return F.cross_entropy(output / temperature, target)
+
+        problem = make_problem(train_loss=tempered)
+        assert hypergradient(problem, {"temperature": double(1.5)}, steps=4, fixed={"lr": 0.1}).hypergradients
+
+    @pytest.mark.parametrize("tuned", ["lr", "dampening"])
+    def test_dampening_without_momentum(self, tuned: str) -> None:
+        values = {"lr": 0.1, "dampening": 0.5}
+        fixed = {name: value for name, value in values.items() if name != tuned}
+        result = hypergradient(make_problem(), {tuned: double(values[tuned])}, steps=4, fixed=fixed)
+        assert float(result.hypergradients[tuned]) != 0

@@ -81,7 +81,7 @@ class Split:
             return self
         found = Split.__new__(Split)
         found.__dict__.update(self.__dict__)
-        found.dataset = _with_own_state(self.dataset, _DEPTH)
+        found.dataset = _with_own_state(self.dataset, _DEPTH, {})
         return found
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
@@ -116,21 +116,33 @@ def cast_batch(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     return tree_map(cast_leaf, batch)  # type: ignore[no-any-return]
 
 
-def _with_own_state(value: Any, depth: int) -> Any:
-    """A copy of an object, of what it consists of, and of random generators, but not of its data."""
+def _with_own_state(value: Any, depth: int, copies: dict[int, Any]) -> Any:
+    """A copy of an object, of what it consists of, and of random generators, but not of its data.
+
+    Args:
+        value: the object.
+        depth: how deep to look.
+        copies: those made so far, by what they are of.
+    """
+    if id(value) not in copies:
+        copies[id(value)] = _copied_state(value, depth, copies)
+    return copies[id(value)]
+
+
+def _copied_state(value: Any, depth: int, copies: dict[int, Any]) -> Any:
     if isinstance(value, _GENERATORS):
         return copy.deepcopy(value)
     if depth == 0 or isinstance(value, type | ModuleType | FunctionType | Tensor | np.ndarray):
         return value
     if type(value) in (list, tuple, dict) and len(value) <= _FEW:
         if isinstance(value, dict):
-            return {key: _with_own_state(each, depth - 1) for key, each in value.items()}
-        return type(value)(_with_own_state(each, depth - 1) for each in value)
+            return {key: _with_own_state(each, depth - 1, copies) for key, each in value.items()}
+        return type(value)(_with_own_state(each, depth - 1, copies) for each in value)
     made_plainly = vars(object)["__new__"] is getattr(type(value), "__new__", None)
-    if not made_plainly or not hasattr(value, "__dict__"):
-        return value
+    if not made_plainly or not hasattr(value, "__dict__") or hasattr(type(value), "__del__"):
+        return value  # the end of a copy must not close what it shares
     found = object.__new__(type(value))
-    found.__dict__.update({name: _with_own_state(each, depth - 1) for name, each in vars(value).items()})
+    found.__dict__.update({name: _with_own_state(each, depth - 1, copies) for name, each in vars(value).items()})
     return found
 
 

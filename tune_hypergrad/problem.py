@@ -254,7 +254,9 @@ class Problem:
         """One training prediction, its loss and its gradient, with every regulariser at work."""
         model.train()
         objective = _attempt("attaching the regularisers", self.objective, model)
-        values = {name: 0.0 if isnan(value) else value for name, value in self.train_loss_hyperparameters.items()}
+        values = dict(self.train_loss_hyperparameters)
+        if any(map(isnan, values.values())):
+            return  # what has no default has no value that is sure to make sense
         values |= {name: strength.neutral for name, strength in self.regulariser_hyperparameters.items()}
         split: Split = self.train  # type: ignore[assignment]
         batch = _attempt("reading train data", split.batch, slice(0, self.batch_size))

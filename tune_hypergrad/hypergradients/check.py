@@ -20,9 +20,8 @@ from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.inspection import Refusals, inspect
 from tune_hypergrad.hypergradients.narrowing import culprit
-from tune_hypergrad.hypergradients.optimizers import Optimizer
+from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Optimizer
 from tune_hypergrad.hypergradients.plain_training import (
-    TORCH_OPTIMIZERS,
     differences,
     estimates,
     plain_val_loss,
@@ -67,6 +66,7 @@ def check_problem(
     fixed: Mapping[str, Any] | None = None,
     seed: int = 0,
     clip_gradient: float | None = None,
+    device: str | None = None,
     modes: Sequence[str] = ("forward", "reverse"),
     examples: int | None = None,
     tolerance: float = 1e-4,
@@ -89,6 +89,7 @@ def check_problem(
         fixed: hyperparameters held constant.
         seed: seeds the runs.
         clip_gradient: clamp the training gradient's elements to +- this value.
+        device: where to train; None leaves the model where its factory puts it.
         modes: which modes to compare.
         examples: examples in a step of the comparison, and in its validation, at the most; None is the problem's
             batch size, and 64.
@@ -100,7 +101,7 @@ def check_problem(
     try:
         problem.check()
         problem = problem.independent()
-        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient)
+        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)
@@ -250,7 +251,8 @@ class _Comparison:
         return loop
 
     def _plain_loss(self, values: Hyperparameters) -> float:
-        if self._loop.optimizer.name in TORCH_OPTIMIZERS:
+        optimizer = self._loop.optimizer
+        if optimizer is OPTIMIZERS.get(optimizer.name):
             return plain_val_loss(self._problem, self._loop, values, self._batches, DoublePrecision())
         with DoublePrecision():
             return self._loop.evaluate(self._loop.run(values)).loss

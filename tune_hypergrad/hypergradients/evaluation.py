@@ -29,7 +29,6 @@ from tune_hypergrad.figures import (
     is_of_whole_split,
     joined,
     part_of,
-    weights,
 )
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.normalisation import IN_EVALUATION
@@ -165,7 +164,6 @@ class _Pass:
         batchwise = [name for name in measures if name not in whole and name not in self._accumulating]
         self._parts: dict[str, list[tuple[Part, int]]] = {name: [] for name in batchwise}
         self._declared: set[str] = set()  # those that give (sum, count) of their own accord
-        self._gradients: list[Sequence[Tensor | None]] = []
         self._outputs: list[tuple[Any, Any]] = []
         self._single: _Single | None = None
         self.telling: Counter[str] = Counter()
@@ -187,10 +185,9 @@ class _Pass:
         """The evaluation, after all batches."""
         figures = {name: float(figure(parts)) for name, parts in self._parts.items()}
         figures |= {name: float(metric.compute()) for name, metric in self._accumulating.items()}  # type: ignore[attr-defined]
-        if self._gradients:
-            shares, divisor = weights(self._parts[LOSS])
-            for found, share in zip(self._gradients, shares, strict=True):
-                self._accumulate(found, share / divisor)
+        if self._leaves and LOSS in self._parts:
+            for total in self._by_leaf.values():
+                total.div_(sum(_count(*part) for part in self._parts[LOSS]))
         if self._whole:
             outputs, targets = (joined(list(trees)) for trees in zip(*self._outputs, strict=True))
             with torch.no_grad():
@@ -222,7 +219,8 @@ class _Pass:
             if now:
                 part = self._measure(LOSS, output, target, quotients)
                 if self._leaves:
-                    self._gradients.append(self._differentiate([part.total], [torch.ones_like(part.total)]))
+                    share = float(examples) if part.divisor is None else 1.0
+                    self._accumulate(self._differentiate([part.total], [torch.full_like(part.total, share)]), 1.0)
                 self._parts[LOSS].append((part._replace(total=constant(part.total)), examples))
         output = detached(output)
         with torch.no_grad():
@@ -376,6 +374,11 @@ def _recording(on: bool) -> AbstractContextManager[Any]:
     stack.enter_context(torch.enable_grad())
     stack.enter_context(WithoutStops(IN_EVALUATION))
     return stack
+
+
+def _count(part: Part, examples: int) -> float:
+    """What a batch adds to the number that the split's total is divided by."""
+    return float(examples) if part.divisor is None else part.divisor
 
 
 def _called(name: str) -> str:

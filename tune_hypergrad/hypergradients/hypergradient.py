@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -73,27 +73,45 @@ def hypergradient(
     settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
     loop = InnerLoop(problem, settings)
 
-    def complete(mode: str) -> HypergradientRun:
-        run = hypergradient_run(
+    def begin() -> HypergradientRun:
+        return hypergradient_run(
             loop,
             hyperparameters,
             horizon=horizon,
-            differentiation=mode,
+            differentiation=differentiation,
             clip_hessian_product=clip_hessian_product,
             val_examples=val_examples,
             check=check,
         )
-        with loop.running():
-            run.advance(run.length)
-        return run
 
+    run = begin()
+    with loop.running():
+        while not run.done:
+            run = advance(run, run.length, begin if differentiation == "auto" else None)
+    return run.result()
+
+
+def advance(run: HypergradientRun, units: int, begin: Callable[[], HypergradientRun] | None) -> HypergradientRun:
+    """Advance a run; where a step turns out to be another one when it is run again, a new run by forward mode.
+
+    Args:
+        run: what to advance.
+        units: by how much.
+        begin: makes a run by a mode that can be taken; None: the mode was asked for.
+
+    Raises:
+        NotReplayedError: a step cannot be run again, and the mode was asked for.
+    """
     try:
-        return complete(differentiation).result()
+        run.advance(units)
     except NotReplayedError as error:
-        if differentiation != "auto":
+        if begin is None:
             raise
-        remember(loop, hyperparameters, "reverse", str(error))
-        return complete(differentiation).result()
+        remember(run.loop, run.hyperparameters, "reverse", str(error))
+        other = begin()
+        other.cost += run.cost
+        return other
+    return run
 
 
 def hypergradient_run(

@@ -134,6 +134,7 @@ class InnerLoop:
 
     def __init__(self, problem: Problem, settings: TrainingSettings) -> None:
         self.source, self.settings = problem, settings
+        self.findings: dict[Any, Any] = {}  # of the derivatives, where the problem cannot remember them
         self.optimizer = get_optimizer(settings.optimizer)
         with preserved_generators():
             seed_everything(fold_seed(settings.seed, _INITIALISATION))

@@ -213,7 +213,8 @@ class _Inspection:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"the gradient of the validation loss fails: {in_one_line(error)}") from error
+            remedy = "; write out of place, or clone first" if "inplace operation" in str(error) else ""
+            raise InputError(f"the gradient of the validation loss fails: {in_one_line(error)}{remedy}") from error
         if versions != self._data_versions():
             raise InputError(_WRITES_TO_DATA)
         same = torch.equal(plain, recording) or bool(plain.isnan())

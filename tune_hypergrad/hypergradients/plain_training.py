@@ -5,6 +5,7 @@ Only the initial weights, the batches and the seeds of random draws come from th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -49,7 +50,7 @@ def plain_val_loss(
         mode: what forward and backward passes run in.
     """
     problem = problem.with_own_measures(loop.device, loop.dtype)
-    model = _with_state_of(problem.model(), loop.model)
+    model = _with_state_of(problem.model().to(loop.device), loop.model)
     in_evaluation = parts_in_evaluation(model)
     objective = problem.objective(model)
     losses = [loss for loss in (problem.loss, problem.train_loss) if isinstance(loss, nn.Module)]
@@ -91,6 +92,9 @@ def _with_state_of(model: nn.Module, other: nn.Module) -> nn.Module:
 def _set(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
     """Give an optimizer those values that it knows."""
     (group,) = optimizer.param_groups
+    if values.get("dampening") and values["momentum"] == 0:
+        # torch ignores the dampening then, the engine does not
+        values = {**values, "momentum": sys.float_info.min}
     group.update({name: float(value) for name, value in values.items() if name in group})
     if "betas" in group:
         group["betas"] = float(values["beta1"]), float(values["beta2"])

@@ -10,7 +10,7 @@ between which segments are trained again. The cost does not depend on how many h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite, isqrt
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ from tune_hypergrad.hypergradients.partial_update import step_blocks
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
+
+_COMPARED_TOGETHER = 64
+"""Steps between two comparisons on a device that has to be waited for."""
 
 
 class NotReplayedError(InputError):
@@ -53,6 +56,7 @@ class ReverseRun(HypergradientRun):
         self._interval = 1 if keep_all else self._sparse_interval
         self._kept: dict[int, State] = {}
         self._losses: list[Tensor] = []  # of the steps on the way there
+        self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
         self._adjoint: tuple[Tensor, ...] = ()
         self._buffer_adjoint: Buffers = {}
 
@@ -95,12 +99,19 @@ class ReverseRun(HypergradientRun):
         self._kept.pop(end, None)
         h = {name: value.detach().requires_grad_() for name, value in loop.scalars(self.hyperparameters, step).items()}
         pulled = adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint)
-        refuse_another_step(step, self._losses[step], pulled.loss)
+        self._replayed.append((step, self._losses[step], pulled.loss))
+        if loop.device.type == "cpu" or len(self._replayed) == _COMPARED_TOGETHER or step == 0:
+            self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
         for name, value in pulled.by_hyperparameters.items():
             windows = self.hypergradients[name]
             windows[len(windows) * step // loop.steps] += value
         self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
+
+    def _refuse_another_run(self) -> None:
+        replayed, self._replayed = self._replayed, []
+        steps, first, again = zip(*replayed, strict=True)
+        refuse_another_step(steps, torch.stack(first), torch.stack(again))
 
     def _give_up(self) -> None:
         """The run diverged: going back would only find out step by step that there is no derivative."""
@@ -121,6 +132,8 @@ class ReverseRun(HypergradientRun):
         return self._kept[step]
 
     def state_dict(self) -> dict[str, Any]:
+        if self._replayed:
+            self._refuse_another_run()
         # about sqrt(T) states: the rest is trained again on demand, to the same bits
         kept = {step: tuple(state) for step, state in self._kept.items() if step % self._sparse_interval == 0}
         losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
@@ -205,23 +218,28 @@ def adjoint_step(
         return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=differentiable)
 
 
-def refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:
-    """Refuse to differentiate a step that is not the one that was trained with.
+def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> None:
+    """Refuse to differentiate steps that are not those that were trained with.
 
     Args:
-        step: which one.
-        first: its loss on the way there, shape [].
-        again: its loss on the way back, shape []: the same to a few last bits on a CPU, to rounding on other devices.
+        steps: which ones.
+        first: their losses on the way there, shape [steps].
+        again: their losses on the way back, shape [steps]: the same to a few last bits on a CPU, to rounding on other
+            devices.
 
     Raises:
         NotReplayedError: they differ.
     """
-    tolerance = 16 * torch.finfo(again.dtype).eps if again.device.type == "cpu" else 1e-3
-    if not torch.allclose(again, first, rtol=tolerance, atol=0, equal_nan=True):
+    precision = torch.finfo(again.dtype).eps
+    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
+    differ = ~torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
+    if bool(differ.any()):
+        position = int(differ.nonzero()[0])
         raise NotReplayedError(
-            f"training step {step} was another one when it was run again (a loss of {float(again):.6g}, not "
-            f"{float(first):.6g}): something in the data or the model draws from a generator of its own, counts calls "
-            "or caches; draw from torch's, NumPy's or Python's global generators, or set differentiation='forward'"
+            f"training step {steps[position]} was another one when it was run again (a loss of "
+            f"{float(again[position]):.6g}, not {float(first[position]):.6g}): something in the data or the model "
+            "draws from a generator of its own, counts calls or caches; draw from torch's, NumPy's or Python's global "
+            "generators, or set differentiation='forward'"
         )
 
 

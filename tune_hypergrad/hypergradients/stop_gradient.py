@@ -46,6 +46,7 @@ _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 _SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled  # what `torch.no_grad` and its like call
 _IN_PLACE = (Tensor.__setitem__, _SET_DATA)
+_AUGMENTED = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
 
 
 def constant(tensor: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ class WithoutStops(Substituting):
 def writes(function: Callable[..., Any]) -> bool:
     """Whether a torch function changes its first argument."""
     name = getattr(function, "__name__", "")
-    return function in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return function in _IN_PLACE or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.check import check_problem, usual_values
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
+from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
+from tune_hypergrad.space import windows_of
 
 EXAMPLES = 8
 """Training examples in a step of a check that runs by itself."""
@@ -28,7 +31,7 @@ def refusal_of(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str
     Raises:
         InputError: training fails, or is not what a loop of the program's own would do.
     """
-    findings, key = loop.source.findings, (mode, *_key(loop, hyperparameters))
+    findings, key = _findings(loop), (mode, *_key(loop, hyperparameters))
     known = findings.get(key)
     if known is None or (check and not known.checked and known.refusal is None):
         loop.source.check()
@@ -44,14 +47,14 @@ def check_training(loop: InnerLoop) -> None:
         InputError: it does.
     """
     key = ("training", *_key(loop, ()))
-    if key not in loop.source.findings:
+    if key not in _findings(loop):
         inspect_training(InnerLoop(loop.source.independent(), loop.settings))
-        loop.source.findings[key] = True
+        _findings(loop)[key] = True
 
 
 def remember(loop: InnerLoop, hyperparameters: Iterable[str], mode: str, refusal: str) -> None:
     """Refuse a mode from now on, after what a run has found out."""
-    loop.source.findings[(mode, *_key(loop, hyperparameters))] = _Finding(refusal, checked=True)
+    _findings(loop)[(mode, *_key(loop, hyperparameters))] = _Finding(refusal, checked=True)
 
 
 class _Finding(NamedTuple):
@@ -67,24 +70,36 @@ def _inspected(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str
 
 
 def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) -> str | None:
-    settings = loop.settings
-    values = {name: v[:1] for name, v in hyperparameters.items()}
+    settings, of_losses = loop.settings, loop.problem.loss_hyperparameters
+    # the optimizer's values may be such as training diverges with, the losses' are what makes them what they are
+    usual = usual_values(loop, hyperparameters)
+    values = {name: v[:1] if name in of_losses else usual.get(name, v[:1]) for name, v in hyperparameters.items()}
     check = check_problem(
         loop.source,
-        {**values, **usual_values(loop, hyperparameters)},
+        values,
         modes=(mode,),
         optimizer=settings.optimizer,
         fixed=settings.fixed,
         seed=settings.seed,
         clip_gradient=settings.clip_gradient,
+        device=settings.device,
         examples=EXAMPLES,
     )
     if not check.ok and mode not in check.refusals:
         raise InputError(check.message)
+    if check.ok and not check.errors:
+        warnings.warn(f"hypergradients of {mode} mode: {check.message}", stacklevel=2)
     return check.refusals.get(mode)
 
 
+def _findings(loop: InnerLoop) -> dict[Any, Any]:
+    """Where to remember: with the problem, or with the loop, whose optimizer may be like no other."""
+    known = loop.optimizer is OPTIMIZERS.get(loop.optimizer.name)
+    return loop.source.findings if known else loop.findings
+
+
 def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:
-    settings, update = loop.settings, loop.optimizer.update
-    optimizer = (loop.optimizer.name, update.__module__, update.__qualname__)
-    return optimizer, settings.clip_gradient is None, *sorted({*hyperparameters, *settings.fixed})
+    settings = loop.settings
+    fixed = tuple((name, tuple(windows_of(value))) for name, value in sorted(settings.fixed.items()))
+    clips = settings.clip_gradient is not None
+    return loop.optimizer.name, loop.device.type, clips, fixed, *sorted(hyperparameters)

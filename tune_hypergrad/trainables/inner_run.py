@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from typing import Any, ClassVar
 
@@ -10,11 +11,9 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.check import usual_values
-from tune_hypergrad.hypergradients.hypergradient import MODES
-from tune_hypergrad.hypergradients.reverse import NotReplayedError
+from tune_hypergrad.hypergradients.hypergradient import MODES, advance
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
-from tune_hypergrad.hypergradients.verification import remember
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
@@ -60,16 +59,8 @@ class InnerRunSettings(TrialSettings):
         Raises:
             NotReplayedError: a step cannot be run again, and the mode was asked for.
         """
-        try:
-            run.advance(units)
-        except NotReplayedError as error:
-            if self.differentiation != "auto":
-                raise
-            remember(run.loop, run.hyperparameters, "reverse", str(error))
-            other = self.make_run(run.loop, run.hyperparameters)
-            other.cost += run.cost
-            return other
-        return run
+        begin = partial(self.make_run, run.loop, run.hyperparameters) if self.differentiation == "auto" else None
+        return advance(run, units, begin)
 
 
 class InnerRun(ProblemTrainable):
