@@ -303,6 +303,11 @@ class TestTraining:
             "the model changes its input in place, and with it the data: begin with `x = x.clone()` in forward"
         )
 
+    def test_training_data_changed_in_place(self) -> None:
+        """Validation copies its examples, and a batch of all training examples is the data itself."""
+        problem = make_problem(InPlaceInput, batch_size=12, val=Examples(data(examples=6, seed=1)))
+        assert "changes its input in place, and with it the data" in refusal(problem)
+
     def test_copies_of_data_may_be_changed(self) -> None:
         """A data set's examples are put together anew for every batch."""
         problem = make_problem(InPlaceInput, train=Examples(data()), val=Examples(data(examples=6, seed=1)))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tune_hypergrad import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.losses import accuracy, whole_split
 from tune_hypergrad.problem import Problem
 
@@ -282,18 +283,44 @@ def test_accumulating_metrics(size: int) -> None:
             assert figures[name] == pytest.approx(float(metric(output, LABELS)), rel=1e-6), name
 
 
+def f1_of_first(output: Tensor, target: Tensor) -> float:
+    """Of finding the first class: 0 as long as nothing is found."""
+    return float(f1_score(target == 0, output.argmax(1) == 0, zero_division=0.0))
+
+
 def test_values_that_tell_nothing_are_no_proof() -> None:
-    """An F1 of 0 in all parts, as long as nothing is found, agrees with everything."""
-    loop = make_loop(LOSSES["cross entropy"].problem(7, metrics={"F1": f1, "constant": lambda output, target: 0.5}))
-    silent = loop.initial_state()
-    (weight, bias) = list(loop.unflatten(silent.params).values())[-2:]
-    learned = silent._replace(params=silent.params.clone())
-    weight.zero_(), bias.copy_(torch.tensor([9.0, 0.0, 0.0]))  # views of the silent state's weights
+    """An F1 of 0 in all parts agrees with everything."""
+    metrics = {"F1": f1_of_first, "constant": lambda output, target: 0.5}
+    loop = make_loop(LOSSES["cross entropy"].problem(7, metrics=metrics))
+    begin = loop.initial_state()
+
+    def with_shift(shift: float) -> State:
+        """The first class is found more or less often."""
+        state = begin._replace(params=begin.params.clone())
+        *_, bias = loop.unflatten(state.params).values()  # a view
+        bias[0] += shift
+        return state
+
     with loop.running():
-        for state in (silent, silent, learned):
+        for shift, finds in ((-99.0, False), (-99.0, False), (0.5, True)):
+            state = with_shift(shift)
             output = torch.func.functional_call(loop.model.eval(), loop.unflatten(state.params), X)
-            figures = loop.evaluate(state).metrics
-            assert figures == {"F1": pytest.approx(f1(output.detach(), LABELS)), "constant": 0.5}
+            expected = f1_of_first(output.detach(), LABELS)
+            assert (expected > 0) == finds
+            assert loop.evaluate(state).metrics == {"F1": pytest.approx(expected), "constant": 0.5}
+
+
+@pytest.mark.parametrize("sizes", [(1, 5, 1, 46), (1, 1, 5, 1, 45), (2, 1, 50)])
+def test_single_examples_among_batches(sizes: tuple[int, ...]) -> None:
+    """Only neighbours are compared with what they make together."""
+    case = LOSSES["the model's own loss by hand"]
+    loop = make_loop(case.problem())
+    loss, gradient = at_once(case, loop)
+    with loop.running():
+        batches = torch.arange(EXAMPLES).split(list(sizes))
+        found = Evaluator(loop).evaluate(loop.initial_state(), "val", batches, gradient=True)
+    assert found.loss == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(found.gradient, gradient, rtol=1e-10, atol=1e-13)
 
 
 def test_hypergradients_do_not_depend_on_the_batches() -> None:
