@@ -61,7 +61,7 @@ class _OfPrimals(Function):
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        raise NotImplementedError("FusedBatchNorm is for vmap over tangents, not over inputs")
+        raise NotImplementedError("fused_batch_norm is for vmap over tangents, not over inputs")
 
 
 class _Normalise(_OfPrimals):
