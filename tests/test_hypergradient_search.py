@@ -264,7 +264,7 @@ def test_saving_and_restoring_continues_identically(ended, tmp_path):
     before, index = go_on(search, running, 0, stop_after=ended)
     search.save(str(tmp_path / "search.pkl"))
     restored = new()
-    restored.restore(str(tmp_path / "search.pkl"))
+    restored.load(str(tmp_path / "search.pkl"))
     after, _ = go_on(restored, running, index)
     assert before + after == undisturbed
 
@@ -275,7 +275,9 @@ def test_metric_mode_and_space_come_from_the_tuner():
     assert search.set_search_properties("val_accuracy", "max", SPACE)
     assert (search.metric, search.mode) == ("val_accuracy", "max")
     assert values_of(search.suggest("a"))["momentum"] == 0
-    assert not search.set_search_properties("val_loss", "min", SPACE)  # there is a space already
+    assert search.set_search_properties("val_loss", "min", SPACE)  # the one that there is already
+    assert not search.set_search_properties("val_loss", "min", {**SPACE, "momentum": tune.uniform(0, 0.8)})
+    assert not search.set_search_properties("val_loss", "min", {**SPACE, "batch_size": 16})
 
 
 def test_a_trainable_without_hypergradients_is_refused():

@@ -1,11 +1,9 @@
 """Configurations from a list: order, ends, and what an interruption leaves."""
 
-import pickle
-
 from ray.tune.search import Searcher
 
-from tune_hypergrad.searchers.portfolio import RestoresAmong
 from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.searchers.restorable import restore_among, state_of
 from tune_hypergrad.searchers.snapshot import SavedTrial
 
 CONFIGS = [{"lr": {"0": 0.1, "1": 0.2}}, {"lr": 0.2}, {"lr": 0.3}]
@@ -35,7 +33,7 @@ def test_every_config_once_in_order():
 def test_what_trials_do_with_their_config_changes_nothing():
     search = QueueSearch(CONFIGS)
     search.suggest("a")["lr"]["0"] = 9.0
-    assert search.running["a"] == {"lr": {"0": 0.1, "1": 0.2}} == CONFIGS[0]
+    assert CONFIGS[0] == {"lr": {"0": 0.1, "1": 0.2}}
 
 
 def test_trials_that_have_ended_are_not_repeated():
@@ -44,7 +42,7 @@ def test_trials_that_have_ended_are_not_repeated():
     search.on_trial_complete("a", {"val_loss": 1.0})
     search.on_trial_complete("b", error=True)
     search.on_trial_complete("never heard of")
-    assert not search.running and rest_of(search) == CONFIGS[2:]
+    assert rest_of(search) == CONFIGS[2:]
 
 
 def test_a_queue_that_grows_goes_on():
@@ -60,31 +58,47 @@ def test_without_knowledge_of_trials_what_ran_comes_again(tmp_path):
     search.save(str(tmp_path / "state"))
     again = QueueSearch([])
     again.restore(str(tmp_path / "state"))
-    assert not again.running and rest_of(again) == [CONFIGS[2], CONFIGS[1]]
+    assert rest_of(again) == [CONFIGS[1], CONFIGS[2]]
 
 
-def test_of_what_ran_only_what_ray_has_forgotten_comes_again(tmp_path):
+def test_what_ran_and_ends_after_all_does_not_come_again(tmp_path):
+    started("a", "b").save(str(tmp_path / "state"))
+    again = QueueSearch([])
+    again.restore(str(tmp_path / "state"))
+    again.on_trial_complete("a", {"val_loss": 1.0})
+    assert rest_of(again) == [CONFIGS[1], CONFIGS[2]]
+
+
+def restored_among(search, trials, suggested):
+    """A new search that continues from another's state, given what Ray knows of its trials in their order."""
+    again = QueueSearch([])
+    numbers = {trial_id: number for number, trial_id in enumerate(trials, 1)}
+    known = restore_among(again, state_of(search), list(search._running), trials, numbers, suggested)
+    return again, known
+
+
+def test_of_what_ran_only_what_ray_has_forgotten_comes_again():
     configs = [{"lr": number} for number in range(6)]
     search = started("runs", "pending", "ended", "failed", "lost", configs=configs)
-    search.save(str(tmp_path / "state"))
     statuses = {"runs": "RUNNING", "pending": "PENDING", "ended": "TERMINATED", "failed": "ERROR"}
-    trials = {trial_id: SavedTrial(status, {}, {}) for trial_id, status in statuses.items()}
-    again = QueueSearch([])
-    assert isinstance(again, RestoresAmong)
-    again.restore_among(str(tmp_path / "state"), trials)
-    assert set(again.running) == {"runs", "pending"}
-    assert rest_of(again) == [configs[5], configs[4]]
+    trials = {trial_id: SavedTrial(status, {"val_loss": 1.0}, {}) for trial_id, status in statuses.items()}
+    again, known = restored_among(search, trials, suggested=5)
+    assert known == {"runs", "pending"}
+    assert rest_of(again) == [configs[4], configs[5]]
 
 
-def test_without_a_snapshot_the_file_is_believed(tmp_path):
-    started("a").save(str(tmp_path / "state"))
-    again = QueueSearch([])
-    again.restore_among(str(tmp_path / "state"), None)
-    assert again.running == {"a": CONFIGS[0]} and rest_of(again) == CONFIGS[1:]
-
-
-def test_its_state_is_all_that_is_saved(tmp_path):
+def test_what_was_begun_after_the_state_was_saved_is_not_begun_again():
     search = started("a")
-    search.save(str(tmp_path / "state"))
-    assert pickle.loads((tmp_path / "state").read_bytes()) == search.get_state()
-    assert list(search.get_state()["queue"]) == CONFIGS[1:]
+    trials = {
+        "a": SavedTrial("TERMINATED", {"val_loss": 1.0}, dict(CONFIGS[0])),
+        "b": SavedTrial("RUNNING", {}, {**CONFIGS[1], "of the portfolio": 3}),
+    }
+    again, known = restored_among(search, trials, suggested=1)
+    assert known == {"b"}
+    assert rest_of(again) == [CONFIGS[2]]
+
+
+def test_a_trial_that_would_not_have_been_suggested_is_told_of_and_left_out(caplog):
+    again, known = restored_among(started("a"), {"b": SavedTrial("RUNNING", {}, {"lr": 7})}, suggested=0)
+    assert not known and "trial b was begun before the interruption" in caplog.text
+    assert rest_of(again) == CONFIGS

@@ -138,7 +138,7 @@ def gradient_ranges(space: Mapping[str, Any]) -> tuple[dict[str, Range], dict[st
 
     Raises:
         InputError: something has no derivative (integers, choices, quantised domains, grids, functions), a schedule's
-            windows differ in domain, an entry is nested, or nothing is left to tune.
+            windows differ in domain, a domain is nested, or nothing is left to tune.
     """
     leaves = {name: _leaves(name, value) for name, value in space.items()}
     _refuse_underivable(leaves)
@@ -154,6 +154,16 @@ def gradient_ranges(space: Mapping[str, Any]) -> tuple[dict[str, Range], dict[st
             "the search space has nothing to tune: give a hyperparameter a domain such as tune.uniform(0, 1)"
         )
     return ranges, constants
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two constants of a search space are the same: identical, or equal of a kind that can tell."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(is_same(value, b[name]) for name, value in a.items())
+    try:
+        return a is b or (bool(a == b) and isinstance(a, bool) == isinstance(b, bool))
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors, say
+        return False
 
 
 def _refuse_underivable(leaves: Mapping[str, list[Any]]) -> None:
@@ -172,7 +182,7 @@ def _leaves(name: str, value: Any) -> list[Any]:
         raise InputError(
             f"hyperparameter {name!r} is a list of domains: write it as schedule(domain, windows={len(value)})"
         )
-    if not isinstance(value, Mapping) or _is_grid(value):
+    if not isinstance(value, Mapping) or _is_grid(value) or not _has_domain(value):
         return [value]
     leaves = _in_window_order(value)
     if leaves is None or not all(_is_number(leaf) or _is_domain(leaf) or _is_grid(leaf) for leaf in leaves):
@@ -245,6 +255,14 @@ def _is_domain(value: Any) -> bool:
 
 def _is_grid(value: Any) -> bool:
     return isinstance(value, Mapping) and "grid_search" in value
+
+
+def _has_domain(value: Any) -> bool:
+    """Whether there is a domain or a grid search anywhere in nested dicts and lists."""
+    if _is_domain(value) or _is_grid(value):
+        return True
+    items = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, Mapping | list | tuple) and any(map(_has_domain, items))
 
 
 def _is_number(value: Any) -> bool:

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import numbers
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias
-from uuid import uuid4
-from weakref import WeakValueDictionary
 
 import numpy as np
-import ray.cloudpickle as pickle
 from ConfigSpace import ConfigurationSpace
 from hpbandster.core.dispatcher import Job
 from hpbandster.core.result import Result
 from hpbandster.optimizers.config_generators import RandomSampling
 from ray import tune
-from ray.tune import Callback, Stopper
-from ray.tune.experiment import Trial
-from ray.tune.search import Searcher
+from ray.tune import Stopper
+from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.searchers.brackets import Bracket
 from tune_hypergrad.searchers.configspace import Translation, translate
 from tune_hypergrad.searchers.master import ConfigId, Generator, Master, Sampler
-from tune_hypergrad.searchers.results import STATE_KEY, ExperimentResult, read_result
-from tune_hypergrad.searchers.snapshot import SavedTrial, saved_trials
+from tune_hypergrad.searchers.restorable import RestorableSearch
+from tune_hypergrad.searchers.results import ExperimentResult, read_result
 from tune_hypergrad.space import schedules_in
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
@@ -41,7 +35,7 @@ _logger = logging.getLogger(__name__)
 PreviousResult: TypeAlias = Result | tune.ResultGrid | str | PathLike[str]
 
 
-class HpBandSterSearch(Searcher):
+class HpBandSterSearch(RestorableSearch[Job]):
     """Base of `RandomSearch`, `BOSearch`, `HyperBandSearch` and `BOHBSearch`.
 
     Every (configuration, budget) is one trial, trained from scratch to that budget. Which come when is decided by
@@ -51,8 +45,7 @@ class HpBandSterSearch(Searcher):
     whose loss is not finite, counts once, as the worst of its rung; one that ends before its budget counts with what
     it reached.
 
-    All state is in the searcher, and Ray saves it with the experiment: `Tuner.restore` continues in the middle of a
-    bracket. NumPy's global generator is neither read nor advanced.
+    NumPy's global generator is neither read nor advanced.
     """
 
     def __init__(
@@ -70,9 +63,7 @@ class HpBandSterSearch(Searcher):
         evaluated_rewards: Sequence[float] | None,
         previous_result: PreviousResult | None,
     ) -> None:
-        if mode not in (None, "min", "max"):
-            raise InputError(f'mode is {mode!r}: it must be "min" or "max"')
-        super().__init__(metric=metric, mode=mode)
+        super().__init__(metric, mode)
         if brackets is not None and (isinstance(brackets, bool) or not isinstance(brackets, int) or brackets < 1):
             raise InputError(f"brackets is {brackets!r}: it must be a whole number of at least 1, or None for no end")
         self.seed = _checked_seed(seed)
@@ -86,10 +77,6 @@ class HpBandSterSearch(Searcher):
         self._previous_result = None if previous_result is None else read_result(previous_result)
         self._translation: Translation | None = None
         self._master: Master | None = None
-        self._jobs: dict[str, Job] = {}
-        self._lost_jobs: deque[Job] = deque()
-        self._key = uuid4().hex
-        _SEARCHES[self._key] = self
         self._latest: dict[str, dict[str, Any]] = {}
         self._shorter_trials: dict[ConfigId, str] = {}
 
@@ -114,15 +101,6 @@ class HpBandSterSearch(Searcher):
         return StopAtBudget(self._budget_key, self._time_attr)
 
     @property
-    def callback(self) -> Callback:
-        """Tells the search of trials that Ray ends without a word: `RunConfig(callbacks=[search.callback])`.
-
-        Those are the ones that `Tuner.restore(resume_unfinished=False)` skips, and those that fail because a class
-        without `reset_config` is run with `reuse_actors=True`. With `brackets` set, the search would wait for them.
-        """
-        return EndedTrials(self._key)
-
-    @property
     def configspace(self) -> ConfigurationSpace:
         """What is searched, as HpBandSter has it; its analysis may change what it is given, so give it a copy."""
         self._require_space()
@@ -133,58 +111,72 @@ class HpBandSterSearch(Searcher):
         """HpBandSter's `Result` of what has run so far, for its analysis."""
         return self._require_space().result()
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        """Take what the Tuner was given.
+    def add_evaluated_point(
+        self,
+        parameters: dict[str, Any],
+        value: float,
+        error: bool = False,
+        pruned: bool = False,
+        intermediate_values: list[float] | None = None,
+    ) -> None:
+        """Learn from a point that was evaluated elsewhere.
 
-        Returns:
-            Whether `config` became the search space: False if there is one already, and Ray then refuses a
-            `param_space` with domains.
-        """
-        self._metric, self._mode = metric or self._metric, mode or self._mode
-        if self._master is not None:
-            return False
-        self._begin(config)
-        return True
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The next trial's config; None while every rung waits for results; FINISHED when all brackets have ended.
+        Args:
+            parameters: in the form of a trial's config; what it leaves out is drawn. Its budget, if it has one, is what
+                it was evaluated at, else the full budget.
+            value: the metric's; it does not matter where the point has failed.
+            error: whether it has failed, which counts as the worst.
+            pruned: makes no difference: a trial that ended early counts with what it reached.
+            intermediate_values: are not used.
 
         Raises:
-            InputError: there is no search space, or it is not known what to minimise or maximise.
+            InputError: the point does not fit the search space, or neither space nor mode is known yet.
         """
         master, translation = self._require_space(), self._translation
         assert translation is not None
+        what = "add_evaluated_point's parameters"
+        point = translation.complete(translation.from_trial(self._without_our_keys(parameters), what), what)
+        budget = min(parameters.get(str(self._budget_key), self._budgets[-1]), self._budgets[-1])
+        (value,) = _checked_rewards([value], 1) if not error else (0.0,)
+        master.sampler.generator.new_result(_evaluated(point, budget, None if error else self._sign * value))
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Remember a trial's latest result: a trial that is stopped while it is paused ends without one."""
+        if trial_id in self._running:
+            self._latest[trial_id] = self._what_counts(result)
+
+    def _take_space(self, config: Mapping[str, Any]) -> bool:
+        if self._master is None:
+            self._begin(config)
+            return True
+        return self._translation == translate(config, self.seed)
+
+    def _check_ready(self) -> None:
+        self._require_space()
         if self._metric is None or self._mode is None:
             raise InputError(
                 f"{type(self).__name__} does not know what to search for: pass it metric and mode (Ray hands it those "
                 "of TuneConfig only together with a param_space)"
             )
-        job = self._lost_jobs.popleft() if self._lost_jobs else master.next_job()
-        if job is None:
-            return Searcher.FINISHED if master.finished else None
-        self._jobs[trial_id] = job
-        config = translation.to_trial(job.kwargs["config"])
+
+    def _next_work(self) -> Job | None:
+        return self._require_space().next_job()
+
+    def _config_of(self, work: Job) -> dict[str, Any]:
+        assert self._translation is not None
+        config = self._translation.to_trial(work.kwargs["config"])
         if self._budget_key is not None:
-            config[self._budget_key] = job.kwargs["budget"]
-        if self._resume_promoted and job.id in self._shorter_trials:
-            config[PROMOTED_FROM] = self._shorter_trials[job.id]
+            config[self._budget_key] = work.kwargs["budget"]
+        if self._resume_promoted and work.id in self._shorter_trials:
+            config[PROMOTED_FROM] = self._shorter_trials[work.id]
         return config
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Remember a trial's latest result: a trial that is stopped while it is paused ends without one."""
-        if trial_id in self._jobs:
-            self._latest[trial_id] = self._what_counts(result)
+    @property
+    def _has_finished(self) -> bool:
+        return self._require_space().finished
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Take a trial's loss; a trial that is not, or no longer, waited for is passed over."""
-        job = self._jobs.pop(trial_id, None)
+    def _finish(self, work: Job, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
         latest = self._latest.pop(trial_id, {})
-        if job is None:
-            return
-        assert self._master is not None
-        # after a restore, the same job may have been given to another trial: the first that ends counts
-        self._jobs = {other: running for other, running in self._jobs.items() if running is not job}
-        self._lost_jobs = deque(lost for lost in self._lost_jobs if lost is not job)
         last = self._what_counts(result) if result else latest
         metric = str(self._metric)
         loss = _as_number(last.get(metric))
@@ -194,71 +186,17 @@ class HpBandSterSearch(Searcher):
         elif loss is None:
             failure = f"trial {trial_id} reported {metric} = {last.get(metric)!r}"
         info = {"trial_id": trial_id, self._time_attr: last.get(self._time_attr)}
-        sign = 1 if self._mode == "min" else -1
-        self._master.finish(job, None if failure or loss is None else sign * loss, info, failure)
+        self._require_space().finish(work, None if failure or loss is None else self._sign * loss, info, failure)
         if self._resume_promoted and failure is None:
-            self._warn_of_a_restart(job, last)
-            self._shorter_trials[job.id] = trial_id
+            self._warn_of_a_restart(work, last)
+            self._shorter_trials[work.id] = trial_id
 
-    def get_state(self) -> dict[str, Any]:
-        """Everything that later suggestions depend on."""
-        return self.__dict__
+    @property
+    def _sign(self) -> int:
+        """What the metric is multiplied by to be minimised."""
+        return 1 if self._mode == "min" else -1
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `get_state`."""
-        self.__dict__.update(copy.deepcopy(state))
-        _SEARCHES[self._key] = self
-
-    def save(self, checkpoint_path: str) -> None:
-        """Write the state to a file (Ray does so with every snapshot of the experiment)."""
-        Path(checkpoint_path).write_bytes(pickle.dumps({STATE_KEY: self.get_state()}))
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Continue from a file that `save` wrote, in the same experiment or in a new one.
-
-        What was running then is suggested again, unless its trial ends before that.
-        """
-        self._load(checkpoint_path)
-        self._lost_jobs.extend(self._jobs.values())
-
-    def restore_from_dir(self, checkpoint_dir: str) -> None:
-        """Called by Ray's `Tuner.restore`.
-
-        Ray writes what it knows of trials and what we know of jobs one after the other: a
-        driver that was killed in between leaves trials that ended without our having been told, and jobs whose trial
-        nobody remembers.
-        """
-        path = str(max(Path(checkpoint_dir).glob(self.CKPT_FILE_TMPL.format("*"))))
-        self.restore_among(path, saved_trials(checkpoint_dir))
-
-    def restore_among(self, checkpoint_path: str, trials: Mapping[str, SavedTrial] | None) -> None:
-        """Continue the same experiment from a file that `save` wrote, given what Ray knows of its trials.
-
-        Args:
-            checkpoint_path: the file.
-            trials: Ray's by id: we take results that we have missed, and jobs of others start again; None believes
-                the file.
-        """
-        self._load(checkpoint_path)
-        if trials is None:
-            return
-        for trial_id in list(self._jobs):
-            if trial_id not in trials:
-                self._lost_jobs.append(self._jobs.pop(trial_id))
-            elif trials[trial_id].status in (Trial.TERMINATED, Trial.ERROR):
-                saved = trials[trial_id]
-                self.on_trial_complete(trial_id, saved.last_result, error=saved.status == Trial.ERROR)
-
-    def take_ended(self, trials: Sequence[Trial]) -> None:
-        """Take the results of those trials that have ended without our having been told."""
-        for trial in trials:
-            if trial.trial_id in self._jobs and trial.status in (Trial.TERMINATED, Trial.ERROR):
-                self.on_trial_complete(trial.trial_id, trial.last_result, error=trial.status == Trial.ERROR)
-
-    def _load(self, checkpoint_path: str) -> None:
-        self.set_state(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
-
-    def _what_counts(self, result: dict[str, Any]) -> dict[str, Any]:
+    def _what_counts(self, result: Mapping[str, Any]) -> dict[str, Any]:
         flat = flatten_dict(dict(result))
         names = (str(self._metric), self._time_attr, "training_iteration", "iterations_since_restore")
         return {name: flat[name] for name in names if name in flat}
@@ -283,9 +221,7 @@ class HpBandSterSearch(Searcher):
         self._check_space(space, translation)
         generator = self._make_generator(translation.configspace)
         for config, budget, loss in [*self._earlier_runs(translation), *self._evaluated_points(translation)]:
-            job = Job((-1, 0, 0), config=config, budget=budget)
-            job.result = None if loss is None else {"loss": loss, "info": None}
-            generator.new_result(job)
+            generator.new_result(_evaluated(config, budget, loss))
         queue = deque(self._complete_points(translation) if self._rewards is None else ())
         settings = {"min_budget": self._budgets[0], "max_budget": self._budgets[-1], "budgets": list(self._budgets)}
         self._translation = translation
@@ -312,7 +248,8 @@ class HpBandSterSearch(Searcher):
         """A point without what we have put into the config if it is an earlier trial's."""
         if not isinstance(point, Mapping):
             raise InputError(f"points_to_evaluate has {point!r}: every point is a dict of hyperparameters")
-        return {name: value for name, value in point.items() if name not in (self._budget_key, PROMOTED_FROM)}
+        ours = (self._budget_key, PROMOTED_FROM, TRIAL_INDEX)
+        return {name: value for name, value in point.items() if name not in ours}
 
     def _complete_points(self, translation: Translation) -> list[dict[str, Any]]:
         what = "points_to_evaluate"
@@ -323,9 +260,9 @@ class HpBandSterSearch(Searcher):
             return []
         if self._mode is None:
             raise InputError("evaluated_rewards needs to know the mode: pass mode, min or max")
-        sign = 1 if self._mode == "min" else -1
         points = self._complete_points(translation)
-        return [(point, self._budgets[-1], sign * reward) for point, reward in zip(points, self._rewards, strict=True)]
+        pairs = zip(points, self._rewards, strict=True)
+        return [(point, self._budgets[-1], self._sign * reward) for point, reward in pairs]
 
     def _earlier_runs(self, translation: Translation) -> list[tuple[dict[str, Any], float, float | None]]:
         if self._previous_result is None:
@@ -341,28 +278,6 @@ class HpBandSterSearch(Searcher):
             runs = [run for run in runs if run.budget == longest]
         largest = self._budgets[-1]
         return [(configs[run.config_id], min(run.budget, largest), run.loss) for run in runs]
-
-
-class EndedTrials(Callback):
-    """Tells a search of trials that Ray has ended without telling it.
-
-    It holds the search's key and not the search, since Ray restores searchers and callbacks as separate copies.
-
-    Args:
-        key: of the search.
-    """
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Called by Ray before it asks for further trials."""
-        search = _SEARCHES.get(self.key)
-        if search is not None:
-            search.take_ended(trials)
-
-
-_SEARCHES: WeakValueDictionary[str, HpBandSterSearch] = WeakValueDictionary()
 
 
 class StopAtBudget(Stopper):
@@ -391,6 +306,13 @@ class StopAtBudget(Stopper):
     def stop_all(self) -> bool:
         """Never."""
         return False
+
+
+def _evaluated(config: dict[str, Any], budget: float, loss: float | None) -> Job:
+    """A job of another search, with its loss; None is a failure."""
+    job = Job((-1, 0, 0), config=config, budget=budget)
+    job.result = None if loss is None else {"loss": loss, "info": None}
+    return job
 
 
 def _listed(name: str, values: Any) -> list[Any]:

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import math
-import pickle
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from ray.tune.search import Searcher
+from ray.tune.schedulers import HyperBandScheduler
+from ray.tune.search import Repeater
+from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.utils import flatten_dict
 from torch import Tensor
 
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, OuterLoop
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.space import gradient_ranges
+from tune_hypergrad.searchers.ray_loop import RayLoop
+from tune_hypergrad.searchers.restorable import RestorableSearch
+from tune_hypergrad.space import gradient_ranges, is_number_or_windows, is_same, windows_of
+
+_OURS = ("seed", "tuned", TRIAL_INDEX)  # what we, and wrappers, put into configs beside the space's
 
 
-class HypergradientSearch(Searcher):
+@dataclass(eq=False)
+class _Member:
+    """A trial's part in an outer step."""
+
+    index: int
+    """Which of the ensemble it is, from 0."""
+
+
+class HypergradientSearch(RestorableSearch[_Member]):
     """Descend the validation loss by the hypergradients that trials report.
 
     ```python
@@ -69,27 +82,26 @@ class HypergradientSearch(Searcher):
         step_sizes: Mapping[str, float] | None = None,
         default_step: float = 0.1,
         tolerance: float = 1e-3,
-        points_to_evaluate: list[dict[str, Any]] | None = None,
+        points_to_evaluate: Sequence[Mapping[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
         for what, count in (("ensemble", ensemble), ("outer_steps", outer_steps)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise InputError(f"{what} is {count!r}: it must be a whole number of at least 1")
-        super().__init__(metric=metric, mode=mode)
+        super().__init__(metric, mode)
         self._ensemble, self._outer_steps, self._tolerance = ensemble, outer_steps, tolerance
         self._descent_options: dict[str, Any] = {
             "update": update,
             "step_sizes": step_sizes,
             "default_step": default_step,
         }
-        self._points, self._seed = list(points_to_evaluate or []), seed
+        self._points, self._seed = _listed_points(points_to_evaluate), seed
         self._outer: OuterLoop | None = None
         self._constants: dict[str, Any] = {}
         self._starts: list[Hyperparameters] = []  # points to evaluate that are still to be run
         self._started: list[tuple[Hyperparameters, _Outcome]] = []  # those that have been
         self._next_member = 0  # of this outer step's ensemble
-        self._waiting: set[str] = set()  # its trials that have not ended
-        self._ended: list[_Outcome] = []  # and what those that have ended gave
+        self._ended: list[_Outcome] = []  # what those that have ended gave
         self._refusal: str | None = None  # why the search cannot go on
         if space is not None:
             self._read_space(space)
@@ -101,49 +113,71 @@ class HypergradientSearch(Searcher):
             return None
         return Schedule.from_tensors(self._outer.incumbent.values)
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        """Called by Ray with the `TuneConfig`'s metric and mode and with `param_space`."""
-        if config:
-            if self._outer is not None:
-                return False
+    def _take_space(self, config: Mapping[str, Any]) -> bool:
+        if not config:
+            return True
+        if self._outer is None:
             self._read_space(config)
-        self._metric, self._mode = metric or self._metric, mode or self._mode
-        return True
+            return True
+        ranges, constants = gradient_ranges(config)
+        return ranges == self._ranges and is_same(constants, self._constants)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The next member of this outer step's ensemble; None while its others run; FINISHED at the end."""
-        outer = self._outer
+    def _check_ready(self) -> None:
         if self._refusal is not None:
             raise InputError(self._refusal)
-        if outer is None:
+        if self._outer is None:
             raise InputError("HypergradientSearch has no search space: pass space, or param_space to the Tuner")
-        if outer.converged or (self._outer_steps is not None and outer.outer_step >= self._outer_steps):
-            return Searcher.FINISHED
-        if self._next_member == self._ensemble:
+
+    def _check_loop(self, loop: RayLoop) -> None:
+        super()._check_loop(loop)
+        if any(isinstance(searcher, Repeater) for searcher in loop.searchers):
+            raise InputError(
+                "a Repeater passes on the mean of one metric, and HypergradientSearch needs every trial's "
+                "hypergradients: drop the Repeater, and pass HypergradientSearch ensemble=..., whose trials differ in "
+                "their seeds"
+            )
+        if isinstance(loop.scheduler, HyperBandScheduler):
+            raise InputError(
+                f"{type(loop.scheduler).__name__} pauses trials until others have come as far, and HypergradientSearch "
+                "suggests others only when these have ended: drop the scheduler"
+            )
+
+    @property
+    def _has_finished(self) -> bool:
+        outer = self._outer
+        assert outer is not None
+        return outer.converged or (self._outer_steps is not None and outer.outer_step >= self._outer_steps)
+
+    def _next_work(self) -> _Member | None:
+        if self._has_finished or self._next_member == self._ensemble:
             return None
-        seed = fold_seed(self._seed, self._next_member)
         self._next_member += 1
-        self._waiting.add(trial_id)
+        return _Member(self._next_member - 1)
+
+    def _config_of(self, work: _Member) -> dict[str, Any]:
         values = self._current_values()
         config = Schedule.from_tensors(values).to_config()
         # without constants among them, all of a config's hyperparameters are tuned
         tuned = {"tuned": list(values)} if self._constants else {}
-        return {**self._constants, **config, **tuned, "seed": seed}
+        return {**self._constants, **config, **tuned, "seed": fold_seed(self._seed, work.index)}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def _is_of_use(self, work: _Member, result: Mapping[str, Any]) -> bool:
+        try:
+            return _read_outcome(result, self._current_values()) is not None
+        except InputError:
+            return False
+
+    def _finish(self, work: _Member, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
         """Take a trial's hypergradient; after the ensemble's last trial, take the outer step."""
-        if trial_id not in self._waiting:
-            return
-        self._waiting.discard(trial_id)
-        if not error and result is not None:
+        if not error and result:
             try:
                 outcome = _read_outcome(result, self._current_values())
                 if outcome is not None:
                     self._ended.append(outcome)
-            except InputError as error:
+            except InputError as refusal:
                 # raised here, Ray would take it for the trial's failure and wait for more: `suggest` ends the run
-                self._refusal = str(error)
-        if self._waiting or self._next_member < self._ensemble:
+                self._refusal = str(refusal)
+        if self._running or self._again or self._next_member < self._ensemble:
             return
         average = _average(self._ended, self._current_values())
         self._ended, self._next_member = [], 0
@@ -154,22 +188,35 @@ class HypergradientSearch(Searcher):
         else:
             self._tell(average)
 
-    def save(self, checkpoint_path: str) -> None:
-        """Write the search's state."""
-        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Continue from `save`."""
-        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
-
     def _read_space(self, space: Mapping[str, Any]) -> None:
         self._ranges, self._constants = gradient_ranges(space)
         for point in self._points:
-            unknown = [name for name in point if name not in space]
-            if unknown:
-                raise InputError(f"points_to_evaluate has {unknown[0]!r}, which is not in the search space")
-            self._starts.append(self._descent_from(point).values)
+            self._check_point(point)
+        self._starts = [self._descent_from(point).values for point in self._points]
         self._outer = OuterLoop(self._descent_from({}), tolerance=self._tolerance)
+
+    def _check_point(self, point: Mapping[str, Any]) -> None:
+        """Raise `InputError` where a point to evaluate does not fit the space."""
+        for name, value in point.items():
+            given = f"points_to_evaluate has {name!r}"
+            if name in self._ranges:
+                limits = self._ranges[name]
+                if not is_number_or_windows(value) or len(windows_of(value)) != limits.windows:
+                    shape = f"a list of {limits.windows} numbers" if limits.windows > 1 else "a number"
+                    raise InputError(f"{given} = {value!r}: it must be {shape}")
+                if not all(limits.lower <= window <= limits.upper for window in windows_of(value)):
+                    raise InputError(f"{given} = {value!r}: it must be within [{limits.lower:g}, {limits.upper:g}]")
+            elif name in self._constants:
+                if not is_same(value, self._constants[name]):
+                    raise InputError(
+                        f"{given} = {value!r}, which the space fixes to {self._constants[name]!r}: remove it, or give "
+                        "it that value"
+                    )
+            elif name not in _OURS:
+                known = [*self._ranges, *self._constants]
+                raise InputError(
+                    f"{given}, which the search space has not: correct its name or remove it{did_you_mean(name, known)}"
+                )
 
     def _descent_from(self, point: Mapping[str, Any]) -> Descent:
         tuned = {name: value for name, value in point.items() if name in self._ranges}
@@ -190,6 +237,16 @@ class HypergradientSearch(Searcher):
     def _tell(self, outcome: _Outcome) -> None:
         assert self._outer is not None
         self._outer.tell(outcome.val_loss, outcome.hypergradients, outcome.untrained_val_loss)
+
+
+def _listed_points(points: Any) -> list[Mapping[str, Any]]:
+    if isinstance(points, Mapping | str) or not isinstance(points, Iterable | None):
+        raise InputError(f"points_to_evaluate is {points!r}: give a list of dicts")
+    listed = list(points or ())
+    for point in listed:
+        if not isinstance(point, Mapping):
+            raise InputError(f"points_to_evaluate has {point!r}: every point is a dict of hyperparameters")
+    return listed
 
 
 class _Outcome(NamedTuple):

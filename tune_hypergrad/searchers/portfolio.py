@@ -7,12 +7,10 @@ import logging
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import ray.cloudpickle as pickle
@@ -34,6 +32,7 @@ from tune_hypergrad.ledger import (
     Ledger,
 )
 from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.searchers.restorable import restore_among, state_of
 from tune_hypergrad.searchers.snapshot import SavedTrial, keep_snapshot, saved_trials
 from tune_hypergrad.trainables.checkpoints import delete_checkpoints
 from tune_hypergrad.trainables.dispatching import FOUND, PORTFOLIO
@@ -54,14 +53,6 @@ _NOT_RECORDED = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, "config", "trial_id", "exper
 _LEDGERS_OWN = {"event", "time", "method", "seed", "trial", "id", "iteration"}  # results of these names give way
 
 _logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class RestoresAmong(Protocol):
-    """A searcher that can be told which of its trials Ray remembers."""
-
-    def restore_among(self, checkpoint_path: str, trials: Mapping[str, SavedTrial] | None) -> None:
-        """Continue from a file that `save` wrote."""
 
 
 class Live(NamedTuple):
@@ -209,7 +200,7 @@ class PortfolioSearch(Searcher):
         """Write the state of all searchers into one file."""
         contenders = self.contenders.items()
         state = {
-            "searchers": {account: self._call(c, _saved, c.searcher) for account, c in contenders},
+            "searchers": {account: self._call(c, state_of, c.searcher) for account, c in contenders},
             "counts": {account: (c.suggested, c.failures, c.failed, c.largest, c.longest) for account, c in contenders},
             "live": {account: [id for id in c.live if id not in self._strangers] for account, c in contenders},
             "cut": self._cut,
@@ -230,18 +221,19 @@ class PortfolioSearch(Searcher):
         self.ledger = Ledger(self._folder / LEDGER_FILE)
         self.ledger.write("resume", known=list(trials))
         state = pickle.loads(Path(checkpoint_path).read_bytes())
+        known: set[str] = set()
         for account, contender in self.contenders.items():
             contender.suggested, contender.failures, contender.failed, *lengths = state["counts"][account]
             contender.largest, contender.longest = lengths
             if contender.failed:
                 self._stop(contender, contender.failed)
             own = {id: trial for id, trial in trials.items() if account_of(trial.config) == account}
-            contender.suggested = max([contender.suggested, *(t.config[PORTFOLIO]["trial"] for t in own.values())])
             contender.live = {id: self._live(contender, id, t.config) for id, t in own.items() if not t.ended}
             saved, live = state["searchers"][account], state["live"][account]
-            self._call(contender, _restore_searcher, contender.searcher, saved, live, own)
+            known |= self._call(contender, _restored, contender, saved, live, own) or set()
+            contender.suggested = max([contender.suggested, *map(_number, own.values())])
         self._accounts = {id: c.account for c in self.contenders.values() for id in c.live}
-        self._strangers = {id for c in self.contenders.values() for id in c.live if id not in state["live"][c.account]}
+        self._strangers = set(self._accounts) - known
         self._cut, self._waiting = set(state["cut"]), {}
         self._ended = list(state["ended"])
 
@@ -496,31 +488,23 @@ def _error_of(trial: Trial) -> str:
     return str((raised or last.splitlines() or ["its process died"])[-1])
 
 
-def _saved(searcher: Searcher) -> bytes | None:
-    """A searcher's state; None if it is of a kind that has no `save`."""
-    with tempfile.TemporaryDirectory() as folder, suppress(NotImplementedError):
-        path = Path(folder) / "searcher"
-        searcher.save(str(path))
-        return path.read_bytes()
-    return None
+def _restored(
+    contender: Contender, saved: bytes | None, live: Sequence[str], trials: Mapping[str, SavedTrial]
+) -> set[str]:
+    """Continue a contender's searcher; the trials that it knows.
 
-
-def _restore_searcher(
-    searcher: Searcher, saved: bytes | None, live: Sequence[str], trials: Mapping[str, SavedTrial]
-) -> None:
-    """Continue a searcher of which `live` ran when it was saved, and `trials` is what Ray knows now."""
+    Args:
+        contender: with as many suggestions as it had made when it was saved.
+        saved: the searcher's state.
+        live: what ran then.
+        trials: what Ray knows of its trials now.
+    """
     if saved is None:
         raise InputError("its state could not be saved")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "searcher"
-        path.write_bytes(saved)
-        if isinstance(searcher, RestoresAmong):
-            searcher.restore_among(str(path), trials)
-            return
-        searcher.restore(str(path))
-    for trial_id in live:
-        trial = trials.get(trial_id)
-        if trial is None or trial.status == Trial.ERROR:
-            searcher.on_trial_complete(trial_id, error=True)
-        elif trial.status == Trial.TERMINATED:
-            searcher.on_trial_complete(trial_id, result=trial.last_result)
+    numbers = {trial_id: _number(trial) for trial_id, trial in trials.items()}
+    return restore_among(contender.searcher, saved, live, trials, numbers, contender.suggested)
+
+
+def _number(trial: SavedTrial) -> int:
+    """Which of its contender's trials it is, from 1."""
+    return int(trial.config[PORTFOLIO]["trial"])

@@ -14,9 +14,7 @@ from hpbandster.core.result import Result, Run, logged_results_to_HBS_result
 from ray import tune
 
 from tune_hypergrad.errors import InputError, in_one_line
-
-STATE_KEY = "tune_hypergrad_search"
-"""In a searcher's file: its state."""
+from tune_hypergrad.searchers.restorable import STATE_KEY
 
 
 class ExperimentResult(Result):  # type: ignore[misc]

@@ -23,11 +23,21 @@ class SavedTrial(NamedTuple):
     """Empty where it had none."""
     config: dict[str, Any]
     """What its searcher suggested."""
+    tag: str = ""
+    """Ray's for the trial, which it keeps when it starts the trial anew under another id."""
+    heard: float = 0.0
+    """When its last result came, in seconds since the epoch; 0 where it had none."""
 
     @property
     def ended(self) -> bool:
         """Whether it will not run again."""
         return self.status in (Trial.TERMINATED, Trial.ERROR)
+
+    @property
+    def number(self) -> int:
+        """Which of the searcher's suggestions it was, from 1; 0 where Ray did not number it."""
+        first = self.tag.partition("_")[0]
+        return int(first) if first.isdigit() else 0
 
 
 def saved_trials(folder: str) -> dict[str, SavedTrial] | None:
@@ -40,7 +50,9 @@ def saved_trials(folder: str) -> dict[str, SavedTrial] | None:
         trial = Trial.from_json_state(description, stub=True)
         trial.restore_run_metadata(progress)
         last = trial.run_metadata.last_result  # the trial's own property makes one up where there is none
-        trials[trial.trial_id] = SavedTrial(trial.status, dict(last), dict(trial.config))
+        heard = max(trial.run_metadata.last_result_time, 0.0)
+        tag = trial.experiment_tag or ""
+        trials[trial.trial_id] = SavedTrial(trial.status, dict(last), dict(trial.config), tag, heard)
     return trials
 
 

@@ -1,0 +1,95 @@
+"""Ray's loop as a searcher sees it from within a call: which trials there are, and through which wrappers it is asked.
+
+Ray tells a searcher of the trials that end while it runs them. It says nothing of those that it does not run any more:
+that a restore skips or starts anew under another id, that a run has been cut short with, that fail with an actor which
+cannot be reset. A searcher that waits for results has to ask, and whom to ask stands on the call stack: a searcher is
+always called by the controller. Outside of Ray's loop there is none, and nothing is known.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import TypeVar
+
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.search_generator import SearchGenerator
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class RayLoop:
+    """The loop that calls."""
+
+    controller: TuneController
+    """Ray's, which has the trials."""
+    generator: SearchGenerator
+    """What makes trials of suggestions."""
+
+    @property
+    def searchers(self) -> list[Searcher]:
+        """From the outermost wrapper in to the searcher that decides."""
+        return searchers_of(self.generator)
+
+    @property
+    def scheduler(self) -> TrialScheduler:
+        """The trials'."""
+        scheduler: TrialScheduler = self.controller.scheduler_alg
+        return scheduler
+
+    def trials(self) -> dict[str, Trial]:
+        """All that there are, by id."""
+        return {trial.trial_id: trial for trial in self.controller.get_trials()}
+
+    def live(self) -> dict[str, Trial]:
+        """Those that have not ended, by id."""
+        return {trial.trial_id: trial for trial in self.controller.get_live_trials() if not trial.is_finished()}
+
+
+def calling_loop() -> RayLoop | None:
+    """The loop within which this is called; None outside of one, or where Ray draws configurations itself."""
+    found = _frame_of(TuneController)
+    if found is None or not isinstance(found[1].search_alg, SearchGenerator):
+        return None
+    return RayLoop(found[1], found[1].search_alg)
+
+
+def calling_searchers() -> list[Searcher]:
+    """The searchers of the search generator within which this is called, the outermost first; none outside of one."""
+    found = _frame_of(SearchGenerator)
+    return [] if found is None else searchers_of(found[1])
+
+
+def continue_counting(trials: int) -> None:
+    """From within `SearchGenerator.restore_from_dir`: let it continue from as many trials, and ask for more.
+
+    Its own file says how many there were, and whether that was all, at a moment that may not be that of the trials'
+    file. It has read it already, and takes it over when the searcher is restored.
+    """
+    found = _frame_of(SearchGenerator)
+    state = None if found is None else found[0].f_locals.get("search_alg_state")
+    if isinstance(state, dict):
+        state.update(counter=trials, finished=False)
+
+
+def searchers_of(outer: SearchGenerator | Searcher) -> list[Searcher]:
+    """What is wrapped in `outer`, from the outside in; `outer` itself is the first if it is a searcher."""
+    searchers = [outer] if isinstance(outer, Searcher) else []
+    inner = getattr(outer, "searcher", None)
+    return [*searchers, *searchers_of(inner)] if isinstance(inner, Searcher) else searchers
+
+
+def _frame_of(kind: type[Kind]) -> tuple[FrameType, Kind] | None:
+    """The innermost call of a method of such an object, and the object."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, kind):
+            return frame, owner
+        frame = frame.f_back
+    return None

@@ -1,0 +1,518 @@
+"""What our searchers share: work becomes trials, comes again where Ray does not run them, and outlives the driver.
+
+The invariant: every piece of work that was handed out and has not come to its end is either running in a trial that Ray
+will run to its end, or is suggested again.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from uuid import uuid4
+from weakref import ReferenceType, WeakValueDictionary, ref
+
+import ray.cloudpickle as pickle
+from ray.tune import Callback
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import HyperBandForBOHB
+from ray.tune.search import Searcher
+from ray.tune.utils import flatten_dict
+
+from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.searchers import wrappers
+from tune_hypergrad.searchers.ray_loop import RayLoop, calling_loop, calling_searchers, continue_counting, searchers_of
+from tune_hypergrad.searchers.snapshot import SavedTrial, saved_trials
+
+STATE_KEY = "tune_hypergrad_search"
+"""In a searcher's file: its state."""
+
+_WRAPPERS = "wrappers"  # in its file, too: the states of what it was wrapped in
+_TRIALS = "trials"  # and how many trials there were
+_PATIENCE = 60.0  # seconds in which all trials may be paused before the search takes it that they wait for others
+
+_logger = logging.getLogger(__name__)
+
+Work = TypeVar("Work")
+
+
+@dataclass
+class _Session:
+    """What is known of the Ray loop that calls, and is not saved."""
+
+    seen: ReferenceType[TuneController] | None = None
+    """The controller whose trials the search has looked at already."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Of the trials that were waited for when the search was restored: Ray's tag by id."""
+    replaying: bool = False
+    """Whether what is called now has happened before."""
+    paused_since: float | None = None
+    """Since when all trials have been paused."""
+
+
+class RestorableSearch(Searcher, Generic[Work]):
+    """Base of our searchers: hands pieces of work to trials, and takes back those that Ray will not run.
+
+    A subclass says what the next piece of work is (`_next_work`), what a trial's config is for one (`_config_of`), what
+    an end means (`_finish`), and when there is nothing more to do (`_has_finished`).
+
+    All state is in the searcher, and Ray saves it with the experiment. Ray's trials, the states of what the searcher is
+    wrapped in (`ConcurrencyLimiter`, `Repeater`), and the searcher's own may come from different moments: what the
+    searcher has not heard is replayed to it when it is restored, and with the first call of Ray's loop it looks for the
+    trials that it waits for. Those that Ray does not run are suggested again.
+    """
+
+    def __init__(self, metric: str | None, mode: str | None) -> None:
+        if mode not in (None, "min", "max"):
+            raise InputError(f'mode is {mode!r}: it must be "min" or "max"')
+        super().__init__(metric=metric, mode=mode)
+        self._running: dict[str, Work] = {}  # by the trial that it was handed to
+        self._again: deque[Work] = deque()  # to be suggested again, before anything new
+        self._search_key = uuid4().hex
+        self._session = _Session()
+        _SEARCHES[self._search_key] = self
+
+    # What a subclass says
+
+    @abstractmethod
+    def _next_work(self) -> Work | None:
+        """The next piece of work; None while it depends on what runs, or when there is none."""
+
+    @abstractmethod
+    def _config_of(self, work: Work) -> dict[str, Any]:
+        """The config of a trial that does this work."""
+
+    @abstractmethod
+    def _finish(self, work: Work, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
+        """Take a trial's last result, empty where it had none; `error` is whether it failed without one."""
+
+    @property
+    @abstractmethod
+    def _has_finished(self) -> bool:
+        """Whether there is no more work, and will be none."""
+
+    def _check_ready(self) -> None:
+        """Raise `InputError` where nothing can be suggested as things are."""
+
+    def _check_loop(self, loop: RayLoop) -> None:
+        """Raise `InputError` where the search cannot work under these wrappers and this scheduler."""
+        if isinstance(loop.scheduler, HyperBandForBOHB):
+            raise InputError(
+                f"HyperBandForBOHB is made for Ray's TuneBOHB, and {type(self).__name__} has a plan of its own for "
+                "which trials run how long: drop the scheduler"
+            )
+
+    def _is_of_use(self, work: Work, result: Mapping[str, Any]) -> bool:
+        """Whether a trial that Ray has ended before its time has come far enough for its last result to count."""
+        return str(self.metric) in result
+
+    # What Ray asks
+
+    @property
+    def callback(self) -> Callback:
+        """Lets the search look at every step of Ray's loop for trials that it waits for in vain, and not only when it
+        is asked for a trial: `RunConfig(callbacks=[search.callback])`."""
+        return LooksAround(self._search_key)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Take what the Tuner was given: a run begins, in which nothing runs so far.
+
+        Returns:
+            Whether `config` is the search space now: False if there is another, and Ray then refuses a `param_space`
+            with domains.
+        """
+        self._metric, self._mode = metric or self._metric, mode or self._mode
+        self._lose([*self._running], self._among(calling_searchers()))
+        return self._take_space(config)
+
+    @abstractmethod
+    def _take_space(self, config: Mapping[str, Any]) -> bool:
+        """Make the Tuner's `param_space` the search space; whether it is."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next trial's config; None while what comes next depends on what runs; FINISHED at the end.
+
+        Raises:
+            InputError: the search cannot go on.
+        """
+        self._check_ready()
+        loop = self.look()
+        work = self._take_work()
+        if work is None and loop is not None and self._ended_unheard(loop):
+            work = self._take_work()
+        if work is None:
+            return Searcher.FINISHED if self._has_nothing_to_wait_for() else None
+        self._session.paused_since = None
+        self._running[trial_id] = work
+        return self._config_of(work)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Take a trial's end; a trial that is not, or no longer, waited for is passed over."""
+        work = self._running.pop(trial_id, None)
+        if work is None:
+            return
+        # after a restore, the same work may have been given to another trial: the first that ends counts
+        self._running = {other: running for other, running in self._running.items() if running is not work}
+        self._again = deque(again for again in self._again if again is not work)
+        # a wrapper that repeats trials passes on the mean of those that have one, and that the last has failed
+        self._finish(work, trial_id, flatten_dict(dict(result or {})), error and not result)
+
+    # What it is saved as
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that later suggestions depend on."""
+        return {name: value for name, value in self.__dict__.items() if name != "_session"}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a `get_state`."""
+        self.__dict__.update(copy.deepcopy(state))
+        _SEARCHES[self._search_key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.get_state()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._session = _Session()
+        _SEARCHES[self._search_key] = self
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write the state to a file (Ray does so with every snapshot of the experiment)."""
+        loop = calling_loop()
+        state: dict[str, Any] = {STATE_KEY: self.get_state()}
+        if loop is not None and loop.searchers[-1] is self:
+            state[_WRAPPERS] = wrappers.states_of(loop.searchers)
+            state[_TRIALS] = len(loop.controller.get_trials())
+        Path(checkpoint_path).write_bytes(pickle.dumps(state))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Continue from a file that `save` wrote, in the same experiment or in a new one.
+
+        What was running then is suggested again, unless its trial ends before that, or Ray turns out to run it.
+        """
+        self.load(checkpoint_path)
+        self._again.extend(self._running.values())
+
+    def load(self, checkpoint_path: str) -> None:
+        """Continue from a file that `save` wrote, where all that ran then still runs, or `replay` follows."""
+        self.set_state(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
+        self._session = _Session()
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """Continue from an experiment's folder, in the same experiment (as Ray's `Tuner.restore` does) or in a new one.
+
+        Raises:
+            InputError: the folder has nothing to continue from.
+        """
+        searchers, trials = self._among(calling_searchers()), saved_trials(checkpoint_dir)
+        files = sorted(Path(checkpoint_dir).glob(self.CKPT_FILE_TMPL.format("*")), reverse=True)
+        saved = next(filter(None, map(_read, files)), None)
+        if saved is None and trials is None:
+            raise InputError(f"{checkpoint_dir} has no state of a searcher: give the folder of a Ray Tune experiment")
+        self._session = _Session()
+        if saved is None:
+            _logger.warning("%s has no state of the search: it follows from the trials alone", checkpoint_dir)
+            saved = {_TRIALS: 0}
+        else:
+            self.set_state(saved[STATE_KEY])
+            wrappers.set_states(searchers, saved.get(_WRAPPERS, ()))
+        if trials is None:
+            return
+        known = saved.get(_TRIALS, len(trials))
+        numbers = {trial_id: trial.number for trial_id, trial in trials.items()}
+        # whether a trial that has failed is run again, only Ray's loop will tell
+        self.replay(searchers, trials, numbers, known, failures=calling_loop() is None)
+        self._session.tags = {
+            trial_id: trials[trial_id].tag for trial_id in self._waited_for(searchers) if trial_id in trials
+        }
+        continue_counting(len(trials))
+
+    def replay(
+        self,
+        searchers: Sequence[Searcher],
+        trials: Mapping[str, SavedTrial],
+        numbers: Mapping[str, int],
+        suggested: int,
+        *,
+        failures: bool = True,
+    ) -> None:
+        """Let happen again what has happened since the state was saved, as far as Ray's trials tell it.
+
+        Suggestions are made again in the order of the trials, and trials end in between where otherwise another config
+        would be suggested than was. Work of trials that Ray does not know comes again.
+
+        Args:
+            searchers: what this search is wrapped in, from the outside in, and the search itself.
+            trials: Ray's by id.
+            numbers: which suggestion each of them was, from 1.
+            suggested: how many had been made when the state was saved.
+            failures: also take failures that do not decide what is suggested.
+        """
+        self._session.replaying = True
+        try:
+            lost = [trial_id for trial_id in self._waited_for(searchers) if trial_id not in trials]
+            self._lose(lost, searchers)
+            for trial_id in sorted(trials, key=lambda trial_id: numbers[trial_id]):
+                if numbers[trial_id] > suggested:
+                    self._suggest_as_before(trial_id, trials[trial_id].config, searchers, trials)
+            while self._end_as_before(searchers, trials, failures=failures):
+                pass
+        finally:
+            self._session.replaying = False
+
+    # How it finds out what Ray runs
+
+    def look(self) -> RayLoop | None:
+        """Look for the trials that are waited for, where this loop of Ray's has not been seen before.
+
+        Returns:
+            The loop, if there is one and this search is what it asks, directly or through wrappers.
+        """
+        if self._session.replaying:
+            return None
+        loop = calling_loop()
+        if loop is None or loop.searchers[-1] is not self:
+            return None
+        seen = self._session.seen
+        if seen is None or seen() is not loop.controller:
+            self._check_loop(loop)
+            self._session.seen = ref(loop.controller)
+            self._follow_restarts(loop)
+            # those that are there are not lost, as `restore` had to think
+            here = [self._running[trial_id] for trial_id in loop.live() if trial_id in self._running]
+            self._again = deque(work for work in self._again if not any(work is running for running in here))
+            self._ended_unheard(loop)
+        return loop
+
+    def _ended_unheard(self, loop: RayLoop) -> bool:
+        """Take the ends of trials that Ray does not run any more without having said so; whether there are any."""
+        live = loop.live()
+        self._refuse_to_wait_for_paused(live, loop)
+        unheard = [trial_id for trial_id in self._waited_for(loop.searchers) if trial_id not in live]
+        if not unheard and not live:
+            unheard = list(self._running)  # what a wrapper of an unknown kind waits for will not come either
+        if not unheard:
+            return False
+        trials = loop.trials()
+        ended = [trials[trial_id] for trial_id in unheard if trial_id in trials]
+        counted = {t.trial_id: t for t in ended if t.status == Trial.ERROR or self._counts(t.trial_id, _last_result(t))}
+        self._lose([trial_id for trial_id in unheard if trial_id not in counted], loop.searchers)
+        for trial in sorted(counted.values(), key=lambda trial: trial.run_metadata.last_result_time):
+            _tell_end(loop.searchers, trial.trial_id, _last_result(trial), trial.status == Trial.ERROR)
+        return True
+
+    def _counts(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Whether a trial that has ended without a word counts with what it has reached."""
+        work = self._running.get(trial_id)
+        if work is None:  # one that a wrapper repeats for another
+            return str(self.metric) in result
+        return self._is_of_use(work, result)
+
+    def _lose(self, lost: Collection[str], searchers: Sequence[Searcher]) -> None:
+        """Suggest again what these trials were to do; of repeated ones only where none of them counts."""
+        if not lost:
+            return
+        told = wrappers.forget(searchers, lost)
+        for trial_id in lost:
+            if trial_id not in told and trial_id in self._running:
+                work = self._running.pop(trial_id)
+                if not any(work is again for again in (*self._again, *self._running.values())):
+                    self._again.append(work)
+        for trial_id in told:
+            _tell_end(searchers, trial_id, None, error=True)
+
+    def _follow_restarts(self, loop: RayLoop) -> None:
+        """Wait for the trials that Ray has started anew under other ids, in place of the former."""
+        trials = loop.trials()
+        by_tag = {trial.experiment_tag: trial_id for trial_id, trial in trials.items()}
+        for former, tag in self._session.tags.items():
+            now = by_tag.get(tag, former)
+            if tag and former not in trials and now != former:
+                wrappers.rename(loop.searchers, former, now)
+                if former in self._running:
+                    self._running[now] = self._running.pop(former)
+        self._session.tags = {}
+
+    def _refuse_to_wait_for_paused(self, live: Mapping[str, Trial], loop: RayLoop) -> None:
+        """Raise `InputError` when all trials have been paused for so long that they must be waiting for others."""
+        if not live or any(trial.status != Trial.PAUSED for trial in live.values()):
+            self._session.paused_since = None
+            return
+        now = time.monotonic()
+        self._session.paused_since = self._session.paused_since or now
+        if now - self._session.paused_since > _PATIENCE:
+            raise InputError(
+                f"{type(loop.scheduler).__name__} has paused all trials until others come, and {type(self).__name__} "
+                "suggests others only when these have ended: drop the scheduler"
+            )
+
+    def _has_nothing_to_wait_for(self) -> bool:
+        """Whether there is no more to come: the end, or, said in a line, that nothing can follow any more."""
+        if self._has_finished:
+            return True
+        if self._running or self._session.replaying:
+            return False
+        _logger.warning("%s has nothing more to suggest, although no trial of its runs: it ends", type(self).__name__)
+        return True
+
+    def _take_work(self) -> Work | None:
+        return self._again.popleft() if self._again else self._next_work()
+
+    def _among(self, searchers: Sequence[Searcher]) -> list[Searcher]:
+        """The searchers that call, if this is the innermost; else it stands alone."""
+        return list(searchers) if searchers and searchers[-1] is self else [self]
+
+    def _waited_for(self, searchers: Sequence[Searcher]) -> list[str]:
+        return wrappers.waited_for(searchers, self._running)
+
+    # How it replays
+
+    def _suggest_as_before(
+        self,
+        trial_id: str,
+        config: Mapping[str, Any],
+        searchers: Sequence[Searcher],
+        trials: Mapping[str, SavedTrial],
+    ) -> None:
+        while True:
+            before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
+            suggestion = searchers[0].suggest(trial_id)
+            if isinstance(suggestion, dict) and _agree(suggestion, config):
+                return
+            self.__dict__.update(before[0])
+            wrappers.set_states(searchers, before[1])
+            if not self._end_as_before(searchers, trials):
+                _logger.warning(
+                    "trial %s was begun before the interruption, but the search would not suggest its config now: "
+                    "what it finds does not count",
+                    trial_id,
+                )
+                return
+
+    def _end_as_before(
+        self, searchers: Sequence[Searcher], trials: Mapping[str, SavedTrial], *, failures: bool = True
+    ) -> bool:
+        """Take the end that came first of those that have not been heard of; whether there was one."""
+        ended = {id: trials[id] for id in self._waited_for(searchers) if id in trials and trials[id].ended}
+        counted = {id: trial for id, trial in ended.items() if failures or trial.status != Trial.ERROR}
+        if not counted:
+            return False
+        first = min(counted, key=lambda trial_id: counted[trial_id].heard)
+        trial, result = counted[first], flatten_dict(dict(counted[first].last_result))
+        if trial.status == Trial.ERROR or self._counts(first, result):
+            _tell_end(searchers, first, result, trial.status == Trial.ERROR)
+        else:
+            self._lose([first], searchers)
+        return True
+
+
+class LooksAround(Callback):
+    """Lets a search look for trials that have ended without a word.
+
+    It holds the search's key and not the search, since Ray restores searchers and callbacks as separate copies.
+
+    Args:
+        key: of the search.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called by Ray before it asks for further trials."""
+        search = _SEARCHES.get(self.key)
+        if search is not None and (loop := search.look()) is not None:
+            search._ended_unheard(loop)
+
+
+_SEARCHES: WeakValueDictionary[str, RestorableSearch[Any]] = WeakValueDictionary()
+
+
+def state_of(outer: Searcher) -> bytes | None:
+    """A searcher's state with those of what it is wrapped in, in one piece; None if it is of a kind that has none.
+
+    Args:
+        outer: the outermost wrapper, or the searcher itself.
+    """
+    searchers = searchers_of(outer)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "searcher"
+        try:
+            searchers[-1].save(str(path))
+        except NotImplementedError:
+            return None
+        state = {STATE_KEY: path.read_bytes(), _WRAPPERS: wrappers.states_of(searchers)}
+    return bytes(pickle.dumps(state))
+
+
+def restore_among(
+    outer: Searcher,
+    saved: bytes,
+    running: Collection[str],
+    trials: Mapping[str, SavedTrial],
+    numbers: Mapping[str, int],
+    suggested: int,
+) -> set[str]:
+    """Continue a searcher of any kind from `state_of`, within somebody else's search.
+
+    Args:
+        outer: the outermost wrapper, or the searcher itself.
+        saved: the state.
+        running: the trials that ran when it was saved.
+        trials: what Ray knows now of this searcher's trials, by id.
+        numbers: which of its suggestions each of them was, from 1.
+        suggested: how many it had made when it was saved.
+
+    Returns:
+        The trials of whose end the searcher is to be told.
+    """
+    searchers, state = searchers_of(outer), pickle.loads(saved)
+    base = searchers[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "searcher"
+        path.write_bytes(state[STATE_KEY])
+        (base.load if isinstance(base, RestorableSearch) else base.restore)(str(path))
+    wrappers.set_states(searchers, state[_WRAPPERS])
+    if isinstance(base, RestorableSearch):
+        base.replay(searchers, trials, numbers, suggested)
+        return set(base._waited_for(searchers))
+    for trial_id in running:
+        trial = trials.get(trial_id)
+        if trial is None or trial.ended:
+            failed = trial is None or trial.status == Trial.ERROR
+            _tell_end(searchers, trial_id, None if trial is None else trial.last_result, failed)
+    return {trial_id for trial_id in running if trial_id in trials and not trials[trial_id].ended}
+
+
+def _tell_end(searchers: Sequence[Searcher], trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
+    """Tell of a trial's end as Ray does: those that have failed have no result."""
+    searchers[0].on_trial_complete(trial_id, result=None if error or not result else dict(result), error=error)
+
+
+def _last_result(trial: Trial) -> dict[str, Any]:
+    return flatten_dict(dict(trial.run_metadata.last_result))  # the trial's own makes one up where there is none
+
+
+def _agree(suggestion: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a trial's config is the suggestion: its numbers, texts and truth values are the same."""
+    suggested, flat = flatten_dict(dict(suggestion)), flatten_dict(dict(config))
+    plain = {name: value for name, value in suggested.items() if isinstance(value, bool | int | float | str)}
+    return all(name in flat and bool(flat[name] == value) for name, value in plain.items())
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A searcher's file; None where its writer died over it."""
+    try:
+        saved = pickle.loads(file.read_bytes())
+        return dict(saved) if STATE_KEY in saved else None
+    except Exception as error:  # of all kinds, from what is no pickle
+        _logger.warning("%s cannot be read, and is passed over: %s", file, in_one_line(error))
+        return None
