@@ -1,10 +1,10 @@
 """What a step and a comparison cost, beside another version of this package.
 
-    python benchmarks/versions.py OTHER [--rounds 5] [--only lenet wrn digits]
+    python benchmarks/versions.py OTHER [--rounds 5] [--only lenet wrn digits searchers]
 
 OTHER is a checkout of the other version, such as `git worktree add OTHER TAG` makes. Each figure is measured in a
 process of its own, the versions taking turns, as process time in one thread (`digits`: seconds of the clock of a
-comparison with a small budget, reports aside); a ratio is this version's over the other's of the same round.
+comparison with a small budget, reports aside; `searchers`: what the driver spends in a searcher's own methods); a ratio is this version's over the other's of the same round.
 """
 
 from __future__ import annotations
@@ -70,9 +70,67 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
+SEARCHERS = """
+import json, logging, tempfile, time
+from functools import partial
+import ray
+from ray import tune
+from ray.tune import RunConfig, TuneConfig
+from tune_hypergrad import BOHBSearch, BOSearch, HyperBandSearch, HypergradientSearch, RandomSearch
+
+class Trial(tune.Trainable):
+    def step(self):
+        result = {f"hypergradient/{name}/0": self.config[name] - 0.3 for name in "abcd"}
+        return {"val_loss": sum((self.config[name] - 0.3) ** 2 for name in "abcd"), **result, "done": True}
+
+    def save_checkpoint(self, folder):
+        return {}
+
+    def reset_config(self, config):
+        return True
+
+spent = {}
+
+def timed(method):
+    def call(self, *arguments, **named):
+        begun = time.thread_time()
+        try:
+            return method(self, *arguments, **named)
+        finally:
+            spent[type(self).__name__] = spent.get(type(self).__name__, 0.0) + time.thread_time() - begun
+    return call
+
+for kind in (BOHBSearch, HypergradientSearch):  # between them they have all base classes
+    for name in ("suggest", "on_trial_result", "on_trial_complete", "save"):
+        owner = next(base for base in kind.__mro__ if name in vars(base))
+        if not hasattr(getattr(owner, name), "timed"):
+            setattr(owner, name, timed(getattr(owner, name)))
+            getattr(owner, name).timed = True
+
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+space, trials = {name: tune.uniform(0, 1) for name in "abcd"}, 150
+known = {"space": space, "metric": "val_loss", "mode": "min", "seed": 0}
+searchers = [
+    RandomSearch(**known), BOSearch(**known), HyperBandSearch(max_budget=9, **known), BOHBSearch(max_budget=9, **known),
+    HypergradientSearch(ensemble=3, tolerance=1e-12, **known),
+]
+for searcher in searchers:
+    with tempfile.TemporaryDirectory() as folder:
+        tune.Tuner(
+            Trial,
+            tune_config=TuneConfig(search_alg=searcher, metric="val_loss", mode="min", num_samples=trials,
+                                   reuse_actors=True),
+            run_config=RunConfig(storage_path=folder, verbose=0),
+        ).fit()
+print(json.dumps({f"ms per trial in {name}": 1e3 * seconds / trials for name, seconds in spent.items()}))
+"""
+
+PROGRAMS = {"digits": DIGITS, "searchers": SEARCHERS}
+
+
 def measured(checkout: Path, what: str) -> dict[str, float]:
     """The figures of one version."""
-    program = [DIGITS] if what == "digits" else [STEPS, what]
+    program = [PROGRAMS[what]] if what in PROGRAMS else [STEPS, what]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", *program]
     output = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
@@ -90,7 +148,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Costs beside another version.")
     parser.add_argument("other", type=Path, help="a checkout of the other version")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=("lenet", "wrn", "digits"), default=["lenet", "wrn", "digits"])
+    everything = ["lenet", "wrn", *PROGRAMS]
+    parser.add_argument("--only", nargs="+", choices=everything, default=everything)
     arguments = parser.parse_args()
     print("| what | other | this | this / other |\n| --- | --- | --- | --- |")
     for what in arguments.only:

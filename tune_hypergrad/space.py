@@ -182,7 +182,7 @@ def _leaves(name: str, value: Any) -> list[Any]:
         raise InputError(
             f"hyperparameter {name!r} is a list of domains: write it as schedule(domain, windows={len(value)})"
         )
-    if not isinstance(value, Mapping) or _is_grid(value) or not _has_domain(value):
+    if not isinstance(value, Mapping) or _is_grid(value) or not has_domain(value):
         return [value]
     leaves = _in_window_order(value)
     if leaves is None or not all(_is_number(leaf) or _is_domain(leaf) or _is_grid(leaf) for leaf in leaves):
@@ -257,12 +257,12 @@ def _is_grid(value: Any) -> bool:
     return isinstance(value, Mapping) and "grid_search" in value
 
 
-def _has_domain(value: Any) -> bool:
+def has_domain(value: Any) -> bool:
     """Whether there is a domain or a grid search anywhere in nested dicts and lists."""
     if _is_domain(value) or _is_grid(value):
         return True
     items = value.values() if isinstance(value, Mapping) else value
-    return isinstance(value, Mapping | list | tuple) and any(map(_has_domain, items))
+    return isinstance(value, Mapping | list | tuple) and any(map(has_domain, items))
 
 
 def _is_number(value: Any) -> bool:

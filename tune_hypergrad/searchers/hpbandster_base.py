@@ -26,7 +26,7 @@ from tune_hypergrad.searchers.configspace import Translation, translate
 from tune_hypergrad.searchers.master import ConfigId, Generator, Master, Sampler
 from tune_hypergrad.searchers.restorable import RestorableSearch
 from tune_hypergrad.searchers.results import ExperimentResult, read_result
-from tune_hypergrad.space import schedules_in
+from tune_hypergrad.space import has_domain, schedules_in
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
 Space: TypeAlias = Mapping[str, Any] | ConfigurationSpace
@@ -149,7 +149,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
         if self._master is None:
             self._begin(config)
             return True
-        return self._translation == translate(config, self.seed)
+        return has_domain(config) and self._translation == translate(config, self.seed)
 
     def _check_ready(self) -> None:
         self._require_space()

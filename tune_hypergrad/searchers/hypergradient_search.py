@@ -23,7 +23,7 @@ from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.ray_loop import RayLoop
 from tune_hypergrad.searchers.restorable import RestorableSearch
-from tune_hypergrad.space import gradient_ranges, is_number_or_windows, is_same, windows_of
+from tune_hypergrad.space import gradient_ranges, has_domain, is_number_or_windows, is_same, windows_of
 
 _OURS = ("seed", "tuned", TRIAL_INDEX)  # what we, and wrappers, put into configs beside the space's
 
@@ -114,11 +114,11 @@ class HypergradientSearch(RestorableSearch[_Member]):
         return Schedule.from_tensors(self._outer.incumbent.values)
 
     def _take_space(self, config: Mapping[str, Any]) -> bool:
-        if not config:
-            return True
         if self._outer is None:
             self._read_space(config)
             return True
+        if not has_domain(config):
+            return False
         ranges, constants = gradient_ranges(config)
         return ranges == self._ranges and is_same(constants, self._constants)
 
