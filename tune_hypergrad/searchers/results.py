@@ -159,9 +159,10 @@ def _locate(experiment: tune.ResultGrid | str | PathLike[str]) -> _Place:
     if "://" not in name:
         return _Place(LocalFileSystem(), str(Path(name).expanduser().absolute()), name)
     try:
-        return _Place(*FileSystem.from_uri(name), name)
+        filesystem, path = FileSystem.from_uri(name)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         raise InputError(
             f"{name} cannot be reached ({in_one_line(error)}): correct the URI, or give what Tuner.fit returned, or "
             "the folder of a copy"
         ) from error
+    return _Place(filesystem, path, name)
