@@ -8,6 +8,7 @@ from ray import tune
 from ray.train._internal.storage import StorageContext
 from ray.tune import CheckpointConfig, PlacementGroupFactory, RunConfig, TuneConfig
 from ray.tune.result import TRIAL_INFO
+from ray.tune.search.repeater import TRIAL_INDEX
 from test_hpbandster_search import Saves, loss, make, saves
 from tiny_problem import tiny_problem
 
@@ -176,7 +177,22 @@ def test_the_shorter_trial_is_found_whatever_its_folder_is_called(storage, folde
     assert (result["own"], result["training_iteration"], result["done"]) == (1, 3, True)
 
 
-def test_ray_s_own_names_leave_no_notes(storage, tmp_path):
+def test_only_the_first_repeat_continues_the_first_repeats_trial(storage, caplog):
+    made = continuing(Saves)
+    short = start(made, storage, {"budget": 2, "y": 0.1, TRIAL_INDEX: 0}, "short")
+    short.train()
+    short.save()
+    for index, own in ((0, 1), (1, 2)):
+        config = {"budget": 2, "y": 0.1, "promoted_from": "short", TRIAL_INDEX: index}
+        long = start(made, storage, config, f"long{index}")
+        result = long.train()
+        while not result["done"]:
+            result = long.train()
+        assert (result["own"], result["training_iteration"]) == (own, 2)
+    assert "trial short is another repeat than this one" in caplog.text
+
+
+def test_rays_own_names_leave_no_notes(storage, tmp_path):
     short = start(continuing(Saves), storage, {"budget": 2, "y": 0.1}, "short")
     short.train()
     short.save()

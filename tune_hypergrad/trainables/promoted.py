@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from pyarrow.fs import FileSelector, FileType
 from ray import tune
+from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.errors import InputError
@@ -28,8 +29,9 @@ class ContinuesPromoted(tune.Trainable):
     """Mixin for trainables: a trial with `PROMOTED_FROM` in its config begins from that trial's last checkpoint.
 
     Its `training_iteration` and `time_total_s` go on from there. Without a checkpoint it trains from scratch, and says
-    so in the log. The checkpoint is looked for where Ray keeps the experiment: in the folder whose name has the trial's
-    id, as Ray's own names do; a trial whose folder has another name leaves a note there of which it is.
+    so in the log; so do all repeats but the first under Ray's `Repeater`, since searchers know the first one's trial
+    only. The checkpoint is looked for where Ray keeps the experiment: in the folder whose name has the trial's id, as
+    Ray's own names do; a trial whose folder has another name leaves a note there of which it is.
     """
 
     def setup(self, config: dict[str, Any], **parameters: Any) -> None:
@@ -62,6 +64,9 @@ class ContinuesPromoted(tune.Trainable):
     def _continue_promoted(self, config: dict[str, Any]) -> None:
         shorter = config.get(PROMOTED_FROM)
         if shorter is None:
+            return
+        if config.get(TRIAL_INDEX):
+            _logger.warning("trial %s is another repeat than this one: training from scratch", shorter)
             return
         assert self._storage is not None
         checkpoint = _last_checkpoint(self._storage, shorter)
