@@ -4,6 +4,7 @@ import copy
 import logging
 from collections import defaultdict
 
+import numpy as np
 import pytest
 from ray import tune
 from ray.tune import RunConfig, TuneConfig
@@ -77,6 +78,12 @@ def test_what_cannot_be_the_spaces_constant_is_to_be_removed(constant, value, sh
 def test_plain_constants_are_compared_as_ever():
     assert refusal([3, "a"], [3, "b"]).endswith("fixes to [3, 'a']: remove it, or give it that value")
     assert translation((3, "a")).from_trial({"m": (3, "a")}) == {}
+
+
+def test_nothing_is_said_where_nothing_is_hidden(caplog):
+    shared = np.ones(2)
+    assert translate({"x": X, "m": [shared, 1]}, seed=0).from_trial({"m": [shared, 1]}) == {}
+    assert not caplog.messages
 
 
 def test_choices_that_can_be_told_apart(caplog):

@@ -71,7 +71,8 @@ class Translation:
     def from_trial(self, config: Mapping[str, Any], what: str = "the configuration") -> dict[str, Any]:
         """The configuration that a trial config, or a part of one, stands for.
 
-        Objects in a `param_space` are hidden from searchers by Ray: any object is taken for one that is a constant.
+        Ray hides the objects in a `param_space` from searchers: an object is taken for the space's, with a warning,
+        where it can only be one of them.
 
         Args:
             config: nested as the search space is, or with the hyperparameters' names as keys.
@@ -340,9 +341,8 @@ def _choices(categories: list[Any]) -> list[Any]:
     simple = simple and all(map(_same, categories, np.asarray(categories).tolist()))
     if simple and len(set(categories)) == len(categories):
         return categories
-    texts = [
-        re.sub(" at 0x[0-9a-f]+", "", str(_shown(category))) for category in categories
-    ]  # no addresses: they change
+    shown = [str(_shown(category)) for category in categories]
+    texts = [re.sub(" at 0x[0-9a-f]+", "", text) for text in shown]  # no addresses: they change
     return texts if len(set(texts)) == len(texts) else [f"{i}: {text}" for i, text in enumerate(texts)]
 
 
@@ -393,7 +393,8 @@ def _check_constant(constant: Any, value: Any, what: str) -> None:
 
 
 def _warn_of_an_object(known: Any, value: Any, what: str) -> None:
-    if _may_be(known, value) and not _same(known, value):
+    """Say so where an object may not be the one that the space has."""
+    if _shown(known) is not known and _may_be(known, value) and not _same(known, value):
         text = _in_one_line(repr(value))
         _logger.warning("%s = %s: trials get the object in the search space, which may be another one", what, text)
 
