@@ -455,26 +455,6 @@ def test_steps_after_the_last_checkpoint_are_repeated(ray_session, tmp_path):
         assert result.metrics["own"] == {1: 1, 3: 3, 9: 7}[budget]  # from scratch, from scratch, from 2
 
 
-def folder_of_a_trial(trial):
-    return f"trial_{trial.config['budget']}_{trial.config['x']}"
-
-
-@pytest.mark.slow
-def test_folders_of_other_names_are_refused(ray_session, tmp_path):
-    search = make(HyperBandSearch, brackets=1, resume_promoted=True)
-    config = TuneConfig(
-        search_alg=search,
-        num_samples=-1,
-        metric="loss",
-        mode="min",
-        reuse_actors=True,
-        trial_dirname_creator=folder_of_a_trial,
-    )
-    run_config = RunConfig(name="run", storage_path=str(tmp_path), verbose=0)
-    grid = tune.Tuner(continuing(Saves), tune_config=config, run_config=run_config).fit()
-    assert grid.errors and all("leave trial_dirname_creator unset" in str(error) for error in grid.errors)
-
-
 @pytest.mark.slow
 def test_our_trainable_takes_its_length_from_the_budget_and_continues(ray_session, tmp_path):
     problem = tiny_problem()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from ConfigSpace import (
 from ConfigSpace.hyperparameters import FloatHyperparameter, Hyperparameter, IntegerHyperparameter
 from ConfigSpace.hyperparameters.hp_components import ROUND_PLACES
 from ConfigSpace.util import deactivate_inactive_hyperparameters
+from ray.tune.impl.placeholder import _FunctionResolver, _RefResolver
 from ray.tune.search import sample
 
 from tune_hypergrad.errors import InputError, did_you_mean
@@ -31,6 +33,8 @@ Path = tuple[Any, ...]
 
 _ATTEMPTS = 200
 """How often missing values are drawn before a configuration counts as forbidden."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,6 +71,9 @@ class Translation:
     def from_trial(self, config: Mapping[str, Any], what: str = "the configuration") -> dict[str, Any]:
         """The configuration that a trial config, or a part of one, stands for.
 
+        Ray hides the objects in a `param_space` from searchers: an object is taken for the space's, with a warning,
+        where it can only be one of them.
+
         Args:
             config: nested as the search space is, or with the hyperparameters' names as keys.
             what: called so in errors.
@@ -80,11 +87,7 @@ class Translation:
             text = _name(path)
             name = names.get(path, text)
             if path in self.constants:
-                if not _same(self.constants[path], value):
-                    raise InputError(
-                        f"{what} has {text!r} = {value!r}, which the space fixes to {self.constants[path]!r}: "
-                        "remove it, or give it that value"
-                    )
+                _check_constant(self.constants[path], value, f"{what} has {text!r}")
             elif name not in self.paths:
                 raise InputError(
                     f"{what} has {text!r}, which the search space has not: correct its name or remove it"
@@ -140,13 +143,21 @@ class Translation:
         found = self._choices_of(name, value) if name in self.categories else self._legal_values(name, value)
         if not found:
             raise InputError(_in_one_line(f"{what} = {value!r}: it must be {self._domain_text(name)}"))
+        if len(found) > 1:
+            raise InputError(
+                f"{what} = {_in_one_line(repr(value))}, but Ray hides from searchers which of a param_space's objects "
+                "that is: pass the space to the searcher as `space`, or choose between names"
+            )
+        if name in self.categories:
+            _warn_of_an_object(self.categories[name][self._category(name, found[0])], value, what)
         return found[0]
 
     def _choices_of(self, name: str, value: Any) -> list[Any]:
-        """The choices that a value stands for: as a category, or as what earlier experiments have for one."""
+        """The choices that a value may stand for: as a category, or as what earlier experiments have for one."""
         choices = _listed(self.configspace[name])
-        categories = [*self.categories[name], *choices]
-        return [choice for choice, known in zip([*choices, *choices], categories, strict=True) if _same(known, value)]
+        known = list(zip([*choices, *choices], [*self.categories[name], *choices], strict=True))
+        same = [choice for choice, category in known if _same(category, value)]
+        return same[:1] or [choice for choice, category in known if _may_be(category, value)]
 
     def _legal_values(self, name: str, value: Any) -> list[Any]:
         """A value as the space has it; none where it lies outside."""
@@ -167,7 +178,7 @@ class Translation:
         hyperparameter: Any = self.configspace[name]
         listed = self.categories.get(name) or _listed(hyperparameter)
         if listed:
-            return f"one of {listed}"
+            return f"one of {_shown(listed)}"
         if not hasattr(hyperparameter, "lower"):
             return repr(hyperparameter.default_value)
         lower, upper = (self._canonical_value(name, bound) for bound in (hyperparameter.lower, hyperparameter.upper))
@@ -330,7 +341,8 @@ def _choices(categories: list[Any]) -> list[Any]:
     simple = simple and all(map(_same, categories, np.asarray(categories).tolist()))
     if simple and len(set(categories)) == len(categories):
         return categories
-    texts = [re.sub(" at 0x[0-9a-f]+", "", str(category)) for category in categories]  # no addresses: they change
+    shown = [str(_shown(category)) for category in categories]
+    texts = [re.sub(" at 0x[0-9a-f]+", "", text) for text in shown]  # no addresses: they change
     return texts if len(set(texts)) == len(texts) else [f"{i}: {text}" for i, text in enumerate(texts)]
 
 
@@ -368,6 +380,68 @@ def _same(a: Any, b: Any) -> bool:
         return a is b or (bool(a == b) and isinstance(_plain(a), bool) == isinstance(_plain(b), bool))
     except (TypeError, ValueError):  # arrays, say
         return False
+
+
+def _check_constant(constant: Any, value: Any, what: str) -> None:
+    """Raise `InputError` where a point has another value for a constant."""
+    if not (_same(constant, value) or _may_be(constant, value)):
+        remedy = "remove it, or give it that value" if _shown(constant) is constant else "remove it"
+        raise InputError(
+            f"{what} = {_in_one_line(repr(value))}, which the space fixes to {_shown(constant)!r}: {remedy}"
+        )
+    _warn_of_an_object(constant, value, what)
+
+
+def _warn_of_an_object(known: Any, value: Any, what: str) -> None:
+    """Say so where an object may not be the one that the space has."""
+    if _shown(known) is not known and _may_be(known, value) and not _same(known, value):
+        text = _in_one_line(repr(value))
+        _logger.warning("%s = %s: trials get the object in the search space, which may be another one", what, text)
+
+
+class _Unseen:
+    """What is shown for a placeholder, by which Ray hides what is not plain from searchers."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+_UNSEEN = {_RefResolver.TOKEN: _Unseen("<object>"), _FunctionResolver.TOKEN: _Unseen("<sample_from>")}
+
+
+def _placeholder(value: Any) -> str | None:
+    """Which kind of placeholder a value is, if it is one."""
+    is_one = type(value) is tuple and len(value) == 2 and isinstance(value[0], str) and value[0] in _UNSEEN
+    return str(value[0]) if is_one else None
+
+
+def _shown(value: Any) -> Any:
+    """A value of the space as people are shown it; itself where nothing in it is hidden."""
+    kind = _placeholder(value)
+    if kind is not None:
+        return _UNSEEN[kind]
+    if type(value) is dict:
+        shown: Any = {name: _shown(item) for name, item in value.items()}
+        return value if all(shown[name] is item for name, item in value.items()) else shown
+    if type(value) in (list, tuple):
+        shown = type(value)(map(_shown, value))
+        return value if all(a is b for a, b in zip(shown, value, strict=True)) else shown
+    return value
+
+
+def _may_be(known: Any, value: Any) -> bool:
+    """Whether a value can be the space's: what an object's placeholder stands for may be any object."""
+    if _placeholder(known) is not None:
+        plain = isinstance(value, str | int | float | dict | list | tuple | None)
+        return _placeholder(known) == _RefResolver.TOKEN and not plain
+    if type(known) is dict and isinstance(value, Mapping):
+        return known.keys() == value.keys() and all(_may_be(item, value[name]) for name, item in known.items())
+    if type(known) in (list, tuple) and isinstance(value, type(known)):
+        return len(known) == len(value) and all(map(_may_be, known, value))
+    return _same(known, value)
 
 
 def _in_one_line(text: str) -> str:

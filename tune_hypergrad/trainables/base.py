@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import ray
 import torch
 from ray import tune
+from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
@@ -23,9 +24,11 @@ from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
+_OF_SEARCHERS = (PROMOTED_FROM, TRIAL_INDEX)  # in a trial's config, but neither settings nor hyperparameters
 _STATE_FILE = "state.pt"
 SCHEDULE_FILE = "schedule.json"
 """Beside a checkpoint's state: the schedule that the trial stands for."""
@@ -43,7 +46,8 @@ class TrialSettings:
     """Hyperparameters held (numbers, or windows of numbers); the rest take the defaults of `torch.optim` and of the
     train loss."""
     seed: int = 0
-    """Seeds the initial weights, the order of examples, augmentation and dropout."""
+    """Seeds the initial weights, the order of examples, augmentation and dropout; under Ray's `Repeater`, a trial's
+    index is folded in, so that repeats differ."""
     clip_gradient: float | None = None
     """Clamp every element of the training gradient to +- this value."""
     reports: int = 10
@@ -254,8 +258,10 @@ def split_config(
     it overrides, and the rest, which are hyperparameters.
 
     `budget`, which searchers of several budgets set, is the length of the training run in epochs, in place of `steps`.
+    The index that Ray's `Repeater` sets makes the seed another one; the first of the repeats keeps its own.
     """
-    config = {name: value for name, value in {**settings.constants(), **config}.items() if name != PROMOTED_FROM}
+    repeat = config.get(TRIAL_INDEX, 0)
+    config = {name: value for name, value in {**settings.constants(), **config}.items() if name not in _OF_SEARCHERS}
     names = {f.name for f in fields(settings)}
     arguments = {name: config[name] for name in problem.model_hyperparameters if name in config}
     changes: dict[str, Any] = {"model": partial(problem.model, **arguments)} if arguments else {}
@@ -269,7 +275,8 @@ def split_config(
             raise InputError("the trial's config has both 'steps' and 'budget', in epochs: remove one of them")
         overrides["steps"] = _steps_within(config["budget"], changed.steps_per_epoch)
     rest = {name: value for name, value in config.items() if name not in taken}
-    return changed, replace(settings, **overrides), rest
+    made = replace(settings, **overrides)
+    return changed, replace(made, seed=fold_seed(made.seed, repeat)) if repeat else made, rest
 
 
 def _steps_within(epochs: Any, steps_per_epoch: int) -> int:
