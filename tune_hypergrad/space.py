@@ -156,16 +156,6 @@ def gradient_ranges(space: Mapping[str, Any]) -> tuple[dict[str, Range], dict[st
     return ranges, constants
 
 
-def is_same(a: Any, b: Any) -> bool:
-    """Whether two constants of a search space are the same: identical, or equal of a kind that can tell."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(is_same(value, b[name]) for name, value in a.items())
-    try:
-        return a is b or (bool(a == b) and isinstance(a, bool) == isinstance(b, bool))
-    except (TypeError, ValueError, RuntimeError):  # arrays and tensors, say
-        return False
-
-
 def _refuse_underivable(leaves: Mapping[str, list[Any]]) -> None:
     kinds = {name: next(filter(None, map(_underivable_kind, windows)), None) for name, windows in leaves.items()}
     culprits = ", ".join(f"{name!r} ({kind})" for name, kind in kinds.items() if kind)

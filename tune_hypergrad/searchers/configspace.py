@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,18 +22,24 @@ from ConfigSpace import (
 from ConfigSpace.hyperparameters import FloatHyperparameter, Hyperparameter, IntegerHyperparameter
 from ConfigSpace.hyperparameters.hp_components import ROUND_PLACES
 from ConfigSpace.util import deactivate_inactive_hyperparameters
-from ray.tune.impl.placeholder import _FunctionResolver, _RefResolver
 from ray.tune.search import sample
 
 from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.searchers.constants import (
+    check_constant,
+    is_same,
+    may_be,
+    on_one_line,
+    plain,
+    shown,
+    warn_of_an_object,
+)
 
 Path = tuple[Any, ...]
 """The keys that lead to an entry of a nested dict."""
 
 _ATTEMPTS = 200
 """How often missing values are drawn before a configuration counts as forbidden."""
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,7 +92,7 @@ class Translation:
             text = _name(path)
             name = names.get(path, text)
             if path in self.constants:
-                _check_constant(self.constants[path], value, f"{what} has {text!r}")
+                check_constant(self.constants[path], value, f"{what} has {text!r}")
             elif name not in self.paths:
                 raise InputError(
                     f"{what} has {text!r}, which the search space has not: correct its name or remove it"
@@ -96,6 +101,12 @@ class Translation:
             else:
                 configuration[name] = self._space_value(name, value, f"{what} has {text!r}")
         return configuration
+
+    def is_same(self, other: Translation) -> bool:
+        """Whether both stand for the same search space."""
+        return self.configspace == other.configspace and all(
+            is_same(vars(self)[name], vars(other)[name]) for name in ("paths", "constants", "categories", "steps")
+        )
 
     def canonical(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
         """A configuration in the very values that are trained: plain Python's, quantised ones rounded."""
@@ -119,7 +130,7 @@ class Translation:
             # what a draw leaves inactive may be active here
             defaults = {name: hp.default_value for name, hp in self.configspace.items()}
             drawn = {**defaults, **self.configspace.sample_configuration()}
-        text = _in_one_line(str(reason)) or type(reason).__name__
+        text = on_one_line(str(reason)) or type(reason).__name__
         raise InputError(f"{what} is not allowed by the search space: {text}: change its values") from reason
 
     def _trial_value(self, name: str, value: Any) -> Any:
@@ -128,7 +139,7 @@ class Translation:
         return self._canonical_value(name, value)
 
     def _canonical_value(self, name: str, value: Any) -> Any:
-        value = _plain(value)
+        value = plain(value)
         if name not in self.steps:
             return value
         step = Fraction(repr(self.steps[name]))
@@ -142,22 +153,22 @@ class Translation:
     def _space_value(self, name: str, value: Any, what: str) -> Any:
         found = self._choices_of(name, value) if name in self.categories else self._legal_values(name, value)
         if not found:
-            raise InputError(_in_one_line(f"{what} = {value!r}: it must be {self._domain_text(name)}"))
+            raise InputError(on_one_line(f"{what} = {value!r}: it must be {self._domain_text(name)}"))
         if len(found) > 1:
             raise InputError(
-                f"{what} = {_in_one_line(repr(value))}, but Ray hides from searchers which of a param_space's objects "
+                f"{what} = {on_one_line(repr(value))}, but Ray hides from searchers which of a param_space's objects "
                 "that is: pass the space to the searcher as `space`, or choose between names"
             )
         if name in self.categories:
-            _warn_of_an_object(self.categories[name][self._category(name, found[0])], value, what)
+            warn_of_an_object(self.categories[name][self._category(name, found[0])], value, what)
         return found[0]
 
     def _choices_of(self, name: str, value: Any) -> list[Any]:
         """The choices that a value may stand for: as a category, or as what earlier experiments have for one."""
         choices = _listed(self.configspace[name])
         known = list(zip([*choices, *choices], [*self.categories[name], *choices], strict=True))
-        same = [choice for choice, category in known if _same(category, value)]
-        return same[:1] or [choice for choice, category in known if _may_be(category, value)]
+        same = [choice for choice, category in known if is_same(category, value)]
+        return same[:1] or [choice for choice, category in known if may_be(category, value)]
 
     def _legal_values(self, name: str, value: Any) -> list[Any]:
         """A value as the space has it; none where it lies outside."""
@@ -178,7 +189,7 @@ class Translation:
         hyperparameter: Any = self.configspace[name]
         listed = self.categories.get(name) or _listed(hyperparameter)
         if listed:
-            return f"one of {_shown(listed)}"
+            return f"one of {shown(listed)}"
         if not hasattr(hyperparameter, "lower"):
             return repr(hyperparameter.default_value)
         lower, upper = (self._canonical_value(name, bound) for bound in (hyperparameter.lower, hyperparameter.upper))
@@ -235,18 +246,18 @@ def _translate_domains(space: Mapping[str, Any], seed: int) -> Translation:
         try:
             translation.configspace.add(_hyperparameter(name, leaf, translation))
         except (TypeError, ValueError) as error:
-            raise InputError(f"hyperparameter {name!r} cannot be converted: {_in_one_line(str(error))}") from error
+            raise InputError(f"hyperparameter {name!r} cannot be converted: {on_one_line(str(error))}") from error
         translation.paths[name] = path
     return translation
 
 
 def _hyperparameter(name: str, domain: Any, translation: Translation) -> Hyperparameter[Any, Any]:
     if isinstance(domain, sample.Categorical):
-        translation.categories[name] = [_plain(category) for category in domain.categories]
+        translation.categories[name] = [plain(category) for category in domain.categories]
         return CategoricalHyperparameter(name, _choices(translation.categories[name]))
     sampler, (lower, upper) = domain.get_sampler(), _bounds(domain)
     if isinstance(sampler, sample.Quantized):
-        step = translation.steps[name] = _plain(sampler.q)
+        step = translation.steps[name] = plain(sampler.q)
         upper += step - 1 if isinstance(domain, sample.Integer) else 0  # so many integers stand for each multiple
         sampler = sampler.sampler
     log = isinstance(sampler, sample.LogUniform)
@@ -315,7 +326,7 @@ def _has_domain(value: Any) -> bool:
 def _only_value(leaf: Any) -> Any:
     """What a domain of one value always gives; anything else as it is."""
     if isinstance(leaf, sample.Categorical):
-        return _plain(leaf.categories[0]) if len(leaf.categories) == 1 else leaf
+        return plain(leaf.categories[0]) if len(leaf.categories) == 1 else leaf
     if not isinstance(leaf, sample.Domain):
         return leaf
     lower, upper = _bounds(leaf)
@@ -326,8 +337,8 @@ def _bounds(domain: Any) -> tuple[Any, Any]:
     """The least and the greatest value that Ray draws, in exact arithmetic of the decimal numbers that were written."""
     sampler, whole = domain.get_sampler(), isinstance(domain, sample.Integer)
     if isinstance(sampler, sample.Quantized) and (sampler.q != 1 or not whole):
-        step = Fraction(repr(_plain(sampler.q)))
-        lower, upper = (Fraction(repr(_plain(bound))) / step for bound in (domain.lower, domain.upper))
+        step = Fraction(repr(plain(sampler.q)))
+        lower, upper = (Fraction(repr(plain(bound))) / step for bound in (domain.lower, domain.upper))
         # Ray has made sure that the bounds of floats are multiples, up to rounding
         first, last = (math.ceil(lower), math.floor(upper)) if whole else (round(lower), round(upper))
         return domain.cast(first * step), domain.cast(last * step)
@@ -338,11 +349,12 @@ def _choices(categories: list[Any]) -> list[Any]:
     """What ConfigSpace takes for categories: themselves if it can tell them apart, else their texts, numbered."""
     simple = all(isinstance(category, str | int | float) for category in categories)
     # in the array that ConfigSpace makes of them 1 beside "a" is "1", True beside 2 is 1, 2**53 + 1 beside 0.5 is 2**53
-    simple = simple and all(map(_same, categories, np.asarray(categories).tolist()))
+    simple = simple and all(map(is_same, categories, np.asarray(categories).tolist()))
     if simple and len(set(categories)) == len(categories):
         return categories
-    shown = [str(_shown(category)) for category in categories]
-    texts = [re.sub(" at 0x[0-9a-f]+", "", text) for text in shown]  # no addresses: they change
+    texts = [
+        re.sub(" at 0x[0-9a-f]+", "", str(shown(category))) for category in categories
+    ]  # no addresses: they change
     return texts if len(set(texts)) == len(texts) else [f"{i}: {text}" for i, text in enumerate(texts)]
 
 
@@ -368,85 +380,8 @@ def _of_kind(hyperparameter: Hyperparameter[Any, Any], value: Any) -> Any:
 def _listed(hyperparameter: Any) -> list[Any]:
     """What can be chosen, where that is a list."""
     values: Any = getattr(hyperparameter, "choices", None) or getattr(hyperparameter, "sequence", ())
-    return [_plain(value) for value in values]
+    return [plain(value) for value in values]
 
 
 def _name(path: Path) -> str:
     return "/".join(map(str, path))
-
-
-def _same(a: Any, b: Any) -> bool:
-    try:
-        return a is b or (bool(a == b) and isinstance(_plain(a), bool) == isinstance(_plain(b), bool))
-    except (TypeError, ValueError):  # arrays, say
-        return False
-
-
-def _check_constant(constant: Any, value: Any, what: str) -> None:
-    """Raise `InputError` where a point has another value for a constant."""
-    if not (_same(constant, value) or _may_be(constant, value)):
-        remedy = "remove it, or give it that value" if _shown(constant) is constant else "remove it"
-        raise InputError(
-            f"{what} = {_in_one_line(repr(value))}, which the space fixes to {_shown(constant)!r}: {remedy}"
-        )
-    _warn_of_an_object(constant, value, what)
-
-
-def _warn_of_an_object(known: Any, value: Any, what: str) -> None:
-    """Say so where an object may not be the one that the space has."""
-    if _shown(known) is not known and _may_be(known, value) and not _same(known, value):
-        text = _in_one_line(repr(value))
-        _logger.warning("%s = %s: trials get the object in the search space, which may be another one", what, text)
-
-
-class _Unseen:
-    """What is shown for a placeholder, by which Ray hides what is not plain from searchers."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __repr__(self) -> str:
-        return self._text
-
-
-_UNSEEN = {_RefResolver.TOKEN: _Unseen("<object>"), _FunctionResolver.TOKEN: _Unseen("<sample_from>")}
-
-
-def _placeholder(value: Any) -> str | None:
-    """Which kind of placeholder a value is, if it is one."""
-    is_one = type(value) is tuple and len(value) == 2 and isinstance(value[0], str) and value[0] in _UNSEEN
-    return str(value[0]) if is_one else None
-
-
-def _shown(value: Any) -> Any:
-    """A value of the space as people are shown it; itself where nothing in it is hidden."""
-    kind = _placeholder(value)
-    if kind is not None:
-        return _UNSEEN[kind]
-    if type(value) is dict:
-        shown: Any = {name: _shown(item) for name, item in value.items()}
-        return value if all(shown[name] is item for name, item in value.items()) else shown
-    if type(value) in (list, tuple):
-        shown = type(value)(map(_shown, value))
-        return value if all(a is b for a, b in zip(shown, value, strict=True)) else shown
-    return value
-
-
-def _may_be(known: Any, value: Any) -> bool:
-    """Whether a value can be the space's: what an object's placeholder stands for may be any object."""
-    if _placeholder(known) is not None:
-        plain = isinstance(value, str | int | float | dict | list | tuple | None)
-        return _placeholder(known) == _RefResolver.TOKEN and not plain
-    if type(known) is dict and isinstance(value, Mapping):
-        return known.keys() == value.keys() and all(_may_be(item, value[name]) for name, item in known.items())
-    if type(known) in (list, tuple) and isinstance(value, type(known)):
-        return len(known) == len(value) and all(map(_may_be, known, value))
-    return _same(known, value)
-
-
-def _in_one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

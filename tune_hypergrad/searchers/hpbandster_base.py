@@ -149,7 +149,8 @@ class HpBandSterSearch(RestorableSearch[Job]):
         if self._master is None:
             self._begin(config)
             return True
-        return has_domain(config) and self._translation == translate(config, self.seed)
+        assert self._translation is not None
+        return has_domain(config) and self._translation.is_same(translate(config, self.seed))
 
     def _check_ready(self) -> None:
         self._require_space()

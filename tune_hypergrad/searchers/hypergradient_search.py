@@ -21,9 +21,10 @@ from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.searchers.constants import check_constant, is_same
 from tune_hypergrad.searchers.ray_loop import RayLoop
 from tune_hypergrad.searchers.restorable import RestorableSearch
-from tune_hypergrad.space import gradient_ranges, has_domain, is_number_or_windows, is_same, windows_of
+from tune_hypergrad.space import gradient_ranges, has_domain, is_number_or_windows, windows_of
 
 _OURS = ("seed", "tuned", TRIAL_INDEX)  # what we, and wrappers, put into configs beside the space's
 
@@ -207,11 +208,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
                 if not all(limits.lower <= window <= limits.upper for window in windows_of(value)):
                     raise InputError(f"{given} = {value!r}: it must be within [{limits.lower:g}, {limits.upper:g}]")
             elif name in self._constants:
-                if not is_same(value, self._constants[name]):
-                    raise InputError(
-                        f"{given} = {value!r}, which the space fixes to {self._constants[name]!r}: remove it, or give "
-                        "it that value"
-                    )
+                check_constant(self._constants[name], value, given)
             elif name not in _OURS:
                 known = [*self._ranges, *self._constants]
                 raise InputError(

@@ -498,7 +498,8 @@ def _tell_end(searchers: Sequence[Searcher], trial_id: str, result: Mapping[str,
 
 
 def _last_result(trial: Trial) -> dict[str, Any]:
-    return flatten_dict(dict(trial.run_metadata.last_result))  # the trial's own makes one up where there is none
+    result: dict[str, Any] = flatten_dict(dict(trial.run_metadata.last_result))  # the trial's own makes one up
+    return result
 
 
 def _agree(suggestion: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
