@@ -1,0 +1,97 @@
+"""Where a comparison writes: tried out before anything begins, and left as it was found where nothing does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from pyarrow.fs import FileSystem
+
+from tune_hypergrad.errors import InputError, in_one_line
+
+_MARKER = ".tune_hypergrad"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those that it is in, unless it is there.
+
+    Raises:
+        InputError: it cannot be made, or nothing can be written there.
+    """
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: choose a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # a ValueError where the name has what no name can have
+        raise InputError(f"{folder} cannot be written to: {in_one_line(error)}; choose another folder") from error
+
+
+@contextmanager
+def left_as_found(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
+    """Where the body fails before anything has begun, remove what it has made of a folder and of those it is in.
+
+    Args:
+        folder: it may be absent.
+        begun: whether something has.
+    """
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    found = set() if absent or not folder.is_dir() else set(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        if not begun():
+            _remove_all_but(found, folder)
+            for path in absent:
+                with suppress(OSError):
+                    path.rmdir()
+        raise
+
+
+def _remove_all_but(found: set[Path], folder: Path) -> None:
+    for path in set(folder.iterdir()) - found if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_for(address: str, begun: Callable[[], bool]) -> Iterator[None]:
+    """A folder of the storage for the body: made, tried out, and removed where the body fails before anything has
+    begun.
+
+    Args:
+        address: of the folder, a path or a URI.
+        begun: whether something has.
+
+    Raises:
+        InputError: the storage is of no known kind, cannot be reached, or cannot be written to.
+    """
+    if "://" not in address:
+        with left_as_found(Path(address), begun):
+            make_folder(Path(address))
+            yield
+        return
+    try:
+        filesystem, folder = FileSystem.from_uri(address)
+        filesystem.create_dir(folder, recursive=True)
+        with filesystem.open_output_stream(f"{folder}/{_MARKER}"):
+            pass
+        filesystem.delete_file(f"{folder}/{_MARKER}")
+    except Exception as error:
+        raise InputError(
+            f"nothing can be stored at {address}: {in_one_line(error)}; give a folder, or an address that pyarrow "
+            "knows, such as s3://bucket/folder"
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if not begun():
+            with suppress(Exception):
+                filesystem.delete_dir(folder)
+        raise
