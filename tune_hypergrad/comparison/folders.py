@@ -32,16 +32,20 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def left_as_found(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
-    """Where the body fails before anything has begun, remove what it has made of a folder and of those it is in.
+def folder_for(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
+    """A folder for the body: made, tried out, and left as it was found where the body fails before anything has begun.
 
     Args:
-        folder: it may be absent.
+        folder: it may be absent, as may be those that it is in.
         begun: whether something has.
+
+    Raises:
+        InputError: it cannot be made, or nothing can be written there.
     """
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     found = set() if absent or not folder.is_dir() else set(folder.iterdir())
     try:
+        make_folder(folder)
         yield
     except BaseException:
         if not begun():
@@ -62,8 +66,7 @@ def _remove_all_but(found: set[Path], folder: Path) -> None:
 
 @contextmanager
 def storage_for(address: str, begun: Callable[[], bool]) -> Iterator[None]:
-    """A folder of the storage for the body: made, tried out, and removed where the body fails before anything has
-    begun.
+    """A folder of a storage for the body: made, tried out, and removed where the body fails before anything has begun.
 
     Args:
         address: of the folder, a path or a URI.
@@ -73,8 +76,7 @@ def storage_for(address: str, begun: Callable[[], bool]) -> Iterator[None]:
         InputError: the storage is of no known kind, cannot be reached, or cannot be written to.
     """
     if "://" not in address:
-        with left_as_found(Path(address), begun):
-            make_folder(Path(address))
+        with folder_for(Path(address), begun):
             yield
         return
     try:

@@ -253,7 +253,7 @@ def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) 
         bundles, strategy = resources.bundles, resources.strategy
         if strategy not in _STRATEGIES:
             raise InputError(
-                f"the resources of {name} have the strategy {strategy!r}: choose one of {', '.join(_STRATEGIES)}"
+                f"{name}'s resources have the strategy {strategy!r}: choose one of {', '.join(_STRATEGIES)}"
             )
     else:
         short = {"cpu": "CPU", "gpu": "GPU", "cpus": "CPU", "gpus": "GPU"}
@@ -262,11 +262,12 @@ def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) 
     if not all(map(_is_amount, amounts)) or not any(amounts):
         given = bundles if isinstance(resources, PlacementGroupFactory) else dict(resources)
         raise InputError(
-            f"the resources of {name} are {given!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}"
+            f"{name}'s resources are {given!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}"
         )
-    for key in IN_PIECES & bundles[0].keys():  # of the bundle that the trial itself runs in
+    workers_only = isinstance(resources, PlacementGroupFactory) and resources.head_bundle_is_empty
+    for key in () if workers_only else IN_PIECES & bundles[0].keys():  # of the bundle that the trial itself runs in
         if bundles[0][key] > 1 and bundles[0][key] % 1:
-            raise InputError(f"the resources of {name} are {bundles[0][key]:g} {key}: above 1, give a whole number")
+            raise InputError(f"{name}'s resources are {bundles[0][key]:g} {key}: above 1, give a whole number")
     return resources if isinstance(resources, PlacementGroupFactory) else PlacementGroupFactory(bundles)
 
 
