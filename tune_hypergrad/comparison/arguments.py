@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf, isfinite
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.methods import Method
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.searchers.brackets import rungs
+from tune_hypergrad.space import is_number
 
 Check = Callable[[str, Any], Any]
 """Takes an argument's name and value; gives the value in plain Python, or raises an `InputError`."""
@@ -57,7 +58,7 @@ def _methods(name: str, value: Any) -> list[str | Method]:
 def _budget(name: str, value: Any) -> str | Budget:
     if isinstance(value, Budget):
         return value
-    if isinstance(value, str) or _is_number(value):
+    if isinstance(value, str) or is_number(value):
         return str(value)
     raise InputError(f'budget is {value!r}: give a text such as "300e", or a Budget')
 
@@ -111,7 +112,7 @@ def _retraining(name: str, value: Any) -> Retraining:
 
 
 def _reference(name: str, value: Any) -> float | str:
-    if _is_number(value):
+    if is_number(value):
         if not isfinite(value):
             raise InputError(f"reference is {_plain(value)}: give a finite number")
         return _plain(value)
@@ -187,8 +188,8 @@ def _true_or_false(name: str, value: Any) -> bool:
 
 def _number(above: float) -> Check:
     def check(name: str, value: Any) -> float:
-        if not _is_number(value) or not above < value < inf:
-            shown = _plain(value) if _is_number(value) else value
+        if not is_number(value) or not above < value < inf:
+            shown = _plain(value) if is_number(value) else value
             raise InputError(f"{name} is {shown!r}: it must be a number above {above:g} and finite")
         return _plain(value)
 
@@ -198,7 +199,7 @@ def _number(above: float) -> Check:
 def _whole(least: int, remark: str) -> Check:
     def check(name: str, value: Any) -> int:
         if not _is_whole(value) or value < least:
-            shown = _plain(value) if _is_number(value) else value
+            shown = _plain(value) if is_number(value) else value
             raise InputError(f"{name} is {shown!r}: it must be a whole number of at least {least}, {remark}")
         return int(value)
 
@@ -207,10 +208,6 @@ def _whole(least: int, remark: str) -> Check:
 
 def _or_none(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:

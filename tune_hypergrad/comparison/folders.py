@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,19 +16,31 @@ from tune_hypergrad.errors import InputError, in_one_line
 _MARKER = ".tune_hypergrad"
 
 
-def make_folder(folder: Path) -> None:
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where there is none.
+
+    Raises:
+        InputError: it is a file, or cannot be read.
+    """
+    if os.path.isfile(folder):
+        raise InputError(f"{folder} is a file: choose a folder")
+    try:
+        return list(folder.iterdir()) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {in_one_line(error)}; choose another folder") from error
+
+
+def _make(folder: Path) -> None:
     """Make a folder, with those that it is in, unless it is there.
 
     Raises:
         InputError: it cannot be made, or nothing can be written there.
     """
-    if folder.is_file():
-        raise InputError(f"{folder} is a file: choose a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
-    except (OSError, ValueError) as error:  # a ValueError where the name has what no name can have
+    except OSError as error:
         raise InputError(f"{folder} cannot be written to: {in_one_line(error)}; choose another folder") from error
 
 
@@ -42,10 +55,10 @@ def folder_for(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
     Raises:
         InputError: it cannot be made, or nothing can be written there.
     """
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    found = set() if absent or not folder.is_dir() else set(folder.iterdir())
+    absent = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    found = set(contents(folder))
     try:
-        make_folder(folder)
+        _make(folder)
         yield
     except BaseException:
         if not begun():
@@ -57,7 +70,7 @@ def folder_for(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
 
 
 def _remove_all_but(found: set[Path], folder: Path) -> None:
-    for path in set(folder.iterdir()) - found if folder.is_dir() else ():
+    for path in set(contents(folder)) - found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -13,9 +13,7 @@ _Bundle = tuple[tuple[str, int], ...]
 _Node = tuple[tuple[str, tuple[int, ...]], ...]  # of each resource, what is left of its pieces
 
 
-def can_be_placed(
-    bundles: Sequence[Mapping[str, float]], strategy: str, nodes: Sequence[Mapping[str, float]]
-) -> bool:
+def can_be_placed(bundles: Sequence[Mapping[str, float]], strategy: str, nodes: Sequence[Mapping[str, float]]) -> bool:
     """Whether bundles of resources fit empty nodes at once.
 
     Args:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from numbers import Real
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -40,6 +39,7 @@ from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
 from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.space import is_number
 
 OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check")
 """Fields of `Task` that `compare` takes as they are."""
@@ -72,7 +72,8 @@ class Plan:
     """Trials at once."""
 
     def __post_init__(self) -> None:
-        self.grid, self.factories()  # noqa: B018, what cannot work is found here
+        self.grid  # noqa: B018, what cannot work is found here
+        self.factories()
         _check_names(self.task, self.methods)
 
     @property
@@ -160,7 +161,9 @@ class Plan:
             for bundle in factory.bundles:
                 if not any(all(node.get(key, 0) >= amount for key, amount in bundle.items()) for node in nodes):
                     most = _amounts({key: max(node.get(key, 0) for node in nodes) for key in bundle})
-                    raise InputError(f"a trial of {name} asks for {_amounts(bundle)}, but no node has it (at most {most})")
+                    raise InputError(
+                        f"a trial of {name} asks for {_amounts(bundle)}, but no node has it (at most {most})"
+                    )
             if not can_be_placed(factory.bundles, factory.strategy, nodes):
                 raise InputError(
                     f"a trial of {name} asks for {' and '.join(map(_amounts, factory.bundles))} at once "
@@ -261,9 +264,7 @@ def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) 
     amounts = [amount for bundle in bundles for amount in bundle.values()]
     if not all(map(_is_amount, amounts)) or not any(amounts):
         given = bundles if isinstance(resources, PlacementGroupFactory) else dict(resources)
-        raise InputError(
-            f"{name}'s resources are {given!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}"
-        )
+        raise InputError(f"{name}'s resources are {given!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}")
     workers_only = isinstance(resources, PlacementGroupFactory) and resources.head_bundle_is_empty
     for key in () if workers_only else IN_PIECES & bundles[0].keys():  # of the bundle that the trial itself runs in
         if bundles[0][key] > 1 and bundles[0][key] % 1:
@@ -272,7 +273,7 @@ def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) 
 
 
 def _is_amount(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < inf
+    return is_number(value) and 0 <= value < inf
 
 
 def _amounts(bundle: Mapping[str, float]) -> str:

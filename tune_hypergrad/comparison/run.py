@@ -29,7 +29,7 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.arguments import checked
-from tune_hypergrad.comparison.folders import folder_for, storage_for
+from tune_hypergrad.comparison.folders import contents, folder_for, storage_for
 from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space
 from tune_hypergrad.comparison.progress import Display, Status, make_display
 from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
@@ -383,7 +383,7 @@ def _new_key(folder: Path) -> str:
     Raises:
         InputError: its folder holds something.
     """
-    if folder.is_dir() and any(file.name not in BEFORE for file in folder.iterdir()):
+    if any(file.name not in BEFORE for file in contents(folder)):
         raise InputError(f"{folder} is not empty: choose another folder, resume what is in it, or remove it")
     return uuid4().hex[:8]
 
