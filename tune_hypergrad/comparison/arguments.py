@@ -79,6 +79,19 @@ def _by_name(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _fixed(name: str, value: Any) -> dict[str, Any]:
+    return {key: _plain_inside(entry) for key, entry in _by_name(name, value).items()}
+
+
+def _plain_inside(entry: Any) -> Any:
+    """A number, or windows of numbers."""
+    if isinstance(entry, Mapping):
+        return {key: _plain_inside(window) for key, window in entry.items()}
+    if isinstance(entry, list | tuple | np.ndarray):
+        return [_plain_inside(window) for window in entry]
+    return _plain(entry) if is_number(entry) else entry
+
+
 def _seeds(name: str, value: Any) -> tuple[int, ...]:
     listed: tuple[Any, ...] = ()
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
@@ -240,7 +253,7 @@ CHECKS: dict[str, Check] = {
     "min_budget": _or_none(_number(above=0)),
     "max_budget": _or_none(_number(above=0)),
     "eta": _eta,
-    "fixed": _by_name,
+    "fixed": _fixed,
     "self_tuning_epochs": _or_none(_number(above=0)),
     "check": _true_or_false,
 }
