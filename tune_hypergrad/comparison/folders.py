@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileSystem, LocalFileSystem
 
 from tune_hypergrad.errors import InputError, in_one_line
 
@@ -88,21 +88,17 @@ def storage_for(address: str, begun: Callable[[], bool]) -> Iterator[None]:
     Raises:
         InputError: the storage is of no known kind, cannot be reached, or cannot be written to.
     """
-    if "://" not in address:
-        with folder_for(Path(address), begun):
+    with _refusals_in_one_line(address):
+        filesystem, folder = FileSystem.from_uri(address)
+    if isinstance(filesystem, LocalFileSystem):
+        with folder_for(Path(folder), begun):
             yield
         return
-    try:
-        filesystem, folder = FileSystem.from_uri(address)
+    with _refusals_in_one_line(address):
         filesystem.create_dir(folder, recursive=True)
         with filesystem.open_output_stream(f"{folder}/{_MARKER}"):
             pass
         filesystem.delete_file(f"{folder}/{_MARKER}")
-    except Exception as error:
-        raise InputError(
-            f"nothing can be stored at {address}: {in_one_line(error)}; give a folder, or an address that pyarrow "
-            "knows, such as s3://bucket/folder"
-        ) from error
     try:
         yield
     except BaseException:
@@ -110,3 +106,14 @@ def storage_for(address: str, begun: Callable[[], bool]) -> Iterator[None]:
             with suppress(Exception):
                 filesystem.delete_dir(folder)
         raise
+
+
+@contextmanager
+def _refusals_in_one_line(address: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"nothing can be stored at {address}: {in_one_line(error)}; give a folder, or an address that pyarrow "
+            "knows, such as s3://bucket/folder"
+        ) from error

@@ -8,13 +8,14 @@ IN_PIECES = frozenset({"GPU", "TPU", "NPU", "HPU", "neuron_cores"})
 """Resources of which Ray grants a part of one, or whole ones."""
 
 _GRAIN = 10_000  # Ray counts in ten-thousandths
+_POSITIONS = 20_000  # at the most, which takes a second
 
 _Bundle = tuple[tuple[str, int], ...]
 _Node = tuple[tuple[str, tuple[int, ...]], ...]  # of each resource, what is left of its pieces
 
 
 def can_be_placed(bundles: Sequence[Mapping[str, float]], strategy: str, nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether bundles of resources fit empty nodes at once.
+    """Whether bundles of resources fit empty nodes at once; where that is too much to find out, they are taken to.
 
     Args:
         bundles: what is asked for, each on one node.
@@ -41,7 +42,7 @@ class _Search:
 
     def succeeds(self, nodes: tuple[_Node, ...], placed: int = 0) -> bool:
         """Whether what is left of sorted nodes has room for the bundles that are not placed yet."""
-        if placed == len(self._bundles):
+        if placed == len(self._bundles) or len(self._hopeless) >= _POSITIONS:
             return True
         if (placed, nodes) in self._hopeless or not self._is_enough(nodes, placed):
             return False
