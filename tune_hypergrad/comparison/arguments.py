@@ -14,6 +14,7 @@ import numpy as np
 from ray.tune import Callback, PlacementGroupFactory
 
 from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.progress import make_display
 from tune_hypergrad.comparison.records import GRID
 from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
@@ -171,8 +172,7 @@ def _address(name: str, value: Any) -> str:
 
 
 def _progress(name: str, value: Any) -> str:
-    if value not in ("auto", "quiet", "json"):
-        raise InputError(f"progress is {value!r}: it is one of auto, quiet, json")
+    make_display(value)  # knows what it can be
     return str(value)
 
 

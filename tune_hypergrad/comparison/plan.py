@@ -165,10 +165,10 @@ class Plan:
                         f"a trial of {name} asks for {_amounts(bundle)}, but no node has it (at most {most})"
                     )
             if not can_be_placed(factory.bundles, factory.strategy, nodes):
+                together = " and ".join(map(_amounts, factory.bundles))
                 raise InputError(
-                    f"a trial of {name} asks for {' and '.join(map(_amounts, factory.bundles))} at once "
-                    f"({factory.strategy}), which the cluster's {len(nodes)} nodes have no room for together: ask for "
-                    "less, or choose another strategy"
+                    f"a trial of {name} asks for {together} at once ({factory.strategy}), for which the cluster's nodes "
+                    "have no room together: ask for less, or choose another strategy"
                 )
 
     def settings(self) -> dict[str, Any]:

@@ -193,7 +193,8 @@ def run_plan(
     progress: str = "auto",
     callbacks: Sequence[Callback] = (),
 ) -> Comparison:
-    """Carry a plan out, or go on with it, and write the report; arguments and errors are those of `compare`."""
+    """Carry a plan out, or go on with it, and write the report; arguments are those of `compare` when `checked`, and so
+    are errors."""
     folder = Path(out).resolve()
     display = make_display(progress)
     trainables, searchers = plan.trainables(), plan.searchers()
