@@ -167,7 +167,7 @@ class Plan:
             if not can_be_placed(factory.bundles, factory.strategy, nodes):
                 together = " and ".join(map(_amounts, factory.bundles))
                 raise InputError(
-                    f"a trial of {name} asks for {together} at once ({factory.strategy}), for which the cluster's nodes "
+                    f"a trial of {name} asks for {together} at once ({factory.strategy}), for which the nodes "
                     "have no room together: ask for less, or choose another strategy"
                 )
 
