@@ -84,8 +84,11 @@ def _knock(address: str) -> None:
 
 
 def _check_address(address: str | None) -> None:
+    """See that an address is that of the session that this process is in."""
+    if address is None or address == "auto":
+        return
     own = ray.get_runtime_context().gcs_address
-    if address not in (None, "auto") and not _is_same(str(address), own):
+    if not _is_same(address, own):
         raise InputError(
             f"address is {address!r}, but this process is in the Ray session at {own}: leave address out, or call "
             "ray.shutdown() first"
