@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray.tune import Callback, PlacementGroupFactory
+from ray.tune import Callback
 
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.progress import make_display
@@ -109,14 +109,6 @@ def _optimizer(name: str, value: Any) -> str | Optimizer:
     if not isinstance(value, str | Optimizer):
         raise InputError(f"optimizer is {value!r}: give a name such as 'sgd', or an Optimizer")
     return value
-
-
-def _resources(name: str, value: Any) -> Mapping[str, float] | PlacementGroupFactory:
-    if isinstance(value, PlacementGroupFactory):
-        return value
-    if not isinstance(value, Mapping):
-        raise InputError(f"resources is {value!r}: give amounts by name, such as {{'cpu': 1, 'gpu': 0.25}}")
-    return dict(value)
 
 
 def _retraining(name: str, value: Any) -> Retraining:
@@ -239,7 +231,7 @@ CHECKS: dict[str, Check] = {
     "seeds": _seeds,
     "epochs": _number(above=0),
     "optimizer": _optimizer,
-    "resources": _or_none(_resources),
+    "resources": lambda name, value: value,  # read with those that methods say for their own
     "out": _folder,
     "resume": _true_or_false,
     "retraining": _or_none(_retraining),

@@ -252,18 +252,18 @@ def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) 
     Raises:
         InputError: that can be asked of no cluster.
     """
+    given: Any = resources
     if isinstance(resources, PlacementGroupFactory):
-        bundles, strategy = resources.bundles, resources.strategy
-        if strategy not in _STRATEGIES:
+        given = bundles = resources.bundles
+        if resources.strategy not in _STRATEGIES:
             raise InputError(
-                f"{name}'s resources have the strategy {strategy!r}: choose one of {', '.join(_STRATEGIES)}"
+                f"{name}'s resources have the strategy {resources.strategy!r}: choose one of {', '.join(_STRATEGIES)}"
             )
     else:
         short = {"cpu": "CPU", "gpu": "GPU", "cpus": "CPU", "gpus": "GPU"}
-        bundles = [{short.get(str(key).lower(), key): amount for key, amount in resources.items()}]
-    amounts = [amount for bundle in bundles for amount in bundle.values()]
-    if not all(map(_is_amount, amounts)) or not any(amounts):
-        given = bundles if isinstance(resources, PlacementGroupFactory) else dict(resources)
+        named = resources if isinstance(resources, Mapping) else {}
+        bundles = [{short.get(str(key).lower(), key): amount for key, amount in named.items()}]
+    if not all(map(_is_bundle, bundles)):
         raise InputError(f"{name}'s resources are {given!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}")
     workers_only = isinstance(resources, PlacementGroupFactory) and resources.head_bundle_is_empty
     for key in () if workers_only else IN_PIECES & bundles[0].keys():  # of the bundle that the trial itself runs in
@@ -272,8 +272,10 @@ def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) 
     return resources if isinstance(resources, PlacementGroupFactory) else PlacementGroupFactory(bundles)
 
 
-def _is_amount(value: Any) -> bool:
-    return is_number(value) and 0 <= value < inf
+def _is_bundle(bundle: Mapping[str, float]) -> bool:
+    """Whether it is amounts by name, and not of nothing."""
+    named = all(isinstance(name, str) for name in bundle)
+    return named and all(is_number(n) and 0 <= n < inf for n in bundle.values()) and any(bundle.values())
 
 
 def _amounts(bundle: Mapping[str, float]) -> str:
