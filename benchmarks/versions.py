@@ -4,7 +4,8 @@
 
 OTHER is a checkout of the other version, such as `git worktree add OTHER TAG` makes. Each figure is measured in a
 process of its own, the versions taking turns, as process time in one thread (`digits`: seconds of the clock of a
-comparison with a small budget, reports aside; `searchers`: what the driver spends in a searcher's own methods); a ratio is this version's over the other's of the same round.
+comparison with a small budget, reports aside; `searchers`: what the driver spends in a searcher's own methods); a ratio
+is this version's over the other's of the same round.
 """
 
 from __future__ import annotations

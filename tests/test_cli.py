@@ -108,6 +108,13 @@ def test_help_names_the_commands():
         (["digits_mlp", "--method", "rs", "--max-budget", "0"], "max_budget"),
         (["digits_mlp", "--method", "rs", "--max-budget", "0.1"], "max_budget is 0.1 epochs"),
         (["digits_mlp", "--method", "stn", "--tune", "optimizer"], "error: stn: "),
+        (["digits_mlp", "--storage", "foo://x"], "foo://x"),
+        (["digits_mlp", "--storage", ""], "storage is ''"),
+        (["digits_mlp", "--storage", "s3://"], "names no folder"),
+        (["digits_mlp", "--address", "nonsense"], "address is 'nonsense'"),
+        (["digits_mlp", "--cpus", "0"], "resources are"),
+        (["digits_mlp", "--gpus", "1.5"], "1.5 GPU"),
+        (["digits_mlp", "--reference", "nan"], "reference is nan"),
         (["nowhere.py:problem"], "nowhere.py"),
         (["nowhere.py"], "nowhere.py:NAME"),
         (["no_such_module:problem"], "no_such_module"),
@@ -159,6 +166,19 @@ def test_an_earlier_runs_folder_is_not_overwritten(ray_must_not_start, capsys, t
     (tmp_path / "command.json").write_text("{}")
     status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", tmp_path)
     assert status == 2 and f"--resume {tmp_path} goes on" in err.replace("\n", "")
+
+
+def test_an_out_that_cannot_be_made_is_refused(ray_must_not_start, capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "out", "/proc/nowhere/out"):
+        status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", out)
+        assert status == 2 and err.count("\n") == 1 and "cannot be written to" in err
+
+
+def test_what_fails_before_the_first_trial_leaves_nothing_behind(ray_must_not_start, capsys, tmp_path):
+    with pytest.raises(AssertionError, match="Ray was started"):
+        outcome(capsys, "compare", "digits_mlp", "--no-check", "--method", "rs", "--out", tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_comparison_is_refused(capsys, tmp_path):

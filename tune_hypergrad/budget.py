@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from tune_hypergrad.errors import InputError
@@ -91,8 +92,11 @@ class Budget:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise InputError(f"unknown budget unit {self.unit!r}: choose one of {', '.join(UNITS)}")
+        if isinstance(self.amount, bool) or not isinstance(self.amount, Real):
+            raise InputError(f"the budget is {self.amount!r} {self.unit}: it must be a number")
         if not 0 < self.amount < float("inf"):
             raise InputError(f"the budget is {self.amount:g} {self.unit}: it must be above zero and finite")
+        object.__setattr__(self, "amount", float(self.amount))  # NumPy's are no JSON
 
     @classmethod
     def parse(cls, text: str, *, steps_per_epoch: int) -> Budget:

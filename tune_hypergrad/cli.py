@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import sys
-from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,47 +140,41 @@ def _compare(
 
     from tune_hypergrad.comparison import Interrupted, Retraining
     from tune_hypergrad.comparison import compare as run
+    from tune_hypergrad.comparison.folders import contents, folder_for
     from tune_hypergrad.comparison.report import summary_table
     from tune_hypergrad.comparison.run import BEFORE, COMMAND_FILE
 
-    if not resume:
-        if out.is_file():
-            raise InputError(f"{out} is a file: choose a folder with --out")
-        if out.exists() and any(file.name not in BEFORE for file in out.iterdir()):
-            begun = (out / COMMAND_FILE).exists()
-            remedy = f"--resume {out} goes on with it; or choose another --out" if begun else "choose another --out"
-            raise InputError(f"{out} is not empty: {remedy}")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / COMMAND_FILE).write_text(json.dumps(command, indent=1, default=str))
-    try:
-        comparison = run(
-            loaded,
-            method,
-            space=_space(loaded, options["optimizer"], windows, tune),
-            seeds=range(first_seed, first_seed + seeds),
-            out=out,
-            resume=resume,
-            resources={"cpu": cpus, "gpu": gpus},
-            max_concurrent=concurrent,
-            retraining=Retraining(retrain_seeds, data=retrain_on),
-            reference=_number_or_text(reference),
-            self_tuning_epochs=stn_epochs,
-            **options,
-        )
-    except InputError:
-        if not resume and not (out / "settings.json").exists():  # nothing has begun
-            (out / COMMAND_FILE).unlink()
-            with suppress(OSError):
-                out.rmdir()
-        raise
-    except KeyboardInterrupt:  # before the first trial
-        told = f"stopped before anything ran; `tune-hypergrad compare --resume {out}` begins"
+    if not resume and any(file.name not in BEFORE for file in contents(out)):
+        begun = (out / COMMAND_FILE).exists()
+        remedy = f"--resume {out} goes on with it; or choose another --out" if begun else "choose another --out"
+        raise InputError(f"{out} is not empty: {remedy}")
+    told = ""
+    with folder_for(out.resolve(), lambda: resume or (out / "settings.json").exists()):
+        if not resume:
+            (out / COMMAND_FILE).write_text(json.dumps(command, indent=1, default=str))
+        try:
+            comparison = run(
+                loaded,
+                method,
+                space=_space(loaded, options["optimizer"], windows, tune),
+                seeds=range(first_seed, first_seed + seeds),
+                out=out,
+                resume=resume,
+                resources={"cpu": cpus, "gpu": gpus},
+                max_concurrent=concurrent,
+                retraining=Retraining(retrain_seeds, data=retrain_on),
+                reference=_number_or_text(reference),
+                self_tuning_epochs=stn_epochs,
+                **options,
+            )
+        except KeyboardInterrupt:  # before the first trial
+            told = f"stopped before anything ran; `tune-hypergrad compare --resume {out}` begins"
+        except Interrupted:
+            report = out / "report.html"
+            told = f"stopped: {report} has the results so far; `tune-hypergrad compare --resume {out}` goes on"
+    if told:
         Console(stderr=True).print(told, soft_wrap=True, highlight=False)
-        raise typer.Exit(130) from None
-    except Interrupted:
-        told = f"stopped: {out / 'report.html'} has the results so far; `tune-hypergrad compare --resume {out}` goes on"
-        Console(stderr=True).print(told, soft_wrap=True, highlight=False)
-        raise typer.Exit(130) from None
+        raise typer.Exit(130)
     if options["progress"] == "auto":
         console.print(summary_table(comparison))
         console.print(f"in {out}: report.html, summary.md, results.csv, */schedule.json", highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import cos, pi
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, Rand
 from tune_hypergrad.space import gradient_ranges, schedule
 from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule
 
+_TRAINABLES = (FixedSchedule, FDS, HD, STN, CenteredSTN, DeltaSTN)
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
 
 
@@ -112,6 +113,20 @@ Trainable: TypeAlias = type[tune.Trainable] | Callable[[dict[str, Any]], Any]
 def plain_training(task: Task) -> Trainable:
     """`FixedSchedule` on the task: what trials of black-box searchers run, whose configs hold the hyperparameters."""
     return FixedSchedule.from_problem(task.problem, **_common(task), reports=training_reports(task))
+
+
+def hyperparameters_of(task: Task) -> tuple[str, ...]:
+    """What trials on a task can be given besides settings: hyperparameters of the optimizer and of the training loss,
+    arguments of the model factory, and the batch size."""
+    problem = task.problem
+    of_optimizer, of_loss = get_optimizer(task.optimizer).hyperparameters, sorted(problem.loss_hyperparameters)
+    return tuple(dict.fromkeys((*of_optimizer, *of_loss, *problem.model_hyperparameters, "batch_size")))
+
+
+def trial_settings() -> frozenset[str]:
+    """Names by which a trial's config overrides a setting of some method's trainable."""
+    of_trainables = {f.name for made in _TRAINABLES for f in fields(made.Settings)}
+    return frozenset({*of_trainables, "budget"})
 
 
 def training_reports(task: Task) -> int:

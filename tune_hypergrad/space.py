@@ -35,7 +35,7 @@ def schedule(domain: Any, windows: int) -> dict[str, Any]:
     """
     if not _is_count(windows):
         raise InputError(f"schedule has windows={windows!r}: it must be a whole number of at least 1")
-    if not (_is_number(domain) or _is_domain(domain)):
+    if not (is_number(domain) or _is_domain(domain)):
         raise InputError(
             f"schedule cannot repeat {domain!r}: pass a Ray Tune domain such as tune.loguniform(1e-4, 1), or a number"
         )
@@ -51,7 +51,7 @@ def schedules_in(space: Mapping[str, Any]) -> list[str]:
         windows = _in_window_order(value)
         if windows is None:
             found += [f"{name}/{path}" for path in schedules_in(value)]
-        elif len(windows) > 1 and all(_is_number(window) or hasattr(window, "lower") for window in windows):
+        elif len(windows) > 1 and all(is_number(window) or hasattr(window, "lower") for window in windows):
             found.append(str(name))
     return found
 
@@ -75,6 +75,11 @@ def windows_of(value: Any) -> tuple[float, ...]:
 def is_number_or_windows(value: Any) -> bool:
     """Whether `windows_of` can read `value`: tells numeric hyperparameters from a config's other entries."""
     return _windows_or_none(value) is not None
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, Python's or NumPy's; booleans are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def _leaves(name: str, value: Any) -> list[Any]:
     if not isinstance(value, Mapping) or _is_grid(value) or not has_domain(value):
         return [value]
     leaves = _in_window_order(value)
-    if leaves is None or not all(_is_number(leaf) or _is_domain(leaf) or _is_grid(leaf) for leaf in leaves):
+    if leaves is None or not all(is_number(leaf) or _is_domain(leaf) or _is_grid(leaf) for leaf in leaves):
         raise InputError(
             f"hyperparameter {name!r} is a nested dict that is no schedule: move its entries to the top level, "
             "or write schedule(domain, windows=...)"
@@ -223,10 +228,10 @@ def _underivable_kind(leaf: Any) -> str | None:
 
 
 def _windows_or_none(value: Any) -> tuple[float, ...] | None:
-    if _is_number(value):
+    if is_number(value):
         return (float(value),)
     windows = _in_window_order(value) if isinstance(value, Mapping) else value
-    if not isinstance(windows, list | tuple) or not windows or not all(map(_is_number, windows)):
+    if not isinstance(windows, list | tuple) or not windows or not all(map(is_number, windows)):
         return None
     return tuple(map(float, windows))
 
@@ -253,10 +258,6 @@ def has_domain(value: Any) -> bool:
         return True
     items = value.values() if isinstance(value, Mapping) else value
     return isinstance(value, Mapping | list | tuple) and any(map(has_domain, items))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -15,10 +15,11 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
 from tune_hypergrad.comparison.records import GRID, RETRAINING
 from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.methods import (
@@ -28,18 +29,23 @@ from tune_hypergrad.methods import (
     Method,
     Task,
     get_method,
+    hyperparameters_of,
     optimizer_space,
+    plain_training,
     regularisation_space,
+    trial_settings,
 )
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
 from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.space import is_number
 
 OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check")
 """Fields of `Task` that `compare` takes as they are."""
 
 _VERSION = 1
+_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
 @dataclass(frozen=True)
@@ -61,28 +67,21 @@ class Plan:
     retraining: Retraining = field(default_factory=Retraining)
     """How incumbents are trained again."""
     reference: float | str = "best"
-    """What regret is measured from."""
+    """What regret is measured from: a value, "best", or "grid:N" for N trainings."""
     max_concurrent: int | None = None
     """Trials at once."""
 
     def __post_init__(self) -> None:
         self.grid  # noqa: B018, what cannot work is found here
-        if self.max_concurrent is not None and self.max_concurrent < 1:
-            raise InputError(f"max_concurrent is {self.max_concurrent}: it must be at least 1, or None")
+        self.factories()
+        _check_names(self.task, self.methods)
 
     @property
     def grid(self) -> list[dict[str, Any]]:
         """The configurations of the grid search, if there is one."""
-        if self.reference == "best":
+        if not isinstance(self.reference, str) or self.reference == "best":
             return []
-        if isinstance(self.reference, int | float):
-            if not isfinite(self.reference):
-                raise InputError(f"reference is {self.reference}: give a finite number")
-            return []
-        kind, _, trainings = self.reference.partition(":")
-        if kind != GRID or not trainings.isdigit():
-            raise InputError(f'reference is {self.reference!r}: give a number, "best", or "grid:N" for N trainings')
-        return grid_points(self.task.space, int(trainings))
+        return grid_points(self.task.space, int(self.reference.removeprefix(f"{GRID}:")))
 
     def trainables(self) -> dict[str, Any]:
         """What each method's trials run.
@@ -102,9 +101,9 @@ class Plan:
 
     def factories(self) -> dict[str, PlacementGroupFactory]:
         """What each method's trials ask of the cluster."""
-        asked = {method.name: method.resources or self.resources for method in self.methods}
+        asked = {m.name: self.resources if m.resources is None else m.resources for m in self.methods}
         asked |= {RETRAINING: self.resources, GRID: self.resources}
-        return {name: _factory(resources) for name, resources in asked.items()}
+        return {name: _factory(name, resources) for name, resources in asked.items()}
 
     @property
     def kinds(self) -> int:
@@ -161,9 +160,16 @@ class Plan:
         for name, factory in self.factories().items():
             for bundle in factory.bundles:
                 if not any(all(node.get(key, 0) >= amount for key, amount in bundle.items()) for node in nodes):
-                    asked = ", ".join(f"{amount:g} {key}" for key, amount in bundle.items())
-                    most = ", ".join(f"{max(node.get(key, 0) for node in nodes):g} {key}" for key in bundle)
-                    raise InputError(f"a trial of {name} asks for {asked}, but no node has it (at most {most})")
+                    most = _amounts({key: max(node.get(key, 0) for node in nodes) for key in bundle})
+                    raise InputError(
+                        f"a trial of {name} asks for {_amounts(bundle)}, but no node has it (at most {most})"
+                    )
+            if not can_be_placed(factory.bundles, factory.strategy, nodes):
+                together = " and ".join(map(_amounts, factory.bundles))
+                raise InputError(
+                    f"a trial of {name} asks for {together} at once ({factory.strategy}), for which the nodes "
+                    "have no room together: ask for less, or choose another strategy"
+                )
 
     def settings(self) -> dict[str, Any]:
         """What `settings.json` says of all this."""
@@ -202,12 +208,10 @@ def default_space(problem: Problem, optimizer: str | Optimizer = "sgd", windows:
     return {**optimizer_space(optimizer, windows), **regularisation}
 
 
-def chosen_methods(methods: Sequence[str | Method] | None, task: Task) -> tuple[Method, ...]:
+def chosen_methods(methods: Iterable[str | Method] | None, task: Task) -> tuple[Method, ...]:
     """The methods that take part; by default those that can work on the task."""
     if methods is None:
         return tuple(method for method in map(get_method, BY_DEFAULT) if _can_work(method, task))
-    if isinstance(methods, str | Method):
-        raise InputError(f"methods is {methods!r}: give a list")
     chosen = [method if isinstance(method, Method) else get_method(method) for method in methods]
     names = [method.name for method in chosen]
     for name in names:
@@ -224,25 +228,58 @@ def _can_work(method: Method, task: Task) -> bool:
     return method.name == FLOOR or bool(method.tunable(task))
 
 
-def listed_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    listed: tuple[Any, ...] = ()
-    if isinstance(seeds, Sequence | range) and not isinstance(seeds, str):
-        listed = tuple(seeds)
-    elif isinstance(seeds, int) and not isinstance(seeds, bool):
-        listed = tuple(range(seeds))
-    if not listed or len(set(listed)) < len(listed) or not all(isinstance(s, int) and 0 <= s < 2**32 for s in listed):
-        raise InputError(f"seeds is {seeds!r}: give a number of at least 1, or a list of different whole numbers")
-    return listed
+def _check_names(task: Task, methods: Sequence[Method]) -> None:
+    """See that all names in the search space mean something: to plain training, or to a method of a user's own.
+
+    Raises:
+        InputError: one does not.
+    """
+    # whatever else such a method can do, a searcher whose trials train plainly can tune no more than they take
+    own = [method for method in methods if method is not METHODS.get(method.name)]
+    of_methods = {name for m in own if m.trainable is not plain_training for name in m.tunable(task)}
+    hyperparameters, settings = hyperparameters_of(task), trial_settings()
+    for name in task.space:
+        if name not in hyperparameters and name not in settings and name not in of_methods:
+            raise InputError(
+                f"the search space has {name!r}, which nothing takes: there are {', '.join(hyperparameters)}"
+                f"{did_you_mean(name, hyperparameters)}"
+            )
 
 
-def _factory(resources: Mapping[str, float] | PlacementGroupFactory) -> PlacementGroupFactory:
+def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) -> PlacementGroupFactory:
+    """What a method's trials ask for, in Ray's terms.
+
+    Raises:
+        InputError: that can be asked of no cluster.
+    """
+    given: Any = resources
     if isinstance(resources, PlacementGroupFactory):
-        return resources
-    names = {"cpu": "CPU", "gpu": "GPU", "cpus": "CPU", "gpus": "GPU"}
-    bundle = {names.get(name.lower(), name): float(amount) for name, amount in resources.items() if amount}
-    if any(amount < 0 for amount in bundle.values()) or not bundle:
-        raise InputError(f"resources are {dict(resources)!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}")
-    return PlacementGroupFactory([bundle])
+        given = bundles = resources.bundles
+        if resources.strategy not in _STRATEGIES:
+            raise InputError(
+                f"{name}'s resources have the strategy {resources.strategy!r}: choose one of {', '.join(_STRATEGIES)}"
+            )
+    else:
+        short = {"cpu": "CPU", "gpu": "GPU", "cpus": "CPU", "gpus": "GPU"}
+        named = resources if isinstance(resources, Mapping) else {}
+        bundles = [{short.get(str(key).lower(), key): amount for key, amount in named.items()}]
+    if not all(map(_is_bundle, bundles)):
+        raise InputError(f"{name}'s resources are {given!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}")
+    workers_only = isinstance(resources, PlacementGroupFactory) and resources.head_bundle_is_empty
+    for key in () if workers_only else IN_PIECES & bundles[0].keys():  # of the bundle that the trial itself runs in
+        if bundles[0][key] > 1 and bundles[0][key] % 1:
+            raise InputError(f"{name}'s resources are {bundles[0][key]:g} {key}: above 1, give a whole number")
+    return resources if isinstance(resources, PlacementGroupFactory) else PlacementGroupFactory(bundles)
+
+
+def _is_bundle(bundle: Mapping[str, float]) -> bool:
+    """Whether it is amounts by name, and not of nothing."""
+    named = all(isinstance(name, str) for name in bundle)
+    return named and all(is_number(n) and 0 <= n < inf for n in bundle.values()) and any(bundle.values())
+
+
+def _amounts(bundle: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
 def _kind(factory: PlacementGroupFactory) -> str:

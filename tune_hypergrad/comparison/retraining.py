@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tune_hypergrad.methods import Task, training_reports
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.searchers.portfolio import RETRAINS, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.space import is_number
 from tune_hypergrad.trainables.dispatching import PORTFOLIO
 from tune_hypergrad.trainables.retrained import Retrained
 
@@ -42,12 +44,15 @@ class Retraining:
     """"train", or "train+val": what the test split is then predicted from has more examples."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 0:
+        if isinstance(self.seeds, bool) or not isinstance(self.seeds, Integral) or self.seeds < 0:
             raise InputError(f"retraining with {self.seeds!r} seeds: give a whole number; 0 leaves it out")
         if self.data not in ("train", "train+val"):
             raise InputError(f'retraining on {self.data!r}: give "train" or "train+val"')
-        if not self.shares or not all(0 < share <= 1 for share in self.shares) or max(self.shares) != 1:
-            raise InputError(f"retraining after the shares {self.shares}: give some above 0, the last of them 1")
+        shares = tuple(self.shares) if isinstance(self.shares, Iterable) else ()
+        if not shares or not all(map(_is_share, shares)) or max(shares) != 1:
+            raise InputError(f"retraining after the shares {self.shares!r}: give some above 0, the last of them 1")
+        object.__setattr__(self, "seeds", int(self.seeds))  # NumPy's are no JSON
+        object.__setattr__(self, "shares", tuple(map(float, shares)))
 
     def trainable(self, task: Task) -> type[tune.Trainable]:
         """What retrainings run."""
@@ -123,6 +128,10 @@ class RetrainingSearch(QueueSearch):
                 label = {RETRAINS: {**of, "training_seed": seed}}
                 jobs.append({**job, "seed": _FIRST_SEED + seed, PORTFOLIO: label})
         return jobs
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 < value <= 1
 
 
 def with_val(problem: Problem) -> Problem:

@@ -28,7 +28,9 @@ from ray.tune import (
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.plan import OF_TASKS, Plan, chosen_methods, default_space, listed_seeds
+from tune_hypergrad.comparison.arguments import checked
+from tune_hypergrad.comparison.folders import contents, folder_for, storage_for
+from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space
 from tune_hypergrad.comparison.progress import Display, Status, make_display
 from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
 from tune_hypergrad.comparison.report import write_report
@@ -59,6 +61,7 @@ BEFORE = (COMMAND_FILE, "settings.tmp")
 """What a folder may have before anything has begun there."""
 
 _TRIALS_FOLDER = "trials"
+_OF_RUNS = ("out", "resume", "max_failures", "storage", "address", "progress", "callbacks")
 _PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "numpy")
 
 
@@ -121,9 +124,10 @@ def compare(
         reference: what regret is measured from: a value on the test split, "best" (the best seen), or "grid:N", a
             grid search of at most N trainings, which is not part of any budget.
         max_concurrent: trials at once; None leaves it to the cluster. With 1, the same seeds give the same trials.
-        max_failures: restarts of a trial that fails, from its last checkpoint.
+        max_failures: restarts of a trial that fails, from its last checkpoint; -1 is no limit.
         storage: where Ray keeps trials and checkpoints, such as "s3://bucket/folder"; by default in `out`.
-        address: a Ray cluster to join ("auto" finds it); by default this session's, else one of this machine's own.
+        address: a Ray cluster to join, as host:port ("auto" finds it); by default this session's, else one of this
+            machine's own.
         progress: "auto" (a table in a terminal or a notebook, lines in a log), "quiet" or "json".
         callbacks: further Ray callbacks, such as MLflow's or Weights & Biases'.
         **settings: further fields of `Task`: min_budget, max_budget, eta, fixed, self_tuning_epochs, and check (False
@@ -133,45 +137,48 @@ def compare(
         What was found; `out` has it as report.html, summary.md, results.csv, ledger.jsonl and pictures.
 
     Raises:
-        InputError: something cannot work; nothing has been run then.
+        InputError: something cannot work; nothing has been run then, and `out` is as it was.
         Interrupted: Ctrl-C; `resume=True` goes on.
     """
-    if not isinstance(problem, Problem):
-        raise InputError(f"compare was given a {type(problem).__name__}: it takes a Problem")
+    given = checked({**{name: value for name, value in locals().items() if name != "settings"}, **settings})
+    of_run = {name: given.pop(name) for name in _OF_RUNS}
+    return run_plan(_plan(**given), **of_run)
+
+
+def _plan(
+    problem: Problem,
+    methods: Sequence[str | Method] | None,
+    *,
+    budget: str | Budget,
+    space: Mapping[str, Any] | None,
+    seeds: tuple[int, ...],
+    epochs: float,
+    optimizer: str | Optimizer,
+    resources: Mapping[str, float] | PlacementGroupFactory | None,
+    retraining: Retraining | None,
+    reference: float | str,
+    max_concurrent: int | None,
+    **of_task: Any,
+) -> Plan:
+    """What `compare` is to do, of its arguments one by one checked."""
     problem.check()
-    if space is None:
-        space = default_space(problem, optimizer)
-    if not 0 < epochs < float("inf"):
-        raise InputError(f"epochs is {epochs:g}: it must be above zero and finite")
     steps = round(epochs * problem.steps_per_epoch)
     if steps < 1:
         raise InputError(f"epochs is {epochs:g}, less than one inner step of {problem.steps_per_epoch} an epoch")
-    limit = budget if isinstance(budget, Budget) else Budget.parse(str(budget), steps_per_epoch=problem.steps_per_epoch)
-    unknown = [name for name in settings if name not in OF_TASKS]
-    if unknown:
-        raise InputError(f"compare has no argument {unknown[0]!r}")
+    if space is None:
+        space = default_space(problem, optimizer)
     # searches never see the test split
-    task = Task(problem.replace(test=None), space, steps, optimizer, **settings)
-    plan = Plan(
+    task = Task(problem.replace(test=None), space, steps, optimizer, **of_task)
+    return Plan(
         problem=problem,
         task=task,
         methods=chosen_methods(methods, task),
-        budget=limit,
-        seeds=listed_seeds(seeds),
+        budget=budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch),
+        seeds=seeds,
         resources={"cpu": 1} if resources is None else resources,
         retraining=retraining or Retraining(),
         reference=reference,
         max_concurrent=max_concurrent,
-    )
-    return run_plan(
-        plan,
-        out,
-        resume=resume,
-        max_failures=max_failures,
-        storage=storage,
-        address=address,
-        progress=progress,
-        callbacks=callbacks,
     )
 
 
@@ -186,24 +193,33 @@ def run_plan(
     progress: str = "auto",
     callbacks: Sequence[Callback] = (),
 ) -> Comparison:
-    """Carry a plan out, or go on with it, and write the report; arguments and errors are those of `compare`."""
+    """Carry a plan out, or go on with it, and write the report; arguments are those of `compare` when `checked`, and so
+    are errors."""
     folder = Path(out).resolve()
-    if storage is not None:
-        storage = storage.rstrip("/") if "://" in storage else str(Path(storage).resolve())
     display = make_display(progress)
     trainables, searchers = plan.trainables(), plan.searchers()
     key = _key_of(folder, plan, storage) if resume else _new_key(folder)
+    trials = f"{storage}/{folder.name}-{key}" if storage else str(folder)
+
+    def begun() -> bool:
+        return resume or bool(Ledger(folder / LEDGER_FILE).trials)
+
     try:
-        with cluster_session(address, pending=WAITING * plan.kinds):
+        with (
+            folder_for(folder, begun),
+            storage_for(trials, begun),
+            cluster_session(address, pending=WAITING * plan.kinds),
+        ):
             plan.check_resources()
             _write_settings(folder, plan, key, storage)
             _DISPLAYS[key] = display
-            finished = _run(plan, trainables, searchers, folder, key, max_failures, storage, callbacks)
+            finished = _run(plan, trainables, searchers, folder, key, max_failures, trials, callbacks)
     except Exception as error:
         try:
             raise_if_full(str(error))  # Ray gives the text of what a callback raises
         except OSError:
-            raise InputError(f"the disk of {folder} is full: make room, then resume") from error
+            remedy = "make room, then resume" if begun() else "make room"
+            raise InputError(f"the disk of {folder} is full: {remedy}") from error
         raise
     finally:
         _DISPLAYS.pop(key, None)
@@ -282,15 +298,14 @@ def _run(
     folder: Path,
     key: str,
     max_failures: int,
-    storage: str | None,
+    trials: str,
     callbacks: Sequence[Callback],
 ) -> bool:
-    """Run or go on; whether it came to its end."""
+    """Run or go on, with Ray's files in the folder `trials`; whether it came to its end."""
     parameters = {"trainables": dict(trainables), "unit": plan.budget.unit, "metric": "val_loss"}
     dispatching = tune.with_parameters(Dispatching, **parameters)
     factories = plan.factories()
     trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
-    trials = f"{storage}/{folder.name}-{key}" if storage else str(folder)
     path = f"{trials}/{_TRIALS_FOLDER}"
     known = put_snapshot_back(folder / SNAPSHOT_FILE, path)
     if known:
@@ -369,9 +384,7 @@ def _new_key(folder: Path) -> str:
     Raises:
         InputError: its folder holds something.
     """
-    if folder.is_file():
-        raise InputError(f"{folder} is a file: choose a folder")
-    if folder.exists() and any(file.name not in BEFORE for file in folder.iterdir()):
+    if any(file.name not in BEFORE for file in contents(folder)):
         raise InputError(f"{folder} is not empty: choose another folder, resume what is in it, or remove it")
     return uuid4().hex[:8]
 
@@ -379,7 +392,6 @@ def _new_key(folder: Path) -> str:
 def _write_settings(folder: Path, plan: Plan, key: str, storage: str | None) -> None:
     """Write what is compared, how, with what versions and on which machine; where it was begun already, only the
     latter anew."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS_FILE
     resources = ray.cluster_resources()
     machine = {

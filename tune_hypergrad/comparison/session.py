@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ _SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one method's result without the metric would end all methods
 }
 
+_PATIENCE = 10.0  # seconds in which a cluster accepts a connection
 
 # of failed trials the report tells, and searchers of what they passed over
 _LOGGERS = (
@@ -37,7 +39,7 @@ def cluster_session(address: str | None = None, pending: int = 1) -> Iterator[No
         pending: trials that may wait for their place at once.
 
     Raises:
-        InputError: no cluster answers at `address`.
+        InputError: no cluster answers at `address`, or this process is in another's session already.
     """
     settings = {**_SETTINGS, "TUNE_MAX_PENDING_TRIALS_PG": str(pending)}
     before = {name: os.environ.get(name) for name in settings}
@@ -47,9 +49,11 @@ def cluster_session(address: str | None = None, pending: int = 1) -> Iterator[No
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     ours = not ray.is_initialized()
-    if ours:
-        _start(address)
     try:
+        if ours:
+            _start(address)
+        else:
+            _check_address(address)
         yield
     finally:
         if ours:
@@ -60,8 +64,47 @@ def cluster_session(address: str | None = None, pending: int = 1) -> Iterator[No
 
 
 def _start(address: str | None) -> None:
+    # where no address is given, Ray takes the environment's
+    named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
     dashboard = False if address is None else None
     try:
+        if named is not None and "://" not in named and ":" in named:
+            _knock(named)  # Ray would try for minutes
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
-    except ConnectionError as error:
-        raise InputError(f"no Ray cluster answers at {address!r}: {in_one_line(error)}") from error
+    except Exception as error:
+        if address is None and named is None and not isinstance(error, ConnectionError):
+            raise
+        raise InputError(f"no Ray cluster answers at {named or address!r}: {in_one_line(error)}") from error
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens at an address."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+
+
+def _check_address(address: str | None) -> None:
+    """See that an address is that of the session that this process is in."""
+    if address is None or address == "auto":
+        return
+    own = ray.get_runtime_context().gcs_address
+    if not _is_same(address, own):
+        raise InputError(
+            f"address is {address!r}, but this process is in the Ray session at {own}: leave address out, or call "
+            "ray.shutdown() first"
+        )
+
+
+def _is_same(address: str, session: str) -> bool:
+    """Whether an address is that of a session, however its host is written."""
+    (host, _, port), (own_host, _, own_port) = address.rpartition(":"), session.rpartition(":")
+    return port == own_port and (host == own_host or _ip(host) == _ip(own_host))
+
+
+def _ip(host: str) -> str:
+    """A host's, by which other machines know it; the text itself where it has none."""
+    try:
+        found = socket.gethostbyname(host)
+    except OSError:
+        return host
+    return str(ray.util.get_node_ip_address()) if found.startswith("127.") else found

@@ -1,0 +1,393 @@
+"""What `compare` refuses before anything runs: every argument, names in the search space, folders and storage; and that
+a start that fails leaves nothing behind."""
+
+import os
+import socket
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+from ray import tune
+from ray.tune import Callback, PlacementGroupFactory
+from self_tuning import regularised_problem
+from tiny_problem import tiny_problem
+
+from tune_hypergrad import InputError, Method, RandomSearch, Retraining, compare
+from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.arguments import CHECKS, checked
+from tune_hypergrad.comparison.folders import folder_for, storage_for
+from tune_hypergrad.comparison.plan import Plan
+from tune_hypergrad.comparison.records import SETTINGS_FILE
+from tune_hypergrad.comparison.session import cluster_session
+from tune_hypergrad.methods import METHODS, Task, get_method
+
+SPACE = {"lr": tune.uniform(0, 0.5)}
+PROBLEM = tiny_problem()
+NAN, INF = float("nan"), float("inf")
+
+
+class RayWasStarted(Exception):
+    pass
+
+
+@pytest.fixture
+def ray_must_not_start(monkeypatch):
+    def start(*arguments, **keywords):
+        raise RayWasStarted
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+@pytest.fixture
+def another_session(monkeypatch):
+    """This process is in a Ray session already, at 10.0.0.7:6379."""
+    context = type("Context", (), {"gcs_address": "10.0.0.7:6379"})()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+
+
+WRONG = [
+    *[("problem", value) for value in (None, "digits", 3)],
+    *[("methods", value) for value in (3, "rs", [3], [None], get_method("rs"))],
+    *[("budget", value) for value in (None, True, [300])],
+    *[("space", value) for value in (3, {}, [("lr", 1)], {3: 1})],
+    *[("seeds", value) for value in (1.5, True, "3", None, 0, -1, [], [0.5], [0, 0], [-1], [True], {"a": 1})],
+    *[("epochs", value) for value in ("x", None, True, NAN, INF, 0, -1, [1])],
+    *[("optimizer", value) for value in (3, None, ["sgd"])],
+    *[("resources", value) for value in (3, "cpu", [1])],
+    *[("out", value) for value in (3, None, "", "a\0b")],
+    *[("resume", value) for value in ("yes", 1, None)],
+    *[("retraining", value) for value in (3, True, {"seeds": 3})],
+    *[("reference", value) for value in (None, True, NAN, [], "worst", "grid", "grid:", "grid:x", "grid:\u00b2")],
+    *[("max_concurrent", value) for value in (1.5, True, "2", 0, -1, NAN)],
+    *[("max_failures", value) for value in (-2, "x", 1.5, True, None)],
+    *[("storage", value) for value in (3, "", "s3://", "s3:///", "file://")],
+    *[("address", value) for value in (3, "", "nonsense", "host:", ":6379", "host:x", "a:b:1", "host:99999", "host:0")],
+    *[("address", value) for value in ("http://host:1", "ray://host:10001")],
+    *[("progress", value) for value in (3, None, "loud", ["quiet"])],
+    *[("callbacks", value) for value in (3, None, "x", [3], Callback(), [Callback], [None])],
+    *[("min_budget", value) for value in ("x", True, 0, -1, NAN)],
+    *[("max_budget", value) for value in ("x", True, 0, -1, INF)],
+    *[("eta", value) for value in ("x", None, True, 1, NAN)],
+    *[("fixed", value) for value in (3, None, {3: 1})],
+    *[("self_tuning_epochs", value) for value in ("x", True, 0, -1, NAN)],
+    *[("check", value) for value in ("yes", None, 1)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: None if isinstance(value, str) else repr(value))
+def test_what_an_argument_cannot_be_is_one_line_that_names_it(ray_must_not_start, tmp_path, name, value):
+    given = {"problem": PROBLEM, "methods": ["rs"], "space": SPACE, "out": tmp_path / "out", name: value}
+    with pytest.raises(InputError) as refused:
+        compare(given.pop("problem"), given.pop("methods"), **given)
+    message = str(refused.value)
+    assert "\n" not in message and not list(tmp_path.iterdir())
+    assert {"problem": "takes a Problem", "space": "space"}.get(name, name) in message
+
+
+def test_every_argument_is_looked_at():
+    assert set(CHECKS) >= set(compare.__annotations__) - {"settings", "return"}
+    looked_at = {name for name, _ in WRONG}
+    assert looked_at == set(CHECKS)
+
+
+def test_a_setting_that_is_not_there_may_have_been_meant_otherwise():
+    with pytest.raises(InputError, match=r"no argument 'min_budgte'; did you mean 'min_budget'\?"):
+        compare(PROBLEM, min_budgte=1)
+
+
+def test_numpy_numbers_are_numbers():
+    plain = checked(
+        {
+            "seeds": np.arange(2),
+            "epochs": np.float32(0.5),
+            "reference": np.float64(0.25),
+            "max_concurrent": np.int64(2),
+            "max_failures": np.int32(-1),
+            "eta": np.int64(3),
+            "min_budget": np.float32(0.5),
+            "fixed": {"momentum": np.float32(0.5), "lr": [np.int64(1), 2], "l2": {"0": np.float64(1)}},
+            "check": np.bool_(False),
+        }
+    )
+    assert plain["seeds"] == (0, 1) and plain["fixed"] == {"momentum": 0.5, "lr": [1, 2], "l2": {"0": 1.0}}
+    numbers = [*plain["seeds"], *plain["fixed"]["lr"], plain["fixed"]["momentum"], plain["fixed"]["l2"]["0"]]
+    numbers += [plain[name] for name in ("epochs", "reference", "max_concurrent", "max_failures", "eta", "min_budget")]
+    assert {type(number) for number in numbers} == {int, float} and plain["check"] is False
+    assert checked({"budget": np.int64(300)}) == {"budget": "300"}
+    assert checked({"seeds": np.int64(2)}) == {"seeds": (0, 1)}
+    assert type(Budget(np.float32(3)).amount) is float
+    assert (
+        type(Retraining(seeds=np.int64(3)).seeds) is int and type(Retraining(shares=[np.float32(1)]).shares[0]) is float
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Budget("x"),
+        lambda: Budget(True),
+        lambda: Budget(None),
+        lambda: Retraining(seeds=1.5),
+        lambda: Retraining(shares=1),
+        lambda: Retraining(shares=("x",)),
+        lambda: Retraining(shares=(True,)),
+        lambda: Retraining(data=3),
+    ],
+)
+def test_what_arguments_are_made_of_is_looked_at_too(make):
+    with pytest.raises(InputError, match=r"budget is|retraining"):
+        make()
+
+
+def plan(methods=("rs",), space=SPACE, problem=PROBLEM, **fields):
+    chosen = tuple(get_method(method) if isinstance(method, str) else method for method in methods)
+    fields = {"budget": Budget(60), "seeds": (0,), "resources": {"cpu": 1}, **fields}
+    return Plan(problem=problem, task=Task(problem, space, 12), methods=chosen, **fields)
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [
+        {},
+        {"cpu": 0},
+        {"cpu": "x"},
+        {"cpu": None},
+        {"cpu": True},
+        {"cpu": -1},
+        {"cpu": NAN},
+        {"cpu": INF},
+        {"gpu": 1.5},
+        {1: 2},
+        3,
+        PlacementGroupFactory([{"CPU": 1}, {}]),
+        PlacementGroupFactory([{"CPU": -1}, {"CPU": 2}]),
+        PlacementGroupFactory([{"CPU": 1}, {"CPU": NAN}]),
+        PlacementGroupFactory([{"CPU": 1}], strategy="TIGHT"),
+        PlacementGroupFactory([{"GPU": 2.5}]),
+    ],
+)
+def test_resources_that_no_cluster_has_are_refused(resources):
+    with pytest.raises(InputError, match="rs's resources"):
+        plan(resources=resources)
+    with pytest.raises(InputError, match="own's resources"):
+        plan([Method("own", get_method("rs").searcher, resources=resources)])
+
+
+def test_resources_that_a_cluster_can_have_are_taken():
+    for resources in ({"cpu": np.float32(0.5)}, {"gpu": 2}, PlacementGroupFactory([{}, {"GPU": 1.5}])):
+        assert plan(resources=resources).kinds == 1
+
+
+@pytest.mark.parametrize(
+    ("bundles", "strategy", "fits"),
+    [
+        ([{"CPU": 2}, {"CPU": 2}], "PACK", False),
+        ([{"CPU": 1}, {"CPU": 1}], "PACK", True),
+        ([{"CPU": 1}, {"CPU": 1}], "STRICT_SPREAD", False),
+    ],
+)
+def test_bundles_that_only_fit_one_by_one_are_refused(monkeypatch, bundles, strategy, fits):
+    nodes = [{"Alive": True, "Resources": {"CPU": 2}}, {"Alive": False, "Resources": {"CPU": 9}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    planned = plan(resources=PlacementGroupFactory(bundles, strategy=strategy))
+    if fits:
+        planned.check_resources()
+        return
+    with pytest.raises(InputError) as refused:
+        planned.check_resources()
+    words = " CPU and ".join(f"{bundle['CPU']}" for bundle in bundles)
+    assert f"a trial of rs asks for {words} CPU at once ({strategy})" in str(refused.value)
+
+
+def own_trainable(task):
+    return lambda config: None
+
+
+@pytest.mark.parametrize("methods", [["rs"], ["cosine"], ["fds", "rs"], None], ids=str)
+def test_a_name_that_nothing_takes_is_refused(ray_must_not_start, tmp_path, methods):
+    space = {**SPACE, "momentun": tune.uniform(0, 1)}
+    with pytest.raises(InputError, match=r"'momentun', which nothing takes: .*; did you mean 'momentum'\?"):
+        compare(PROBLEM, methods, space=space, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_are_those_of_the_optimizer_the_losses_the_model_and_settings():
+    names = ("momentum", "l2", "width", "batch_size", "clip_gradient", "steps", "reports", "seed")
+    plan(space={**SPACE, **dict.fromkeys(names, tune.uniform(0, 1))})
+    problem = regularised_problem()
+    assert problem.regulariser_hyperparameters
+    plan(space={**SPACE, **dict.fromkeys(problem.regulariser_hyperparameters, tune.uniform(0, 1))}, problem=problem)
+    for name in ("beta1", "optimiser", "portfolio"):
+        with pytest.raises(InputError, match=f"'{name}', which nothing takes"):
+            plan(space={**SPACE, name: tune.uniform(0, 1)})
+
+
+def test_a_method_of_ones_own_may_take_names_of_its_own():
+    space = {**SPACE, "depth": tune.randint(1, 5)}
+    own = Method("own", lambda task: RandomSearch(task.space, "val_loss", "min"), own_trainable)
+    plan([own], space=space)
+    plan(["rs", own], space=space)
+    with pytest.raises(InputError, match="'depth'"):  # it says that it can tune something else
+        plan([replace(own, tunable=lambda task: {})], space=space)
+    with pytest.raises(InputError, match="'depth'"):  # its trials train plainly
+        plan([Method("own", own.searcher)], space=space)
+    assert own.name not in METHODS
+
+
+def nothing_has_begun():
+    return False
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a file in it"])
+def test_a_folder_is_left_as_it_was_found_unless_something_has_begun(tmp_path, there):
+    folder = tmp_path / "a" / "b"
+    if there != "nothing":
+        folder.mkdir(parents=True)
+    if there == "a file in it":
+        (folder / "command.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+
+    def work():
+        assert folder.is_dir() and sorted(folder.iterdir()) == sorted(set(before) & set(folder.iterdir()))
+        (folder / "trials" / "one").mkdir(parents=True)
+        (folder / SETTINGS_FILE).write_text("{}")
+        raise KeyError("a bug")
+
+    for wrapped in (folder_for(folder, nothing_has_begun), storage_for(str(folder), nothing_has_begun)):
+        with pytest.raises(KeyError), wrapped:
+            work()
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(KeyError), folder_for(folder, lambda: True):
+        work()
+    assert (folder / SETTINGS_FILE).exists()
+
+
+@pytest.mark.parametrize("where", ["file", "file/out", "/proc/nowhere/out"])
+def test_an_out_that_cannot_be_made_is_one_line(ray_must_not_start, tmp_path, where):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="choose a") as refused:
+        compare(PROBLEM, ["rs"], space=SPACE, out=tmp_path / where, check=False)
+    assert "\n" not in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_an_out_that_cannot_be_written_to_is_one_line(ray_must_not_start, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="cannot be written to"):
+        compare(PROBLEM, ["rs"], space=SPACE, out=tmp_path / "out", check=False)
+
+
+@pytest.mark.parametrize("storage", ["foo://x", "memory://x", "abfs://x", "file:///proc/nowhere", "/proc/nowhere"])
+def test_a_storage_that_cannot_be_used_is_one_line(ray_must_not_start, tmp_path, storage):
+    with pytest.raises(InputError) as refused:
+        compare(PROBLEM, ["rs"], space=SPACE, out=tmp_path / "out", storage=storage, check=False)
+    assert (
+        storage.removeprefix("file://") in str(refused.value)
+        and "\n" not in str(refused.value)
+        and not list(tmp_path.iterdir())
+    )
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_start_that_fails_leaves_nothing_in_the_storage(ray_must_not_start, tmp_path, scheme):
+    storage = f"{scheme}{tmp_path / 'storage'}"
+    with pytest.raises(RayWasStarted):
+        compare(PROBLEM, ["rs"], space=SPACE, out=tmp_path / "out", storage=storage, check=False)
+    assert not list(tmp_path.iterdir())
+
+
+class Bucket:
+    """A storage elsewhere: what is asked of it."""
+
+    def __init__(self, refuses):
+        self.asked, self._refuses = [], refuses
+
+    def __getattr__(self, name):
+        def ask(path, **options):
+            self.asked.append((name, path))
+            if name == self._refuses:
+                raise OSError("not\nallowed")
+            return nullcontext()
+
+        return ask
+
+
+@pytest.mark.parametrize("refuses", ["nothing", "create_dir", "open_output_stream", "delete_file"])
+def test_a_storage_elsewhere_is_tried_out_and_cleared(monkeypatch, refuses):
+    bucket = Bucket(refuses)
+    known = type("Known", (), {"from_uri": staticmethod(lambda address: (bucket, "bucket/out-1"))})
+    monkeypatch.setattr("tune_hypergrad.comparison.folders.FileSystem", known)
+    with (
+        pytest.raises(KeyError if refuses == "nothing" else InputError) as raised,
+        storage_for("s3://bucket/out-1", nothing_has_begun),
+    ):
+        raise KeyError("a bug")
+    if refuses == "nothing":
+        assert [name for name, _ in bucket.asked] == ["create_dir", "open_output_stream", "delete_file", "delete_dir"]
+        assert bucket.asked[-1] == ("delete_dir", "bucket/out-1")
+    else:
+        assert "nothing can be stored at s3://bucket/out-1: OSError: not; give" in str(raised.value)
+
+
+def test_the_environment_is_left_as_it_was_found(ray_must_not_start):
+    before = dict(os.environ)
+    with pytest.raises(RayWasStarted), cluster_session():
+        pass
+    assert dict(os.environ) == before
+
+
+def test_an_address_where_nobody_answers_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"no Ray cluster answers at '{address}'"):
+            compare(PROBLEM, ["rs"], space=SPACE, out=tmp_path / "out", address=address, check=False)
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        for unsaid in (None, "auto"):
+            with pytest.raises(InputError, match=f"no Ray cluster answers at '{address}'"), cluster_session(unsaid):
+                pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_address_of_another_session_than_this_is_refused(another_session):
+    for address in ("10.0.0.8:6379", "10.0.0.7:6380", "local", "nowhere.invalid:6379"):
+        with (
+            pytest.raises(
+                InputError, match=r"in the Ray session at 10.0.0.7:6379: leave address out, or call ray.shut"
+            ),
+            cluster_session(address),
+        ):
+            pass
+
+
+def test_this_sessions_own_address_is_taken_however_it_is_written(another_session, monkeypatch):
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    for address in (None, "auto", "10.0.0.7:6379", "localhost:6379", "127.0.0.1:6379"):
+        with cluster_session(address):
+            pass
+
+
+class WrongCallback(Callback):
+    def setup(self, **info):
+        raise KeyError("a bug in a callback")
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_in_ray_leaves_nothing_behind(ray_session, tmp_path):
+    out, storage = tmp_path / "out", tmp_path / "storage"
+    options = {"space": SPACE, "epochs": 1, "budget": "4e", "progress": "quiet", "retraining": Retraining(seeds=0)}
+    for wrong in (
+        {"callbacks": [WrongCallback()]},
+        {"resources": PlacementGroupFactory([{"CPU": 2}, {"CPU": 2}])},
+        {"address": "10.0.0.1:1"},
+    ):
+        with pytest.raises(Exception, match=r"a bug in a callback|at once \(PACK\)|in the Ray session"):
+            compare(PROBLEM, ["rs"], **{**options, **wrong}, out=out, storage=str(storage))
+        assert not list(tmp_path.iterdir())
+    comparison = compare(PROBLEM, ["rs"], **options, out=out, storage=str(storage), address=ray_session)
+    assert list(comparison.accounts["reason"]) == ["budget spent"] and list(storage.iterdir())
