@@ -1,19 +1,16 @@
 """Every searcher within Ray's loop: what Ray does not run any more is not waited for, and wrappers stay in charge."""
 
-import time
 from functools import partial
 
 import pytest
+from bowls import BEST, Bowl, SlowBowl, WithoutReset
 from ray import tune
 from ray.tune import Callback, ResumeConfig, RunConfig, Stopper, TuneConfig
 from ray.tune.schedulers import HyperBandForBOHB, HyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher
-from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad import BOHBSearch, BOSearch, HyperBandSearch, HypergradientSearch, InputError, RandomSearch
-from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 
-BEST = 0.3
 SPACE = {"x": tune.uniform(0, 1)}
 METRIC = {"metric": "val_loss", "mode": "min"}
 
@@ -26,45 +23,6 @@ SEARCHES = {
 }
 TRIALS = {"rs": 8, "bo": 8, "hb": 9 + 3 + 1, "bohb": 9 + 3 + 1, "hypergradient": 10}
 WAITING = ("hb", "bohb", "hypergradient")  # these come to an end of their own, for which they need every result
-
-
-def value(config):
-    """A trial's metric; of repeated ones, the first is the better the worse their mean is."""
-    mean = abs(config["x"] - BEST)
-    return mean + 2 * mean * (config[TRIAL_INDEX] - 1) if TRIAL_INDEX in config else mean
-
-
-class Bowl(tune.Trainable):
-    """One result per trial, after `seconds`."""
-
-    seconds = 0.0
-
-    def step(self):
-        time.sleep(self.seconds)
-        slope = 1.0 if self.config["x"] > BEST else -1.0
-        return {"val_loss": value(self.config), f"{HYPERGRADIENT_KEY}/x/0": slope, "done": True}
-
-    def save_checkpoint(self, checkpoint_dir):
-        return {}
-
-    def load_checkpoint(self, checkpoint):
-        pass
-
-    def reset_config(self, new_config):
-        self.config = new_config
-        return True
-
-
-class SlowBowl(Bowl):
-    seconds = 0.3
-
-
-class WithoutReset(tune.Trainable):
-    """Cannot be reused, though it is asked to be."""
-
-    def step(self):
-        slope = 1.0 if self.config["x"] > BEST else -1.0
-        return {"val_loss": value(self.config), f"{HYPERGRADIENT_KEY}/x/0": slope, "done": True}
 
 
 class CutShort(Stopper):

@@ -5,14 +5,14 @@ import signal
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from bowls import Counted
 from pyarrow.fs import FileSystemHandler, LocalFileSystem, PyFileSystem
 from ray import tune
 from ray.tune import Callback, RunConfig, TuneConfig
-from test_restorable_searches import METRIC, SEARCHES, TRIALS, Bowl, assert_complete, restored_search, samples_of
+from test_restorable_searches import METRIC, SEARCHES, TRIALS, assert_complete, restored_search, samples_of
 
 pytestmark = pytest.mark.slow
 
@@ -122,17 +122,6 @@ class DieInTime(Callback):
     def on_step_end(self, iteration, trials, **info):
         if DEATH.due:
             raise RuntimeError("the driver has died")
-
-
-class Counted(Bowl):
-    """Leaves a line for each of its runs."""
-
-    seconds = 0.05
-
-    def step(self):
-        with Path(self.config["runs"]).open("a") as file:
-            file.write(f"{self.config['x']} {self.config.get('budget')} {self.config.get('seed')}\n")
-        return super().step()
 
 
 @contextmanager
