@@ -22,11 +22,14 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER)]
 
+import searcher_duty_cases  # noqa: E402
+import searcher_duty_tools  # noqa: E402
+from ray import cloudpickle  # noqa: E402
 from searcher_duty_cases import DUTIES, Duty, run_to_be_killed  # noqa: E402
 from searcher_duty_tools import COLUMNS, OURS, SNAPSHOTS, Cell, Unmet, chain, in_words, without_paths  # noqa: E402
 
@@ -62,7 +65,9 @@ def expected(duty: Duty, searcher: str) -> tuple[str, ...]:
 # trying
 
 
-def run_column(searcher: str, duties: Sequence[str], address: str, patience: float = 1) -> Iterator[tuple[str, Outcome]]:
+def run_column(
+    searcher: str, duties: Sequence[str], address: str, patience: float = 1
+) -> Iterator[tuple[str, Outcome]]:
     """Try duties with a searcher, in processes that join a Ray session; gives each outcome as it is known.
 
     Args:
@@ -87,13 +92,19 @@ def run_column(searcher: str, duties: Sequence[str], address: str, patience: flo
             yield name, outcome
 
 
-def _one_process(
-    searcher: str, duties: Sequence[str], address: str, patience: float
-) -> Iterator[tuple[str, Outcome]]:
+def _one_process(searcher: str, duties: Sequence[str], address: str, patience: float) -> Iterator[tuple[str, Outcome]]:
     """Try duties in one process, up to the first that hangs or ends it."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, str(FOLDER / "searcher_duties.py"), "--worker", "--searchers", searcher, "--duties", *duties],
+            [
+                sys.executable,
+                str(FOLDER / "searcher_duties.py"),
+                "--worker",
+                "--searchers",
+                searcher,
+                "--duties",
+                *duties,
+            ],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -106,7 +117,7 @@ def _one_process(
         try:
             for current in duties:
                 began = time.monotonic()
-                outcome = _outcome_of(lines, DUTIES[current].patience * patience, began + LONGEST * patience)
+                outcome = outcome_of(lines, DUTIES[current].patience * patience, began + LONGEST * patience)
                 if outcome is None:
                     break
                 yield current, outcome
@@ -123,7 +134,7 @@ def _forward(stream: IO[str], lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def _outcome_of(lines: queue.Queue[str | None], patience: float, deadline: float) -> Outcome | None:
+def outcome_of(lines: queue.Queue[str | None], patience: float, deadline: float) -> Outcome | None:
     """The next outcome that a process tells of; None if it does not."""
     while time.monotonic() < deadline:
         try:
@@ -173,10 +184,9 @@ def be_killed(searcher: str, folder: Path) -> None:
 def _join_session() -> None:
     import ray
 
-    paths = os.pathsep.join((str(FOLDER.parent), str(FOLDER)))
-    ray.init(
-        address=os.environ["RAY_ADDRESS"], log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}}
-    )
+    for module in (searcher_duty_cases, searcher_duty_tools):  # Ray's workers do not find this folder
+        cloudpickle.register_pickle_by_value(module)
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,18 +197,25 @@ def table(outcomes: Outcomes) -> str:
     """The table, and under it the reasons."""
     reasons: dict[str, int] = {}
 
-    def cell(outcome: Outcome) -> str:
+    def cell(outcome: Outcome | None) -> str:
+        if outcome is None:
+            return "?"
         if not outcome.detail or outcome.kind == "yes":
             return f"yes, {outcome.detail}" if outcome.detail else outcome.kind
         return f"{outcome.kind} ({reasons.setdefault(outcome.detail, len(reasons) + 1)})"
 
     rows = [
-        [duty.description, *(cell(outcomes[name, searcher]) if (name, searcher) in outcomes else "?" for searcher in COLUMNS)]
+        [
+            duty.description,
+            *(cell(outcomes[name, searcher]) if (name, searcher) in outcomes else "?" for searcher in COLUMNS),
+        ]
         for name, duty in DUTIES.items()
     ]
     lines = [["duty", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows]
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
-    return "\n".join([*(f"| {' | '.join(entry.replace('|', chr(92) + '|') for entry in line)} |" for line in lines), "", *notes])
+    return "\n".join(
+        [*(f"| {' | '.join(entry.replace('|', chr(92) + '|') for entry in line)} |" for line in lines), "", *notes]
+    )
 
 
 def read_table(page: str) -> Outcomes:
@@ -252,7 +269,7 @@ def try_all(searchers: Sequence[str], duties: Sequence[str], patience: float, pa
     """
     import ray
 
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    context: Any = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     outcomes: Outcomes = {}
     unexpected = []
     for searcher in searchers:

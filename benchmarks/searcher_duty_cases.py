@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import random
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from unittest import mock
 import numpy as np
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from ray import cloudpickle, tune
+from ray.train.constants import _get_ray_train_session_dir
 from ray.tune import ResumeConfig
 from ray.tune.schedulers import (
     ASHAScheduler,
@@ -28,12 +28,15 @@ from ray.tune.schedulers import (
 from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher
 from ray.tune.search.repeater import TRIAL_INDEX
 from searcher_duty_tools import (
+    COLUMNS,
     ITERATIONS,
+    OURS,
     SPACE,
     TARGET,
     Bowl,
     Cell,
     SlowBowl,
+    Unmet,
     UnresettableBowl,
     Watch,
     alive,
@@ -49,7 +52,6 @@ from searcher_duty_tools import (
 
 HYPERGRADIENT = ("HypergradientSearch",)
 ENDLESS = ("RandomSearch", "BOSearch", "TuneBOHB", "OptunaSearch")
-ALL_OURS = ("RandomSearch", "BOSearch", "HyperBandSearch", "BOHBSearch", "HypergradientSearch")
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def duty(
 @duty()
 def metric_of_tune_config(cell: Cell) -> None:
     """Metric and mode from `TuneConfig`."""
-    search = cell.make()
-    cell.whole(cell.fit(search))
+    search, grid = cell.plain()
+    cell.whole(grid)
     require((search.metric, search.mode) == ("val_loss", "min"), f"has {search.metric!r} and {search.mode!r}")
 
 
@@ -130,7 +132,7 @@ def wrong_mode(cell: Cell) -> None:
 @duty()
 def param_space(cell: Cell) -> None:
     """`param_space` is the space."""
-    grid = cell.fit(cell.make())
+    _, grid = cell.plain()
     cell.whole(grid)
     for result in grid:
         require(all(0 <= (result.config or {})[name] <= 1 for name in SPACE), "values out of range")
@@ -300,7 +302,7 @@ def add_evaluated_point(cell: Cell) -> None:
 @duty(not_for=HYPERGRADIENT)
 def add_evaluated_trials(cell: Cell) -> None:
     """`add_evaluated_trials` of an earlier experiment."""
-    earlier = cell.fit(cell.make(), tune_options={"scheduler": None} if cell.column.ours else {})
+    _, earlier = cell.plain()
     search = cell.opened()
     search.add_evaluated_trials(earlier._experiment_analysis, "val_loss")
     drive(search, 4)
@@ -319,7 +321,7 @@ def num_samples(cell: Cell) -> None:
 @duty(not_for=ENDLESS)
 def num_samples_without_end(cell: Cell) -> None:
     """With `num_samples=-1`, a search that has an end comes to it."""
-    cell.whole(cell.fit(cell.make(), samples=-1))
+    cell.whole(cell.plain()[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,7 +430,7 @@ class Repeated(Bowl):
 @duty(may_refuse=HYPERGRADIENT)
 def repeater(cell: Cell) -> None:
     """`Repeater`: the mean of the repeats counts."""
-    told: dict[str, float] = {}
+    told: dict[str, Any] = {}
     search = cell.make()
     original = type(search).on_trial_complete
 
@@ -483,22 +485,22 @@ def median_stopping(cell: Cell) -> None:
     cell.whole(cell.fit(cell.make(), scheduler=MedianStoppingRule(grace_period=1, min_samples_required=1)))
 
 
-@duty(may_refuse=ALL_OURS)
+@duty(may_refuse=OURS)
 def hyperband_scheduler(cell: Cell) -> None:
     """`HyperBandScheduler`, which pauses trials."""
     cell.whole(cell.fit(cell.make(), scheduler=HyperBandScheduler(max_t=ITERATIONS)))
 
 
-@duty(may_refuse=ALL_OURS)
+@duty(may_refuse=OURS)
 def hyperband_for_bohb(cell: Cell) -> None:
     """`HyperBandForBOHB`, which pauses trials and tells the searcher of it."""
     scheduler = HyperBandForBOHB(time_attr="training_iteration", max_t=ITERATIONS, reduction_factor=3)
     cell.whole(cell.fit(cell.make(), scheduler=scheduler))
 
 
-@duty(may_refuse=ALL_OURS)
+@duty(not_for=COLUMNS)
 def population_based_training(cell: Cell) -> None:
-    """`PopulationBasedTraining`, which changes trials' configs."""
+    """`PopulationBasedTraining`, beside which Ray takes no searcher."""
     scheduler = PopulationBasedTraining(perturbation_interval=1, hyperparam_mutations={"x": tune.uniform(0, 1)})
     cell.whole(cell.fit(cell.make(), scheduler=scheduler))
 
@@ -515,7 +517,7 @@ def stop_dict(cell: Cell) -> None:
 def time_budget(cell: Cell) -> None:
     """`time_budget_s` ends a search that has no end."""
     began = time.monotonic()
-    grid = cell.fit(cell.make(**cell.column.endless), samples=-1, tune_options={"time_budget_s": 4})
+    grid = cell.fit(cell.make(**cell.column.endless), samples=-1, tune_options={"time_budget_s": 2})
     require(len(grid) > 0, "no trials")
     require(time.monotonic() - began < 20, "goes on much longer")
 
@@ -608,12 +610,13 @@ def restore_without_unfinished(cell: Cell) -> None:
 def restart_unfinished(cell: Cell) -> None:
     """`ResumeConfig(unfinished=RESTART)`, which begins cut-off trials again under other names."""
     cell.cut_short(cell.make())
-    grid = cell.restored(_resume_config=ResumeConfig(unfinished=ResumeConfig.ResumeType.RESTART))
+    restart: Any = ResumeConfig.ResumeType.RESTART
+    grid = cell.restored(_resume_config=ResumeConfig(unfinished=restart))
     require(not grid.num_errors, f"{grid.num_errors} errors")
     require(len(grid) >= cell.column.trials, f"{len(grid)} trials in place of {cell.column.trials}")
 
 
-def errored_again(cell: Cell, **how: bool) -> None:
+def errored_again(cell: Cell, **how: Any) -> None:
     """Run a search one of whose trials fails, and restore it when that trial would not."""
     mended = cell.folder / "mended"
     trainable = failing(cell.folder / "numbers", until=mended)
@@ -638,23 +641,31 @@ def restart_errored(cell: Cell) -> None:
 
 def spoilt_state(cell: Cell, spoil: Callable[[Path], Any]) -> None:
     """Spoil the searcher's state of an interrupted experiment; it goes on, or is refused with the place's name."""
-    cell.cut_short(cell.make())
-    files = sorted((cell.folder / "run").glob("searcher-state-*.pkl"))
+    name = cell.folder.name
+    cell.cut_short(cell.make(), name=name)
+    experiment = cell.folder / name
+    # a driver on another machine, or after a reboot, does not have Ray's copies in its session's folder
+    copies = Path(_get_ray_train_session_dir()).glob(f"*/{name}/driver_artifacts/searcher-state-*.pkl")
+    files = [*experiment.glob("searcher-state-*.pkl"), *copies]
     require(files, "there is no state file")
     for file in files:
         spoil(file)
     try:
-        grid = cell.restored()
+        cell.whole(cell.restored(folder=experiment))
+    except Unmet:
+        raise
     except Exception as error:
-        original = error
+        message = refusal(cell, raising(error)) if cell.column.ours else str(error)
+        require("searcher-state" in message or name in message, f"the file is not named: {message}")
 
-        def again() -> None:
-            raise original
 
-        message = refusal(cell, again) if cell.column.ours else str(error)
-        require("searcher-state" in message or str(cell.folder / "run") in message, f"the file is not named: {message}")
-    else:
-        cell.whole(grid)
+def raising(error: Exception) -> Callable[[], None]:
+    """A function that raises an exception."""
+
+    def again() -> None:
+        raise error
+
+    return again
 
 
 @duty()
@@ -673,9 +684,10 @@ def missing_state(cell: Cell) -> None:
 def storage_filesystem(cell: Cell) -> None:
     """Storage on another file system (`storage_filesystem=`), and a restore from there."""
     (cell.folder / "bucket").mkdir()
+    folder = cell.folder / "bucket" / "results" / "run"
     filesystem = SubTreeFileSystem(str(cell.folder / "bucket"), LocalFileSystem())
     cell.cut_short(cell.make(), run_options={"storage_path": "results", "storage_filesystem": filesystem})
-    cell.whole(cell.restored(path="results/run", storage_filesystem=filesystem))
+    cell.whole(cell.restored(folder=folder, path="results/run", storage_filesystem=filesystem))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -707,7 +719,7 @@ def second_tuner(cell: Cell) -> None:
 @duty()
 def reuse_actors(cell: Cell) -> None:
     """`reuse_actors=True`: every trial is run with its own config."""
-    grid = cell.fit(cell.make())
+    _, grid = cell.plain()
     cell.whole(grid)
     require(all(result.metrics["trained_x"] == result.config["x"] for result in grid), "another trial's config is run")
     require(len({result.metrics["worker"] for result in grid}) <= 2, "actors are not reused")
@@ -736,16 +748,15 @@ def global_generators(cell: Cell) -> None:
     """NumPy's, Python's and torch's global generators are left as they were found."""
     import torch
 
-    def states() -> list[Any]:
-        return [random.getstate(), *np.random.get_state()[1:3], torch.get_rng_state()]
+    def states() -> dict[str, Any]:
+        numpy_state: Any = np.random.get_state()
+        found = random.getstate(), (numpy_state[1].tolist(), numpy_state[2:]), torch.get_rng_state().tolist()
+        return dict(zip(("Python's", "NumPy's", "torch's"), found, strict=True))
 
     before = states()
     drive(cell.opened(), 12)
-    names = ("Python's", "NumPy's", "NumPy's", "torch's")
-    changed_ones = [
-        name for name, old, new in zip(names, before, states(), strict=True) if pickle.dumps(old) != pickle.dumps(new)
-    ]
-    require(not changed_ones, f"{' and '.join(dict.fromkeys(changed_ones))} generator has been advanced")
+    advanced = [name for name, state in states().items() if state != before[name]]
+    require(not advanced, f"{' and '.join(advanced)} generator has been advanced")
 
 
 @duty()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import re
@@ -12,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ray import tune
-from ray.tune import Callback, FailureConfig, ResultGrid, RunConfig, Trainable, TuneConfig
+from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig
 from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
@@ -23,6 +24,10 @@ ITERATIONS = 3
 SPACE = {"x": tune.uniform(0, 1), "y": tune.uniform(0, 1)}
 TARGET = {"x": 0.3, "y": 0.6}
 SNAPSHOTS = {"TUNE_GLOBAL_CHECKPOINT_S": "0.2", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
+
+
+Grid: TypeAlias = Any
+"""Ray's `ResultGrid`, whose iteration it does not declare."""
 
 
 class Unmet(Exception):
@@ -261,7 +266,9 @@ class Cell:
         """The searcher."""
         return self.column.make(**options)
 
-    def opened(self, space: Mapping[str, Any] = SPACE, metric: str = "val_loss", mode: str = "min", **options: Any) -> Any:
+    def opened(
+        self, space: Mapping[str, Any] = SPACE, metric: str = "val_loss", mode: str = "min", **options: Any
+    ) -> Any:
         """The searcher without an end of its own, and with what a Tuner hands it."""
         search = self.make(**{**self.column.endless, **options})
         require(search.set_search_properties(metric, mode, dict(space)), "the param_space is not taken")
@@ -280,7 +287,7 @@ class Cell:
         name: str = "run",
         tune_options: Mapping[str, Any] | None = None,
         run_options: Mapping[str, Any] | None = None,
-    ) -> ResultGrid:
+    ) -> Grid:
         """Run a search to its end in a Tuner."""
         tune_settings = {
             "search_alg": search,
@@ -318,12 +325,23 @@ class Cell:
         else:
             raise Unmet("the search ended before it could be interrupted")
 
-    def restored(self, trainable: Any = SlowBowl, name: str = "run", **settings: Any) -> ResultGrid:
-        """`Tuner.restore(...).fit()`."""
-        path = settings.pop("path", str(self.folder / name))
-        return tune.Tuner.restore(path, trainable=trainable, **settings).fit()
+    def plain(self) -> tuple[Searcher, Grid]:
+        """A whole search with nothing special about it, which is run once for all duties."""
+        if self.column.name not in _PLAIN:
+            search = self.make()
+            _PLAIN[self.column.name] = search, self.fit(search)
+        return _PLAIN[self.column.name]
 
-    def whole(self, grid: ResultGrid, trials: int | None = None) -> None:
+    def restored(self, trainable: Any = SlowBowl, folder: Path | None = None, **settings: Any) -> Grid:
+        """`Tuner.restore(...).fit()`; Ray begins a new experiment where it cannot restore one."""
+        folder = folder or self.folder / "run"
+        before = set(ended_trials(folder))
+        grid = tune.Tuner.restore(settings.pop("path", str(folder)), trainable=trainable, **settings).fit()
+        after = {(result.metrics or {}).get("trial_id") for result in grid} | set(ended_trials(folder))
+        require(before <= after, "the experiment begins again")
+        return grid
+
+    def whole(self, grid: Grid, trials: int | None = None) -> None:
         """Require that all trials of a whole search have come to their ends."""
         if grid.num_errors:
             raise Unmet(f"{grid.num_errors} of {len(grid)} trials fail: {last_line(grid.errors[0])}")
@@ -331,6 +349,16 @@ class Cell:
         require(len(grid) == wanted, f"{len(grid)} trials in place of {wanted}")
         values = [(result.metrics or {}).get("val_loss") for result in grid]
         require(None not in values, "a trial has no result")
+
+
+_PLAIN: dict[str, tuple[Searcher, Grid]] = {}
+
+
+def ended_trials(folder: Path) -> list[str]:
+    """Ids of the trials that have ended without an error, as Ray's newest snapshot of an experiment has it."""
+    states = json.loads(max(folder.glob("experiment_state-*.json")).read_text())
+    trials = [json.loads(description) for description, _ in states["trial_data"]]
+    return [trial["trial_id"] for trial in trials if trial["status"] == "TERMINATED"]
 
 
 def drive(
