@@ -53,6 +53,8 @@ class Column:
     options: Mapping[str, Any]
     endless: Mapping[str, Any] = field(default_factory=dict)
     """What to change in `options` for a search without an end of its own."""
+    longer: Mapping[str, Any] = field(default_factory=dict)
+    """What to change in `options` for trials of at least `ITERATIONS` iterations."""
     ends: bool = False
     """Whether the search ends by itself after four trials."""
     model: bool = False
@@ -82,22 +84,23 @@ class Column:
         """The searcher, with further options."""
         return getattr(import_module(self.module), self.name)(**{**self.options, **options})  # type: ignore[no-any-return]
 
-    def scheduler(self) -> Any:
+    def scheduler(self, **options: Any) -> Any:
         """The scheduler that the searcher cannot do without."""
         if not self.needs_bohb_scheduler:
             return None
         from ray.tune.schedulers import HyperBandForBOHB
 
-        return HyperBandForBOHB(time_attr="training_iteration", max_t=ITERATIONS, reduction_factor=3)
+        return HyperBandForBOHB(time_attr="training_iteration", max_t=ITERATIONS, reduction_factor=3, **options)
 
 
 _HYPERBAND = {"min_budget": 1, "max_budget": ITERATIONS, "brackets": 1, "seed": 0}
+_LONGER = {"min_budget": ITERATIONS, "max_budget": 3 * ITERATIONS}
 _OURS = "tune_hypergrad.searchers"
 _ALL = (
     Column("RandomSearch", _OURS, {"max_budget": ITERATIONS, "seed": 0}),
     Column("BOSearch", _OURS, {"max_budget": ITERATIONS, "seed": 0}, model=True),
-    Column("HyperBandSearch", _OURS, _HYPERBAND, {"brackets": None}, ends=True, halving=True),
-    Column("BOHBSearch", _OURS, _HYPERBAND, {"brackets": None}, ends=True, halving=True, model=True),
+    Column("HyperBandSearch", _OURS, _HYPERBAND, {"brackets": None}, _LONGER, ends=True, halving=True),
+    Column("BOHBSearch", _OURS, _HYPERBAND, {"brackets": None}, _LONGER, ends=True, halving=True, model=True),
     Column(
         "HypergradientSearch",
         _OURS,
@@ -289,13 +292,14 @@ class Cell:
         run_options: Mapping[str, Any] | None = None,
     ) -> Grid:
         """Run a search to its end in a Tuner."""
+        own_metric = {} if (tune_options or {}).get("metric", "") is not None else {"metric": "val_loss", "mode": "min"}
         tune_settings = {
             "search_alg": search,
             "metric": "val_loss",
             "mode": "min",
             "num_samples": self.column.samples if samples is None else samples,
             "reuse_actors": True,
-            "scheduler": scheduler or self.column.scheduler(),
+            "scheduler": scheduler or self.column.scheduler(**own_metric),
             **(tune_options or {}),
         }
         run_settings = {
@@ -336,7 +340,7 @@ class Cell:
         """`Tuner.restore(...).fit()`; Ray begins a new experiment where it cannot restore one."""
         folder = folder or self.folder / "run"
         before = set(ended_trials(folder))
-        grid = tune.Tuner.restore(settings.pop("path", str(folder)), trainable=trainable, **settings).fit()
+        grid: Grid = tune.Tuner.restore(settings.pop("path", str(folder)), trainable=trainable, **settings).fit()
         after = {(result.metrics or {}).get("trial_id") for result in grid} | set(ended_trials(folder))
         require(before <= after, "the experiment begins again")
         return grid
