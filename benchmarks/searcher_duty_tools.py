@@ -407,7 +407,7 @@ def without_paths(text: str) -> str:
     """A line in which places on this machine and in memory, and trials' names, are left out."""
     text = re.sub(r"(?<![\w/.])(file://)?/[^\s'\",:)]+", "…", text)
     text = re.sub(r"0x[0-9a-f]+", "0x…", text)
-    return re.sub(r"\b[0-9a-f]{8}\b", "…", text)
+    return re.sub(r"\b[0-9a-f]{8}\b", "(a trial)", text)
 
 
 def refusal(cell: Cell, action: Callable[[], Any]) -> str:
