@@ -159,7 +159,7 @@ class Bowl(Trainable):
 class SlowBowl(Bowl):
     """Time enough to be cut off."""
 
-    seconds = 0.3
+    seconds = 0.6
 
 
 class UnresettableBowl(Bowl):
@@ -241,15 +241,18 @@ class Watch(Callback):
 
 
 class Interrupt(Callback):
-    """Ends the driver's loop, once, when a trial has ended and another one runs."""
+    """Ends the driver's loop, once, when a trial has ended and another one has run long enough for a snapshot."""
 
     def __init__(self, flag: Path) -> None:
         self.flag = flag
+        self.since: dict[str, float] = {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        states = [trial.status for trial in trials]
-        runs = any(trial.status == "RUNNING" and trial.last_result for trial in trials)
-        if "TERMINATED" in states and runs and not self.flag.exists():
+        now = time.monotonic()
+        running = [trial.trial_id for trial in trials if trial.status == "RUNNING"]
+        self.since = {trial_id: self.since.get(trial_id, now) for trial_id in running}
+        ended = any(trial.status == "TERMINATED" for trial in trials)
+        if ended and any(now - since > 0.35 for since in self.since.values()) and not self.flag.exists():
             self.flag.touch()
             raise RuntimeError("interrupted on purpose")
 
