@@ -42,6 +42,13 @@ class SlowBowl(Bowl):
     seconds = 0.3
 
 
+class LongBowl(Bowl):
+    """Thirty results."""
+
+    def step(self):
+        return {**super().step(), "done": self.iteration >= 29}
+
+
 class WithoutReset(tune.Trainable):
     """Cannot be reused, though it is asked to be."""
 

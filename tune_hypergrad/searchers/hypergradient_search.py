@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from ray.tune.schedulers import HyperBandScheduler
 from ray.tune.search import Repeater
 from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.utils import flatten_dict
@@ -136,11 +135,6 @@ class HypergradientSearch(RestorableSearch[_Member]):
                 "a Repeater passes on the mean of one metric, and HypergradientSearch needs every trial's "
                 "hypergradients: drop the Repeater, and pass HypergradientSearch ensemble=..., whose trials differ in "
                 "their seeds"
-            )
-        if isinstance(loop.scheduler, HyperBandScheduler):
-            raise InputError(
-                f"{type(loop.scheduler).__name__} pauses trials until others have come as far, and HypergradientSearch "
-                "suggests others only when these have ended: drop the scheduler"
             )
 
     @property

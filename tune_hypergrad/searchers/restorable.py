@@ -37,7 +37,7 @@ STATE_KEY = "tune_hypergrad_search"
 
 _WRAPPERS = "wrappers"  # in its file, too: the states of what it was wrapped in
 _TRIALS = "trials"  # and how many trials there were
-_PATIENCE = 60.0  # seconds in which all trials may be paused before the search takes it that they wait for others
+_PATIENCE = 30.0  # seconds in which all trials may be paused before the search takes it that they wait for others
 
 _logger = logging.getLogger(__name__)
 
