@@ -72,8 +72,7 @@ def test_what_ran_and_ends_after_all_does_not_come_again(tmp_path):
 def restored_among(search, trials, suggested):
     """A new search that continues from another's state, given what Ray knows of its trials in their order."""
     again = QueueSearch([])
-    numbers = {trial_id: number for number, trial_id in enumerate(trials, 1)}
-    known = restore_among(again, state_of(search), list(search._running), trials, numbers, suggested)
+    known = restore_among(again, state_of(search), list(search._running), trials, list(trials)[suggested:])
     return again, known
 
 

@@ -502,7 +502,8 @@ def _restored(
     if saved is None:
         raise InputError("its state could not be saved")
     numbers = {trial_id: _number(trial) for trial_id, trial in trials.items()}
-    return restore_among(contender.searcher, saved, live, trials, numbers, contender.suggested)
+    new = sorted((id for id, number in numbers.items() if number > contender.suggested), key=numbers.__getitem__)
+    return restore_among(contender.searcher, saved, live, trials, new)
 
 
 def _number(trial: SavedTrial) -> int:

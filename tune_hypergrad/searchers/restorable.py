@@ -12,7 +12,7 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +24,7 @@ from ray.tune import Callback
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import HyperBandForBOHB
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad.errors import InputError, in_one_line
@@ -36,7 +36,7 @@ STATE_KEY = "tune_hypergrad_search"
 """In a searcher's file: its state."""
 
 _WRAPPERS = "wrappers"  # in its file, too: the states of what it was wrapped in
-_TRIALS = "trials"  # and how many trials there were
+_TRIALS = "trials"  # and which trials there were
 _PATIENCE = 30.0  # seconds in which all trials may be paused before the search takes it that they wait for others
 
 _logger = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class _Session:
     """Of the trials that were waited for when the search was restored: Ray's tag by id."""
     replaying: bool = False
     """Whether what is called now has happened before."""
+    limits: list[tuple[ConcurrencyLimiter, int]] = field(default_factory=list)
+    """Those of the limiters that may wait for trials which do not run any more, and are lifted for a first look."""
     paused_since: float | None = None
     """Since when all trials have been paused."""
 
@@ -145,9 +147,9 @@ class RestorableSearch(Searcher, Generic[Work]):
         """
         self._check_ready()
         loop = self.look()
-        work = self._take_work()
+        work = self._take_work(loop)
         if work is None and loop is not None and self._ended_unheard(loop):
-            work = self._take_work()
+            work = self._take_work(loop)
         if work is None:
             return Searcher.FINISHED if self._has_nothing_to_wait_for() else None
         self._session.paused_since = None
@@ -186,11 +188,11 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state to a file (Ray does so with every snapshot of the experiment)."""
-        loop = calling_loop()
+        loop = self.look()
         state: dict[str, Any] = {STATE_KEY: self.get_state()}
-        if loop is not None and loop.searchers[-1] is self:
+        if loop is not None:
             state[_WRAPPERS] = wrappers.states_of(loop.searchers)
-            state[_TRIALS] = len(loop.controller.get_trials())
+            state[_TRIALS] = list(loop.trials())
         Path(checkpoint_path).write_bytes(pickle.dumps(state))
 
     def restore(self, checkpoint_path: str) -> None:
@@ -220,27 +222,29 @@ class RestorableSearch(Searcher, Generic[Work]):
         self._session = _Session()
         if saved is None:
             _logger.warning("%s has no state of the search: it follows from the trials alone", checkpoint_dir)
-            saved = {_TRIALS: 0}
+            saved = {_TRIALS: ()}
+            wrappers.begin_anew(searchers)
         else:
             self.set_state(saved[STATE_KEY])
             wrappers.set_states(searchers, saved.get(_WRAPPERS, ()))
         if trials is None:
             return
-        known = saved.get(_TRIALS, len(trials))
-        numbers = {trial_id: trial.number for trial_id, trial in trials.items()}
+        known = set(saved.get(_TRIALS, trials))
+        new = sorted(trials.keys() - known, key=lambda trial_id: trials[trial_id].number)
         # whether a trial that has failed is run again, only Ray's loop will tell
-        self.replay(searchers, trials, numbers, known, failures=calling_loop() is None)
+        self.replay(searchers, trials, new, failures=calling_loop() is None)
+        wrappers.pass_over(searchers, [trial_id for trial_id, trial in trials.items() if not trial.ended])
         self._session.tags = {
             trial_id: trials[trial_id].tag for trial_id in self._waited_for(searchers) if trial_id in trials
         }
+        self._session.limits = wrappers.lift_limits(searchers)
         continue_counting(len(trials))
 
     def replay(
         self,
         searchers: Sequence[Searcher],
         trials: Mapping[str, SavedTrial],
-        numbers: Mapping[str, int],
-        suggested: int,
+        new: Iterable[str],
         *,
         failures: bool = True,
     ) -> None:
@@ -252,17 +256,16 @@ class RestorableSearch(Searcher, Generic[Work]):
         Args:
             searchers: what this search is wrapped in, from the outside in, and the search itself.
             trials: Ray's by id.
-            numbers: which suggestion each of them was, from 1.
-            suggested: how many had been made when the state was saved.
+            new: those that were suggested since the state was saved, in their order.
             failures: also take failures that do not decide what is suggested.
         """
         self._session.replaying = True
         try:
             lost = [trial_id for trial_id in self._waited_for(searchers) if trial_id not in trials]
+            lost += [trial_id for trial_id in wrappers.beside(searchers, lost) if trial_id not in trials]
             self._lose(lost, searchers)
-            for trial_id in sorted(trials, key=lambda trial_id: numbers[trial_id]):
-                if numbers[trial_id] > suggested:
-                    self._suggest_as_before(trial_id, trials[trial_id].config, searchers, trials)
+            for trial_id in new:
+                self._suggest_as_before(trial_id, trials[trial_id].config, searchers, trials)
             while self._end_as_before(searchers, trials, failures=failures):
                 pass
         finally:
@@ -286,10 +289,14 @@ class RestorableSearch(Searcher, Generic[Work]):
             self._check_loop(loop)
             self._session.seen = ref(loop.controller)
             self._follow_restarts(loop)
+            wrappers.pass_over(loop.searchers, loop.live())
             # those that are there are not lost, as `restore` had to think
             here = [self._running[trial_id] for trial_id in loop.live() if trial_id in self._running]
             self._again = deque(work for work in self._again if not any(work is running for running in here))
             self._ended_unheard(loop)
+            for limiter, limit in self._session.limits:
+                limiter.max_concurrent = limit
+            self._session.limits = []
         return loop
 
     def _ended_unheard(self, loop: RayLoop) -> bool:
@@ -363,7 +370,12 @@ class RestorableSearch(Searcher, Generic[Work]):
         _logger.warning("%s has nothing more to suggest, although no trial of its runs: it ends", type(self).__name__)
         return True
 
-    def _take_work(self) -> Work | None:
+    def _take_work(self, loop: RayLoop | None) -> Work | None:
+        # looking around may have changed what wrappers would ask for: another repeat, or nothing
+        if loop is not None:
+            wrappers.reopen(loop.searchers)
+        if loop is not None and wrappers.would_not_ask(loop.searchers):
+            return None
         return self._again.popleft() if self._again else self._next_work()
 
     def _among(self, searchers: Sequence[Searcher]) -> list[Searcher]:
@@ -384,6 +396,7 @@ class RestorableSearch(Searcher, Generic[Work]):
     ) -> None:
         while True:
             before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
+            wrappers.reopen(searchers)
             suggestion = searchers[0].suggest(trial_id)
             if isinstance(suggestion, dict) and _agree(suggestion, config):
                 return
@@ -395,6 +408,7 @@ class RestorableSearch(Searcher, Generic[Work]):
                     "what it finds does not count",
                     trial_id,
                 )
+                wrappers.pass_over(searchers, [trial_id])
                 return
 
     def _end_as_before(
@@ -458,8 +472,7 @@ def restore_among(
     saved: bytes,
     running: Collection[str],
     trials: Mapping[str, SavedTrial],
-    numbers: Mapping[str, int],
-    suggested: int,
+    new: Iterable[str],
 ) -> set[str]:
     """Continue a searcher of any kind from `state_of`, within somebody else's search.
 
@@ -468,8 +481,7 @@ def restore_among(
         saved: the state.
         running: the trials that ran when it was saved.
         trials: what Ray knows now of this searcher's trials, by id.
-        numbers: which of its suggestions each of them was, from 1.
-        suggested: how many it had made when it was saved.
+        new: those that were suggested since then, in their order.
 
     Returns:
         The trials of whose end the searcher is to be told.
@@ -482,7 +494,7 @@ def restore_among(
         (base.load if isinstance(base, RestorableSearch) else base.restore)(str(path))
     wrappers.set_states(searchers, state[_WRAPPERS])
     if isinstance(base, RestorableSearch):
-        base.replay(searchers, trials, numbers, suggested)
+        base.replay(searchers, trials, new)
         return set(base._waited_for(searchers))
     for trial_id in running:
         trial = trials.get(trial_id)

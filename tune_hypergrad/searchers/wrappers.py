@@ -6,10 +6,12 @@ it. A `Repeater` tells the inner searcher of the first trial of a group only, an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher
+from ray.tune.search.repeater import _TrialGroup
 
 
 def waited_for(searchers: Sequence[Searcher], running: Iterable[str]) -> list[str]:
@@ -46,17 +48,21 @@ def forget(searchers: Sequence[Searcher], lost: Collection[str]) -> list[str]:
         lost: the trials.
 
     Returns:
-        Those that the outermost searcher has still to be told of as failed: members of groups of which others count.
-        All others are as if they had never been suggested.
+        Those that the outermost searcher has still to be told of as failed: members of a group of which others count
+        and that cannot be given another one in their place. All others are as if they had never been suggested.
     """
-    partly = [trial_id for repeater in _repeaters(searchers) for trial_id in _in_part(repeater, lost)]
-    whole = [trial_id for trial_id in lost if trial_id not in partly]
+    told = [trial_id for repeater in _repeaters(searchers) for trial_id in _forget_members(repeater, lost)]
     for wrapper in searchers[:-1]:
         if isinstance(wrapper, ConcurrencyLimiter):
-            _forget_live(wrapper, whole)
-        elif isinstance(wrapper, Repeater):
-            _forget_groups(wrapper, whole)
-    return partly
+            _forget_live(wrapper, [trial_id for trial_id in lost if trial_id not in told])
+    return told
+
+
+def beside(searchers: Sequence[Searcher], trial_ids: Collection[str]) -> list[str]:
+    """The other trials that repeat the same as these."""
+    groups = [repeater._trial_id_to_group.get(id) for repeater in _repeaters(searchers) for id in trial_ids]
+    members = dict.fromkeys(member for group in groups if group is not None for member in group._trials)
+    return [member for member in members if member not in trial_ids]
 
 
 def pass_on(searchers: Sequence[Searcher]) -> None:
@@ -82,14 +88,75 @@ def set_states(searchers: Sequence[Searcher], states: Sequence[tuple[str, dict[s
             wrapper.set_state(state)
 
 
+def begin_anew(searchers: Sequence[Searcher]) -> None:
+    """Let wrappers forget all trials."""
+    for wrapper in searchers[:-1]:
+        if isinstance(wrapper, ConcurrencyLimiter):
+            wrapper.live_trials, wrapper.cached_results, wrapper.num_unfinished_live_trials = set(), {}, 0
+        elif isinstance(wrapper, Repeater):
+            wrapper._groups, wrapper._trial_id_to_group, wrapper._current_group = [], {}, None
+
+
+def lift_limits(searchers: Sequence[Searcher]) -> list[tuple[ConcurrencyLimiter, int]]:
+    """Let limiters pass on every question for a trial, also if they think that as many run as may.
+
+    Returns:
+        The limiters, with the limits that they had.
+    """
+    limits = [(wrapper, wrapper.max_concurrent) for wrapper in searchers if isinstance(wrapper, ConcurrencyLimiter)]
+    for limiter, _ in limits:
+        limiter.max_concurrent = sys.maxsize
+    return limits
+
+
+def reopen(searchers: Sequence[Searcher]) -> None:
+    """Let repeaters fill groups that have lost members, one after the other."""
+    for repeater in _repeaters(searchers):
+        if repeater._current_group is None or repeater._current_group.full():
+            unfilled = (group for group in repeater._groups if not group.full())
+            repeater._current_group = next(unfilled, repeater._current_group)
+
+
+def would_not_ask(searchers: Sequence[Searcher]) -> bool:
+    """Whether wrappers, as they are now, would not ask the innermost searcher for a trial."""
+    limiters = [wrapper for wrapper in searchers if isinstance(wrapper, ConcurrencyLimiter)]
+    groups: list[_TrialGroup | None] = [repeater._current_group for repeater in _repeaters(searchers)]
+    return any(len(limiter.live_trials) >= limiter.max_concurrent for limiter in limiters) or not all(
+        group is None or group.full() for group in groups
+    )
+
+
+def pass_over(searchers: Sequence[Searcher], strangers: Iterable[str]) -> None:
+    """Let wrappers take the ends of trials that they have not suggested: a `Repeater` would fail."""
+    for repeater in _repeaters(searchers):
+        for trial_id in strangers:
+            repeater._trial_id_to_group.setdefault(trial_id, _TrialGroup(trial_id, {}))
+
+
 def _repeaters(searchers: Sequence[Searcher]) -> list[Repeater]:
     return [wrapper for wrapper in searchers if isinstance(wrapper, Repeater)]
 
 
-def _in_part(repeater: Repeater, lost: Collection[str]) -> list[str]:
-    """Those of the lost trials in whose group others are not lost."""
-    groups = {trial_id: repeater._trial_id_to_group[trial_id] for trial_id in lost if _knows(repeater, trial_id)}
-    return [trial_id for trial_id, group in groups.items() if not set(group._trials) <= set(lost)]
+def _forget_members(repeater: Repeater, lost: Collection[str]) -> list[str]:
+    """Take lost trials out of their groups; those with which that cannot be.
+
+    A group that has lost all is forgotten. One that has lost its last members gets others with the same indices.
+    """
+    left = []
+    groups = {id(group): group for trial_id, group in repeater._trial_id_to_group.items() if trial_id in lost}
+    for group in groups.values():
+        members = list(group._trials)
+        gone = [member for member in members if member in lost]
+        if members[-len(gone) :] != gone:
+            left += gone
+            continue
+        if len(gone) == len(members):
+            repeater._groups = [other for other in repeater._groups if other is not group]
+            if repeater._current_group is group:
+                repeater._current_group = None
+        for member in gone:
+            del group._trials[member], repeater._trial_id_to_group[member]
+    return left
 
 
 def _forget_live(limiter: ConcurrencyLimiter, lost: Collection[str]) -> None:
@@ -98,17 +165,3 @@ def _forget_live(limiter: ConcurrencyLimiter, lost: Collection[str]) -> None:
     limiter.num_unfinished_live_trials = len(limiter.live_trials) - len(limiter.cached_results)
     if limiter.batch and limiter.cached_results and limiter.num_unfinished_live_trials <= 0:
         pass_on([limiter, limiter.searcher])
-
-
-def _forget_groups(repeater: Repeater, lost: Collection[str]) -> None:
-    for trial_id in lost:
-        group = repeater._trial_id_to_group.pop(trial_id, None)
-        if group is None:
-            continue
-        repeater._groups = [other for other in repeater._groups if other is not group]
-        if repeater._current_group is group:
-            repeater._current_group = None
-
-
-def _knows(repeater: Repeater, trial_id: str) -> bool:
-    return trial_id in repeater._trial_id_to_group
