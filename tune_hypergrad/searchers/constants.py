@@ -78,7 +78,7 @@ def shown(value: Any) -> Any:
 def may_be(known: Any, value: Any) -> bool:
     """Whether a value can be the space's: what an object's placeholder stands for may be any object."""
     if _placeholder(known) is not None:
-        hidden = not isinstance(value, str | int | float | dict | list | tuple | None)
+        hidden = not isinstance(plain(value), str | int | float | dict | list | tuple | None)
         return _placeholder(known) == _RefResolver.TOKEN and hidden
     if type(known) is dict and isinstance(value, Mapping):
         return known.keys() == value.keys() and all(may_be(item, value[name]) for name, item in known.items())

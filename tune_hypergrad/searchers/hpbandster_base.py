@@ -178,6 +178,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
 
     def _finish(self, work: Job, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
         latest = self._latest.pop(trial_id, {})
+        self._latest = {running: self._latest[running] for running in self._latest if running in self._running}
         last = self._what_counts(result) if result else latest
         metric = str(self._metric)
         loss = _as_number(last.get(metric))

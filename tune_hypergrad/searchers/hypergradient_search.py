@@ -102,7 +102,6 @@ class HypergradientSearch(RestorableSearch[_Member]):
         self._started: list[tuple[Hyperparameters, _Outcome]] = []  # those that have been
         self._next_member = 0  # of this outer step's ensemble
         self._ended: list[_Outcome] = []  # what those that have ended gave
-        self._refusal: str | None = None  # why the search cannot go on
         if space is not None:
             self._read_space(space)
 
@@ -123,8 +122,6 @@ class HypergradientSearch(RestorableSearch[_Member]):
         return ranges == self._ranges and is_same(constants, self._constants)
 
     def _check_ready(self) -> None:
-        if self._refusal is not None:
-            raise InputError(self._refusal)
         if self._outer is None:
             raise InputError("HypergradientSearch has no search space: pass space, or param_space to the Tuner")
 
@@ -164,14 +161,9 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     def _finish(self, work: _Member, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
         """Take a trial's hypergradient; after the ensemble's last trial, take the outer step."""
-        if not error and result:
-            try:
-                outcome = _read_outcome(result, self._current_values())
-                if outcome is not None:
-                    self._ended.append(outcome)
-            except InputError as refusal:
-                # raised here, Ray would take it for the trial's failure and wait for more: `suggest` ends the run
-                self._refusal = str(refusal)
+        outcome = None if error or not result else _read_outcome(result, self._current_values())
+        if outcome is not None:
+            self._ended.append(outcome)
         if self._running or self._again or self._next_member < self._ensemble:
             return
         average = _average(self._ended, self._current_values())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar
 
+from ray.tune import Callback
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
@@ -47,8 +48,22 @@ class RayLoop:
         return {trial.trial_id: trial for trial in self.controller.get_trials()}
 
     def live(self) -> dict[str, Trial]:
-        """Those that have not ended, by id."""
+        """Those that have not ended, by id.
+
+        A trial's status is final between the loop's events, when it asks for trials, takes a snapshot or begins a step,
+        and may not be while it tells of a result.
+        """
         return {trial.trial_id: trial for trial in self.controller.get_live_trials() if not trial.is_finished()}
+
+    def count_trials(self) -> None:
+        """Let the generator continue from the trials that there are."""
+        self.generator.set_state({**self.generator.get_state(), "counter": len(self.controller.get_trials())})
+
+    def add_callback(self, kind: type[Callback]) -> None:
+        """Add a callback to the controller's, where it has none of the kind."""
+        callbacks = self.controller._callbacks._callbacks
+        if not any(isinstance(callback, kind) for callback in callbacks):
+            callbacks.append(kind())
 
 
 def calling_loop() -> RayLoop | None:

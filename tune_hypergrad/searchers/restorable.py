@@ -16,19 +16,19 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-from uuid import uuid4
-from weakref import ReferenceType, WeakValueDictionary, ref
+from weakref import ReferenceType, ref
 
 import ray.cloudpickle as pickle
 from ray.tune import Callback
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import HyperBandForBOHB
-from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.searchers import wrappers
+from tune_hypergrad.searchers.constants import plain, shown
 from tune_hypergrad.searchers.ray_loop import RayLoop, calling_loop, calling_searchers, continue_counting, searchers_of
 from tune_hypergrad.searchers.snapshot import SavedTrial, saved_trials
 
@@ -50,12 +50,12 @@ class _Session:
 
     seen: ReferenceType[TuneController] | None = None
     """The controller whose trials the search has looked at already."""
+    restored: bool = False
+    """Whether it goes on with an experiment, and its trials."""
     tags: dict[str, str] = field(default_factory=dict)
     """Of the trials that were waited for when the search was restored: Ray's tag by id."""
     replaying: bool = False
     """Whether what is called now has happened before."""
-    limits: list[tuple[ConcurrencyLimiter, int]] = field(default_factory=list)
-    """Those of the limiters that may wait for trials which do not run any more, and are lifted for a first look."""
     paused_since: float | None = None
     """Since when all trials have been paused."""
 
@@ -78,11 +78,14 @@ class RestorableSearch(Searcher, Generic[Work]):
         super().__init__(metric=metric, mode=mode)
         self._running: dict[str, Work] = {}  # by the trial that it was handed to
         self._again: deque[Work] = deque()  # to be suggested again, before anything new
-        self._search_key = uuid4().hex
+        self._refusal: str | None = None  # why the search cannot go on
         self._session = _Session()
-        _SEARCHES[self._search_key] = self
 
     # What a subclass says
+
+    @abstractmethod
+    def _take_space(self, config: Mapping[str, Any]) -> bool:
+        """Make the Tuner's `param_space` the search space; whether it is."""
 
     @abstractmethod
     def _next_work(self) -> Work | None:
@@ -94,7 +97,11 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     @abstractmethod
     def _finish(self, work: Work, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
-        """Take a trial's last result, empty where it had none; `error` is whether it failed without one."""
+        """Take a trial's last result, empty where it had none; `error` is whether it failed without one.
+
+        Raises:
+            InputError: the result is none that the search can take, so that it cannot go on.
+        """
 
     @property
     @abstractmethod
@@ -120,24 +127,21 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     @property
     def callback(self) -> Callback:
-        """Lets the search look at every step of Ray's loop for trials that it waits for in vain, and not only when it
-        is asked for a trial: `RunConfig(callbacks=[search.callback])`."""
-        return LooksAround(self._search_key)
+        """Lets the search look, at every step of Ray's loop, for trials that it waits for in vain: also where wrappers
+        do not ask it for any. It is added by itself as soon as the search is asked for a trial."""
+        return LooksAround()
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        """Take what the Tuner was given: a run begins, in which nothing runs so far.
+        """Take what the Tuner was given: a run begins.
 
         Returns:
             Whether `config` is the search space now: False if there is another, and Ray then refuses a `param_space`
             with domains.
         """
         self._metric, self._mode = metric or self._metric, mode or self._mode
-        self._lose([*self._running], self._among(calling_searchers()))
+        self._session = _Session()
+        wrappers.lift_limits(self._among(calling_searchers()))
         return self._take_space(config)
-
-    @abstractmethod
-    def _take_space(self, config: Mapping[str, Any]) -> bool:
-        """Make the Tuner's `param_space` the search space; whether it is."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next trial's config; None while what comes next depends on what runs; FINISHED at the end.
@@ -145,13 +149,19 @@ class RestorableSearch(Searcher, Generic[Work]):
         Raises:
             InputError: the search cannot go on.
         """
+        if self._refusal is not None:
+            raise InputError(self._refusal)
         self._check_ready()
         loop = self.look()
-        work = self._take_work(loop)
-        if work is None and loop is not None and self._ended_unheard(loop):
-            work = self._take_work(loop)
+        if self._is_not_asked(loop):
+            return None
+        work = self._take_work()
+        if work is None and loop is not None and self._take_unheard_ends(loop):
+            if self._is_not_asked(loop):
+                return None
+            work = self._take_work()
         if work is None:
-            return Searcher.FINISHED if self._has_nothing_to_wait_for() else None
+            return Searcher.FINISHED if self._is_over() else None
         self._session.paused_since = None
         self._running[trial_id] = work
         return self._config_of(work)
@@ -164,31 +174,36 @@ class RestorableSearch(Searcher, Generic[Work]):
         # after a restore, the same work may have been given to another trial: the first that ends counts
         self._running = {other: running for other, running in self._running.items() if running is not work}
         self._again = deque(again for again in self._again if again is not work)
-        # a wrapper that repeats trials passes on the mean of those that have one, and that the last has failed
-        self._finish(work, trial_id, flatten_dict(dict(result or {})), error and not result)
+        try:
+            # a wrapper that repeats trials passes on the mean of those that have one, and that the last has failed
+            self._finish(work, trial_id, flatten_dict(dict(result or {})), error and not result)
+        except Exception as refusal:
+            # raised here, Ray would take it for the trial's failure: `suggest` ends the run, and a restore goes on
+            text = str(refusal) if isinstance(refusal, InputError) else in_one_line(refusal)
+            self._refusal = f"{type(self).__name__} cannot take the result of trial {trial_id}: {text}"
+            _logger.debug("of trial %s", trial_id, exc_info=True)
+            self._again.append(work)
 
     # What it is saved as
 
     def get_state(self) -> dict[str, Any]:
         """Everything that later suggestions depend on."""
-        return {name: value for name, value in self.__dict__.items() if name != "_session"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_session", "_refusal")}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a `get_state`."""
-        self.__dict__.update(copy.deepcopy(state))
-        _SEARCHES[self._search_key] = self
+        self.__setstate__(copy.deepcopy(state))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.get_state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._session = _Session()
-        _SEARCHES[self._search_key] = self
+        self._refusal, self._session = None, _Session()
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state to a file (Ray does so with every snapshot of the experiment)."""
-        loop = self.look()
+        loop = self.look()  # wrappers' states are then as they are to be again
         state: dict[str, Any] = {STATE_KEY: self.get_state()}
         if loop is not None:
             state[_WRAPPERS] = wrappers.states_of(loop.searchers)
@@ -196,17 +211,16 @@ class RestorableSearch(Searcher, Generic[Work]):
         Path(checkpoint_path).write_bytes(pickle.dumps(state))
 
     def restore(self, checkpoint_path: str) -> None:
-        """Continue from a file that `save` wrote, in the same experiment or in a new one.
+        """Continue from a file that `save` wrote, in a new experiment.
 
-        What was running then is suggested again, unless its trial ends before that, or Ray turns out to run it.
+        What was running then is suggested again, unless its trial ends before that.
         """
         self.load(checkpoint_path)
         self._again.extend(self._running.values())
 
     def load(self, checkpoint_path: str) -> None:
         """Continue from a file that `save` wrote, where all that ran then still runs, or `replay` follows."""
-        self.set_state(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
-        self._session = _Session()
+        self.__setstate__(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Continue from an experiment's folder, in the same experiment (as Ray's `Tuner.restore` does) or in a new one.
@@ -219,25 +233,25 @@ class RestorableSearch(Searcher, Generic[Work]):
         saved = next(filter(None, map(_read, files)), None)
         if saved is None and trials is None:
             raise InputError(f"{checkpoint_dir} has no state of a searcher: give the folder of a Ray Tune experiment")
-        self._session = _Session()
         if saved is None:
-            _logger.warning("%s has no state of the search: it follows from the trials alone", checkpoint_dir)
             saved = {_TRIALS: ()}
             wrappers.begin_anew(searchers)
+            if not self._can_begin_without_state(checkpoint_dir):
+                return
         else:
-            self.set_state(saved[STATE_KEY])
+            self.__setstate__(saved[STATE_KEY])
             wrappers.set_states(searchers, saved.get(_WRAPPERS, ()))
-        if trials is None:
+        if trials is None or (saved.get(_WRAPPERS) and len(searchers) == 1):
+            self._again.extend(self._running.values())  # nothing is known of them, or only their wrappers know
             return
         known = set(saved.get(_TRIALS, trials))
         new = sorted(trials.keys() - known, key=lambda trial_id: trials[trial_id].number)
         # whether a trial that has failed is run again, only Ray's loop will tell
-        self.replay(searchers, trials, new, failures=calling_loop() is None)
+        self.replay(searchers, trials, new, certain=calling_loop() is None)
         wrappers.pass_over(searchers, [trial_id for trial_id, trial in trials.items() if not trial.ended])
-        self._session.tags = {
-            trial_id: trials[trial_id].tag for trial_id in self._waited_for(searchers) if trial_id in trials
-        }
-        self._session.limits = wrappers.lift_limits(searchers)
+        tags = {trial_id: trials[trial_id].tag for trial_id in self._waited_for(searchers) if trial_id in trials}
+        self._session = _Session(restored=True, tags=tags)
+        wrappers.lift_limits(searchers)
         continue_counting(len(trials))
 
     def replay(
@@ -246,7 +260,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         trials: Mapping[str, SavedTrial],
         new: Iterable[str],
         *,
-        failures: bool = True,
+        certain: bool = True,
     ) -> None:
         """Let happen again what has happened since the state was saved, as far as Ray's trials tell it.
 
@@ -257,17 +271,23 @@ class RestorableSearch(Searcher, Generic[Work]):
             searchers: what this search is wrapped in, from the outside in, and the search itself.
             trials: Ray's by id.
             new: those that were suggested since the state was saved, in their order.
-            failures: also take failures that do not decide what is suggested.
+            certain: whether trials that have failed, or ended without a result, will not run again.
         """
+        before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
         self._session.replaying = True
         try:
-            lost = [trial_id for trial_id in self._waited_for(searchers) if trial_id not in trials]
+            waited = self._waited_for(searchers)
+            lost = [trial_id for trial_id in waited if trial_id not in trials]
             lost += [trial_id for trial_id in wrappers.beside(searchers, lost) if trial_id not in trials]
             self._lose(lost, searchers)
             for trial_id in new:
                 self._suggest_as_before(trial_id, trials[trial_id].config, searchers, trials)
-            while self._end_as_before(searchers, trials, failures=failures):
+            while self._take_next_end(searchers, trials, certain=certain):
                 pass
+        except Exception as error:  # raised here, Ray would begin the whole experiment again
+            _logger.warning("the search goes on from its own state, without its trials: %s", in_one_line(error))
+            self.__setstate__(before[0])
+            wrappers.set_states(searchers, before[1])
         finally:
             self._session.replaying = False
 
@@ -275,6 +295,8 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     def look(self) -> RayLoop | None:
         """Look for the trials that are waited for, where this loop of Ray's has not been seen before.
+
+        That has to be before any trial ends in it: it is, as Ray asks for trials or takes a snapshot in its first step.
 
         Returns:
             The loop, if there is one and this search is what it asks, directly or through wrappers.
@@ -288,18 +310,22 @@ class RestorableSearch(Searcher, Generic[Work]):
         if seen is None or seen() is not loop.controller:
             self._check_loop(loop)
             self._session.seen = ref(loop.controller)
-            self._follow_restarts(loop)
-            wrappers.pass_over(loop.searchers, loop.live())
-            # those that are there are not lost, as `restore` had to think
-            here = [self._running[trial_id] for trial_id in loop.live() if trial_id in self._running]
-            self._again = deque(work for work in self._again if not any(work is running for running in here))
-            self._ended_unheard(loop)
-            for limiter, limit in self._session.limits:
-                limiter.max_concurrent = limit
-            self._session.limits = []
+            loop.add_callback(LooksAround)
+            if self._session.restored:
+                self._follow_restarts(loop)
+                wrappers.pass_over(loop.searchers, loop.live())
+                loop.count_trials()
+            self._take_unheard_ends(loop)
+            wrappers.put_limits_back(loop.searchers)
         return loop
 
-    def _ended_unheard(self, loop: RayLoop) -> bool:
+    def look_around(self) -> None:
+        """Look for trials that are waited for in vain; called at every step of Ray's loop."""
+        loop = self.look()
+        if loop is not None:
+            self._take_unheard_ends(loop)
+
+    def _take_unheard_ends(self, loop: RayLoop) -> bool:
         """Take the ends of trials that Ray does not run any more without having said so; whether there are any."""
         live = loop.live()
         self._refuse_to_wait_for_paused(live, loop)
@@ -325,14 +351,11 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     def _lose(self, lost: Collection[str], searchers: Sequence[Searcher]) -> None:
         """Suggest again what these trials were to do; of repeated ones only where none of them counts."""
-        if not lost:
-            return
         told = wrappers.forget(searchers, lost)
-        for trial_id in lost:
-            if trial_id not in told and trial_id in self._running:
-                work = self._running.pop(trial_id)
-                if not any(work is again for again in (*self._again, *self._running.values())):
-                    self._again.append(work)
+        for trial_id in [running for running in self._running if running in lost and running not in told]:
+            work = self._running.pop(trial_id)
+            if not any(work is again for again in (*self._again, *self._running.values())):
+                self._again.append(work)
         for trial_id in told:
             _tell_end(searchers, trial_id, None, error=True)
 
@@ -346,7 +369,6 @@ class RestorableSearch(Searcher, Generic[Work]):
                 wrappers.rename(loop.searchers, former, now)
                 if former in self._running:
                     self._running[now] = self._running.pop(former)
-        self._session.tags = {}
 
     def _refuse_to_wait_for_paused(self, live: Mapping[str, Trial], loop: RayLoop) -> None:
         """Raise `InputError` when all trials have been paused for so long that they must be waiting for others."""
@@ -361,8 +383,10 @@ class RestorableSearch(Searcher, Generic[Work]):
                 "suggests others only when these have ended: drop the scheduler"
             )
 
-    def _has_nothing_to_wait_for(self) -> bool:
+    def _is_over(self) -> bool:
         """Whether there is no more to come: the end, or, said in a line, that nothing can follow any more."""
+        if self._again:
+            return False
         if self._has_finished:
             return True
         if self._running or self._session.replaying:
@@ -370,12 +394,14 @@ class RestorableSearch(Searcher, Generic[Work]):
         _logger.warning("%s has nothing more to suggest, although no trial of its runs: it ends", type(self).__name__)
         return True
 
-    def _take_work(self, loop: RayLoop | None) -> Work | None:
-        # looking around may have changed what wrappers would ask for: another repeat, or nothing
-        if loop is not None:
-            wrappers.reopen(loop.searchers)
-        if loop is not None and wrappers.would_not_ask(loop.searchers):
-            return None
+    def _is_not_asked(self, loop: RayLoop | None) -> bool:
+        """Whether wrappers want another repeat or nothing instead, now that the search has looked around."""
+        if loop is None:
+            return False
+        wrappers.reopen(loop.searchers)
+        return wrappers.would_not_ask(loop.searchers)
+
+    def _take_work(self) -> Work | None:
         return self._again.popleft() if self._again else self._next_work()
 
     def _among(self, searchers: Sequence[Searcher]) -> list[Searcher]:
@@ -387,6 +413,20 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     # How it replays
 
+    def _can_begin_without_state(self, folder: str) -> bool:
+        """Whether the trials alone tell where to go on; if not, `suggest` will say so: Ray passes over what is raised
+        in a restore, and begins the experiment again."""
+        try:
+            self._check_ready()
+        except InputError:
+            self._refusal = (
+                f"{folder} has no searcher-state-*.pkl that can be read, and the search space was in it: restore a "
+                f"copy of the file, or begin a new experiment, with the space passed to {type(self).__name__} itself"
+            )
+            return False
+        _logger.warning("%s has no searcher-state-*.pkl that can be read: the search follows its trials", folder)
+        return True
+
     def _suggest_as_before(
         self,
         trial_id: str,
@@ -397,12 +437,13 @@ class RestorableSearch(Searcher, Generic[Work]):
         while True:
             before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
             wrappers.reopen(searchers)
+            self._again = deque(sorted(self._again, key=lambda work: not _agree(self._config_of(work), config)))
             suggestion = searchers[0].suggest(trial_id)
             if isinstance(suggestion, dict) and _agree(suggestion, config):
                 return
             self.__dict__.update(before[0])
             wrappers.set_states(searchers, before[1])
-            if not self._end_as_before(searchers, trials):
+            if not self._take_next_end(searchers, trials):
                 _logger.warning(
                     "trial %s was begun before the interruption, but the search would not suggest its config now: "
                     "what it finds does not count",
@@ -411,43 +452,34 @@ class RestorableSearch(Searcher, Generic[Work]):
                 wrappers.pass_over(searchers, [trial_id])
                 return
 
-    def _end_as_before(
-        self, searchers: Sequence[Searcher], trials: Mapping[str, SavedTrial], *, failures: bool = True
+    def _take_next_end(
+        self, searchers: Sequence[Searcher], trials: Mapping[str, SavedTrial], *, certain: bool = True
     ) -> bool:
         """Take the end that came first of those that have not been heard of; whether there was one."""
-        ended = {id: trials[id] for id in self._waited_for(searchers) if id in trials and trials[id].ended}
-        counted = {id: trial for id, trial in ended.items() if failures or trial.status != Trial.ERROR}
+        unheard = [id for id in self._waited_for(searchers) if id in trials and trials[id].ended]
+        results = {id: flatten_dict(dict(trials[id].last_result)) for id in unheard}
+        counted = [id for id in unheard if trials[id].status != Trial.ERROR and self._counts(id, results[id])]
+        if certain:
+            counted = unheard
         if not counted:
             return False
-        first = min(counted, key=lambda trial_id: counted[trial_id].heard)
-        trial, result = counted[first], flatten_dict(dict(counted[first].last_result))
-        if trial.status == Trial.ERROR or self._counts(first, result):
-            _tell_end(searchers, first, result, trial.status == Trial.ERROR)
+        first = min(counted, key=lambda id: trials[id].heard)
+        failed = trials[first].status == Trial.ERROR
+        if failed or self._counts(first, results[first]):
+            _tell_end(searchers, first, results[first], failed)
         else:
             self._lose([first], searchers)
         return True
 
 
 class LooksAround(Callback):
-    """Lets a search look for trials that have ended without a word.
-
-    It holds the search's key and not the search, since Ray restores searchers and callbacks as separate copies.
-
-    Args:
-        key: of the search.
-    """
-
-    def __init__(self, key: str) -> None:
-        self.key = key
+    """Lets a search of ours look for trials that have ended without a word."""
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Called by Ray before it asks for further trials."""
-        search = _SEARCHES.get(self.key)
-        if search is not None and (loop := search.look()) is not None:
-            search._ended_unheard(loop)
-
-
-_SEARCHES: WeakValueDictionary[str, RestorableSearch[Any]] = WeakValueDictionary()
+        loop = calling_loop()
+        if loop is not None and isinstance(loop.searchers[-1], RestorableSearch):
+            loop.searchers[-1].look_around()
 
 
 def state_of(outer: Searcher) -> bytes | None:
@@ -456,14 +488,14 @@ def state_of(outer: Searcher) -> bytes | None:
     Args:
         outer: the outermost wrapper, or the searcher itself.
     """
-    searchers = searchers_of(outer)
+    saver = _saver_of(outer)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "searcher"
         try:
-            searchers[-1].save(str(path))
+            saver.save(str(path))
         except NotImplementedError:
             return None
-        state = {STATE_KEY: path.read_bytes(), _WRAPPERS: wrappers.states_of(searchers)}
+        state = path.read_bytes(), wrappers.states_of(_around(saver, outer))
     return bytes(pickle.dumps(state))
 
 
@@ -486,22 +518,34 @@ def restore_among(
     Returns:
         The trials of whose end the searcher is to be told.
     """
-    searchers, state = searchers_of(outer), pickle.loads(saved)
-    base = searchers[-1]
+    saver = _saver_of(outer)
+    searchers, (content, states) = _around(saver, outer), pickle.loads(saved)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "searcher"
-        path.write_bytes(state[STATE_KEY])
-        (base.load if isinstance(base, RestorableSearch) else base.restore)(str(path))
-    wrappers.set_states(searchers, state[_WRAPPERS])
-    if isinstance(base, RestorableSearch):
-        base.replay(searchers, trials, new)
-        return set(base._waited_for(searchers))
+        path.write_bytes(content)
+        (saver.load if isinstance(saver, RestorableSearch) else saver.restore)(str(path))
+    wrappers.set_states(searchers, states)
+    if isinstance(saver, RestorableSearch):
+        saver.replay(searchers, trials, new)
+        return set(saver._waited_for(searchers))
     for trial_id in running:
         trial = trials.get(trial_id)
         if trial is None or trial.ended:
             failed = trial is None or trial.status == Trial.ERROR
             _tell_end(searchers, trial_id, None if trial is None else trial.last_result, failed)
     return {trial_id for trial_id in running if trial_id in trials and not trials[trial_id].ended}
+
+
+def _saver_of(outer: Searcher) -> Searcher:
+    """What saves a searcher's state: the innermost, as Ray does it, where all that it is wrapped in is Ray's."""
+    searchers = searchers_of(outer)
+    return searchers[-1] if wrappers.are_rays(searchers) else outer
+
+
+def _around(searcher: Searcher, outer: Searcher) -> list[Searcher]:
+    """The searchers from the outermost in to this one."""
+    searchers = searchers_of(outer)
+    return searchers[: searchers.index(searcher) + 1]
 
 
 def _tell_end(searchers: Sequence[Searcher], trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
@@ -514,11 +558,19 @@ def _last_result(trial: Trial) -> dict[str, Any]:
     return result
 
 
-def _agree(suggestion: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a trial's config is the suggestion: its numbers, texts and truth values are the same."""
-    suggested, flat = flatten_dict(dict(suggestion)), flatten_dict(dict(config))
-    plain = {name: value for name, value in suggested.items() if isinstance(value, bool | int | float | str)}
-    return all(name in flat and bool(flat[name] == value) for name, value in plain.items())
+def _agree(suggested: Any, given: Any) -> bool:
+    """Whether a trial's config is the one suggested, or has it among other entries; what is an object may be any."""
+    suggested, given = plain(suggested), plain(given)
+    if shown(suggested) is not suggested:  # which Ray has put objects in the place of since
+        return True
+    if isinstance(suggested, Mapping):
+        return isinstance(given, Mapping) and all(
+            name in given and _agree(value, given[name]) for name, value in suggested.items()
+        )
+    if isinstance(suggested, list | tuple):
+        same_kind = isinstance(given, list | tuple) and len(given) == len(suggested)
+        return same_kind and all(map(_agree, suggested, given))
+    return not isinstance(suggested, bool | int | float | str | None) or bool(suggested == given)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

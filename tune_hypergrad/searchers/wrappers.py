@@ -13,20 +13,34 @@ from typing import Any
 from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher
 from ray.tune.search.repeater import _TrialGroup
 
+_LIFTED = "limit_to_be_put_back"  # attribute of a limiter: its own limit
+
 
 def waited_for(searchers: Sequence[Searcher], running: Iterable[str]) -> list[str]:
     """The trials of whose end the outermost searcher has not been told.
 
     Args:
         searchers: the outermost first.
-        running: those for which the innermost waits; wrappers of other kinds than Ray's wait for the same.
+        running: those for which the innermost waits.
+
+    Returns:
+        Them; none where a wrapper is of another kind than Ray's, since it may wait for anything.
     """
     outer = searchers[0]
-    if isinstance(outer, ConcurrencyLimiter) and outer._limit_concurrency:
+    if len(searchers) == 1:
+        return list(running)
+    if isinstance(outer, ConcurrencyLimiter):
+        if not outer._limit_concurrency:  # it only passes on
+            return waited_for(searchers[1:], running)
         return [trial_id for trial_id in outer.live_trials if trial_id not in outer.cached_results]
     if isinstance(outer, Repeater):
         return [trial_id for trial_id, group in outer._trial_id_to_group.items() if group._trials[trial_id] is None]
-    return list(running)
+    return []
+
+
+def are_rays(searchers: Sequence[Searcher]) -> bool:
+    """Whether all wrappers are of Ray's kinds."""
+    return all(isinstance(wrapper, ConcurrencyLimiter | Repeater) for wrapper in searchers[:-1])
 
 
 def rename(searchers: Sequence[Searcher], former: str, now: str) -> None:
@@ -65,16 +79,6 @@ def beside(searchers: Sequence[Searcher], trial_ids: Collection[str]) -> list[st
     return [member for member in members if member not in trial_ids]
 
 
-def pass_on(searchers: Sequence[Searcher]) -> None:
-    """Let wrappers pass on what they have heard and kept for the end of a batch: the batch ends here."""
-    for wrapper in searchers[:-1]:
-        if isinstance(wrapper, ConcurrencyLimiter) and wrapper.cached_results:
-            heard, wrapper.cached_results = dict(wrapper.cached_results), {}
-            for trial_id, (result, error) in heard.items():
-                wrapper.searcher.on_trial_complete(trial_id, result=result, error=error)
-                wrapper.live_trials.discard(trial_id)
-
-
 def states_of(searchers: Sequence[Searcher]) -> list[tuple[str, dict[str, Any]]]:
     """The wrappers' names and states, the outermost first."""
     return [(type(wrapper).__name__, wrapper.get_state()) for wrapper in searchers[:-1]]
@@ -97,16 +101,18 @@ def begin_anew(searchers: Sequence[Searcher]) -> None:
             wrapper._groups, wrapper._trial_id_to_group, wrapper._current_group = [], {}, None
 
 
-def lift_limits(searchers: Sequence[Searcher]) -> list[tuple[ConcurrencyLimiter, int]]:
-    """Let limiters pass on every question for a trial, also if they think that as many run as may.
-
-    Returns:
-        The limiters, with the limits that they had.
-    """
-    limits = [(wrapper, wrapper.max_concurrent) for wrapper in searchers if isinstance(wrapper, ConcurrencyLimiter)]
-    for limiter, _ in limits:
+def lift_limits(searchers: Sequence[Searcher]) -> None:
+    """Let limiters pass on every question for a trial, also if they think that as many run as may."""
+    for limiter in _limiters(searchers):
+        if not hasattr(limiter, _LIFTED):  # beside its other state, which may be saved meanwhile
+            setattr(limiter, _LIFTED, limiter.max_concurrent)
         limiter.max_concurrent = sys.maxsize
-    return limits
+
+
+def put_limits_back(searchers: Sequence[Searcher]) -> None:
+    """Undo `lift_limits`."""
+    for limiter in _limiters(searchers):
+        limiter.max_concurrent = vars(limiter).pop(_LIFTED, limiter.max_concurrent)
 
 
 def reopen(searchers: Sequence[Searcher]) -> None:
@@ -119,7 +125,7 @@ def reopen(searchers: Sequence[Searcher]) -> None:
 
 def would_not_ask(searchers: Sequence[Searcher]) -> bool:
     """Whether wrappers, as they are now, would not ask the innermost searcher for a trial."""
-    limiters = [wrapper for wrapper in searchers if isinstance(wrapper, ConcurrencyLimiter)]
+    limiters = _limiters(searchers)
     groups: list[_TrialGroup | None] = [repeater._current_group for repeater in _repeaters(searchers)]
     return any(len(limiter.live_trials) >= limiter.max_concurrent for limiter in limiters) or not all(
         group is None or group.full() for group in groups
@@ -131,6 +137,11 @@ def pass_over(searchers: Sequence[Searcher], strangers: Iterable[str]) -> None:
     for repeater in _repeaters(searchers):
         for trial_id in strangers:
             repeater._trial_id_to_group.setdefault(trial_id, _TrialGroup(trial_id, {}))
+
+
+def _limiters(searchers: Sequence[Searcher]) -> list[ConcurrencyLimiter]:
+    """Those that limit how many trials run."""
+    return [wrapper for wrapper in searchers if isinstance(wrapper, ConcurrencyLimiter) and wrapper._limit_concurrency]
 
 
 def _repeaters(searchers: Sequence[Searcher]) -> list[Repeater]:
@@ -163,5 +174,8 @@ def _forget_live(limiter: ConcurrencyLimiter, lost: Collection[str]) -> None:
     gone = limiter.live_trials & set(lost)
     limiter.live_trials = limiter.live_trials - gone
     limiter.num_unfinished_live_trials = len(limiter.live_trials) - len(limiter.cached_results)
-    if limiter.batch and limiter.cached_results and limiter.num_unfinished_live_trials <= 0:
-        pass_on([limiter, limiter.searcher])
+    if limiter.cached_results and limiter.num_unfinished_live_trials <= 0:  # the last of a batch, which ends here
+        heard, limiter.cached_results = dict(limiter.cached_results), {}
+        for trial_id, (result, error) in heard.items():
+            limiter.searcher.on_trial_complete(trial_id, result=result, error=error)
+            limiter.live_trials.discard(trial_id)
