@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from ray import tune
 from ray.tune import Callback
+from ray.tune.search import Repeater
 from self_tuning import regularised_problem
 from tiny_problem import tiny_problem
 
@@ -133,7 +134,7 @@ class FailingSearch(RandomSearch):
     """Fails at its third suggestion."""
 
     def suggest(self, trial_id):
-        if len(self._jobs) + len(self.result().get_all_runs()) >= 2:
+        if len(self._running) + len(self.result().get_all_runs()) >= 2:
             raise KeyError("a bug")
         return super().suggest(trial_id)
 
@@ -222,6 +223,26 @@ def test_trainables_without_costs_can_be_compared_by_time(ray_session, tmp_path)
     assert (accounts["share"] >= 1).all() and accounts["spent/gradients"]["own"] == 0
     # of a function nobody knows how to train its incumbents again; the others' are
     assert set(comparison.retrained["method"]) == {"rs"}
+
+
+@pytest.mark.slow
+def test_repeated_trials_can_be_compared(ray_session, tmp_path):
+    """Ray's `Repeater` around a searcher: repeats differ in their seed, and the mean counts."""
+
+    def repeated(task):
+        return Repeater(RandomSearch(task.space, "val_loss", "min", task.max_budget, task.seed), 3)
+
+    comparison = compare(
+        tiny_problem(), ["rs", Method("repeated", repeated)], budget="20e", **QUICK, out=tmp_path / "o"
+    )
+    check(comparison)
+    trials = comparison.trials[comparison.trials["method"] == "repeated"]
+    assert (trials["status"] != "failed").all()
+    groups = [config["__trial_index__"] for config in trials["config"]]
+    assert groups[:3] == [0, 1, 2] and len({str(config["lr"]) for config in trials["config"][:3]}) == 1
+    losses = comparison.results[comparison.results["id"].isin(trials["id"][:3])].groupby("id")["val_loss"].last()
+    assert losses.nunique() == 3, "repeats differ"
+    assert "repeated" in set(comparison.retrained["method"])
 
 
 class KillTrials(Callback):

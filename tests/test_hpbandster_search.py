@@ -235,6 +235,52 @@ def test_evaluated_points_are_learned_from_and_not_run(cls):
     assert [maximised.suggest(f"t{i}") for i in range(20)] == suggested
 
 
+@pytest.mark.parametrize("cls", [BOSearch, BOHBSearch])
+def test_points_that_were_evaluated_elsewhere_are_learned_from(cls):
+    points = [{"x": 0.3 + i / 100, "y": 0.1} for i in range(10)] + [{"x": i / 10, "y": 0.9} for i in range(10)]
+    rewards = [0.0] * 10 + [1.0] * 10
+    at_once = make(cls, points_to_evaluate=points, evaluated_rewards=rewards, random_fraction=0)
+    one_by_one = make(cls, random_fraction=0)
+    for point, reward in zip(points, rewards, strict=True):
+        one_by_one.add_evaluated_point(point, reward)
+    configs = [at_once.suggest(f"t{i}") for i in range(10)]
+    assert [one_by_one.suggest(f"t{i}") for i in range(10)] == configs
+    failed = make(cls, random_fraction=0)
+    for point, reward in zip(points, rewards, strict=True):  # what has failed is the worst, whatever its value
+        failed.add_evaluated_point(point, None if reward else reward, error=bool(reward))
+    assert [failed.suggest(f"t{i}")["y"] < 0.4 for i in range(10)].count(True) >= 8
+
+
+def test_evaluated_trials_are_those_of_their_budget():
+    search = make(BOHBSearch, random_fraction=0)
+    for i in range(10):
+        config = {"x": i / 10, "y": 0.1 + i / 20, "budget": 3, "__trial_index__": 0}
+        search.add_evaluated_point(config, loss(config, 3), pruned=i % 2 == 0)
+    losses = search._master.sampler.generator.losses
+    assert {budget: len(values) for budget, values in losses.items()} == {3: 10}
+    assert search.result().get_all_runs() == []
+
+
+@pytest.mark.parametrize(
+    ("point", "value", "words"),
+    [({"z": 1}, 0.0, "'z'"), ({"x": 7.0}, 0.0, "'x'"), ({"x": 0.5}, "low", "'low'"), (3, 0.0, "a dict")],
+)
+def test_evaluated_points_are_checked(point, value, words):
+    with pytest.raises(InputError) as error:
+        make().add_evaluated_point(point, value)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_same_space_can_be_given_again():
+    search = make(space=None, metric=None, mode=None)
+    space = {**SPACE, "data": {"root": "a", "scale": len}}
+    assert search.set_search_properties("loss", "min", space)
+    assert search.set_search_properties("loss", "min", {**SPACE, "data": {"root": "a", "scale": len}})
+    assert not search.set_search_properties("loss", "min", {**space, "data": {"root": "b", "scale": len}})
+    assert not search.set_search_properties("loss", "min", {**space, "x": tune.uniform(0, 2)})
+    assert not search.set_search_properties("loss", "min", {"data": 3})
+
+
 def test_points_are_evaluated_first():
     search = make(points_to_evaluate=[{"x": 0.5, "y": 0.5}, {"x": 0.25}])
     first, second, third = (search.suggest(f"t{i}") for i in range(3))

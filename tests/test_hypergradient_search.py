@@ -219,21 +219,63 @@ def test_every_point_is_run_by_a_whole_ensemble_and_one_that_diverges_is_passed_
     assert values_of(search.suggest("next"))["momentum"] == pytest.approx(0.49)
 
 
-def test_points_are_checked():
-    assert "'lrr'" in refusal(HypergradientSearch, SPACE, points_to_evaluate=[{"lrr": 0.1}])
-    assert "'momentum'" in refusal(HypergradientSearch, SPACE, points_to_evaluate=[{"momentum": 2.0}])
-    assert "'lr'" in refusal(HypergradientSearch, SPACE, points_to_evaluate=[{"lr": 0.1}])
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        ([{"lrr": 0.1}], ["'lrr'", "did you mean 'lr'"]),
+        ([{"momentum": 2.0}], ["'momentum' = 2.0", "within [0, 0.9]"]),
+        ([{"momentum": float("nan")}], ["'momentum' = nan"]),
+        ([{"momentum": "much"}], ["'momentum' = 'much'", "a number"]),
+        ([{"momentum": [0.1, 0.2]}], ["'momentum'", "a number"]),
+        ([{"lr": 0.1}], ["'lr' = 0.1", "a list of 2 numbers"]),
+        ([{"lr": {"0": 0.1, "2": 0.1}}], ["'lr'", "a list of 2 numbers"]),
+        ([{}, {"batch_size": 8}], ["'batch_size' = 8", "fixes to 16"]),
+        ([{"data": {"root": "b"}}], ["'data'", "fixes to {'root': 'a'}"]),
+        ([3], ["3", "a dict"]),
+        ({"lr": 0.1}, ["give a list"]),
+        ("points", ["give a list"]),
+        (3, ["give a list"]),
+    ],
+)
+def test_points_are_checked(points, words):
+    space = {**SPACE, "batch_size": 16, "data": {"root": "a"}}
+    message = refusal(HypergradientSearch, space, points_to_evaluate=points)
+    assert message.startswith("points_to_evaluate") and all(word in message for word in words), message
+
+
+def test_an_earlier_trials_config_can_be_a_point():
+    config = HypergradientSearch({**SPACE, "batch_size": 16}).suggest("a")
+    again = HypergradientSearch({**SPACE, "batch_size": 16}, points_to_evaluate=[{**config, "__trial_index__": 1}])
+    assert again.suggest("b") == config
+
+
+class Augmentation:
+    """Somebody's own class, among the constants."""
 
 
 def test_constants_are_passed_on():
-    space = {**SPACE, "weight_decay": 1e-4, "batch_size": 16, "optimizer": "sgd", "eps": {"0": 1.0, "1": 2.0}}
-    for config in drive(HypergradientSearch(space, outer_steps=3)):
-        assert {name: config[name] for name in space if name not in SPACE} == {
-            "weight_decay": 1e-4,
-            "batch_size": 16,
-            "optimizer": "sgd",
-            "eps": {"0": 1.0, "1": 2.0},
-        }
+    given = {
+        "weight_decay": 1e-4,
+        "batch_size": 16,
+        "optimizer": "sgd",
+        "eps": {"0": 1.0, "1": 2.0},
+        "data": {"root": "a", "transform": {"kind": Augmentation, "scale": lambda x: x / 255}},
+        "layers": [32, 64],
+        "nothing": {},
+    }
+    for config in drive(HypergradientSearch({**SPACE, **given}, outer_steps=3)):
+        assert {name: config[name] for name in given} == given
+
+
+def test_constants_of_all_kinds_are_saved(tmp_path):
+    scale = 255  # what the function brings along
+    search = HypergradientSearch({**SPACE, "data": {"transform": lambda x: x / scale, "kind": Augmentation}})
+    search.suggest("a")
+    search.save(str(tmp_path / "search.pkl"))
+    restored = HypergradientSearch()
+    restored.restore(str(tmp_path / "search.pkl"))
+    config = restored.suggest("b")
+    assert config["data"]["transform"](510) == 2 and config["data"]["kind"] is Augmentation
 
 
 @pytest.mark.parametrize("ended", range(1, 8))

@@ -29,11 +29,12 @@ from tune_hypergrad.searchers.constants import (
     check_constant,
     is_same,
     may_be,
-    on_one_line,
     plain,
     shown,
     warn_of_an_object,
+    without_breaks,
 )
+from tune_hypergrad.space import has_domain
 
 Path = tuple[Any, ...]
 """The keys that lead to an entry of a nested dict."""
@@ -130,7 +131,7 @@ class Translation:
             # what a draw leaves inactive may be active here
             defaults = {name: hp.default_value for name, hp in self.configspace.items()}
             drawn = {**defaults, **self.configspace.sample_configuration()}
-        text = on_one_line(str(reason)) or type(reason).__name__
+        text = without_breaks(str(reason)) or type(reason).__name__
         raise InputError(f"{what} is not allowed by the search space: {text}: change its values") from reason
 
     def _trial_value(self, name: str, value: Any) -> Any:
@@ -153,10 +154,10 @@ class Translation:
     def _space_value(self, name: str, value: Any, what: str) -> Any:
         found = self._choices_of(name, value) if name in self.categories else self._legal_values(name, value)
         if not found:
-            raise InputError(on_one_line(f"{what} = {value!r}: it must be {self._domain_text(name)}"))
+            raise InputError(without_breaks(f"{what} = {value!r}: it must be {self._domain_text(name)}"))
         if len(found) > 1:
             raise InputError(
-                f"{what} = {on_one_line(repr(value))}, but Ray hides from searchers which of a param_space's objects "
+                f"{what} = {without_breaks(repr(value))}, but Ray hides from searchers which of a param_space's objects "
                 "that is: pass the space to the searcher as `space`, or choose between names"
             )
         if name in self.categories:
@@ -246,7 +247,7 @@ def _translate_domains(space: Mapping[str, Any], seed: int) -> Translation:
         try:
             translation.configspace.add(_hyperparameter(name, leaf, translation))
         except (TypeError, ValueError) as error:
-            raise InputError(f"hyperparameter {name!r} cannot be converted: {on_one_line(str(error))}") from error
+            raise InputError(f"hyperparameter {name!r} cannot be converted: {without_breaks(str(error))}") from error
         translation.paths[name] = path
     return translation
 
@@ -272,7 +273,7 @@ def _refuse_inconvertible(name: str, leaf: Any) -> None:
     which = f"hyperparameter {name!r}"
     if _is_grid(leaf):
         raise InputError(f"{which} is a grid search: use tune.choice(values), or run the Tuner without a search_alg")
-    if isinstance(leaf, list | tuple) and _has_domain(leaf):
+    if isinstance(leaf, list | tuple) and has_domain(leaf):
         raise InputError(
             f"{which} is a list of domains: write it as schedule(domain, windows={len(leaf)}), or as a dict"
         )
@@ -281,7 +282,7 @@ def _refuse_inconvertible(name: str, leaf: Any) -> None:
     if isinstance(leaf, sample.Function):
         raise InputError(f"{which} is a sample_from function: use a domain such as tune.uniform(0, 1)")
     if isinstance(leaf, sample.Categorical):
-        if _has_domain(leaf.categories):
+        if has_domain(leaf.categories):
             raise InputError(f"{which} is a choice between domains: use a ConfigSpace with conditions")
         if not leaf.categories:
             raise InputError(f"{which} is a choice of nothing: give it categories")
@@ -313,14 +314,6 @@ def _is_grid(value: Any) -> bool:
     if isinstance(value, sample.Domain):
         return bool(value.is_grid())
     return isinstance(value, Mapping) and "grid_search" in value
-
-
-def _has_domain(value: Any) -> bool:
-    """Whether there is a domain or a grid search anywhere in nested lists and dicts."""
-    if isinstance(value, sample.Domain) or _is_grid(value):
-        return True
-    items = value.values() if isinstance(value, Mapping) else value
-    return isinstance(value, Mapping | list | tuple) and any(map(_has_domain, items))
 
 
 def _only_value(leaf: Any) -> Any:

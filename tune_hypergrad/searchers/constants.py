@@ -31,14 +31,16 @@ def check_constant(constant: Any, value: Any, what: str) -> None:
     """Raise `InputError` where a point has another value for a constant."""
     if not (is_same(constant, value) or may_be(constant, value)):
         remedy = "remove it, or give it that value" if shown(constant) is constant else "remove it"
-        raise InputError(f"{what} = {on_one_line(repr(value))}, which the space fixes to {shown(constant)!r}: {remedy}")
+        raise InputError(
+            f"{what} = {without_breaks(repr(value))}, which the space fixes to {shown(constant)!r}: {remedy}"
+        )
     warn_of_an_object(constant, value, what)
 
 
 def warn_of_an_object(known: Any, value: Any, what: str) -> None:
     """Say so where an object may not be the one that the space has."""
     if shown(known) is not known and may_be(known, value) and not is_same(known, value):
-        text = on_one_line(repr(value))
+        text = without_breaks(repr(value))
         _logger.warning("%s = %s: trials get the object in the search space, which may be another one", what, text)
 
 
@@ -87,7 +89,7 @@ def may_be(known: Any, value: Any) -> bool:
     return is_same(known, value)
 
 
-def on_one_line(text: str) -> str:
+def without_breaks(text: str) -> str:
     """A text without its line breaks."""
     return " ".join(text.split())
 
