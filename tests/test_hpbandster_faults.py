@@ -115,27 +115,19 @@ def test_trials_and_search_that_were_saved_apart_are_brought_together(ray_sessio
     saved.write_bytes(states["older"])
     restored = make(HyperBandSearch, brackets=1)
     restored.restore_from_dir(str(tmp_path / "run"))
-    runs = restored.result().get_all_runs()
-    assert [(run.budget, run.loss) for run in runs] == [
-        (run.budget, run.loss) for run in search.result().get_all_runs() if run.budget == 1
-    ]
-    # every trial on the lowest rung had ended, so that the next rung can begin
-    assert restored.suggest("next")["budget"] == 3
-
-    restored.suggest("never started")
-    restored.save(saved)
-    again = make(HyperBandSearch, brackets=1)
-    again.restore_from_dir(str(tmp_path / "run"))
-    lost = [again.suggest(f"again{i}") for i in range(3)]
-    assert [config["budget"] for config in lost] == [3, 3, 3] and again.suggest("none") is None
-    assert len({config["x"] for config in lost}) == 3
+    # the trials tell what has been suggested since, and how they ended
+    found = [(run.config_id, run.budget, run.loss) for run in restored.result().get_all_runs()]
+    assert found == [(run.config_id, run.budget, run.loss) for run in search.result().get_all_runs()]
+    assert len(found) == 9 + 3 + 1 and restored.suggest("more") == "FINISHED"
 
 
 def test_trials_that_a_restore_skips_are_not_waited_for(ray_session, tmp_path):
     killed(ray_session, tmp_path, "hb")
     grid = tune.Tuner.restore(str(tmp_path / "run"), trainable=train, resume_unfinished=False).fit()
     runs = hpbandster_result(grid).get_all_runs()
-    assert len(runs) == len(grid) == 2 * (9 + 3 + 1 + 3 + 1 + 3)
+    assert len(runs) == 2 * (9 + 3 + 1 + 3 + 1 + 3) and all(run.loss is not None for run in runs)
+    # what was passed over before it had a result has been run again
+    assert len(runs) <= len(grid) <= len(runs) + 2
 
 
 def test_actors_that_cannot_be_reused_are_not_waited_for(ray_session, tmp_path):

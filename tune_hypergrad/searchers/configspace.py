@@ -157,8 +157,8 @@ class Translation:
             raise InputError(without_breaks(f"{what} = {value!r}: it must be {self._domain_text(name)}"))
         if len(found) > 1:
             raise InputError(
-                f"{what} = {without_breaks(repr(value))}, but Ray hides from searchers which of a param_space's objects "
-                "that is: pass the space to the searcher as `space`, or choose between names"
+                f"{what} = {without_breaks(repr(value))}, but Ray hides from searchers which of a param_space's "
+                "objects that is: pass the space to the searcher as `space`, or choose between names"
             )
         if name in self.categories:
             warn_of_an_object(self.categories[name][self._category(name, found[0])], value, what)
