@@ -149,7 +149,9 @@ def _compare(
     folder: Path = checked({"out": out})["out"]
     saved, settings = folder / COMMAND_FILE, folder / SETTINGS_FILE
     if not again and contents(folder):
-        remedy = f"--resume {out} goes on with it; or choose another --out" if saved.exists() else "choose another --out"
+        remedy = (
+            f"--resume {out} goes on with it; or choose another --out" if saved.exists() else "choose another --out"
+        )
         raise InputError(f"{out} is not empty: {remedy}")
     told = ""
     with ExitStack() as stack:

@@ -116,9 +116,9 @@ def _held(name: str, entry: Any) -> Any:
 
 
 def _seeds(name: str, value: Any) -> tuple[int, ...]:
-    listed: Sequence[Any] = ()
+    listed: Sequence[Any] | np.ndarray[Any, Any] = ()
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
-        listed = value if isinstance(value, Sequence) else value.ravel()
+        listed = value
     elif is_whole(value):
         listed = range(max(0, int(value)))
     if len(listed) > _MOST_SEEDS:
@@ -165,9 +165,10 @@ def _storage(name: str, value: Any) -> str:
     if not address:
         raise InputError(f"storage is {value!r}: give a folder, or an address such as s3://bucket/folder")
     if "://" in address:
-        if not address.partition("?")[0].partition("://")[2].strip("/"):
+        folder, mark, query = address.partition("?")
+        if not folder.partition("://")[2].strip("/"):
             raise InputError(f"storage is {value!r}, which names no folder: write it as s3://bucket/folder")
-        return address
+        return f"{folder.rstrip('/')}{mark}{query}"
     if _SCHEME.match(address):  # a Path has lost a slash
         raise InputError(f"storage is {value!r}, which is no path: give the address as a text")
     return str(_resolved(name, address))

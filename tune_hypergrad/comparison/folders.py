@@ -47,7 +47,7 @@ def _make(folder: Path) -> None:
 def joined(address: str, name: str) -> str:
     """The address of what is in a folder; a URI has its query after that."""
     folder, mark, query = address.partition("?") if "://" in address else (address, "", "")
-    return f"{folder.rstrip('/')}/{name}{mark}{query}"
+    return f"{folder}/{name}{mark}{query}"
 
 
 @contextmanager

@@ -166,7 +166,8 @@ def _plan(
     if steps < 1:
         raise InputError(f"epochs is {epochs:g}, less than one inner step of {problem.steps_per_epoch} an epoch")
     if space is None:
-        space = default_space(problem, optimizer)
+        held = of_task.get("fixed", {})
+        space = {name: entry for name, entry in default_space(problem, optimizer).items() if name not in held}
     # searches never see the test split
     task = Task(problem.replace(test=None), space, steps, optimizer, **of_task)
     return Plan(
