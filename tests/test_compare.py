@@ -57,7 +57,6 @@ def test_bad_arguments_are_refused_before_anything_runs(tmp_path):
         ({"methods": "rs"}, "give a list"),
         ({"methods": []}, "no methods"),
         ({"methods": twice}, "two methods called 'same'"),
-        ({"methods": [Method("a/b", random_search)]}, "letters"),
         ({"methods": [Method(RETRAINING, random_search)]}, RETRAINING),
         ({"methods": ["delta-stn"]}, "nothing to tune"),
         ({"methods": [Method("odd", lambda task: 3)]}, "odd's searcher is a int"),

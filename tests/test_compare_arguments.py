@@ -68,7 +68,7 @@ WRONG = [
     *[("seeds", value) for value in (2**40, range(2**40), np.zeros(5000), np.zeros((3, 3)))],
     *[("epochs", value) for value in ("x", None, True, NAN, INF, 0, -1, [1])],
     *[("optimizer", value) for value in (3, None, ["sgd"])],
-    *[("resources", value) for value in (3, "cpu", [1])],
+    *[("resources", value) for value in (3, "cpu", [1], {"cpu": -1}, {"cpu": np.zeros((9, 9))})],
     *[("out", value) for value in (3, None, "", "a\0b")],
     *[("out", value) for value in ("s3://bucket/x", Path("s3://bucket/x"), BytesPath(), "~nobody-of-that-name/x")],
     *[("storage", value) for value in (Path("s3://bucket/x"), BytesPath(), "s3://?scheme=http")],
@@ -343,7 +343,8 @@ random_search = get_method("rs").searcher
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Method(3, random_search), "called 3"),
+        (lambda: Method(3, random_search), "called 3: choose a name of letters"),
+        (lambda: Method("a/b", random_search), "called 'a/b': choose a name of letters"),
         (lambda: Method("own", RandomSearch(SPACE, "val_loss", "min")), "own's searcher is a RandomSearch: give a fun"),
         (lambda: Method("own", None), "own's searcher is a NoneType"),
         (lambda: Method("own", random_search, FixedSchedule), "own's trainable is FixedSchedule: give a function"),

@@ -175,7 +175,7 @@ class Method:
     """The part of a task's space that it can tune."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
+        if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
             raise InputError(f"a method is called {self.name!r}: choose a name of letters, digits, - and _")
         for part in ("searcher", "trainable", "tunable"):
             value = getattr(self, part)
@@ -378,15 +378,16 @@ BY_DEFAULT = tuple(name for name in METHODS if name != "centered-stn")
 """What `compare` compares."""
 
 
-_SETTINGS_OF = {"fds": FDS, "hd": HD, "stn": STN, "centered-stn": CenteredSTN, "delta-stn": DeltaSTN}
-_SETTINGS_OF |= dict.fromkeys(("rs", "cosine"), FixedSchedule)
+_RUN_BY = {"fds": FDS, "hd": HD, "stn": STN, "centered-stn": CenteredSTN, "delta-stn": DeltaSTN}
+_RUN_BY |= dict.fromkeys(("rs", "cosine"), FixedSchedule)
+# whose searchers say how long their trials train
 _SAY_BUDGETS = ("rs", "bo", "hb", "bohb")
 
 
 def taken_by(method: Method, task: Task) -> frozenset[str]:
     """Names that the config of a method's trials can have on a task: with a trainable of one's own, those that the
     method says it can tune; else hyperparameters, and settings that nothing else says."""
-    runs = next((own for name, own in _SETTINGS_OF.items() if METHODS[name].trainable is method.trainable), None)
+    runs = next((own for name, own in _RUN_BY.items() if METHODS[name].trainable is method.trainable), None)
     if runs is None:
         return frozenset(method.tunable(task))
     settings = {"budget", *(f.name for f in fields(runs.Settings))} - {"fixed", "space"}

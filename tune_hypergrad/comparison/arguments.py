@@ -14,6 +14,7 @@ from ConfigSpace import ConfigurationSpace
 from ray.tune import Callback
 
 from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.plan import factory_of
 from tune_hypergrad.comparison.progress import make_display
 from tune_hypergrad.comparison.records import GRID
 from tune_hypergrad.comparison.retraining import Retraining
@@ -45,7 +46,7 @@ def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {name: CHECKS[name](name, value) for name, value in arguments.items()}
     except InputError as error:
-        raise InputError(_short(str(error))) from error
+        raise InputError(_short(str(error))) from error.__cause__
 
 
 def _short(message: str) -> str:
@@ -148,6 +149,11 @@ def _reference(name: str, value: Any) -> float | str:
         return _plain(value)
     if not isinstance(value, str) or not (value == "best" or re.fullmatch(f"{GRID}:[0-9]+", value)):
         raise InputError(f'reference is {value!r}: give a number, "best", or "grid:N" for N trainings')
+    return value
+
+
+def _resources(name: str, value: Any) -> Any:
+    factory_of("compare", value)  # knows what they can be
     return value
 
 
@@ -260,7 +266,7 @@ CHECKS: dict[str, Check] = {
     "seeds": _seeds,
     "epochs": _number(above=0),
     "optimizer": _optimizer,
-    "resources": lambda name, value: value,  # read with those that methods say for their own
+    "resources": _or_none(_resources),
     "out": _folder,
     "resume": _true_or_false,
     "retraining": _or_none(_retraining),

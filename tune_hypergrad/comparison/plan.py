@@ -109,7 +109,7 @@ class Plan:
         """What each method's trials ask of the cluster."""
         asked = {m.name: self.resources if m.resources is None else m.resources for m in self.methods}
         asked |= {RETRAINING: self.resources, GRID: self.resources}
-        return {name: _factory(name, resources) for name, resources in asked.items()}
+        return {name: factory_of(name, resources) for name, resources in asked.items()}
 
     @property
     def kinds(self) -> int:
@@ -171,6 +171,7 @@ class Plan:
         if grows():
             return
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        # one search for each kind, told of by the first that asks for it
         first = {_kind(factory): (name, factory) for name, factory in reversed(self.factories().items())}
         for name, factory in first.values():
             for bundle in factory.bundles:
@@ -232,8 +233,8 @@ def chosen_methods(methods: Iterable[str | Method] | None, task: Task) -> tuple[
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"there are two methods called {name!r}: leave one out, or give it another name")
-        if name in (RETRAINING, GRID) or not name.replace("-", "").replace("_", "").isalnum():
-            raise InputError(f"a method is called {name!r}: choose a name of letters, digits, - and _")
+        if name in (RETRAINING, GRID):
+            raise InputError(f"a method is called {name!r}, which every comparison has: choose another name")
     if not chosen:
         raise InputError(f"there are no methods to compare: choose some of {', '.join(METHODS)}")
     return tuple(chosen)
@@ -274,7 +275,7 @@ def _check_names(task: Task, methods: Sequence[Method]) -> None:
             )
 
 
-def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) -> PlacementGroupFactory:
+def factory_of(name: str, resources: Mapping[str, float] | PlacementGroupFactory) -> PlacementGroupFactory:
     """What a method's trials ask for, in Ray's terms.
 
     Raises:
