@@ -24,7 +24,7 @@ from tune_hypergrad.comparison.arguments import CHECKS, checked
 from tune_hypergrad.comparison.folders import folder_for, joined, new_file, storage_for
 from tune_hypergrad.comparison.plan import Plan
 from tune_hypergrad.comparison.records import SETTINGS_FILE
-from tune_hypergrad.comparison.session import cluster_session
+from tune_hypergrad.comparison.session import cluster_session, grows
 from tune_hypergrad.hypergradients import get_optimizer
 from tune_hypergrad.methods import METHODS, Task, get_method
 
@@ -168,6 +168,12 @@ def test_what_arguments_are_made_of_is_looked_at_too(make):
         make()
 
 
+def test_the_largest_share_is_the_whole_budget_wherever_it_stands():
+    assert Retraining(shares=(1, 0.5)).shares == (1.0, 0.5)
+    with pytest.raises(InputError, match="the largest of them 1"):
+        Retraining(shares=(0.25, 0.5))
+
+
 def plan(methods=("rs",), space=SPACE, problem=PROBLEM, **fields):
     chosen = tuple(get_method(method) if isinstance(method, str) else method for method in methods)
     fields = {"budget": Budget(60), "seeds": (0,), "resources": {"cpu": 1}, **fields}
@@ -244,6 +250,12 @@ def test_a_cluster_that_grows_may_have_room_later(monkeypatch):
         monkeypatch.setattr("tune_hypergrad.comparison.plan.grows", lambda grows=grows: grows)
         with nullcontext() if grows else pytest.raises(InputError, match="no room together"):
             planned.check_resources()
+
+
+@pytest.mark.parametrize("told", [None, object()], ids=["nothing", "its nodes"])
+def test_a_cluster_grows_whose_autoscaler_has_told_of_its_nodes(monkeypatch, told):
+    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: told)
+    assert grows() is (told is not None)
 
 
 def test_what_all_methods_ask_for_is_looked_at_once(monkeypatch):
@@ -618,11 +630,12 @@ def test_a_start_that_fails_in_ray_leaves_nothing_behind(ray_session, tmp_path):
     options = {"space": SPACE, "epochs": 1, "budget": "4e", "progress": "quiet", "retraining": Retraining(seeds=0)}
     for wrong in (
         {"callbacks": [WrongCallback()]},
+        {"callbacks": [WrongCallback()], "storage": None},
         {"resources": PlacementGroupFactory([{"CPU": 2}, {"CPU": 2}])},
         {"address": "10.0.0.1:1"},
     ):
         with pytest.raises(Exception, match=r"a bug in a callback|at once \(PACK\)|in the Ray session"):
-            compare(PROBLEM, ["rs"], **{**options, **wrong}, out=out, storage=str(storage))
+            compare(PROBLEM, ["rs"], **{**options, "storage": str(storage), **wrong}, out=out)
         assert not list(tmp_path.iterdir())
     comparison = compare(PROBLEM, ["rs"], **options, out=out, storage=str(storage), address=ray_session)
     assert list(comparison.accounts["reason"]) == ["budget spent"] and list(storage.iterdir())
