@@ -246,9 +246,9 @@ def test_bundles_that_only_fit_one_by_one_are_refused(monkeypatch, bundles, stra
 def test_a_cluster_that_grows_may_have_room_later(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
     planned = plan(resources=PlacementGroupFactory([{"CPU": 1}, *[{"CPU": 2}] * 4]))
-    for grows in (True, False):
-        monkeypatch.setattr("tune_hypergrad.comparison.plan.grows", lambda grows=grows: grows)
-        with nullcontext() if grows else pytest.raises(InputError, match="no room together"):
+    for may_grow in (True, False):
+        monkeypatch.setattr("tune_hypergrad.comparison.plan.grows", lambda may_grow=may_grow: may_grow)
+        with nullcontext() if may_grow else pytest.raises(InputError, match="no room together"):
             planned.check_resources()
 
 
