@@ -115,6 +115,7 @@ def test_help_names_the_commands():
         (["digits_mlp", "--cpus", "0"], "resources are"),
         (["digits_mlp", "--gpus", "1.5"], "1.5 GPU"),
         (["digits_mlp", "--reference", "nan"], "reference is nan"),
+        (["digits_mlp", "--first-seed", "0", "--seeds", "1000000"], "seeds is"),
         (["nowhere.py:problem"], "nowhere.py"),
         (["nowhere.py"], "nowhere.py:NAME"),
         (["no_such_module:problem"], "no_such_module"),
@@ -181,6 +182,27 @@ def test_what_fails_before_the_first_trial_leaves_nothing_behind(ray_must_not_st
     assert not list(tmp_path.iterdir())
 
 
+def test_what_others_put_into_the_folder_meanwhile_is_theirs(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "out"
+
+    def fails(*arguments, **keywords):
+        assert (out / "command.json").read_text().startswith("{")
+        (out / "notes.txt").write_text("mine")
+        raise InputError("something cannot work")
+
+    monkeypatch.setattr("tune_hypergrad.comparison.compare", fails)
+    status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", out)
+    assert status == 2 and "something cannot work" in err
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_an_address_is_no_out(ray_must_not_start, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", "s3://bucket/x")
+    assert status == 2 and "the address as storage" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_comparison_is_refused(capsys, tmp_path):
     for arguments in (["report", tmp_path], ["report", tmp_path / "nowhere"], ["compare", "--resume", tmp_path]):
         status, _, err = outcome(capsys, *arguments)
@@ -200,6 +222,12 @@ def test_ctrl_c_before_the_first_trial_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("tune_hypergrad.comparison.compare", interrupted)
     status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", tmp_path / "out")
     assert status == 130 and "stopped before anything ran" in err and "--resume" in err
+    again = []
+    monkeypatch.setattr("tune_hypergrad.comparison.compare", lambda *given, **options: again.append(options))
+    status, _, err = outcome(capsys, "compare", "digits_mlp", "--out", tmp_path / "out")
+    assert status == 2 and "goes on with it" in err and not again
+    status, _, err = outcome(capsys, "compare", "--resume", tmp_path / "out", "--progress", "quiet")
+    assert status == 0 and not again[0]["resume"] and (tmp_path / "out" / "command.json").exists()
 
 
 def test_resuming_takes_no_problem_and_beginning_needs_one(ray_must_not_start, capsys, tmp_path):

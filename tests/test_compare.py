@@ -58,7 +58,6 @@ def test_bad_arguments_are_refused_before_anything_runs(tmp_path):
         ({"methods": "rs"}, "give a list"),
         ({"methods": []}, "no methods"),
         ({"methods": twice}, "two methods called 'same'"),
-        ({"methods": [Method("a/b", random_search)]}, "letters"),
         ({"methods": [Method(RETRAINING, random_search)]}, RETRAINING),
         ({"methods": ["delta-stn"]}, "nothing to tune"),
         ({"methods": [Method("odd", lambda task: 3)]}, "odd's searcher is a int"),
@@ -133,9 +132,12 @@ def test_with_one_trial_at_a_time_a_comparison_repeats(ray_session, tmp_path):
 class FailingSearch(RandomSearch):
     """Fails at its third suggestion."""
 
+    suggested = 0
+
     def suggest(self, trial_id):
-        if len(self._running) + len(self.result().get_all_runs()) >= 2:
+        if self.suggested == 2:
             raise KeyError("a bug")
+        self.suggested += 1
         return super().suggest(trial_id)
 
 

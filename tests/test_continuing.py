@@ -13,6 +13,7 @@ from test_hpbandster_search import Saves, loss, make, saves
 from tiny_problem import tiny_problem
 
 from tune_hypergrad import FixedSchedule, HyperBandSearch, InputError, continuing
+from tune_hypergrad.trainables import promoted
 
 TWO_CPUS = PlacementGroupFactory([{"CPU": 2}])
 
@@ -197,6 +198,16 @@ def test_rays_own_names_leave_no_notes(storage, tmp_path):
     short.train()
     short.save()
     assert not list((tmp_path / "kept" / "experiment").glob(".folder*"))
+
+
+def test_a_folder_of_another_name_is_noted_once_for_every_trial(storage, monkeypatch):
+    noted = []
+    monkeypatch.setattr(promoted, "_note_folder", lambda of, trial_id: noted.append(trial_id))
+    trial = start(continuing(Saves), storage, {"budget": 3, "y": 0.1}, "first", "lr=0.1")
+    for _ in range(3):
+        trial.train()
+        trial.save()
+    assert noted == ["first"]
 
 
 def plain_name(trial):

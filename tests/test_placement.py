@@ -79,5 +79,43 @@ def test_many_nodes_take_no_time(strategy):
     nodes = [{"CPU": 64, "GPU": 8, f"node:{i}": 1} for i in range(500)]
     begun = time.perf_counter()
     can_be_placed([{"CPU": 40, "GPU": 0.6}] * 40, strategy, nodes)
-    assert not can_be_placed([{"CPU": 40}] * 501, strategy, nodes)
+    assert not can_be_placed([{"CPU": 40}] * 151, strategy, nodes[:150])
     assert time.perf_counter() - begun < 10
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_search_that_would_take_long_is_taken_to_succeed(strategy):
+    uneven = [{"CPU": 3 + i / 7, "memory": 5 - i / 11} for i in range(20)]
+    begun = time.perf_counter()
+    can_be_placed([{"CPU": 1.01 + i / 13, "memory": 2.4 - i / 17} for i in range(20)], strategy, uneven)
+    assert time.perf_counter() - begun < 4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_very_many_bundles_are_only_added_up(strategy):
+    assert can_be_placed([{"CPU": 1}] * 5000, strategy, [{"CPU": 4000}, {"CPU": 1000}])
+    assert not can_be_placed([{"CPU": 1}] * 5001, strategy, [{"CPU": 4000}, {"CPU": 1000}])
+
+
+@given(
+    st.lists(st.sampled_from([0.25, 0.4, 0.5, 0.6, 0.75, 1, 1.5, 2]), min_size=1, max_size=5),
+    st.lists(st.integers(0, 3), min_size=1, max_size=2),
+)
+def test_parts_of_gpus_agree_with_looking_at_every_assignment(amounts, gpus):
+    def fit_one_node(own, count):
+        parts = [amount % 1 for amount in own if amount % 1]
+        pieces = count - sum(int(amount) for amount in own)  # what is left beside whole ones
+        return pieces >= 0 and any(
+            all(sum(p for p, place in zip(parts, places, strict=True) if place == i) <= 1 for i in range(pieces))
+            for places in product(range(pieces), repeat=len(parts))
+        )
+
+    expected = any(
+        all(
+            fit_one_node([a for a, place in zip(amounts, places, strict=True) if place == i], count)
+            for i, count in enumerate(gpus)
+        )
+        for places in product(range(len(gpus)), repeat=len(amounts))
+    )
+    nodes = [{"GPU": count, "CPU": 1} for count in gpus]
+    assert can_be_placed([{"GPU": amount} for amount in amounts], "PACK", nodes) is expected

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,19 +98,18 @@ def compare(
     progress: Annotated[str, typer.Option(help='"auto", "quiet" or "json".')] = "auto",
 ) -> None:
     """Tune a problem by several methods at once, each with the same budget, and report what they found."""
-    given = {name: value for name, value in locals().items() if name != "context"}
+    given = {name: value for name, value in locals().items() if name not in ("context", "resume")}
     if resume is not None:
         for name in given:
             source = context.get_parameter_source(name)
             by_person = source is not None and source.name == "COMMANDLINE"
-            if by_person and name not in ("resume", "address", "progress"):
+            if by_person and name not in ("address", "progress"):
                 option = repr(problem) if name == "problem" else "--" + name.replace("_", "-")
                 raise InputError(f"--resume {resume} goes on with what was begun there: leave out {option}")
         given = {**_saved_command(resume), "out": resume, "address": address, "progress": progress}
     elif problem is None:
         raise InputError("there is no problem to work on: name one, such as digits, or --resume a folder")
-    begun = resume is not None and (resume / "settings.json").exists()
-    _compare(**{**given, "resume": begun})
+    _compare(**given, again=resume is not None)
 
 
 def _compare(
@@ -117,7 +117,7 @@ def _compare(
     problem: str,
     method: list[str] | None,
     out: Path,
-    resume: bool,
+    again: bool,
     seeds: int,
     first_seed: int,
     windows: int,
@@ -134,24 +134,31 @@ def _compare(
     download: bool,
     **options: Any,
 ) -> None:
-    """`compare`, with its options as they came or were saved."""
-    command = {name: value for name, value in locals().items() if name not in ("options", "resume", "out")} | options
+    """`compare`, with its options as they came or, `again`, were saved."""
+    command = {name: value for name, value in locals().items() if name not in ("options", "again", "out")} | options
     loaded = load_problem(problem, data_dir=data_dir, seed=first_seed, batch_size=batch_size, download=download)
 
     from tune_hypergrad.comparison import Interrupted, Retraining
     from tune_hypergrad.comparison import compare as run
-    from tune_hypergrad.comparison.folders import contents, folder_for
+    from tune_hypergrad.comparison.arguments import checked
+    from tune_hypergrad.comparison.folders import contents, folder_for, new_file
+    from tune_hypergrad.comparison.records import SETTINGS_FILE
     from tune_hypergrad.comparison.report import summary_table
-    from tune_hypergrad.comparison.run import BEFORE, COMMAND_FILE
+    from tune_hypergrad.comparison.run import COMMAND_FILE
 
-    if not resume and any(file.name not in BEFORE for file in contents(out)):
-        begun = (out / COMMAND_FILE).exists()
-        remedy = f"--resume {out} goes on with it; or choose another --out" if begun else "choose another --out"
+    folder: Path = checked({"out": out})["out"]
+    saved, settings = folder / COMMAND_FILE, folder / SETTINGS_FILE
+    if not again and contents(folder):
+        remedy = (
+            f"--resume {out} goes on with it; or choose another --out" if saved.exists() else "choose another --out"
+        )
         raise InputError(f"{out} is not empty: {remedy}")
     told = ""
-    with folder_for(out.resolve(), lambda: resume or (out / "settings.json").exists()):
-        if not resume:
-            (out / COMMAND_FILE).write_text(json.dumps(command, indent=1, default=str))
+    with ExitStack() as stack:
+        stack.enter_context(folder_for(folder))
+        if not again:
+            stack.enter_context(new_file(saved, (), settings.exists))
+            saved.write_text(json.dumps(command, indent=1, default=str))
         try:
             comparison = run(
                 loaded,
@@ -159,7 +166,7 @@ def _compare(
                 space=_space(loaded, options["optimizer"], windows, tune),
                 seeds=range(first_seed, first_seed + seeds),
                 out=out,
-                resume=resume,
+                resume=again and settings.exists(),
                 resources={"cpu": cpus, "gpu": gpus},
                 max_concurrent=concurrent,
                 retraining=Retraining(retrain_seeds, data=retrain_on),

@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import cos, pi
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
+from ray.tune.search.sample import Function
 
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, Optimizer, get_optimizer
+from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
 from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
 from tune_hypergrad.space import gradient_ranges, schedule
 from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule
 
-_TRAINABLES = (FixedSchedule, FDS, HD, STN, CenteredSTN, DeltaSTN)
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or NumPy's; booleans are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -116,17 +123,21 @@ def plain_training(task: Task) -> Trainable:
 
 
 def hyperparameters_of(task: Task) -> tuple[str, ...]:
-    """What trials on a task can be given besides settings: hyperparameters of the optimizer and of the training loss,
-    arguments of the model factory, and the batch size."""
+    """What trials on a task can be given besides settings: hyperparameters of the optimizer, or of those that the space
+    has, and of the training loss, arguments of the model factory, and the batch size."""
     problem = task.problem
-    of_optimizer, of_loss = get_optimizer(task.optimizer).hyperparameters, sorted(problem.loss_hyperparameters)
-    return tuple(dict.fromkeys((*of_optimizer, *of_loss, *problem.model_hyperparameters, "batch_size")))
+    of_optimizers = (name for known in _optimizers(task) for name in known.hyperparameters)
+    of_loss = sorted(problem.loss_hyperparameters)
+    return tuple(dict.fromkeys((*of_optimizers, *of_loss, *problem.model_hyperparameters, "batch_size")))
 
 
-def trial_settings() -> frozenset[str]:
-    """Names by which a trial's config overrides a setting of some method's trainable."""
-    of_trainables = {f.name for made in _TRAINABLES for f in fields(made.Settings)}
-    return frozenset({*of_trainables, "budget"})
+def _optimizers(task: Task) -> list[Optimizer]:
+    """What a trial's inner optimizer can be."""
+    entry = task.space.get("optimizer", task.optimizer)
+    if isinstance(entry, Function):  # it may draw any
+        return list(OPTIMIZERS.values())
+    choices = entry.get("grid_search", ()) if isinstance(entry, Mapping) else getattr(entry, "categories", [entry])
+    return [get_optimizer(choice) for choice in choices]
 
 
 def training_reports(task: Task) -> int:
@@ -162,6 +173,21 @@ class Method:
     """Trials of one seed that it can run at once; None is no limit."""
     tunable: Callable[[Task], Mapping[str, Any]] = field(default=lambda task: task.space)
     """The part of a task's space that it can tune."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
+            raise InputError(f"a method is called {self.name!r}: choose a name of letters, digits, - and _")
+        for part in ("searcher", "trainable", "tunable"):
+            value = getattr(self, part)
+            if not callable(value) or (isinstance(value, type) and issubclass(value, tune.Trainable)):
+                shown = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+                raise InputError(
+                    f"{self.name}'s {part} is {shown}: give a function that makes it for a task, lambda task: ..."
+                )
+        if self.concurrent is not None and not (is_whole(self.concurrent) and self.concurrent >= 1):
+            raise InputError(
+                f"{self.name}'s concurrent is {self.concurrent!r}: give a whole number of at least 1, or None"
+            )
 
 
 def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Task], Searcher]:
@@ -350,6 +376,24 @@ FLOOR = "cosine"
 
 BY_DEFAULT = tuple(name for name in METHODS if name != "centered-stn")
 """What `compare` compares."""
+
+
+_RUN_BY = {"fds": FDS, "hd": HD, "stn": STN, "centered-stn": CenteredSTN, "delta-stn": DeltaSTN}
+_RUN_BY |= dict.fromkeys(("rs", "cosine"), FixedSchedule)
+# whose searchers say how long their trials train
+_SAY_BUDGETS = ("rs", "bo", "hb", "bohb")
+
+
+def taken_by(method: Method, task: Task) -> frozenset[str]:
+    """Names that the config of a method's trials can have on a task: with a trainable of one's own, those that the
+    method says it can tune; else hyperparameters, and settings that nothing else says."""
+    runs = next((own for name, own in _RUN_BY.items() if METHODS[name].trainable is method.trainable), None)
+    if runs is None:
+        return frozenset(method.tunable(task))
+    settings = {"budget", *(f.name for f in fields(runs.Settings))} - {"fixed", "space"}
+    if any(METHODS[name].searcher is method.searcher for name in _SAY_BUDGETS):
+        settings -= {"budget", "steps"}
+    return frozenset({*settings, *hyperparameters_of(task)})
 
 
 def get_method(name: str) -> Method:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import inf, isfinite
-from numbers import Integral
+from math import inf, isfinite, isnan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ConfigSpace import ConfigurationSpace
 from ray.tune import Callback
 
 from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.plan import factory_of
 from tune_hypergrad.comparison.progress import make_display
 from tune_hypergrad.comparison.records import GRID
 from tune_hypergrad.comparison.retraining import Retraining
+from tune_hypergrad.comparison.session import refuse_client
 from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.methods import Method
+from tune_hypergrad.methods import Method, is_whole
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.searchers.brackets import rungs
 from tune_hypergrad.space import is_number
+
+_SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
+_LONGEST = 400  # characters of a message
+_MOST_SEEDS = 10_000
 
 Check = Callable[[str, Any], Any]
 """Takes an argument's name and value; gives the value in plain Python, or raises an `InputError`."""
@@ -37,7 +43,16 @@ def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in arguments:
         if name not in CHECKS:
             raise InputError(f"compare has no argument {name!r}{did_you_mean(name, CHECKS)}")
-    return {name: CHECKS[name](name, value) for name, value in arguments.items()}
+    try:
+        return {name: CHECKS[name](name, value) for name, value in arguments.items()}
+    except InputError as error:
+        raise InputError(_short(str(error))) from error.__cause__
+
+
+def _short(message: str) -> str:
+    """A message on one line, without the middle of what long value it shows."""
+    line = re.sub(r"\s*\n\s*", " ", message)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def _problem(name: str, value: Any) -> Problem:
@@ -65,6 +80,10 @@ def _budget(name: str, value: Any) -> str | Budget:
 
 
 def _space(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, ConfigurationSpace):
+        raise InputError(
+            "space is a ConfigurationSpace: give Ray domains by name, such as {'lr': tune.loguniform(1e-4, 1)}"
+        )
     space = _by_name(name, value)
     if not space:
         raise InputError("the search space is empty: give Ray domains by name, or leave space out")
@@ -81,25 +100,31 @@ def _by_name(name: str, value: Any) -> dict[str, Any]:
 
 
 def _fixed(name: str, value: Any) -> dict[str, Any]:
-    return {key: _plain_inside(entry) for key, entry in _by_name(name, value).items()}
+    return {key: _held(key, entry) for key, entry in _by_name(name, value).items()}
 
 
-def _plain_inside(entry: Any) -> Any:
+def _held(name: str, entry: Any) -> Any:
     """A number, or windows of numbers."""
+    if isinstance(entry, np.ndarray):
+        return _held(name, entry.tolist())
     if isinstance(entry, Mapping):
-        return {key: _plain_inside(window) for key, window in entry.items()}
-    if isinstance(entry, list | tuple | np.ndarray):
-        return [_plain_inside(window) for window in entry]
+        return {key: _held(name, window) for key, window in entry.items()}
+    if isinstance(entry, list | tuple):
+        return [_held(name, window) for window in entry]
+    if is_number(entry) and isnan(entry):
+        raise InputError(f"fixed has {name!r} at nan: give a number, or one for each window")
     return _plain(entry) if is_number(entry) else entry
 
 
 def _seeds(name: str, value: Any) -> tuple[int, ...]:
-    listed: tuple[Any, ...] = ()
+    listed: Sequence[Any] | np.ndarray[Any, Any] = ()
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
-        listed = tuple(value)
-    elif _is_whole(value):
-        listed = tuple(range(int(value)))
-    seeds = tuple(int(seed) for seed in listed if _is_whole(seed) and 0 <= seed < 2**32)
+        listed = value
+    elif is_whole(value):
+        listed = range(max(0, int(value)))
+    if len(listed) > _MOST_SEEDS:
+        raise InputError(f"seeds is {value!r}: every method runs with each of them, so give {_MOST_SEEDS} at the most")
+    seeds = tuple(int(seed) for seed in listed if is_whole(seed) and 0 <= seed < 2**32)
     if not seeds or len(set(seeds)) < len(listed):
         raise InputError(f"seeds is {value!r}: give a number of at least 1, or a list of different whole numbers")
     return seeds
@@ -127,36 +152,50 @@ def _reference(name: str, value: Any) -> float | str:
     return value
 
 
+def _resources(name: str, value: Any) -> Any:
+    factory_of("compare", value)  # knows what they can be
+    return value
+
+
 def _folder(name: str, value: Any) -> Path:
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    path = _path_in(value)
+    if not path:
         raise InputError(f"{name} is {value!r}: give the path of a folder")
-    return _resolved(name, value)
+    if _SCHEME.match(path):
+        raise InputError(f"{name} is {path!r}: give a folder of this machine, and the address as storage")
+    return _resolved(name, path)
 
 
 def _storage(name: str, value: Any) -> str:
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    address = _path_in(value)
+    if not address:
         raise InputError(f"storage is {value!r}: give a folder, or an address such as s3://bucket/folder")
-    address = os.fspath(value)
-    if "://" not in address:
-        return str(_resolved(name, value))
-    stripped = str(address).rstrip("/")
-    if "://" not in stripped:
-        raise InputError(f"storage is {value!r}, which names no folder: write it as {address}bucket/folder")
-    return stripped
+    if "://" in address:
+        folder, mark, query = address.partition("?")
+        if not folder.partition("://")[2].strip("/"):
+            raise InputError(f"storage is {value!r}, which names no folder: write it as s3://bucket/folder")
+        return f"{folder.rstrip('/')}{mark}{query}"
+    if _SCHEME.match(address):  # a Path has lost a slash
+        raise InputError(f"storage is {value!r}, which is no path: give the address as a text")
+    return str(_resolved(name, address))
 
 
-def _resolved(name: str, path: str | os.PathLike[str]) -> Path:
+def _path_in(value: Any) -> str:
+    """A path or an address as text; empty where it is neither."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    return path if isinstance(path, str) else ""
+
+
+def _resolved(name: str, path: str) -> Path:
     try:
-        return Path(path).resolve()
+        return Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, what no name can have
         raise InputError(f"{name} is {path!r}, which is no path: {in_one_line(error)}") from error
 
 
 def _address(name: str, value: Any) -> str:
-    if isinstance(value, str) and value.startswith("ray://"):
-        raise InputError(
-            f"address is {value!r}: the comparison itself has to run on a machine of the cluster, with address='auto'"
-        )
+    if isinstance(value, str):
+        refuse_client(f"{name} is {value!r}", value)
     place = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:/\s\[\]]+):([0-9]{1,5})", value) if isinstance(value, str) else None
     if value not in ("auto", "local") and (place is None or not 0 < int(place[2]) < 2**16):
         raise InputError(f"address is {value!r}: give a Ray cluster's as host:port, or 'auto' to find it")
@@ -203,7 +242,7 @@ def _number(above: float) -> Check:
 
 def _whole(least: int, remark: str) -> Check:
     def check(name: str, value: Any) -> int:
-        if not _is_whole(value) or value < least:
+        if not is_whole(value) or value < least:
             shown = _plain(value) if is_number(value) else value
             raise InputError(f"{name} is {shown!r}: it must be a whole number of at least {least}, {remark}")
         return int(value)
@@ -215,12 +254,8 @@ def _or_none(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _plain(number: Any) -> float:
-    return int(number) if _is_whole(number) else float(number)
+    return int(number) if is_whole(number) else float(number)
 
 
 CHECKS: dict[str, Check] = {
@@ -231,7 +266,7 @@ CHECKS: dict[str, Check] = {
     "seeds": _seeds,
     "epochs": _number(above=0),
     "optimizer": _optimizer,
-    "resources": lambda name, value: value,  # read with those that methods say for their own
+    "resources": _or_none(_resources),
     "out": _folder,
     "resume": _true_or_false,
     "retraining": _or_none(_retraining),

@@ -1,11 +1,11 @@
-"""Where a comparison writes: tried out before anything begins, and left as it was found where nothing does."""
+"""Where a comparison writes: tried out before anything begins, and left without a trace where nothing does."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -44,37 +44,66 @@ def _make(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written to: {in_one_line(error)}; choose another folder") from error
 
 
+def joined(address: str, name: str) -> str:
+    """The address of what is in a folder; a URI has its query after that."""
+    folder, mark, query = address.partition("?") if "://" in address else (address, "", "")
+    return f"{folder}/{name}{mark}{query}"
+
+
 @contextmanager
-def folder_for(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
-    """A folder for the body: made, tried out, and left as it was found where the body fails before anything has begun.
+def folder_for(folder: Path) -> Iterator[None]:
+    """A folder for the body: made and tried out; what was made is removed where the body fails and has left it empty.
 
     Args:
         folder: it may be absent, as may be those that it is in.
-        begun: whether something has.
 
     Raises:
         InputError: it cannot be made, or nothing can be written there.
     """
     absent = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    found = set(contents(folder))
     try:
         _make(folder)
         yield
     except BaseException:
-        if not begun():
-            _remove_all_but(found, folder)
-            for path in absent:
-                with suppress(OSError):
-                    path.rmdir()
+        for path in absent:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
         raise
 
 
-def _remove_all_but(found: set[Path], folder: Path) -> None:
-    for path in set(contents(folder)) - found:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+@contextmanager
+def new_file(file: Path, others: Collection[str], begun: Callable[[], bool]) -> Iterator[None]:
+    """An empty file for the body, by which it alone has the file's folder.
+
+    Where the body fails before anything has begun, the file is removed, and so are others of the folder by name: all
+    that it may have written, and nothing of anybody else.
+
+    Args:
+        file: what marks the folder as taken.
+        others: names of further files and folders that the body makes beside it.
+        begun: whether something has.
+
+    Raises:
+        InputError: the file is there already.
+    """
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError as error:
+        raise InputError(f"another comparison has just begun in {file.parent}: choose another folder") from error
+    try:
+        yield
+    except BaseException:
+        if not begun():
+            for path in (file, *(file.parent / name for name in others)):
+                _remove(path)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -82,7 +111,7 @@ def storage_for(address: str, begun: Callable[[], bool]) -> Iterator[None]:
     """A folder of a storage for the body: made, tried out, and removed where the body fails before anything has begun.
 
     Args:
-        address: of the folder, a path or a URI.
+        address: of the folder, a path or a URI; nobody else has it.
         begun: whether something has.
 
     Raises:
@@ -90,22 +119,26 @@ def storage_for(address: str, begun: Callable[[], bool]) -> Iterator[None]:
     """
     with _refusals_in_one_line(address):
         filesystem, folder = FileSystem.from_uri(address)
-    if isinstance(filesystem, LocalFileSystem):
-        with folder_for(Path(folder), begun):
+    local = isinstance(filesystem, LocalFileSystem)
+    with folder_for(Path(folder)) if local else nullcontext():
+        try:
+            if not local:
+                with _refusals_in_one_line(address):
+                    _try_out(filesystem, folder)
             yield
-        return
-    with _refusals_in_one_line(address):
-        filesystem.create_dir(folder, recursive=True)
-        with filesystem.open_output_stream(f"{folder}/{_MARKER}"):
-            pass
+        except BaseException:
+            if not begun():
+                with suppress(Exception):
+                    filesystem.delete_dir(folder)
+            raise
+
+
+def _try_out(filesystem: FileSystem, folder: str) -> None:
+    filesystem.create_dir(folder, recursive=True)
+    with filesystem.open_output_stream(f"{folder}/{_MARKER}"):
+        pass
+    with suppress(Exception):  # who may write need not be allowed to delete
         filesystem.delete_file(f"{folder}/{_MARKER}")
-    try:
-        yield
-    except BaseException:
-        if not begun():
-            with suppress(Exception):
-                filesystem.delete_dir(folder)
-        raise
 
 
 @contextmanager

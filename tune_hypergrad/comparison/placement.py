@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 IN_PIECES = frozenset({"GPU", "TPU", "NPU", "HPU", "neuron_cores"})
 """Resources of which Ray grants a part of one, or whole ones."""
 
 _GRAIN = 10_000  # Ray counts in ten-thousandths
-_POSITIONS = 20_000  # at the most, which takes a second
+_PATIENCE = 2.0  # seconds of search
+_MOST = 200  # bundles that are searched for, one call within the other
 
 _Bundle = tuple[tuple[str, int], ...]
 _Node = tuple[tuple[str, tuple[int, ...]], ...]  # of each resource, what is left of its pieces
@@ -26,25 +28,28 @@ def can_be_placed(bundles: Sequence[Mapping[str, float]], strategy: str, nodes: 
     asked = sorted((_bundle(bundle) for bundle in bundles), key=lambda b: (sum(n for _, n in b), b), reverse=True)
     names = {name for bundle in asked for name, _ in bundle}
     empty = [_node(node, names) for node in nodes]
+    if len(asked) > _MOST:
+        return _is_enough(empty, asked)
+    until = time.monotonic() + _PATIENCE
     if strategy == "STRICT_PACK":
-        return any(_Search(asked, once=False).succeeds((node,)) for node in set(empty))
+        return any(_Search(asked, until, once=False).succeeds((node,)) for node in set(empty))
     # of nodes that are alike, no more than the bundles can be needed
     useful = [node for kind in set(empty) for node in [kind] * min(empty.count(kind), len(asked))]
-    return _Search(asked, once=strategy == "STRICT_SPREAD").succeeds(tuple(sorted(useful)))
+    return _Search(asked, until, once=strategy == "STRICT_SPREAD").succeeds(tuple(sorted(useful)))
 
 
 class _Search:
     """Bundles are placed in order, each on every kind of node that has room for it; no position is looked at twice."""
 
-    def __init__(self, bundles: Sequence[_Bundle], *, once: bool) -> None:
-        self._bundles, self._once = bundles, once
+    def __init__(self, bundles: Sequence[_Bundle], until: float, *, once: bool) -> None:
+        self._bundles, self._until, self._once = bundles, until, once
         self._hopeless: set[tuple[int, tuple[_Node, ...]]] = set()
 
     def succeeds(self, nodes: tuple[_Node, ...], placed: int = 0) -> bool:
         """Whether what is left of sorted nodes has room for the bundles that are not placed yet."""
-        if placed == len(self._bundles) or len(self._hopeless) >= _POSITIONS:
+        if placed == len(self._bundles) or time.monotonic() > self._until:
             return True
-        if (placed, nodes) in self._hopeless or not self._is_enough(nodes, placed):
+        if (placed, nodes) in self._hopeless or not _is_enough(nodes, self._bundles[placed:]):
             return False
         for node in dict.fromkeys(nodes):
             others = list(nodes)
@@ -56,14 +61,15 @@ class _Search:
         self._hopeless.add((placed, nodes))
         return False
 
-    def _is_enough(self, nodes: Sequence[_Node], placed: int) -> bool:
-        """Whether the nodes have as much of every resource as is asked for, wherever it is."""
-        total: dict[str, int] = {}
-        for name, pieces in (of_node for node in nodes for of_node in node):
-            total[name] = total.get(name, 0) + sum(pieces)
-        for name, amount in (asked for bundle in self._bundles[placed:] for asked in bundle):
-            total[name] = total.get(name, 0) - amount
-        return all(amount >= 0 for amount in total.values())
+
+def _is_enough(nodes: Iterable[_Node], bundles: Iterable[_Bundle]) -> bool:
+    """Whether the nodes have as much of every resource as is asked for, wherever it is."""
+    total: dict[str, int] = {}
+    for name, pieces in (of_node for node in nodes for of_node in node):
+        total[name] = total.get(name, 0) + sum(pieces)
+    for name, amount in (asked for bundle in bundles for asked in bundle):
+        total[name] = total.get(name, 0) - amount
+    return all(amount >= 0 for amount in total.values())
 
 
 def _bundle(resources: Mapping[str, float]) -> _Bundle:

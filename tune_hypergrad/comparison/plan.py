@@ -19,6 +19,7 @@ from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
 from tune_hypergrad.comparison.records import GRID, RETRAINING
 from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
+from tune_hypergrad.comparison.session import grows
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.ledger import Account
@@ -31,9 +32,8 @@ from tune_hypergrad.methods import (
     get_method,
     hyperparameters_of,
     optimizer_space,
-    plain_training,
     regularisation_space,
-    trial_settings,
+    taken_by,
 )
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
@@ -74,7 +74,8 @@ class Plan:
     def __post_init__(self) -> None:
         self.grid  # noqa: B018, what cannot work is found here
         self.factories()
-        _check_names(self.task, self.methods)
+        # a grid search's trials are those of random search
+        _check_names(self.task, [*self.methods, *([replace(METHODS["rs"], name=GRID)] if self.grid else [])])
 
     @property
     def grid(self) -> list[dict[str, Any]]:
@@ -95,15 +96,20 @@ class Plan:
 
     def _trainable(self, method: Method) -> Any:
         try:
-            return method.trainable(self.task)
+            made = method.trainable(self.task)
         except InputError as error:
             raise InputError(f"{method.name}: {error}") from error
+        if not callable(made):
+            raise InputError(
+                f"{method.name}'s trainable is {made!r}: make a ray.tune Trainable, or a function of a config"
+            )
+        return made
 
     def factories(self) -> dict[str, PlacementGroupFactory]:
         """What each method's trials ask of the cluster."""
         asked = {m.name: self.resources if m.resources is None else m.resources for m in self.methods}
         asked |= {RETRAINING: self.resources, GRID: self.resources}
-        return {name: _factory(name, resources) for name, resources in asked.items()}
+        return {name: factory_of(name, resources) for name, resources in asked.items()}
 
     @property
     def kinds(self) -> int:
@@ -117,7 +123,13 @@ class Plan:
             InputError: a method cannot work on the task.
         """
         pairs = ((method, seed) for seed in self.seeds for method in self.methods)
-        return {Account(method.name, seed): self._searcher(method, seed) for method, seed in pairs}
+        made: dict[Account, Searcher] = {}
+        for method, seed in pairs:
+            searcher = self._searcher(method, seed)
+            if any(searcher is other for other in made.values()):
+                raise InputError(f"{method.name} gives a searcher that is in use already: make a new one at every call")
+            made[Account(method.name, seed)] = searcher
+        return made
 
     def portfolio(self, searchers: Mapping[Account, Searcher], folder: Path, key: str) -> PortfolioSearch:
         """The searcher that owns all methods' searchers."""
@@ -151,13 +163,17 @@ class Plan:
         return searcher
 
     def check_resources(self) -> None:
-        """See that every method's trials fit the cluster.
+        """See that every method's trials fit the cluster; one that grows may have more nodes by then.
 
         Raises:
             InputError: some never will.
         """
+        if grows():
+            return
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        for name, factory in self.factories().items():
+        # one search for each kind, told of by the first that asks for it
+        first = {_kind(factory): (name, factory) for name, factory in reversed(self.factories().items())}
+        for name, factory in first.values():
             for bundle in factory.bundles:
                 if not any(all(node.get(key, 0) >= amount for key, amount in bundle.items()) for node in nodes):
                     most = _amounts({key: max(node.get(key, 0) for node in nodes) for key in bundle})
@@ -173,7 +189,7 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """What `settings.json` says of all this."""
-        tunable = {method.name: method.tunable(self.task) for method in self.methods}
+        tunable = {method.name: _tunable(method, self.task) for method in self.methods}
         return {
             "version": _VERSION,
             "problem": self.problem.name,
@@ -217,8 +233,8 @@ def chosen_methods(methods: Iterable[str | Method] | None, task: Task) -> tuple[
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"there are two methods called {name!r}: leave one out, or give it another name")
-        if name in (RETRAINING, GRID) or not name.replace("-", "").replace("_", "").isalnum():
-            raise InputError(f"a method is called {name!r}: choose a name of letters, digits, - and _")
+        if name in (RETRAINING, GRID):
+            raise InputError(f"a method is called {name!r}, which every comparison has: choose another name")
     if not chosen:
         raise InputError(f"there are no methods to compare: choose some of {', '.join(METHODS)}")
     return tuple(chosen)
@@ -228,25 +244,38 @@ def _can_work(method: Method, task: Task) -> bool:
     return method.name == FLOOR or bool(method.tunable(task))
 
 
+def _tunable(method: Method, task: Task) -> Mapping[str, Any]:
+    tunable: Any = method.tunable(task)
+    if not isinstance(tunable, Mapping):
+        raise InputError(f"{method.name}'s tunable gives {tunable!r}: give a part of the task's space")
+    return tunable
+
+
 def _check_names(task: Task, methods: Sequence[Method]) -> None:
-    """See that all names in the search space mean something: to plain training, or to a method of a user's own.
+    """See that all names in the search space mean something to the methods that are to tune them.
 
     Raises:
-        InputError: one does not.
+        InputError: one does not, or is held at a value.
     """
-    # whatever else such a method can do, a searcher whose trials train plainly can tune no more than they take
-    own = [method for method in methods if method is not METHODS.get(method.name)]
-    of_methods = {name for m in own if m.trainable is not plain_training for name in m.tunable(task)}
-    hyperparameters, settings = hyperparameters_of(task), trial_settings()
+    hyperparameters = hyperparameters_of(task)
+    tunable = {method.name: _tunable(method, task) for method in methods}
+    taken = {method.name: taken_by(method, task) for method in methods}
     for name in task.space:
-        if name not in hyperparameters and name not in settings and name not in of_methods:
+        if name in task.fixed:
+            raise InputError(f"{name!r} is in the search space and in fixed: leave it out of one")
+        if not any(name in names for names in taken.values()) and name not in hyperparameters:
             raise InputError(
                 f"the search space has {name!r}, which nothing takes: there are {', '.join(hyperparameters)}"
                 f"{did_you_mean(name, hyperparameters)}"
             )
+        cannot = [method for method in tunable if name in tunable[method] and name not in taken[method]]
+        if cannot:
+            raise InputError(
+                f"the search space has {name!r}, which {' and '.join(cannot)} cannot take: leave out one or the other"
+            )
 
 
-def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) -> PlacementGroupFactory:
+def factory_of(name: str, resources: Mapping[str, float] | PlacementGroupFactory) -> PlacementGroupFactory:
     """What a method's trials ask for, in Ray's terms.
 
     Raises:
@@ -262,7 +291,10 @@ def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) 
     else:
         short = {"cpu": "CPU", "gpu": "GPU", "cpus": "CPU", "gpus": "GPU"}
         named = resources if isinstance(resources, Mapping) else {}
-        bundles = [{short.get(str(key).lower(), key): amount for key, amount in named.items()}]
+        asked = {key: int(amount) if isinstance(amount, bool) else amount for key, amount in named.items()}
+        bundles = [
+            {short.get(str(key).lower(), key): amount for key, amount in asked.items() if not _is_nothing(amount)}
+        ]
     if not all(map(_is_bundle, bundles)):
         raise InputError(f"{name}'s resources are {given!r}: give amounts above 0, such as {{'cpu': 1, 'gpu': 0.25}}")
     workers_only = isinstance(resources, PlacementGroupFactory) and resources.head_bundle_is_empty
@@ -270,6 +302,10 @@ def _factory(name: str, resources: Mapping[str, float] | PlacementGroupFactory) 
         if bundles[0][key] > 1 and bundles[0][key] % 1:
             raise InputError(f"{name}'s resources are {bundles[0][key]:g} {key}: above 1, give a whole number")
     return resources if isinstance(resources, PlacementGroupFactory) else PlacementGroupFactory(bundles)
+
+
+def _is_nothing(amount: Any) -> bool:
+    return amount is None or (is_number(amount) and amount == 0)
 
 
 def _is_bundle(bundle: Mapping[str, float]) -> bool:

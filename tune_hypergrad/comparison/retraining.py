@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tune_hypergrad.comparison.records import RETRAINING, Comparison
 from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
-from tune_hypergrad.methods import Task, training_reports
+from tune_hypergrad.methods import Task, is_whole, training_reports
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.searchers.portfolio import RETRAINS, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
@@ -44,13 +43,13 @@ class Retraining:
     """"train", or "train+val": what the test split is then predicted from has more examples."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, Integral) or self.seeds < 0:
+        if not is_whole(self.seeds) or self.seeds < 0:
             raise InputError(f"retraining with {self.seeds!r} seeds: give a whole number; 0 leaves it out")
         if self.data not in ("train", "train+val"):
             raise InputError(f'retraining on {self.data!r}: give "train" or "train+val"')
         shares = tuple(self.shares) if isinstance(self.shares, Iterable) else ()
         if not shares or not all(map(_is_share, shares)) or max(shares) != 1:
-            raise InputError(f"retraining after the shares {self.shares!r}: give some above 0, the last of them 1")
+            raise InputError(f"retraining after the shares {self.shares!r}: give some above 0, the largest of them 1")
         object.__setattr__(self, "seeds", int(self.seeds))  # NumPy's are no JSON
         object.__setattr__(self, "shares", tuple(map(float, shares)))
 

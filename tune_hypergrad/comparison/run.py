@@ -7,8 +7,9 @@ import platform
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.arguments import checked
-from tune_hypergrad.comparison.folders import contents, folder_for, storage_for
+from tune_hypergrad.comparison.folders import contents, folder_for, joined, new_file, storage_for
 from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space
 from tune_hypergrad.comparison.progress import Display, Status, make_display
 from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
@@ -39,7 +40,7 @@ from tune_hypergrad.comparison.scheduling import PatientScheduler
 from tune_hypergrad.comparison.session import cluster_session
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.ledger import LEDGER_FILE, Account, Ledger
+from tune_hypergrad.ledger import LEDGER_FILE, Account, Ledger, read_events
 from tune_hypergrad.methods import Method, Task
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.searchers.portfolio import (
@@ -57,10 +58,9 @@ from tune_hypergrad.trainables.dispatching import PORTFOLIO, Dispatching
 COMMAND_FILE = "command.json"
 """In a comparison's folder, where the command line made it: its options, for resuming."""
 
-BEFORE = (COMMAND_FILE, "settings.tmp")
-"""What a folder may have before anything has begun there."""
-
 _TRIALS_FOLDER = "trials"
+_BEFORE = (COMMAND_FILE, "settings.tmp")  # what a folder may have before anything has begun there
+_BESIDE_LEDGER = (SETTINGS_FILE, "settings.tmp", SNAPSHOT_FILE, "snapshot.tmp", _TRIALS_FOLDER)
 _OF_RUNS = ("out", "resume", "max_failures", "storage", "address", "progress", "callbacks")
 _PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "numpy")
 
@@ -166,7 +166,8 @@ def _plan(
     if steps < 1:
         raise InputError(f"epochs is {epochs:g}, less than one inner step of {problem.steps_per_epoch} an epoch")
     if space is None:
-        space = default_space(problem, optimizer)
+        held = of_task.get("fixed", {})
+        space = {name: entry for name, entry in default_space(problem, optimizer).items() if name not in held}
     # searches never see the test split
     task = Task(problem.replace(test=None), space, steps, optimizer, **of_task)
     return Plan(
@@ -199,18 +200,21 @@ def run_plan(
     display = make_display(progress)
     trainables, searchers = plan.trainables(), plan.searchers()
     key = _key_of(folder, plan, storage) if resume else _new_key(folder)
-    trials = f"{storage}/{folder.name}-{key}" if storage else str(folder)
+    trials = joined(storage, f"{folder.name}-{key}") if storage else str(folder)
 
+    @cache  # asked when something has failed, by whoever clears up
     def begun() -> bool:
         return resume or bool(Ledger(folder / LEDGER_FILE).trials)
 
     try:
-        with (
-            folder_for(folder, begun),
-            storage_for(trials, begun),
-            cluster_session(address, pending=WAITING * plan.kinds),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(folder_for(folder))
+            if storage:
+                stack.enter_context(storage_for(trials, begun))
+            stack.enter_context(cluster_session(address, pending=WAITING * plan.kinds))
             plan.check_resources()
+            if not resume:
+                stack.enter_context(new_file(folder / LEDGER_FILE, _BESIDE_LEDGER, begun))
             _write_settings(folder, plan, key, storage)
             _DISPLAYS[key] = display
             finished = _run(plan, trainables, searchers, folder, key, max_failures, trials, callbacks)
@@ -306,7 +310,7 @@ def _run(
     dispatching = tune.with_parameters(Dispatching, **parameters)
     factories = plan.factories()
     trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
-    path = f"{trials}/{_TRIALS_FOLDER}"
+    path = joined(trials, _TRIALS_FOLDER)
     known = put_snapshot_back(folder / SNAPSHOT_FILE, path)
     if known:
         _delete_checkpoints(path, keep=known)
@@ -352,7 +356,7 @@ def _delete_checkpoints(trials: str, keep: Collection[str] = ()) -> None:
 
 def _forget(folder: Path, trials: str) -> None:
     """What a driver left that was killed before Ray had saved anything."""
-    if (folder / LEDGER_FILE).exists():
+    if read_events(folder / LEDGER_FILE):
         Ledger(folder / LEDGER_FILE).write("resume", known=[])
     with suppress(FileNotFoundError):
         if "://" not in trials:
@@ -384,7 +388,7 @@ def _new_key(folder: Path) -> str:
     Raises:
         InputError: its folder holds something.
     """
-    if any(file.name not in BEFORE for file in contents(folder)):
+    if any(file.name not in _BEFORE for file in contents(folder)):
         raise InputError(f"{folder} is not empty: choose another folder, resume what is in it, or remove it")
     return uuid4().hex[:8]
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import ray.util.client
+from ray.tune.execution.cluster_info import _is_ray_cluster
 
 from tune_hypergrad.errors import InputError, in_one_line
 
@@ -19,15 +21,17 @@ _SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one method's result without the metric would end all methods
 }
 
+_NO_CLIENT = "the comparison itself has to run on a machine of the cluster, with address='auto'"
 _PATIENCE = 10.0  # seconds in which a cluster accepts a connection
 
 # of failed trials the report tells, and searchers of what they passed over
-_LOGGERS = (
-    "hpbandster",
-    "ray.tune.tune",
-    "ray.tune.analysis.experiment_analysis",
-    "ray.tune.execution.tune_controller",
-)
+_LOGGERS = {
+    "hpbandster": logging.CRITICAL,
+    "ray.tune.tune": logging.CRITICAL,
+    "ray.tune.analysis.experiment_analysis": logging.CRITICAL,
+    "ray.tune.execution.tune_controller": logging.CRITICAL,
+    "tensorboardX.x2num": logging.ERROR,  # NaN is what a diverged run reports
+}
 
 
 @contextmanager
@@ -45,9 +49,9 @@ def cluster_session(address: str | None = None, pending: int = 1) -> Iterator[No
     before = {name: os.environ.get(name) for name in settings}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # NaN is what a diverged run reports
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    for name, level in _LOGGERS.items():
+        logging.getLogger(name).setLevel(level)
     ours = not ray.is_initialized()
     try:
         if ours:
@@ -61,20 +65,44 @@ def cluster_session(address: str | None = None, pending: int = 1) -> Iterator[No
         for name, former in before.items():
             if former is None:
                 os.environ.pop(name, None)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def refuse_client(what: str, address: str) -> None:
+    """See that an address is none of Ray Client.
+
+    Raises:
+        InputError: it is.
+    """
+    if address.startswith("ray://"):
+        raise InputError(f"{what}: {_NO_CLIENT}")
+
+
+def grows() -> bool:
+    """Whether the session's cluster starts nodes when they are asked for, so that those it has are not all."""
+    return _is_ray_cluster() or ray._private.state.state.get_cluster_config() is not None
 
 
 def _start(address: str | None) -> None:
     # where no address is given, Ray takes the environment's
-    named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
+    named = os.environ.get("RAY_ADDRESS") or None if address in (None, "auto") else address
+    if named is not None:
+        refuse_client(f"RAY_ADDRESS is {named!r}", named)
     dashboard = False if address is None else None
     try:
-        if named is not None and "://" not in named and ":" in named:
+        if named is not None and ":" in named:
             _knock(named)  # Ray would try for minutes
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
-    except Exception as error:
+    except OSError as error:  # a ConnectionError is one too
         if address is None and named is None and not isinstance(error, ConnectionError):
             raise
         raise InputError(f"no Ray cluster answers at {named or address!r}: {in_one_line(error)}") from error
+    except Exception as error:
+        if address is None and named is None:
+            raise
+        message = " ".join(str(error).split())
+        raise InputError(f"joining {named or address!r} failed: {type(error).__name__}: {message}") from error
 
 
 def _knock(address: str) -> None:
@@ -84,7 +112,9 @@ def _knock(address: str) -> None:
 
 
 def _check_address(address: str | None) -> None:
-    """See that an address is that of the session that this process is in."""
+    """See that an address is that of the session that this process is in, and that this is on a machine of its own."""
+    if ray.util.client.ray.is_connected():
+        raise InputError(f"this process is in a session of Ray Client: {_NO_CLIENT}")
     if address is None or address == "auto":
         return
     own = ray.get_runtime_context().gcs_address

@@ -34,6 +34,8 @@ class ContinuesPromoted(tune.Trainable):
     Ray's own names do; a trial whose folder has another name leaves a note there of which it is.
     """
 
+    _noted: str | None = None  # the trial whose folder longer ones can find
+
     def setup(self, config: dict[str, Any], **parameters: Any) -> None:
         """Called by Ray when an actor starts."""
         super().setup(config, **parameters)
@@ -51,8 +53,9 @@ class ContinuesPromoted(tune.Trainable):
         saved = super().save(checkpoint_dir)
         if saved.checkpoint is not None:
             saved.checkpoint.update_metadata({_PROGRESS: {name: getattr(self, name) for name in _COUNTERS}})
-            if self._storage is not None:
+            if self._storage is not None and self._noted != self.trial_id:
                 _note_folder(self._storage, self.trial_id)
+                self._noted = self.trial_id
         return saved
 
     def load_promoted(self, checkpoint: tune.Checkpoint) -> None:
