@@ -24,7 +24,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.searchers.brackets import Bracket
 from tune_hypergrad.searchers.configspace import Translation, translate
 from tune_hypergrad.searchers.master import ConfigId, Generator, Master, Sampler
-from tune_hypergrad.searchers.restorable import RestorableSearch
+from tune_hypergrad.searchers.restorable import RestorableSearch, flat
 from tune_hypergrad.searchers.results import ExperimentResult, read_result
 from tune_hypergrad.space import has_domain, schedules_in
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
@@ -143,7 +143,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Remember a trial's latest result: a trial that is stopped while it is paused ends without one."""
         if trial_id in self._running:
-            self._latest[trial_id] = self._what_counts(result)
+            self._latest[trial_id] = self._what_counts(flat(result))
 
     def _take_space(self, config: Mapping[str, Any]) -> bool:
         if self._master is None:
@@ -199,9 +199,8 @@ class HpBandSterSearch(RestorableSearch[Job]):
         return 1 if self._mode == "min" else -1
 
     def _what_counts(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        flat = flatten_dict(dict(result))
         names = (str(self._metric), self._time_attr, "training_iteration", "iterations_since_restore")
-        return {name: flat[name] for name in names if name in flat}
+        return {name: result[name] for name in names if name in result}
 
     def _warn_of_a_restart(self, job: Job, last: Mapping[str, Any]) -> None:
         from_scratch = last.get("iterations_since_restore") == last.get("training_iteration")

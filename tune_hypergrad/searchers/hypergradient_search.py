@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from ray.tune.search import Repeater
 from ray.tune.search.repeater import TRIAL_INDEX
-from ray.tune.utils import flatten_dict
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError, did_you_mean
@@ -241,25 +240,24 @@ class _Outcome(NamedTuple):
 
 
 def _read_outcome(result: Mapping[str, Any], values: Hyperparameters) -> _Outcome | None:
-    """A trial's outcome from its last result; None if it was stopped before it had one.
+    """A trial's outcome from its last result, flat; None if it was stopped before it had one.
 
     Raises:
         InputError: the result has no hypergradients: the trainable is not one that reports them.
     """
-    flat = flatten_dict(dict(result))
     keys = {name: [f"{HYPERGRADIENT_KEY}/{name}/{w}" for w in range(len(v))] for name, v in values.items()}
-    missing = [key for of_name in keys.values() for key in of_name if key not in flat]
-    if missing or "val_loss" not in flat:
+    missing = [key for of_name in keys.values() for key in of_name if key not in result]
+    if missing or "val_loss" not in result:
         raise InputError(
             f"the trial's result has no {(*missing, 'val_loss')[0]!r}: HypergradientSearch needs a trainable that "
             "reports hypergradients, such as InnerRun.from_problem(problem, steps=...)"
         )
     hypergradients = {
-        name: torch.tensor([flat[key] for key in of_name], dtype=torch.float64) for name, of_name in keys.items()
+        name: torch.tensor([result[key] for key in of_name], dtype=torch.float64) for name, of_name in keys.items()
     }
-    if not flat.get("done", True) and not any(bool(g.isfinite().any()) for g in hypergradients.values()):
+    if not result.get("done", True) and not any(bool(g.isfinite().any()) for g in hypergradients.values()):
         return None
-    return _Outcome(flat["val_loss"], flat.get("untrained_val_loss", math.inf), hypergradients)
+    return _Outcome(result["val_loss"], result.get("untrained_val_loss", math.inf), hypergradients)
 
 
 def _average(outcomes: list[_Outcome], values: Hyperparameters) -> _Outcome:

@@ -23,7 +23,7 @@ from ray.tune.search.search_generator import SearchGenerator
 Kind = TypeVar("Kind")
 
 
-@dataclass(frozen=True)
+@dataclass
 class RayLoop:
     """The loop that calls."""
 
@@ -31,11 +31,8 @@ class RayLoop:
     """Ray's, which has the trials."""
     generator: SearchGenerator
     """What makes trials of suggestions."""
-
-    @property
-    def searchers(self) -> list[Searcher]:
-        """From the outermost wrapper in to the searcher that decides."""
-        return searchers_of(self.generator)
+    searchers: list[Searcher]
+    """From the outermost wrapper in to the searcher that decides."""
 
     @property
     def scheduler(self) -> TrialScheduler:
@@ -71,7 +68,8 @@ def calling_loop() -> RayLoop | None:
     found = _frame_of(TuneController)
     if found is None or not isinstance(found[1].search_alg, SearchGenerator):
         return None
-    return RayLoop(found[1], found[1].search_alg)
+    generator = found[1].search_alg
+    return RayLoop(found[1], generator, searchers_of(generator))
 
 
 def calling_searchers() -> list[Searcher]:
@@ -101,10 +99,12 @@ def searchers_of(outer: SearchGenerator | Searcher) -> list[Searcher]:
 
 def _frame_of(kind: type[Kind]) -> tuple[FrameType, Kind] | None:
     """The innermost call of a method of such an object, and the object."""
+    file = sys.modules[kind.__module__].__file__
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, kind):
-            return frame, owner
+        if frame.f_code.co_filename == file:  # of others it would take long to look at the variables
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, kind):
+                return frame, owner
         frame = frame.f_back
     return None

@@ -176,7 +176,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         self._again = deque(again for again in self._again if again is not work)
         try:
             # a wrapper that repeats trials passes on the mean of those that have one, and that the last has failed
-            self._finish(work, trial_id, flatten_dict(dict(result or {})), error and not result)
+            self._finish(work, trial_id, flat(result or {}), error and not result)
         except Exception as refusal:
             # raised here, Ray would take it for the trial's failure: `suggest` ends the run, and a restore goes on
             text = str(refusal) if isinstance(refusal, InputError) else in_one_line(refusal)
@@ -396,7 +396,7 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     def _is_not_asked(self, loop: RayLoop | None) -> bool:
         """Whether wrappers want another repeat or nothing instead, now that the search has looked around."""
-        if loop is None:
+        if loop is None or len(loop.searchers) == 1:
             return False
         wrappers.reopen(loop.searchers)
         return wrappers.would_not_ask(loop.searchers)
@@ -457,7 +457,7 @@ class RestorableSearch(Searcher, Generic[Work]):
     ) -> bool:
         """Take the end that came first of those that have not been heard of; whether there was one."""
         unheard = [id for id in self._waited_for(searchers) if id in trials and trials[id].ended]
-        results = {id: flatten_dict(dict(trials[id].last_result)) for id in unheard}
+        results = {id: flat(trials[id].last_result) for id in unheard}
         counted = [id for id in unheard if trials[id].status != Trial.ERROR and self._counts(id, results[id])]
         if certain:
             counted = unheard
@@ -480,6 +480,12 @@ class LooksAround(Callback):
         loop = calling_loop()
         if loop is not None and isinstance(loop.searchers[-1], RestorableSearch):
             loop.searchers[-1].look_around()
+
+
+def flat(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result whose nested entries have their path for a name, as Ray gives most of them already."""
+    nested = any(isinstance(value, dict) for value in result.values())
+    return flatten_dict(dict(result)) if nested else dict(result)
 
 
 def state_of(outer: Searcher) -> bytes | None:
@@ -554,8 +560,7 @@ def _tell_end(searchers: Sequence[Searcher], trial_id: str, result: Mapping[str,
 
 
 def _last_result(trial: Trial) -> dict[str, Any]:
-    result: dict[str, Any] = flatten_dict(dict(trial.run_metadata.last_result))  # the trial's own makes one up
-    return result
+    return flat(trial.run_metadata.last_result)  # the trial's own makes one up where there is none
 
 
 def _agree(suggested: Any, given: Any) -> bool:
