@@ -242,8 +242,7 @@ class RestorableSearch(Searcher, Generic[Work]):
             self.__setstate__(saved[STATE_KEY])
             wrappers.set_states(searchers, saved.get(_WRAPPERS, ()))
         if trials is None or (saved.get(_WRAPPERS) and len(searchers) == 1):
-            self._again.extend(self._running.values())  # nothing is known of them, or only their wrappers know
-            return
+            return  # of what ran nothing is known, or only its wrappers know: the first look will tell
         known = set(saved.get(_TRIALS, trials))
         new = sorted(trials.keys() - known, key=lambda trial_id: trials[trial_id].number)
         # whether a trial that has failed is run again, only Ray's loop will tell
