@@ -1,6 +1,7 @@
 """A killed driver: a restored HpBandSter search makes the evaluations of an undisturbed one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,16 +63,24 @@ def make_tuner(folder, method):
 
 
 def killed(ray_session, tmp_path, method):
-    """An experiment in the folder, whose driver has been killed in the middle."""
+    """An experiment in the folder, whose driver has been killed in the middle, but not while Ray wrote its trials: it
+    would begin the experiment again."""
     paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
-    driver = subprocess.run(
-        [sys.executable, "-c", DRIVER, ray_session, str(tmp_path), method],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert driver.returncode == -signal.SIGKILL, driver.stderr[-3000:]
+    for _ in range(3):
+        driver = subprocess.run(
+            [sys.executable, "-c", DRIVER, ray_session, str(tmp_path), method],
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert driver.returncode == -signal.SIGKILL, driver.stderr[-3000:]
+        (trials,) = (tmp_path / "run").glob("experiment_state-*.json")
+        if trials.read_text().endswith("}"):
+            return
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "killed").unlink()
+    raise AssertionError("three drivers were killed while they wrote their trials")
 
 
 @pytest.mark.parametrize("method", ["bohb", "hb"], ids=["one at a time", "two at a time"])
