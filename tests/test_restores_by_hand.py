@@ -300,7 +300,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "wrapping"), CASES)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), deaths=st.lists(st.sampled_from(["resume", "skip", "restart"]), max_size=3))
 def test_whenever_a_driver_dies_the_search_comes_to_its_end(kind, wrapping, tmp_path, seed, deaths):
     with pytest.MonkeyPatch.context() as monkeypatch:
