@@ -75,33 +75,35 @@ class TestProjectionAndScale:
         assert path(descent_of(2, [0.95, -0.95]), [-1, 1], [-1, 1]) == [[1, -1], [1, -1]]
 
     def test_a_log_range_multiplies(self) -> None:
-        descent = Descent({"h": Range(2, 1e-4, 1.0, log=True)}, initial={"h": double(0.01, 0.5)}, step_sizes={"h": 1.0})
+        descent = Descent(
+            {"h": Range(2, 1e-4, 1.0, scale="log")}, initial={"h": double(0.01, 0.5)}, step_sizes={"h": 1.0}
+        )
         assert path(descent, [1.0, -1.0], [1.0, -1.0]) == [
             pytest.approx([0.01 / math.e, 1.0]),
             pytest.approx([0.01 / math.e**2, 1.0]),
         ]
 
     def test_gradients_on_a_log_range_are_by_the_logarithm(self) -> None:
-        ranges = {"h": Range(1, 1e-4, 1.0, log=True)}
+        ranges = {"h": Range(1, 1e-4, 1.0, scale="log")}
         descent = Descent(ranges, initial={"h": double(0.1)}, step_sizes={"h": 0.5}, update="sgd")
         ((value,),) = path(descent, [3.0])
         assert value == pytest.approx(0.1 * math.exp(-0.5 * 3.0 * 0.1))
 
     @given(st.floats(1e-4, 1.0))
     def test_a_zero_hypergradient_does_not_move_a_log_value(self, value: float) -> None:
-        descent = Descent({"h": Range(1, 1e-4, 1.0, log=True)}, initial={"h": double(value)})
+        descent = Descent({"h": Range(1, 1e-4, 1.0, scale="log")}, initial={"h": double(value)})
         for _ in range(3):
             descent.step({"h": double(0.0)})
         assert float(descent.values["h"]) == value
 
     def test_without_initial_values(self) -> None:
-        ranges = {"a": Range(2, -1, 1), "b": Range(1, 0.5, 2), "c": Range(3, 1e-4, 1, log=True)}
+        ranges = {"a": Range(2, -1, 1), "b": Range(1, 0.5, 2), "c": Range(3, 1e-4, 1, scale="log")}
         values = Descent(ranges).values
         assert values["a"].tolist() == [0, 0] and values["b"].tolist() == [0.5]
         assert values["c"].tolist() == pytest.approx([0.01] * 3)
 
     def test_default_steps_are_a_share_of_the_range(self) -> None:
-        descent = Descent({"a": Range(1, 0, 4), "b": Range(1, 1e-4, 1, log=True)}, default_step=0.05)
+        descent = Descent({"a": Range(1, 0, 4), "b": Range(1, 1e-4, 1, scale="log")}, default_step=0.05)
         assert float(descent.states["a"]["step_size"]) == pytest.approx(0.2)
         assert float(descent.states["b"]["step_size"]) == pytest.approx(0.05 * math.log(1e4))
         assert descent.largest_step == INF

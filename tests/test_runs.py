@@ -222,7 +222,7 @@ class TestSaving:
         problem = random_problem()
 
         def online() -> OnlineRun:
-            ranges = {"lr": Range(1, 1e-4, 1.0, log=True), "beta1": Range(1, 0.0, 0.99)}
+            ranges = {"lr": Range(1, 1e-4, 1.0, scale="log"), "beta1": Range(1, 0.0, 0.99)}
             initial = {"lr": double(0.02), "beta1": double(0.7)}
             descent = Descent(ranges, initial=initial, update="adam", default_step=0.05)
             return OnlineRun(make_loop(problem, steps, "adam"), descent, horizon=horizon, val_examples=4)

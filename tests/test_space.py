@@ -100,7 +100,7 @@ def test_gradient_ranges():
         }
     )
     assert ranges == {
-        "lr": Range(7, 1e-4, 1.0, log=True),
+        "lr": Range(7, 1e-4, 1.0, scale="log"),
         "momentum": Range(1, 0.0, 0.99),
         "bias": Range(1, -math.inf, math.inf),
         "bare": Range(1, 0.0, 2.0),
@@ -160,7 +160,9 @@ def test_nothing_to_tune(space):
     assert "nothing to tune" in refusal(gradient_ranges, space)
 
 
-@pytest.mark.parametrize("arguments", [(0, 0, 1), (1, 1, 0), (1, math.nan, 1), (1, 0, 1, True), (True, 0, 1)])
+@pytest.mark.parametrize(
+    "arguments", [(0, 0, 1), (1, 1, 0), (1, math.nan, 1), (1, 0, 1, "log"), (1, 0, 1, "complement"), (True, 0, 1)]
+)
 def test_range_refuses(arguments):
     refusal(Range, *arguments)
 
@@ -169,7 +171,7 @@ def test_range_refuses(arguments):
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5))
 def test_range_scales(values):
     tensor = torch.tensor(values, dtype=torch.float64)
-    linear, log = Range(len(values), 1e-3, 10), Range(len(values), 1e-3, 10, log=True)
+    linear, log = Range(len(values), 1e-3, 10), Range(len(values), 1e-3, 10, scale="log")
     assert torch.equal(linear.to_internal(tensor), tensor) and torch.equal(linear.from_internal(tensor), tensor)
     torch.testing.assert_close(log.to_internal(tensor), torch.log(tensor))
     torch.testing.assert_close(log.from_internal(log.to_internal(tensor)), tensor)
@@ -177,7 +179,29 @@ def test_range_scales(values):
     assert torch.equal(projected, torch.tensor([min(max(v, 1e-3), 10) for v in values], dtype=torch.float64))
 
 
+def test_complement_scale_is_that_of_one_minus_the_value():
+    momentum = Range(1, 0.0, 0.99, scale="complement")
+    values = torch.tensor([0.0, 0.5, 0.9, 0.99], dtype=torch.float64)
+    internal = momentum.to_internal(values)
+    torch.testing.assert_close(internal, torch.log(1 / (1 - values)))
+    torch.testing.assert_close(momentum.from_internal(internal), values)
+    assert momentum.internal_width == pytest.approx(math.log(100))
+    assert momentum.middle == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("scale", ["linear", "log", "complement"])
+def test_slope_is_the_derivative_by_what_is_tuned(scale):
+    limits = Range(3, 0.01, 0.99, scale=scale)
+    internal = limits.to_internal(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).requires_grad_()
+    values = limits.from_internal(internal)
+    (derivative,) = torch.autograd.grad(values.sum(), internal)
+    torch.testing.assert_close(limits.slope(values.detach()), derivative)
+    assert limits.to_internal(torch.tensor(limits.middle)) == pytest.approx(
+        float(limits.to_internal(torch.tensor([0.01, 0.99], dtype=torch.float64)).mean()), rel=1e-5
+    )
+
+
 def test_internal_width():
     assert Range(1, -1, 2).internal_width == 3
-    assert Range(1, 1e-4, 1, log=True).internal_width == pytest.approx(4 * math.log(10))
+    assert Range(1, 1e-4, 1, scale="log").internal_width == pytest.approx(4 * math.log(10))
     assert Range(1, -math.inf, math.inf).internal_width == math.inf

@@ -9,11 +9,15 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
+
+Scale = Literal["linear", "log", "complement"]
+"""What a gradient method moves: the value, its logarithm, or the logarithm of 1 minus it."""
 
 
 def schedule(domain: Any, windows: int) -> dict[str, Any]:
@@ -96,8 +100,8 @@ class Range:
     """Smallest value allowed; -inf where there is no bound."""
     upper: float
     """Largest value allowed; inf where there is no bound."""
-    log: bool = False
-    """Tune the logarithm (natural) in place of the value."""
+    scale: Scale = "linear"
+    """What is tuned: the value, its natural logarithm ("log"), or the logarithm of 1 minus the value ("complement")."""
 
     def __post_init__(self) -> None:
         if not _is_count(self.windows):
@@ -106,29 +110,55 @@ class Range:
             raise InputError(
                 f"the range [{self.lower}, {self.upper}] leaves no room: pass a constant, or lower < upper"
             )
-        if self.log and self.lower <= 0:
+        if self.scale == "log" and self.lower <= 0:
             raise InputError(
                 f"the range [{self.lower}, {self.upper}] is on a log scale: its lower bound must be above 0"
+            )
+        if self.scale == "complement" and self.upper >= 1:
+            raise InputError(
+                f"the range [{self.lower}, {self.upper}] is on the scale of 1 minus the value: its upper bound must be "
+                "below 1"
             )
 
     @property
     def internal_width(self) -> float:
         """Upper minus lower bound on the internal scale; inf where a bound is missing."""
-        if not self.log:
-            return self.upper - self.lower
-        return math.log(self.upper) - math.log(self.lower)
+        if self.scale == "log":
+            return math.log(self.upper) - math.log(self.lower)
+        if self.scale == "complement":
+            return math.log(1 - self.lower) - math.log(1 - self.upper)
+        return self.upper - self.lower
+
+    @property
+    def middle(self) -> float:
+        """The value in the middle of the range on the internal scale; NaN where a bound is missing."""
+        if self.scale == "log":
+            return math.sqrt(self.lower * self.upper)
+        if self.scale == "complement":
+            return 1 - math.sqrt((1 - self.lower) * (1 - self.upper))
+        return (self.lower + self.upper) / 2 if math.isfinite(self.internal_width) else math.nan
 
     def project(self, values: Tensor) -> Tensor:
         """The nearest values within the range (bounds rounded to the tensor's dtype); NaN stays NaN."""
         return values.clamp(self.lower, self.upper)
 
     def to_internal(self, values: Tensor) -> Tensor:
-        """Values on the scale that is tuned: their logarithm, or as they are."""
-        return values.log() if self.log else values
+        """Values on the scale that is tuned, which grows with them."""
+        if self.scale == "log":
+            return values.log()
+        return -(1 - values).log() if self.scale == "complement" else values
 
     def from_internal(self, values: Tensor) -> Tensor:
         """Undo `to_internal`, to rounding: `project` what must be within the range."""
-        return values.exp() if self.log else values
+        if self.scale == "log":
+            return values.exp()
+        return 1 - (-values).exp() if self.scale == "complement" else values
+
+    def slope(self, values: Tensor) -> Tensor:
+        """Derivative of the value by what is tuned, at `values`."""
+        if self.scale == "log":
+            return values
+        return 1 - values if self.scale == "complement" else torch.ones_like(values)
 
 
 def gradient_ranges(space: Mapping[str, Any]) -> tuple[dict[str, Range], dict[str, Any]]:
@@ -205,7 +235,7 @@ def _domain_range(domain: Any, windows: int) -> Range:
     from ray.tune.search import sample
 
     log = isinstance(domain.get_sampler(), sample.LogUniform)
-    return Range(windows, float(domain.lower), float(domain.upper), log)
+    return Range(windows, float(domain.lower), float(domain.upper), "log" if log else "linear")
 
 
 def _underivable_kind(leaf: Any) -> str | None:

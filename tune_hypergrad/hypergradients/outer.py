@@ -95,9 +95,7 @@ class Descent:
         self.largest_step = 0.0
         for name, limits in self.ranges.items():
             values = self.values[name]
-            gradient = hypergradients[name].to(device="cpu", dtype=torch.float64)
-            if limits.log:
-                gradient = gradient * values  # d/d log h = h d/dh
+            gradient = hypergradients[name].to(device="cpu", dtype=torch.float64) * limits.slope(values)
             gradient = torch.where(gradient.isfinite(), gradient, 0)
             change, self.states[name] = self._update(gradient, self.states[name])
             moved = limits.project(limits.from_internal(limits.to_internal(values) + change))
@@ -236,7 +234,7 @@ class OuterLoop:
 
 def _initial(name: str, limits: Range, values: Tensor | None) -> Tensor:
     if values is None:
-        start = (limits.lower * limits.upper) ** 0.5 if limits.log else 0.0
+        start = limits.middle if limits.scale == "log" else 0.0
         return limits.project(torch.full((limits.windows,), start, dtype=torch.float64))
     values = values.detach().to(device="cpu", dtype=torch.float64)
     if values.shape != (limits.windows,):
