@@ -224,15 +224,12 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
     Args:
         steps: which ones.
         first: their losses on the way there, shape [steps].
-        again: their losses on the way back, shape [steps]: the same to a few last bits on a CPU, to rounding on other
-            devices.
+        again: their losses on the way back, shape [steps].
 
     Raises:
         NotReplayedError: they differ.
     """
-    precision = torch.finfo(again.dtype).eps
-    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
-    differ = ~torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
+    differ = ~are_replayed(first, again)
     if bool(differ.any()):
         position = int(differ.nonzero()[0])
         raise NotReplayedError(
@@ -241,6 +238,14 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
             "draws from a generator of its own, counts calls or caches; draw from torch's, NumPy's or Python's global "
             "generators, or set differentiation='forward'"
         )
+
+
+def are_replayed(first: Tensor, again: Tensor) -> Tensor:
+    """Which losses are those of the same steps, elementwise: to a few last bits on a CPU, to rounding on other devices,
+    where sums are added up in another order at every call."""
+    precision = torch.finfo(again.dtype).eps
+    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
+    return torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
 
 
 def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
