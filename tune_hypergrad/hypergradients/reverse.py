@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.partial_update import step_blocks
@@ -250,7 +251,7 @@ def are_replayed(first: Tensor, again: Tensor) -> Tensor:
 
 def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
     """What a training step runs in whose gradient is differentiated; `state` is what it may overwrite."""
-    return DifferentiableStops(state, IN_TRAINING)
+    return DifferentiableStops(state, {**IN_TRAINING, **CONVOLUTIONS})
 
 
 def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
