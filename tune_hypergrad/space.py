@@ -233,9 +233,10 @@ def without_schedule(entry: Any) -> Any:
     """What a schedule is made of, of a window, of a knot, or of the peak; anything else as it is."""
     if not isinstance(entry, Mapping) or _is_grid(entry) or places_of("", entry, is_entry) is None:
         return entry
-    if ONE_MINUS in entry:
-        return {ONE_MINUS: without_schedule(entry[ONE_MINUS])}
-    return without_schedule(next(iter(entry.values()))) if "peak" not in entry else entry["peak"]
+    key, inner = next(iter(entry.items()))
+    if key == ONE_MINUS:
+        return {ONE_MINUS: without_schedule(inner)}
+    return inner["peak"] if key in PARTS else without_schedule(inner)
 
 
 def is_entry(leaf: Any) -> bool:
@@ -252,9 +253,9 @@ def flat_values(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
             as numbers, booleans do not. Of a shape, parts may be missing.
 
     Raises:
-        InputError: an entry is anything else.
+        InputError: an entry is anything else, or a number is given twice, in two ways.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, tuple[float, ...]] = {}
     for name, value in config.items():
         places = places_of(name, value, is_number)
         if places is None:
@@ -262,9 +263,14 @@ def flat_values(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
                 f"hyperparameter {name!r}: {value!r} is no hyperparameter: pass a number, one number for each window "
                 "as a list, or a config of a schedule's form"
             )
+        own: dict[str, list[float]] = {}
         for place in places:
-            found.setdefault(place.name, []).append(1 - float(place.leaf) if place.complement else float(place.leaf))
-    return {name: tuple(values) for name, values in found.items()}
+            own.setdefault(place.name, []).append(1 - float(place.leaf) if place.complement else float(place.leaf))
+        twice = next((flat for flat in own if flat in found), None)
+        if twice is not None:
+            raise InputError(f"{twice!r} is given twice: drop one of the two")
+        found |= {flat: tuple(values) for flat, values in own.items()}
+    return found
 
 
 def in_form_of(space: Mapping[str, Any], values: Mapping[str, Sequence[float] | Tensor]) -> dict[str, Any]:

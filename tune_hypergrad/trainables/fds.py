@@ -55,7 +55,9 @@ class DescentSettings:
         unknown = [name for name in self.initial if split_name(name)[0] not in tuned]
         if unknown:
             raise InputError(f"initial {unknown[0]!r} is not tuned in this space: {', '.join(ranges)}")
-        begin = {name: v for name, v in {**self.initial, **(config or {})}.items() if split_name(name)[0] in tuned}
+        given = {**self.initial, **(config or {})}
+        held = self.constants()  # of curves that are tuned in part, by flat name
+        begin = {name: v for name, v in given.items() if split_name(name)[0] in tuned and name not in held}
         return Descent(
             ranges,
             initial=tuned_values(self.space, begin),

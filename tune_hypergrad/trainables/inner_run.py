@@ -81,7 +81,7 @@ class InnerRun(ProblemTrainable):
         loop = InnerLoop(problem, settings.training())
         loop.check_names({})
         if check:  # at what is sure to be tuned, since only trials know the rest
-            names = loop.optimizer.hyperparameters if settings.tuned is None else settings.tuned
+            names = loop.optimizer.hyperparameters if settings.tuned is None else base_names(settings.tuned)
             values = {name: v for name, v in usual_values(loop).items() if name in names}
             settings.make_run(loop, values, check=True)
 
