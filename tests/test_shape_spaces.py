@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from engine_problems import make_loop, make_problem
@@ -23,7 +24,9 @@ from tune_hypergrad import (
     InnerRun,
     InputError,
     RandomSearch,
+    Retraining,
     Schedule,
+    compare,
     complement,
     schedule,
 )
@@ -417,3 +420,31 @@ def test_a_grid_covers_them(space):
         flat = flat_values(point)
         assert all(len(set(flat[name])) == 1 and r.lower < flat[name][0] < r.upper for name, r in ranges.items())
     assert len({str(sorted(flat_values(point).items())) for point in points}) == 2**parts
+
+
+@pytest.mark.slow
+def test_a_comparison_of_methods_over_shapes(ray_session, tmp_path):
+    space = {
+        "lr": schedule(RATES, shape="cosine", floor=0.0),
+        "momentum": complement(RESTS),
+        "weight_decay": schedule(tune.loguniform(1e-6, 1e-2), knots=3),
+    }
+    comparison = compare(
+        tiny_problem(),
+        ["fds", "hd", "rs", "bohb", "cosine"],
+        space=space,
+        budget="20e",
+        epochs=2,
+        out=tmp_path / "out",
+        progress="quiet",
+        retraining=Retraining(seeds=1),
+        reference="grid:16",
+    )
+    assert set(comparison.accounts["completed"]) == {True} and not any(map(comparison.troubles, comparison.methods))
+    for method in ("fds", "rs", "bohb"):
+        found = comparison.schedule(method)
+        assert found.values["lr"].form == "cosine" and found.values["weight_decay"].form == "knots"
+        assert 0 <= found.values["momentum"][0] <= 0.99
+    assert np.isfinite(comparison.retrained["test_loss"]).all()
+    report = (comparison.folder / "report.html").read_text()
+    assert "1 - loguniform (0.01, 1)" in report and "cosine (peak" in report
