@@ -256,6 +256,12 @@ def test_a_schedule_of_shapes():
     assert len(figure.axes) == 3 and len(figure.axes[0].lines[0].get_xdata()) == 200
 
 
+def test_the_beginning_of_a_warm_up_makes_no_logarithmic_axis():
+    rates = {"knots": {"0": 1.0, "1": 1e-3}}
+    panels = Schedule({"lr": {"linear": {"peak": 1.0, "warm_up": 0.5, "floor": 0.0}}, "l2": rates}).plot().axes
+    assert [panel.get_yscale() for panel in panels] == ["linear", "log"]
+
+
 def test_files_of_version_1_still_load(tmp_path):
     path = tmp_path / "old.json"
     path.write_text(json.dumps({"format": "tune_hypergrad/schedule", "version": 1, "values": {"lr": [0.1, 0.2]}}))
