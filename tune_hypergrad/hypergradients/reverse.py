@@ -119,7 +119,8 @@ class ReverseRun(HypergradientRun):
                 windows[len(windows) * step // loop.steps] += value
         if step == 0:
             for name, jacobian in self._jacobians().items():
-                self.hypergradients[name] = jacobian.T @ self.by_step[split_name(name)[0]]
+                each = self.by_step[split_name(name)[0]]
+                self.hypergradients[name] = jacobian.T.to(each) @ each
         self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
 
     def _refuse_another_run(self) -> None:
