@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from tune_hypergrad.recipes.jobs import Job, Results
 from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
-from tune_hypergrad.recipes.searching import Search, cosine, retrainings, test_accuracies
+from tune_hypergrad.recipes.searching import Found, Search, cosine, retrainings, test_accuracies
 from tune_hypergrad.recipes.training import Experiment
 
 GRID_SEARCH = 89.3
@@ -53,8 +52,8 @@ class Settings:
     """Retrainings of the schedules that a search ends with."""
     rules: tuple[str, ...] = ("paper", "ours")
     """Searches; the first is the paper's."""
-    judged_after: tuple[int, ...] = (2, 3, 4, 6, 8, 10)
-    """Outer steps after which the schedule is retrained, once, for the curve."""
+    judged_after: tuple[int, ...] = (2, 3, 5, 7, 10)
+    """Outer steps after which the schedule that the search has then is retrained, once, for the curve."""
     cosines: tuple[float, ...] = (0.05, 0.1, 0.2)
     """Peaks of the hand-made schedules."""
     cosine_momentum: float = 0.9
@@ -91,7 +90,7 @@ def jobs(settings: Settings, results: Results) -> list[Job]:
     return [*steps, *ends, *by_hand, *curve]
 
 
-def _retrained(settings: Settings, name: str, values: dict[str, list[float]], seeds: int | None = None) -> list[Job]:
+def _retrained(settings: Settings, name: str, values: Found, seeds: int | None = None) -> list[Job]:
     seeds = settings.seeds if seeds is None else seeds
     return retrainings(
         f"test/{name}", settings.experiment, values, epochs=settings.retrain_epochs, seeds=seeds, all_data=True
@@ -102,18 +101,28 @@ def _of_ends(settings: Settings, search: Search, results: Results) -> list[Job]:
     """Retrainings of the last schedule, and of the best by validation."""
     if search.next_job(results) is not None:
         return []
-    last = _retrained(settings, f"{search.name}/last", search.found(results, settings.outer_steps))
-    best = search.best(results, settings.outer_steps)
-    return last + ([] if best is None else _retrained(settings, f"{search.name}/best", best))
+    ends = {settings.outer_steps, search.best(results, settings.outer_steps)}
+    return [job for step in ends if step is not None for job in _of_step(settings, search, results, step)]
 
 
 def _of_curve(settings: Settings, search: Search, results: Results) -> list[Job]:
-    found: list[Job] = []
-    done = len(search.rows(results))
-    for steps in settings.judged_after:
-        if steps <= done:
-            found += _retrained(settings, f"{search.name}/after-{steps}", search.found(results, steps), seeds=1)
-    return found
+    judged = [_judged(search, results, steps) for steps in settings.judged_after if steps <= len(search.rows(results))]
+    return [job for step in judged if step is not None for job in _of_step(settings, search, results, step, seeds=1)]
+
+
+def _of_step(settings: Settings, search: Search, results: Results, step: int, seeds: int | None = None) -> list[Job]:
+    """Retrainings of the schedule that an outer step runs, or would run after the last."""
+    return _retrained(settings, _step_name(search, step), search.found(results, step), seeds)
+
+
+def _step_name(search: Search, step: int) -> str:
+    return f"{search.name}/step-{step:02d}"
+
+
+def _judged(search: Search, results: Results, steps: int) -> int | None:
+    """The outer step whose schedule a search stands for after so many: the next one's by the paper's rule, which
+    retrains what it has come to, and the best by validation otherwise."""
+    return steps if search.rule == "paper" else search.best(results, steps)
 
 
 def reference(settings: Settings, results: Results) -> tuple[float, float] | None:
@@ -137,8 +146,9 @@ def curve(settings: Settings, search: Search, results: Results) -> dict[float, f
     spent = hours(search, results)
     points = {}
     for steps in settings.judged_after:
-        accuracies = test_accuracies(results, f"test/{search.name}/after-{steps}")
-        if accuracies and steps <= len(spent):
+        step = _judged(search, results, steps) if steps <= len(spent) else None
+        accuracies = [] if step is None else test_accuracies(results, f"test/{_step_name(search, step)}")
+        if accuracies:
             points[spent[steps - 1]] = 100 * accuracies[0]
     return points
 
@@ -153,12 +163,14 @@ def rows(settings: Settings, results: Results) -> list[Row]:
     for rule in settings.rules:
         search = settings.search(rule)
         published = f"about {GRID_SEARCH - REGRET['FDS'][60]:.1f}" if rule == "paper" else "-"
-        for which, words in (("last", "last schedule"), ("best", "best by validation")):
-            here = spread(test_accuracies(results, f"test/{rule}/{which}"), 2, 100)
-            lines.append(Row(f"test accuracy, FDS, {rule} rule, {words}", published if which == "last" else "-", here))
+        ends = {"last schedule": settings.outer_steps, "best by validation": search.best(results, settings.outer_steps)}
+        for which, step in ends.items():
+            accuracies = [] if step is None else test_accuracies(results, f"test/{_step_name(search, step)}")
+            of_paper = published if which == "last schedule" else "-"
+            lines.append(Row(f"test accuracy, FDS, rule: {rule}, {which}", of_paper, spread(accuracies, 2, 100)))
         done, spent = len(search.rows(results)), hours(search, results)
         here = f"{spent[-1]:.3f} ({done} of {settings.outer_steps} outer steps)" if spent else "not run"
-        lines.append(Row(f"hours of the search, {rule} rule", "2.5 to regret 0" if rule == "paper" else "-", here))
+        lines.append(Row(f"hours of the search, rule: {rule}", "2.5 to regret 0" if rule == "paper" else "-", here))
     return lines
 
 
@@ -173,7 +185,7 @@ def draw(settings: Settings, results: Results) -> Figure:
         points = curve(settings, settings.search(rule), results)
         if against is not None and points:
             regrets = [against[1] - accuracy for accuracy in points.values()]
-            left.plot(list(points), regrets, "o-", color=("black", "C3")[index % 2], label=f"FDS here, {rule} rule")
+            left.plot(list(points), regrets, "o-", color=("black", "C3")[index % 2], label=f"FDS here, rule: {rule}")
     left.set(
         xscale="log",
         yscale="symlog",
@@ -184,10 +196,11 @@ def draw(settings: Settings, results: Results) -> Figure:
     left.legend(frameon=False, fontsize=7)
     for index, rule in enumerate(settings.rules):
         search = settings.search(rule)
-        values: Any = search.best(results, settings.outer_steps)
-        if values is not None:
+        step = search.best(results, settings.outer_steps)
+        if step is not None:
+            values = search.rows(results)[step]["values"]
             lr = values["lr"]
-            label = f"{rule} rule, momentum {values['momentum'][0]:.3g}, weight decay {values['weight_decay'][0]:.2g}"
+            label = f"rule: {rule}, momentum {values['momentum'][0]:.3g}, weight decay {values['weight_decay'][0]:.2g}"
             edges = [window / len(lr) for window in range(len(lr) + 1)]
             right.stairs(lr, edges, baseline=None, color=("black", "C3")[index % 2], label=label)
     if against is not None:
@@ -203,7 +216,7 @@ RECIPE = Recipe(
     name="fds-fig1",
     source="Micaelli & Storkey 2021, Figure 1; regret read off the figure, settings from the released code",
     description="CIFAR-10, WRN-16-1: FDS finds 7 learning rates, momentum and weight decay from zero",
-    cost="182 epochs with hypergradients and 26 trainings of 50 epochs: minutes to an hour on a GPU, days on two cores",
+    cost="182 epochs with hypergradients, about 27 trainings of 50 epochs: an hour of a GPU, days of two cores",
     settings=Settings(),
     jobs=jobs,
     rows=rows,

@@ -65,9 +65,11 @@ class Place:
     def in_pieces(self, done: Callable[[], bool], work: Callable[[], object], state: Callable[[], Any]) -> None:
         """Work until done, with a checkpoint every minute and when it is time to stop.
 
+        Every call does some work, so that calls with any time limit come to an end.
+
         Args:
             done: whether there is nothing left to do.
-            work: does a little, a second at the most.
+            work: does a little, such as a training step.
             state: what `load` is to give another call.
 
         Raises:
@@ -75,10 +77,10 @@ class Place:
         """
         saved = time.monotonic()
         while not done():
-            if self._is_to_stop():
+            work()
+            if self._is_to_stop() and not done():
                 self.save(state())
                 raise Stopped
-            work()
             if time.monotonic() - saved > _SAVE_EVERY:
                 self.save(state())
                 saved = time.monotonic()
@@ -131,10 +133,14 @@ class ResultsFile:
         except OSError as error:
             raise InputError(f"{folder} cannot be made: {in_one_line(error)}; choose another folder") from error
         self.results: dict[str, Any] = dict((read_results(folder) or {"jobs": {}})["jobs"])
+        self._write()
 
     def add(self, name: str, result: Any) -> None:
         """Keep a job's result; the file is replaced whole or not at all."""
         self.results[name] = result
+        self._write()
+
+    def _write(self) -> None:
         content = {**self._head, "jobs": dict(sorted(self.results.items()))}
         temporary = self._file.with_suffix(".tmp")
         try:

@@ -56,11 +56,13 @@ class Search:
         rule = RULES[self.rule](self.windows, self.step_sizes)
         return as_lists(after(rule, self.rows(results)[:outer_steps]).values)
 
-    def best(self, results: Results, outer_steps: int) -> Found | None:
-        """The values of the lowest validation loss among the longest runs of so many outer steps; None: none lived."""
-        rows = self.rows(results)[:outer_steps]
-        longest = [row for row in rows if row["epochs"] == max(self.epochs) and math.isfinite(row["val_loss"])]
-        return min(longest, key=lambda row: float(row["val_loss"]))["values"] if longest else None
+    def best(self, results: Results, outer_steps: int) -> int | None:
+        """The outer step, among the first so many, whose run is the best by validation: of the longest ones, those of
+        another length being no match; None where no such run has come to a finite loss."""
+        rows = enumerate(self.rows(results)[:outer_steps])
+        losses = {index: row["val_loss"] for index, row in rows if row["epochs"] == max(self.epochs)}
+        living = [index for index, loss in losses.items() if math.isfinite(loss)]
+        return min(living, key=lambda index: losses[index], default=None)
 
     def next_job(self, results: Results) -> Job | None:
         """The job of the next outer step; None where all are done."""

@@ -20,8 +20,6 @@ from tune_hypergrad.recipes.jobs import Place
 Values = Mapping[str, Sequence[float]]
 """Hyperparameters by name, a value for each window."""
 
-_PIECE = 32  # steps between two looks at the clock
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -110,7 +108,7 @@ def differentiate(
         untrained = loop.evaluate(loop.initial_state())
         place.in_pieces(
             lambda: run.done,
-            lambda: run.advance(_PIECE),
+            lambda: run.advance(1),
             lambda: {"seconds": time.monotonic() - begun, "run": run.state_dict()},
         )
     result = run.result()
@@ -153,9 +151,8 @@ def retrain(
 
     def work() -> None:
         nonlocal step, state
-        for _ in range(min(_PIECE, loop.steps - step)):
-            state = loop.step(state, loop.scalars(tensors, step), step)
-            step += 1
+        state = loop.step(state, loop.scalars(tensors, step), step)
+        step += 1
 
     def keep() -> dict[str, Any]:
         seconds = time.monotonic() - begun
