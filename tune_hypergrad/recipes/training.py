@@ -48,8 +48,7 @@ class Experiment:
             all_data: whether the validation examples are trained on, too.
             split_seed: draws training and validation examples anew; None leaves them as the problem has them.
         """
-        problem = _load(self.problem, place.data_dir, place.device)
-        problem = problem.replace(batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        problem = _load(self.problem, place.data_dir, place.device, self.batch_size, self.eval_batch_size)
         if split_seed is not None:
             problem = split_anew(problem, split_seed)
         if all_data:
@@ -62,11 +61,12 @@ class Experiment:
 
 
 @lru_cache(maxsize=1)
-def _load(name: str, data_dir: str | None, device: str) -> Problem:
+def _load(name: str, data_dir: str | None, device: str, batch_size: int, eval_batch_size: int) -> Problem:
     """A built-in problem with its tensors where they are needed, read once per process."""
-    problem = problems.get(name, data_dir=data_dir)
+    problem = problems.get(name, data_dir=data_dir, batch_size=batch_size)
     splits = {which: getattr(problem, which) for which in ("train", "val", "test")}
-    return problem.replace(**{which: tuple(t.to(device) for t in split.tensors) for which, split in splits.items()})
+    there = {which: tuple(t.to(device) for t in split.tensors) for which, split in splits.items()}
+    return problem.replace(eval_batch_size=eval_batch_size, **there)
 
 
 def differentiate(
