@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from matplotlib.figure import Figure
 
 from tune_hypergrad.recipes.jobs import Job, Results
 from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
-from tune_hypergrad.recipes.searching import Found, Search, cosine, retrainings, test_accuracies
+from tune_hypergrad.recipes.searching import Retraining, Search, cosine, test_accuracies
 from tune_hypergrad.recipes.training import Experiment
 
 GRID_SEARCH = 89.3
@@ -69,6 +69,11 @@ class Settings:
         epochs = (self.first_epochs, *[self.epochs] * (self.outer_steps - 1))
         return Search(rule, rule, self.experiment, self.windows, self.step_sizes, epochs, self.redrawn)
 
+    @property
+    def retraining(self) -> Retraining:
+        """How schedules are trained anew."""
+        return Retraining(self.retrain_epochs, self.seeds, all_data=True)
+
     def hand_made(self, peak: float) -> dict[str, list[float]]:
         """A cosine schedule."""
         return {
@@ -81,55 +86,37 @@ class Settings:
 def jobs(settings: Settings, results: Results) -> list[Job]:
     """Searches first, then what is retrained at their ends, the hand-made schedules, and the curve."""
     searches = [settings.search(rule) for rule in settings.rules]
-    steps = [job for search in searches if (job := search.next_job(results)) is not None]
-    ends = [job for search in searches for job in _of_ends(settings, search, results)]
-    by_hand = [
-        job for peak in settings.cosines for job in _retrained(settings, f"cosine/{peak:g}", settings.hand_made(peak))
+    outer_steps = [job for search in searches if (job := search.next_job(results)) is not None]
+    how = settings.retraining
+    ends = {(s, step) for s in range(len(searches)) for step in searches[s].ends(results).values()}
+    retrained = [job for s, step in sorted(ends) for job in searches[s].retrained(results, step, how)]
+    peaks = [(_cosine_name(peak), settings.hand_made(peak)) for peak in settings.cosines]
+    by_hand = [job for name, values in peaks for job in how.jobs(name, settings.experiment, values)]
+    curve = [
+        job
+        for search in searches
+        for step in judged(settings, search, results).values()
+        for job in search.retrained(results, step, replace(how, seeds=1))
     ]
-    curve = [job for search in searches for job in _of_curve(settings, search, results)]
-    return [*steps, *ends, *by_hand, *curve]
+    return [*outer_steps, *retrained, *by_hand, *curve]
 
 
-def _retrained(settings: Settings, name: str, values: Found, seeds: int | None = None) -> list[Job]:
-    seeds = settings.seeds if seeds is None else seeds
-    return retrainings(
-        f"test/{name}", settings.experiment, values, epochs=settings.retrain_epochs, seeds=seeds, all_data=True
-    )
+def judged(settings: Settings, search: Search, results: Results) -> dict[int, int]:
+    """Points of the curve: numbers of outer steps done to the outer step whose schedule the search stood for then."""
+    done = [steps for steps in settings.judged_after if steps <= len(search.rows(results))]
+    stood_for = {steps: search.stands_for(results, steps) for steps in done}
+    return {steps: step for steps, step in stood_for.items() if step is not None}
 
 
-def _of_ends(settings: Settings, search: Search, results: Results) -> list[Job]:
-    """Retrainings of the last schedule, and of the best by validation."""
-    if search.next_job(results) is not None:
-        return []
-    ends = {settings.outer_steps, search.best(results, settings.outer_steps)}
-    return [job for step in ends if step is not None for job in _of_step(settings, search, results, step)]
-
-
-def _of_curve(settings: Settings, search: Search, results: Results) -> list[Job]:
-    judged = [_judged(search, results, steps) for steps in settings.judged_after if steps <= len(search.rows(results))]
-    return [job for step in judged if step is not None for job in _of_step(settings, search, results, step, seeds=1)]
-
-
-def _of_step(settings: Settings, search: Search, results: Results, step: int, seeds: int | None = None) -> list[Job]:
-    """Retrainings of the schedule that an outer step runs, or would run after the last."""
-    return _retrained(settings, _step_name(search, step), search.found(results, step), seeds)
-
-
-def _step_name(search: Search, step: int) -> str:
-    return f"{search.name}/step-{step:02d}"
-
-
-def _judged(search: Search, results: Results, steps: int) -> int | None:
-    """The outer step whose schedule a search stands for after so many: the next one's by the paper's rule, which
-    retrains what it has come to, and the best by validation otherwise."""
-    return steps if search.rule == "paper" else search.best(results, steps)
+def _cosine_name(peak: float) -> str:
+    return f"test/cosine/{peak:g}"
 
 
 def reference(settings: Settings, results: Results) -> tuple[float, float] | None:
     """The hand-made peak with the highest mean test accuracy, and this accuracy in per cent; None: none is done."""
     means = {}
     for peak in settings.cosines:
-        accuracies = test_accuracies(results, f"test/cosine/{peak:g}")
+        accuracies = test_accuracies(results, _cosine_name(peak))
         if accuracies:
             means[peak] = 100 * sum(accuracies) / len(accuracies)
     best = max(means, key=lambda peak: means[peak], default=None)
@@ -142,35 +129,45 @@ def hours(search: Search, results: Results) -> list[float]:
 
 
 def curve(settings: Settings, search: Search, results: Results) -> dict[float, float]:
-    """Hours of the search to the test accuracy, in per cent, of the schedule that it had then."""
-    spent = hours(search, results)
-    points = {}
-    for steps in settings.judged_after:
-        step = _judged(search, results, steps) if steps <= len(spent) else None
-        accuracies = [] if step is None else test_accuracies(results, f"test/{_step_name(search, step)}")
+    """Hours of the search to the test accuracy, in per cent, of the schedule that it stood for then."""
+    spent, points = hours(search, results), {}
+    for steps, step in judged(settings, search, results).items():
+        accuracies = test_accuracies(results, search.test_name(step))
         if accuracies:
             points[spent[steps - 1]] = 100 * accuracies[0]
     return points
 
 
-def rows(settings: Settings, results: Results) -> list[Row]:
-    """Test accuracies and hours."""
+def test_rows(settings: Settings, results: Results, published: str) -> list[Row]:
+    """Test accuracies of the hand-made schedules and of those that searches end with, and the searches' hours."""
     lines = []
     for peak in settings.cosines:
-        here = spread(test_accuracies(results, f"test/cosine/{peak:g}"), 2, 100)
+        here = spread(test_accuracies(results, _cosine_name(peak)), 2, 100)
         lines.append(Row(f"test accuracy in per cent, cosine from {peak:g}", "-", here))
-    lines.append(Row("the same, best of a grid search", f"about {GRID_SEARCH}", "the best cosine above"))
     for rule in settings.rules:
         search = settings.search(rule)
-        published = f"about {GRID_SEARCH - REGRET['FDS'][60]:.1f}" if rule == "paper" else "-"
-        ends = {"last schedule": settings.outer_steps, "best by validation": search.best(results, settings.outer_steps)}
-        for which, step in ends.items():
-            accuracies = [] if step is None else test_accuracies(results, f"test/{_step_name(search, step)}")
-            of_paper = published if which == "last schedule" else "-"
+        for which in ("last schedule", "best by validation"):
+            step = search.ends(results).get(which)
+            accuracies = [] if step is None else test_accuracies(results, search.test_name(step))
+            of_paper = published if rule == "paper" and which == "last schedule" else "-"
             lines.append(Row(f"test accuracy, FDS, rule: {rule}, {which}", of_paper, spread(accuracies, 2, 100)))
         done, spent = len(search.rows(results)), hours(search, results)
         here = f"{spent[-1]:.3f} ({done} of {settings.outer_steps} outer steps)" if spent else "not run"
-        lines.append(Row(f"hours of the search, rule: {rule}", "2.5 to regret 0" if rule == "paper" else "-", here))
+        lines.append(Row(f"hours of the search, rule: {rule}", "-", here))
+    return lines
+
+
+def rows(settings: Settings, results: Results) -> list[Row]:
+    """Test accuracies and hours, and regret after the search."""
+    lines = test_rows(settings, results, f"about {GRID_SEARCH - REGRET['FDS'][60]:.1f}")
+    grid = reference(settings, results)
+    here = "not run" if grid is None else f"{grid[1]:.2f} (cosine from {grid[0]:g})"
+    lines.append(Row("what regret is against: grid search; the best cosine", f"about {GRID_SEARCH}", here))
+    for rule in settings.rules:
+        points = list(curve(settings, settings.search(rule), results).items())
+        here = ", ".join(f"{grid[1] - accuracy:.1f} after {hour:.3f}" for hour, accuracy in points) if grid else ""
+        theirs = ", ".join(f"{regret:g} after {hour:g}" for hour, regret in REGRET["FDS"].items())
+        lines.append(Row(f"regret after hours, rule: {rule}", theirs if rule == "paper" else "-", here or "not run"))
     return lines
 
 
