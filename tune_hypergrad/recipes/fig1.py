@@ -9,7 +9,7 @@ from itertools import accumulate
 from matplotlib.figure import Figure
 
 from tune_hypergrad.recipes.jobs import Job, Results
-from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
+from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread, stairs
 from tune_hypergrad.recipes.searching import Retraining, Search, cosine, test_accuracies
 from tune_hypergrad.recipes.training import Experiment
 
@@ -198,8 +198,7 @@ def draw(settings: Settings, results: Results) -> Figure:
             values = search.rows(results)[step]["values"]
             lr = values["lr"]
             label = f"rule: {rule}, momentum {values['momentum'][0]:.3g}, weight decay {values['weight_decay'][0]:.2g}"
-            edges = [window / len(lr) for window in range(len(lr) + 1)]
-            right.stairs(lr, edges, baseline=None, color=("black", "C3")[index % 2], label=label)
+            stairs(right, lr, color=("black", "C3")[index % 2], label=label)
     if against is not None:
         lr = cosine(against[0], 200)
         right.plot([window / 200 for window in range(200)], lr, ":", color="0.5", label=f"cosine from {against[0]:g}")

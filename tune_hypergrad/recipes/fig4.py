@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from tune_hypergrad.recipes.fig1 import Settings, jobs, test_rows
 from tune_hypergrad.recipes.jobs import Results
-from tune_hypergrad.recipes.recipe import Recipe, Row
+from tune_hypergrad.recipes.recipe import Recipe, Row, stairs
 
 TEST_ACCURACY: Mapping[str, float] = {"FDS": 89.1, "HD": 78.0}
 """Published test accuracies in per cent, read off the figure."""
@@ -48,13 +48,9 @@ def draw(settings: Settings, results: Results) -> Figure:
         found = settings.search(rule).rows(results)
         left.plot(range(1, len(found) + 1), [100 * row["val_accuracy"] for row in found], "o-", label=f"rule: {rule}")
         for index, row in enumerate(found):
-            lr = row["values"]["lr"]
-            edges = [window / len(lr) for window in range(len(lr) + 1)]
-            panel.stairs(lr, edges, baseline=None, color=str(0.9 - 0.9 * (index + 1) / settings.outer_steps))
+            stairs(panel, row["values"]["lr"], color=str(0.9 - 0.9 * (index + 1) / settings.outer_steps))
         if rule == "paper":
-            lr = list(BEFORE_NINTH["lr"])
-            edges = [window / len(lr) for window in range(len(lr) + 1)]
-            panel.stairs(lr, edges, baseline=None, color="C3", linestyle="--", label="paper, ninth outer step")
+            stairs(panel, BEFORE_NINTH["lr"], color="C3", linestyle="--", label="paper, ninth outer step")
             panel.legend(frameon=False)
         panel.set(xlabel="training progress", ylabel="learning rate", title=f"rule: {rule}; later is darker")
     left.axhline(TEST_ACCURACY["FDS"], color="C3", linestyle="--", label="paper, test accuracy")

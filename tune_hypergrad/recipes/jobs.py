@@ -48,6 +48,8 @@ class Place:
     """The file for the job's state."""
     stop_at: float
     """When to stop, by `time.time()`."""
+    download: bool = False
+    """Whether missing data may be fetched."""
 
     def load(self) -> Any:
         """The state that an earlier call left, tensors on the device; None where there is none."""
@@ -113,6 +115,8 @@ class Resources:
     """The torch device."""
     stop_at: float
     """When to stop, by `time.time()`; infinite for never."""
+    download: bool = False
+    """Whether missing data may be fetched."""
 
 
 class ResultsFile:
@@ -242,7 +246,8 @@ def run_jobs(
 
 
 def _place(job: Job, folder: Path, resources: Resources) -> Place:
-    return Place(resources.data_dir, resources.device, _checkpoint_of(job.name, folder), resources.stop_at)
+    checkpoint = _checkpoint_of(job.name, folder)
+    return Place(resources.data_dir, resources.device, checkpoint, resources.stop_at, resources.download)
 
 
 def _checkpoint_of(name: str, folder: Path) -> Path:

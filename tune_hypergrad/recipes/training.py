@@ -36,6 +36,12 @@ class Experiment:
     fixed: Mapping[str, float] = field(default_factory=dict)
     """Hyperparameters that are held."""
 
+    def steps(self, epochs: float) -> int:
+        """Inner steps of a run, by the problem's size in the table of built-in problems: nothing is read for it."""
+        train = next(entry.train for entry in problems.table() if entry.name == self.problem)
+        assert train is not None
+        return _steps(epochs, train // self.batch_size)
+
     def loop(
         self, place: Place, epochs: float, seed: int, *, all_data: bool = False, split_seed: int | None = None
     ) -> InnerLoop:
@@ -48,22 +54,30 @@ class Experiment:
             all_data: whether the validation examples are trained on, too.
             split_seed: draws training and validation examples anew; None leaves them as the problem has them.
         """
-        problem = _load(self.problem, place.data_dir, place.device, self.batch_size, self.eval_batch_size)
+        problem = _load(
+            self.problem, place.data_dir, place.download, place.device, self.batch_size, self.eval_batch_size
+        )
         if split_seed is not None:
             problem = split_anew(problem, split_seed)
         if all_data:
             problem = with_val(problem)
-        steps = max(1, round(epochs * problem.steps_per_epoch))
+        steps = _steps(epochs, problem.steps_per_epoch)
         settings = TrainingSettings(
             steps, fixed=self.fixed, seed=seed, clip_gradient=self.clip_gradient, device=place.device
         )
         return InnerLoop(problem, settings)
 
 
+def _steps(epochs: float, steps_per_epoch: int) -> int:
+    return max(1, round(epochs * steps_per_epoch))
+
+
 @lru_cache(maxsize=1)
-def _load(name: str, data_dir: str | None, device: str, batch_size: int, eval_batch_size: int) -> Problem:
+def _load(
+    name: str, data_dir: str | None, download: bool, device: str, batch_size: int, eval_batch_size: int
+) -> Problem:
     """A built-in problem with its tensors where they are needed, read once per process."""
-    problem = problems.get(name, data_dir=data_dir, batch_size=batch_size)
+    problem = problems.get(name, data_dir=data_dir, batch_size=batch_size, download=download)
     splits = {which: getattr(problem, which) for which in ("train", "val", "test")}
     there = {which: tuple(t.to(device) for t in split.tensors) for which, split in splits.items()}
     return problem.replace(eval_batch_size=eval_batch_size, **there)
