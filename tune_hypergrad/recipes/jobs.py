@@ -145,10 +145,12 @@ class ResultsFile:
         self._write()
 
     def _write(self) -> None:
-        content = {**self._head, "jobs": dict(sorted(self.results.items()))}
+        jobs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(self.results[name])}" for name in sorted(self.results))
+        head = json.dumps(self._head, indent=1).removesuffix("\n}")
+        content = f'{head},\n "jobs": {{\n{jobs}\n }}\n}}\n'  # a line for each job
         temporary = self._file.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
             temporary.replace(self._file)
         except OSError as error:
             raise InputError(f"{self._file} cannot be written: {in_one_line(error)}") from error
