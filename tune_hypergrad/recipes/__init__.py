@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.recipes import fig1
+from tune_hypergrad.recipes import fig1, fig2
 from tune_hypergrad.recipes.recipe import Recipe, reproduce
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (fig1.RECIPE,)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (fig1.RECIPE, fig2.RECIPE, fig2.SVHN)}
 """All recipes by name."""
 
 __all__ = ["RECIPES", "Recipe", "find", "reproduce"]
