@@ -21,10 +21,11 @@ from torch import Tensor
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.space import Range
 
-_SMOOTHED = 50
-"""The variance of errors is smoothed over 2 of so many parts of a run."""
-_MOST_CORRELATED = 0.95
-"""What the correlation of neighbours' errors is taken for where one seed shows no end of it."""
+_NEARBY, _SLOW = 20, 8
+"""Steps within one of so many parts of a run are nearby, for the variance of errors; and what one seed's hypergradients
+do within one of so many parts is error."""
+_PRICE = 2.0
+"""Of a window: so many times the noise in its mean over all seeds."""
 
 
 @dataclass(frozen=True)
@@ -203,23 +204,22 @@ def noise_and_drift(by_step: Tensor) -> NoiseAndDrift:
     """
     by_step = by_step.to(device="cpu", dtype=torch.float64)
     covariance = torch.cov(by_step.T) if len(by_step) > 1 else error_covariance(by_step)
-    steps, seeds = len(covariance), len(by_step)
-    by_lag = torch.stack([covariance.diagonal(lag).mean() for lag in range(steps)])
     variances = covariance.diagonal()
     of_changes = variances[1:] + variances[:-1] - 2 * covariance.diagonal(1)
-    squared = by_step.mean(0).diff() ** 2 - of_changes / seeds
-    correlation = by_lag / by_lag[0] if by_lag[0] > 0 else torch.eye(1, steps, dtype=torch.float64)[0]
-    return NoiseAndDrift(float(by_lag[0]), correlation, float(squared.max().clamp(min=0).sqrt()))
+    squared = by_step.mean(0).diff() ** 2 - of_changes / len(by_step)
+    drift = squared.max().clamp(min=0).sqrt()
+    return NoiseAndDrift(float(variances.mean()), _correlation(covariance), float(drift))
 
 
 def error_covariance(by_step: Tensor) -> Tensor:
-    """Covariance of the errors of steps' own hypergradients, from few seeds: cov_ij = s_i s_j r_|i-j|.
+    """Covariance of the errors of steps' own hypergradients, from few seeds.
 
-    Both parts are pooled, since a covariance of its own for every pair of steps would be noise: the variance s_i^2
-    over nearby steps, the correlation r by how many steps are between.
+    The covariance of S seeds, shrunk (Ledoit & Wolf 2004) towards a simple one, s_i s_j r_|i-j|: the variance s_i^2 is
+    pooled over nearby steps, the correlation r over all steps as far apart. The share of the first is (S-1) / (S+1).
 
-    One seed tells errors and drift apart only along time. They are assumed to differ in smoothness: second differences
-    of neighbours and of steps two apart are taken for errors alone, and these for a first-order autoregressive process.
+    One seed can tell errors from drift only along time: what its hypergradients do within an eighth of the run is
+    taken for errors, what is slower for drift. That merges too little where errors last longer, and too much where
+    drift is faster.
 
     Args:
         by_step: finite, shape [seeds, T].
@@ -227,45 +227,33 @@ def error_covariance(by_step: Tensor) -> Tensor:
     Returns:
         float64, shape [T, T].
     """
+    by_step = by_step.to(torch.float64)
     seeds, steps = by_step.shape
-    by_step = by_step.to(dtype=torch.float64)
-    if seeds == 1:
-        variance, correlation = _along_time(by_step[0])
+    if seeds > 1:
+        errors, freedom = by_step - by_step.mean(0), seeds - 1.0
     else:
-        errors = by_step - by_step.mean(0)
-        variance = _smoothed((errors**2).sum(0) / (seeds - 1))
-        relative = errors / variance.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-        products = relative.T @ relative
-        by_lag = torch.stack([products.diagonal(lag).mean() for lag in range(steps)])
-        correlation = by_lag / by_lag[0] if by_lag[0] > 0 else torch.zeros(steps, dtype=torch.float64)
+        reach = steps // _SLOW // 2
+        errors, freedom = by_step - _smoothed(by_step[0], reach), max(2 * reach, 1) / (2 * reach + 1)
+    of_seeds = errors.T @ errors / freedom
+    scale = _smoothed(of_seeds.diagonal(), steps // _NEARBY // 2).sqrt()
+    products = of_seeds / (scale[:, None] * scale).clamp(min=torch.finfo(torch.float64).tiny)
     step = torch.arange(steps)
-    scale = variance.sqrt()
-    return scale[:, None] * scale * correlation[(step[:, None] - step).abs()]
+    simple = scale[:, None] * scale * _correlation(products)[(step[:, None] - step).abs()]
+    share = (seeds - 1) / (seeds + 1)
+    return share * of_seeds + (1 - share) * simple
 
 
-def _along_time(by_step: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances and correlations by lag, each of shape [T], of the errors of one seed's hypergradients.
-
-    For an autoregressive process of variance v and correlation r, the second differences over a lag of k steps have
-    the mean square 2 v (1 - r^k) (3 - r^k). That of lag 2 over that of lag 1 is (1 + r) (3 - r^2) / (3 - r).
-    """
-    steps = len(by_step)
-    if steps < 5:  # too few to tell anything from anything: no error
-        return torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
-    near = (by_step[2:] - 2 * by_step[1:-1] + by_step[:-2]) ** 2
-    far = (by_step[4:] - 2 * by_step[2:-2] + by_step[:-4]) ** 2
-    candidates = torch.linspace(0, _MOST_CORRELATED, 1000, dtype=torch.float64)
-    ratios = (1 + candidates) * (3 - candidates**2) / (3 - candidates)
-    r = candidates[(ratios * near.mean() - far.mean()).abs().argmin()]
-    at_ends = torch.cat([near[:1], near, near[-1:]])
-    variance = _smoothed(at_ends) / (2 * (1 - r) * (3 - r))
-    return variance, r ** torch.arange(steps, dtype=torch.float64)
+def _correlation(covariance: Tensor) -> Tensor:
+    """Of steps 0, 1, ..., T - 1 apart: shape [T]. Where nothing varies, nothing is correlated."""
+    by_lag = torch.stack([covariance.diagonal(lag).mean() for lag in range(len(covariance))])
+    if by_lag[0] > 0:
+        return by_lag / by_lag[0]
+    return torch.eye(1, len(covariance), dtype=covariance.dtype)[0]
 
 
-def _smoothed(values: Tensor) -> Tensor:
-    """Means over nearby steps: shape [T], as `values`."""
+def _smoothed(values: Tensor, reach: int) -> Tensor:
+    """Means over the steps at most `reach` away: shape [T], as `values`."""
     steps = len(values)
-    reach = steps // _SMOOTHED
     sums = _from_zero(values)
     step = torch.arange(steps)
     begin, end = (step - reach).clamp(min=0), (step + reach + 1).clamp(max=steps)
@@ -276,27 +264,27 @@ def window_errors(by_step: Tensor, averaged: int) -> Tensor:
     """Estimated squared error, summed over its steps, of every window that steps could share.
 
     A window's noise is n var(mean of its errors) for n steps, over `averaged` seeds. Its drift is the sum of squares of
-    the seeds' mean mu about its own mean over the window, less what the noise in mu adds to that.
+    the S seeds' mean about its own mean over the window, less what noise adds to that. To these comes a price, 2 / S of
+    the window's noise for one seed: windows chosen by the same few seeds look better than they are, the more the more
+    there are of them. (The factor of 2 is a measured compromise: more merges what drifts, less splits by chance.)
 
     Args:
         by_step: finite, float64, shape [seeds, T].
         averaged: over how many seeds the hypergradients to be shared are averaged.
 
     Returns:
-        Shape [T + 1, T + 1]: at [a, b], for a < b, that of the window from step a to before b. Unbiased if the errors'
-        covariance is, and so below 0 now and then.
+        Shape [T + 1, T + 1]: at [a, b], for a < b, that of the window from step a to before b.
     """
     seeds, steps = by_step.shape
     covariance, mean = error_covariance(by_step), by_step.mean(0)
     sums = torch.zeros(steps + 1, steps + 1, dtype=torch.float64)
     sums[1:, 1:] = covariance.cumsum(0).cumsum(1)
-    corner = sums.diagonal()
-    edge = torch.arange(steps + 1)
+    corner, edge = sums.diagonal(), torch.arange(steps + 1)
     length = (edge - edge[:, None]).clamp(min=1)
     noise = ((corner + corner[:, None] - sums - sums.T) / length).clamp(min=0)
     own_noise, first, second = (_between(values) for values in (covariance.diagonal(), mean, mean**2))
     drift = second - first**2 / length - (own_noise - noise) / seeds
-    return noise / averaged + drift
+    return noise / averaged + drift + _PRICE * noise / seeds
 
 
 def least_error(errors: Tensor) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.recipes import fig1, fig2
 from tune_hypergrad.recipes.recipe import Recipe, reproduce
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (fig1.RECIPE, fig2.RECIPE, fig2.SVHN)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (fig1.RECIPE, *fig2.RECIPES)}
 """All recipes by name."""
 
 __all__ = ["RECIPES", "Recipe", "find", "reproduce"]
