@@ -22,8 +22,8 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.space import Range
 
 _NEARBY, _SLOW = 20, 8
-"""Steps within one of so many parts of a run are nearby, for the variance of errors; and what one seed's hypergradients
-do within one of so many parts is error."""
+"""Steps within one of so many parts of a run are nearby, for variance and drift; and what one seed's hypergradients do
+within one of so many parts is error."""
 _PRICE = 2.0
 """Of a window: so many times the noise in its mean over all seeds."""
 
@@ -173,7 +173,8 @@ class NoiseAndDrift:
     correlation: Tensor
     """Of the errors of steps 0, 1, ..., T - 1 apart: float64, shape [T]; its first element is 1."""
     drift: float
-    """L: the largest change of the mean hypergradient from one step to the next."""
+    """L: the largest change of the mean hypergradient from one step to the next, as a root mean square over nearby
+    steps."""
 
     def mean_correlation(self, window: int) -> float:
         """c: the mean correlation between the errors of different steps of a window; 0 for a window of one step."""
@@ -199,15 +200,15 @@ def noise_and_drift(by_step: Tensor) -> NoiseAndDrift:
         by_step: hypergradients of contiguous steps, finite, shape [seeds, T] with T of at least 2.
 
     Returns:
-        The noise of the seeds' mean is taken off its squared changes before the largest counts as drift; from a few
-        seeds it is overestimated all the same, as the largest of many estimates. One seed: see `error_covariance`.
+        Noise in the seeds' mean is taken off its squared changes, and these are averaged over a twentieth of the run,
+        before the largest counts as drift. One seed: see `error_covariance`.
     """
     by_step = by_step.to(device="cpu", dtype=torch.float64)
     covariance = torch.cov(by_step.T) if len(by_step) > 1 else error_covariance(by_step)
     variances = covariance.diagonal()
     of_changes = variances[1:] + variances[:-1] - 2 * covariance.diagonal(1)
     squared = by_step.mean(0).diff() ** 2 - of_changes / len(by_step)
-    drift = squared.max().clamp(min=0).sqrt()
+    drift = _smoothed(squared, by_step.shape[1] // _NEARBY // 2).max().clamp(min=0).sqrt()
     return NoiseAndDrift(float(variances.mean()), _correlation(covariance), float(drift))
 
 

@@ -221,40 +221,45 @@ def _best(length: int, found: Findings) -> str:
 
 def draw(settings: Settings, results: Results) -> Figure:
     """Error by length of windows, the paper's beside ours, and the mean hypergradient with the windows found."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(list(SHARED), list(SHARED.values()), "o--", color="0.6", label="equal windows, paper (SVHN)")
-    left.axhline(GREEDY, linestyle="--", color="0.8", label="greedy, paper (SVHN)")
     found = findings(settings, results)
+    _draw_errors(left, found)
     if found is not None:
-        errors = {length: error for length, (error, _) in found.shared.items()}
-        left.plot(list(errors), list(errors.values()), "o-", color="black", label="equal windows")
-        lengths = range(1, settings.steps + 1)
-        left.plot(lengths, [found.theory.bound(length) for length in lengths], ":", color="C0", label="Theorem 4.1")
-        left.set_ylim(top=10 * max(GREEDY, *errors.values()))
+        _draw_windows(right, found)
+    right.set(xlabel="step", ylabel="hypergradient by the step's learning rate")
+    return figure
+
+
+def _draw_errors(axes: Axes, found: Findings | None) -> None:
+    axes.set(xscale="log", yscale="log", xlabel="mean length of windows in steps", ylabel="mean squared error")
+    axes.plot(list(SHARED), list(SHARED.values()), "o--", color="0.6", label="equal windows, paper (SVHN)")
+    axes.axhline(GREEDY, linestyle="--", color="0.8", label="greedy, paper (SVHN)")
+    if found is not None:
+        errors = [error for error, _ in found.shared.values()]
+        steps = len(found.truth)
+        lengths = range(1, steps + 1)
+        axes.plot(list(found.shared), errors, "o-", color="black", label="equal windows")
+        axes.plot(lengths, [found.theory.bound(length) for length in lengths], ":", color="C0", label="Theorem 4.1")
         if found.greedy is not None:
-            left.axhline(found.greedy[0], color="C1", label="greedy")
+            axes.axhline(found.greedy[0], color="C1", label="greedy")
         for marker, (seeds, (sharing, error)) in zip("x+v*", found.adapted.items(), strict=False):
             words = f"adaptive, estimated with {seeds} other seed{'s' * (seeds > 1)}"
-            mean = settings.steps / len(sharing.lengths)
-            left.plot([mean], [error[0]], marker, color="C3", markersize=9, linestyle="none", label=words)
-        _draw_windows(right, found)
-    left.set(xscale="log", yscale="log", xlabel="mean length of windows in steps", ylabel="mean squared error")
-    left.legend(frameon=False, fontsize=7)
-    right.set(xlabel="step", ylabel="mean hypergradient by the step's learning rate")
-    return figure
+            mean = [steps / len(sharing.lengths)]
+            axes.plot(mean, [error[0]], marker, color="C3", markersize=9, linestyle="none", label=words)
+        axes.set_ylim(min(errors) / 2, 10 * max(GREEDY, *errors, *(found.greedy or ())))
+    axes.legend(frameon=False, fontsize=7)
 
 
 def _draw_windows(axes: Axes, found: Findings) -> None:
     steps = range(len(found.truth))
-    deviation = found.theory.variance**0.5
-    axes.plot(steps, found.truth.tolist(), color="black", linewidth=1, label="mean over seeds")
     axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.plot(steps, found.truth.tolist(), color="black", linewidth=1, label="mean over seeds")
     if found.adapted:
-        sharing = found.adapted[max(found.adapted)][0]
-        means = sharing.average(found.truth).tolist()
-        axes.plot(steps, means, color="C3", drawstyle="steps-mid", label="its mean over the adapted windows")
-    axes.set_title(f"one seed's deviates by {deviation:.2g}", fontsize=9)
+        seeds = max(found.adapted)
+        means = found.adapted[seeds][0].average(found.truth).tolist()
+        words = f"its mean over the windows adapted with {seeds} other seed{'s' * (seeds > 1)}"
+        axes.plot(steps, means, color="C3", drawstyle="steps-mid", label=words)
     axes.legend(frameon=False, fontsize=7)
 
 
@@ -270,7 +275,8 @@ RECIPE = Recipe(
     notes=(
         "Mean squared error of what one seed's steps are moved by, against the mean hypergradient over all seeds; +- "
         "one standard error over seeds. The bound's c is the mean measured correlation in windows of each length, its "
-        "L the largest change of the mean hypergradient between neighbouring steps.",
+        "L the largest change of the mean hypergradient from step to step, as a root mean square over a twentieth of "
+        "the run.",
         "The paper's data are SVHN: `fds-fig2-svhn`, for who has the files. `fds-fig2-mnist` is the same on MNIST.",
         "Windows of adaptive sharing are estimated with seeds that errors are not measured with.",
         "Initial weights are Glorot-normal as in the released code; its validation examples are of the test set, here "
