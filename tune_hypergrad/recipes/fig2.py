@@ -137,11 +137,6 @@ class Findings:
         """The length of equal windows with the least error."""
         return min(self.shared, key=lambda length: self.shared[length])
 
-    @property
-    def separate(self) -> float:
-        """The error of no sharing."""
-        return self.shared[1][0]
-
 
 def findings(settings: Settings, results: Results) -> Findings | None:
     """Everything that is computed from the runs' hypergradients; None before two seeds are done."""
@@ -186,28 +181,30 @@ def rows(settings: Settings, results: Results) -> list[Row]:
         return [Row("mean squared error, no sharing", f"{SHARED[1]:g}", "not run")]
     done = len(_of_seeds(results, "exact", range(settings.seeds)))
     lines = [Row("seeds", "100", f"{done} of {settings.seeds}")]
-    here = "not run" if found.greedy is None else _against(found.greedy, found.separate)
+    here = "not run" if found.greedy is None else _against(found.greedy, found)
     lines.append(Row("mean squared error, greedy", f"{GREEDY:g}", here))
     for length, error in found.shared.items():
         what = "no sharing" if length == 1 else f"windows of {length} steps"
-        lines.append(Row(what, _published(length), f"{_against(error, found.separate)}{_best(length, found)}"))
+        lines.append(Row(what, _published(length), f"{_against(error, found)}{_best(length, found)}"))
     for seeds, (sharing, error) in found.adapted.items():
         words = f"adaptive sharing, estimated with {seeds} other seed{'s' * (seeds > 1)}"
         count = len(sharing.lengths)
-        here = f"{_against(error, found.separate)}; {count} windows of {min(sharing.lengths)} to {max(sharing.lengths)}"
+        here = f"{_against(error, found)}; {count} windows of {min(sharing.lengths)} to {max(sharing.lengths)}"
         lines.append(Row(words, "-", here))
-    theory = found.theory
-    for length in (1, found.best, settings.steps):
-        lines.append(Row(f"bound of Theorem 4.1, windows of {length} steps", "-", f"{theory.bound(length):.3g}"))
-    steps = settings.steps
-    correlations = f"c {theory.mean_correlation(found.best):.2f} in windows of {found.best}, "
-    correlations += f"{theory.mean_correlation(steps):.2f} in windows of {steps}"
-    lines.append(Row("MSE_1, c, L", "-", f"{theory.variance:.3g}, {correlations}, {theory.drift:.3g}"))
+    theory, steps = found.theory, settings.steps
+    for length in sorted({1, theory.best_window(), found.best, steps}):
+        lowest = ", its lowest" if length == theory.best_window() else ""
+        what = "no sharing" if length == 1 else f"windows of {length} steps"
+        lines.append(Row(f"bound of Theorem 4.1, {what}", "-", f"{theory.bound(length):.4f}{lowest}"))
+    correlations = (f"{theory.mean_correlation(length):.2f} in windows of {length}" for length in (found.best, steps))
+    measured = f"{theory.variance:.4f}; {', '.join(dict.fromkeys(correlations))}; {theory.drift:.4f}"
+    lines.append(Row("MSE_1; c; L", "-", measured))
     return lines
 
 
-def _against(error: tuple[float, float], separate: float) -> str:
-    return f"{error[0]:.4f} +- {error[1]:.4f} ({error[0] / separate:.2f} of no sharing's)"
+def _against(error: tuple[float, float], found: Findings) -> str:
+    share = error[0] / found.shared[1][0]
+    return f"{error[0]:.4f} +- {error[1]:.4f}" + (f" ({share:.2f} of no sharing's)" if share != 1 else "")
 
 
 def _published(length: int) -> str:
