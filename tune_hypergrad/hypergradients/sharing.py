@@ -24,7 +24,7 @@ from tune_hypergrad.space import Range
 _NEARBY, _SLOW = 20, 8
 """Steps within one of so many parts of a run are nearby, for variance and drift; and what one seed's hypergradients do
 within one of so many parts is error."""
-_PRICE = 2.0
+_PRICE = 3.0
 """Of a window: so many times the noise in its mean over all seeds."""
 
 
@@ -265,9 +265,9 @@ def window_errors(by_step: Tensor, averaged: int) -> Tensor:
     """Estimated squared error, summed over its steps, of every window that steps could share.
 
     A window's noise is n var(mean of its errors) for n steps, over `averaged` seeds. Its drift is the sum of squares of
-    the S seeds' mean about its own mean over the window, less what noise adds to that. To these comes a price, 2 / S of
-    the window's noise for one seed: windows chosen by the same few seeds look better than they are, the more the more
-    there are of them. (The factor of 2 is a measured compromise: more merges what drifts, less splits by chance.)
+    the S seeds' mean about its own mean over the window, less what noise adds to that. To these comes a price of 3 / S
+    of the window's noise: windows chosen by the same few seeds look better than they are, the more the more there are
+    of them. (The 3 is a measured compromise: more merges what drifts, less splits by chance.)
 
     Args:
         by_step: finite, float64, shape [seeds, T].
