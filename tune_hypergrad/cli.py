@@ -240,6 +240,7 @@ def reproduce(
         Path | None, typer.Option(help="Folder for everything; what was begun there goes on. [default: reproduce/NAME]")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data, in torchvision's layout.")] = None,
+    download: Annotated[bool, typer.Option(help="Fetch missing data.")] = False,
     processes: Annotated[
         int | None, typer.Option(help="Jobs at once, a CPU thread each. [default: the CPUs]", min=1)
     ] = None,
@@ -272,6 +273,7 @@ def reproduce(
         seeds=seeds,
         processes=processes or len(os.sched_getaffinity(0)),
         data_dir=None if data_dir is None else str(data_dir),
+        download=download,
         device=_device(device),
         time_limit=time_limit,
         tell=tell,

@@ -62,4 +62,6 @@ def split_anew(problem: Problem, seed: int) -> Problem:
     labels = joined.tensors[-1]
     parts = stratified_split(labels.cpu().numpy(), len(val), fold_seed(seed))
     train, held_out = (tuple(t[torch.from_numpy(part).to(t.device)] for t in joined.tensors) for part in parts)
-    return problem.replace(train=train, val=held_out)
+    again = problem.replace(train=train, val=held_out)
+    again.findings = problem.findings  # which are of the model, the losses and the kind of data
+    return again

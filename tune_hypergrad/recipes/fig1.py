@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from tune_hypergrad.recipes.jobs import Job, Results
-from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
-from tune_hypergrad.recipes.searching import Search, cosine, retrainings, test_accuracies
+from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread, stairs
+from tune_hypergrad.recipes.searching import Retraining, Search, cosine, test_accuracies
 from tune_hypergrad.recipes.training import Experiment
 
 GRID_SEARCH = 89.3
@@ -53,8 +52,8 @@ class Settings:
     """Retrainings of the schedules that a search ends with."""
     rules: tuple[str, ...] = ("paper", "ours")
     """Searches; the first is the paper's."""
-    judged_after: tuple[int, ...] = (2, 3, 4, 6, 8, 10)
-    """Outer steps after which the schedule is retrained, once, for the curve."""
+    judged_after: tuple[int, ...] = (2, 3, 5, 7, 10)
+    """Outer steps after which the schedule that the search has then is retrained, once, for the curve."""
     cosines: tuple[float, ...] = (0.05, 0.1, 0.2)
     """Peaks of the hand-made schedules."""
     cosine_momentum: float = 0.9
@@ -70,6 +69,11 @@ class Settings:
         epochs = (self.first_epochs, *[self.epochs] * (self.outer_steps - 1))
         return Search(rule, rule, self.experiment, self.windows, self.step_sizes, epochs, self.redrawn)
 
+    @property
+    def retraining(self) -> Retraining:
+        """How schedules are trained anew."""
+        return Retraining(self.retrain_epochs, self.seeds, all_data=True)
+
     def hand_made(self, peak: float) -> dict[str, list[float]]:
         """A cosine schedule."""
         return {
@@ -82,45 +86,37 @@ class Settings:
 def jobs(settings: Settings, results: Results) -> list[Job]:
     """Searches first, then what is retrained at their ends, the hand-made schedules, and the curve."""
     searches = [settings.search(rule) for rule in settings.rules]
-    steps = [job for search in searches if (job := search.next_job(results)) is not None]
-    ends = [job for search in searches for job in _of_ends(settings, search, results)]
-    by_hand = [
-        job for peak in settings.cosines for job in _retrained(settings, f"cosine/{peak:g}", settings.hand_made(peak))
+    outer_steps = [job for search in searches if (job := search.next_job(results)) is not None]
+    how = settings.retraining
+    ends = {(s, step) for s in range(len(searches)) for step in searches[s].ends(results).values()}
+    retrained = [job for s, step in sorted(ends) for job in searches[s].retrained(results, step, how)]
+    peaks = [(_cosine_name(peak), settings.hand_made(peak)) for peak in settings.cosines]
+    by_hand = [job for name, values in peaks for job in how.jobs(name, settings.experiment, values)]
+    curve = [
+        job
+        for search in searches
+        for step in judged(settings, search, results).values()
+        for job in search.retrained(results, step, replace(how, seeds=1))
     ]
-    curve = [job for search in searches for job in _of_curve(settings, search, results)]
-    return [*steps, *ends, *by_hand, *curve]
+    return [*outer_steps, *retrained, *by_hand, *curve]
 
 
-def _retrained(settings: Settings, name: str, values: dict[str, list[float]], seeds: int | None = None) -> list[Job]:
-    seeds = settings.seeds if seeds is None else seeds
-    return retrainings(
-        f"test/{name}", settings.experiment, values, epochs=settings.retrain_epochs, seeds=seeds, all_data=True
-    )
+def judged(settings: Settings, search: Search, results: Results) -> dict[int, int]:
+    """Points of the curve: numbers of outer steps done to the outer step whose schedule the search stood for then."""
+    done = [steps for steps in settings.judged_after if steps <= len(search.rows(results))]
+    stood_for = {steps: search.stands_for(results, steps) for steps in done}
+    return {steps: step for steps, step in stood_for.items() if step is not None}
 
 
-def _of_ends(settings: Settings, search: Search, results: Results) -> list[Job]:
-    """Retrainings of the last schedule, and of the best by validation."""
-    if search.next_job(results) is not None:
-        return []
-    last = _retrained(settings, f"{search.name}/last", search.found(results, settings.outer_steps))
-    best = search.best(results, settings.outer_steps)
-    return last + ([] if best is None else _retrained(settings, f"{search.name}/best", best))
-
-
-def _of_curve(settings: Settings, search: Search, results: Results) -> list[Job]:
-    found: list[Job] = []
-    done = len(search.rows(results))
-    for steps in settings.judged_after:
-        if steps <= done:
-            found += _retrained(settings, f"{search.name}/after-{steps}", search.found(results, steps), seeds=1)
-    return found
+def _cosine_name(peak: float) -> str:
+    return f"test/cosine/{peak:g}"
 
 
 def reference(settings: Settings, results: Results) -> tuple[float, float] | None:
     """The hand-made peak with the highest mean test accuracy, and this accuracy in per cent; None: none is done."""
     means = {}
     for peak in settings.cosines:
-        accuracies = test_accuracies(results, f"test/cosine/{peak:g}")
+        accuracies = test_accuracies(results, _cosine_name(peak))
         if accuracies:
             means[peak] = 100 * sum(accuracies) / len(accuracies)
     best = max(means, key=lambda peak: means[peak], default=None)
@@ -133,32 +129,45 @@ def hours(search: Search, results: Results) -> list[float]:
 
 
 def curve(settings: Settings, search: Search, results: Results) -> dict[float, float]:
-    """Hours of the search to the test accuracy, in per cent, of the schedule that it had then."""
-    spent = hours(search, results)
-    points = {}
-    for steps in settings.judged_after:
-        accuracies = test_accuracies(results, f"test/{search.name}/after-{steps}")
-        if accuracies and steps <= len(spent):
+    """Hours of the search to the test accuracy, in per cent, of the schedule that it stood for then."""
+    spent, points = hours(search, results), {}
+    for steps, step in judged(settings, search, results).items():
+        accuracies = test_accuracies(results, search.test_name(step))
+        if accuracies:
             points[spent[steps - 1]] = 100 * accuracies[0]
     return points
 
 
-def rows(settings: Settings, results: Results) -> list[Row]:
-    """Test accuracies and hours."""
+def test_rows(settings: Settings, results: Results, published: str) -> list[Row]:
+    """Test accuracies of the hand-made schedules and of those that searches end with, and the searches' hours."""
     lines = []
     for peak in settings.cosines:
-        here = spread(test_accuracies(results, f"test/cosine/{peak:g}"), 2, 100)
+        here = spread(test_accuracies(results, _cosine_name(peak)), 2, 100)
         lines.append(Row(f"test accuracy in per cent, cosine from {peak:g}", "-", here))
-    lines.append(Row("the same, best of a grid search", f"about {GRID_SEARCH}", "the best cosine above"))
     for rule in settings.rules:
         search = settings.search(rule)
-        published = f"about {GRID_SEARCH - REGRET['FDS'][60]:.1f}" if rule == "paper" else "-"
-        for which, words in (("last", "last schedule"), ("best", "best by validation")):
-            here = spread(test_accuracies(results, f"test/{rule}/{which}"), 2, 100)
-            lines.append(Row(f"test accuracy, FDS, {rule} rule, {words}", published if which == "last" else "-", here))
+        for which in ("last schedule", "best by validation"):
+            step = search.ends(results).get(which)
+            accuracies = [] if step is None else test_accuracies(results, search.test_name(step))
+            of_paper = published if rule == "paper" and which == "last schedule" else "-"
+            lines.append(Row(f"test accuracy, FDS, rule: {rule}, {which}", of_paper, spread(accuracies, 2, 100)))
         done, spent = len(search.rows(results)), hours(search, results)
         here = f"{spent[-1]:.3f} ({done} of {settings.outer_steps} outer steps)" if spent else "not run"
-        lines.append(Row(f"hours of the search, {rule} rule", "2.5 to regret 0" if rule == "paper" else "-", here))
+        lines.append(Row(f"hours of the search, rule: {rule}", "-", here))
+    return lines
+
+
+def rows(settings: Settings, results: Results) -> list[Row]:
+    """Test accuracies and hours, and regret after the search."""
+    lines = test_rows(settings, results, f"about {GRID_SEARCH - REGRET['FDS'][60]:.1f}")
+    grid = reference(settings, results)
+    here = "not run" if grid is None else f"{grid[1]:.2f} (cosine from {grid[0]:g})"
+    lines.append(Row("what regret is against: grid search; the best cosine", f"about {GRID_SEARCH}", here))
+    for rule in settings.rules:
+        points = list(curve(settings, settings.search(rule), results).items())
+        here = ", ".join(f"{grid[1] - accuracy:.1f} after {hour:.3f}" for hour, accuracy in points) if grid else ""
+        theirs = ", ".join(f"{regret:g} after {hour:g}" for hour, regret in REGRET["FDS"].items())
+        lines.append(Row(f"regret after hours, rule: {rule}", theirs if rule == "paper" else "-", here or "not run"))
     return lines
 
 
@@ -173,7 +182,7 @@ def draw(settings: Settings, results: Results) -> Figure:
         points = curve(settings, settings.search(rule), results)
         if against is not None and points:
             regrets = [against[1] - accuracy for accuracy in points.values()]
-            left.plot(list(points), regrets, "o-", color=("black", "C3")[index % 2], label=f"FDS here, {rule} rule")
+            left.plot(list(points), regrets, "o-", color=("black", "C3")[index % 2], label=f"FDS here, rule: {rule}")
     left.set(
         xscale="log",
         yscale="symlog",
@@ -184,12 +193,12 @@ def draw(settings: Settings, results: Results) -> Figure:
     left.legend(frameon=False, fontsize=7)
     for index, rule in enumerate(settings.rules):
         search = settings.search(rule)
-        values: Any = search.best(results, settings.outer_steps)
-        if values is not None:
+        step = search.best(results, settings.outer_steps)
+        if step is not None:
+            values = search.rows(results)[step]["values"]
             lr = values["lr"]
-            label = f"{rule} rule, momentum {values['momentum'][0]:.3g}, weight decay {values['weight_decay'][0]:.2g}"
-            edges = [window / len(lr) for window in range(len(lr) + 1)]
-            right.stairs(lr, edges, baseline=None, color=("black", "C3")[index % 2], label=label)
+            label = f"rule: {rule}, momentum {values['momentum'][0]:.3g}, weight decay {values['weight_decay'][0]:.2g}"
+            stairs(right, lr, color=("black", "C3")[index % 2], label=label)
     if against is not None:
         lr = cosine(against[0], 200)
         right.plot([window / 200 for window in range(200)], lr, ":", color="0.5", label=f"cosine from {against[0]:g}")
@@ -203,7 +212,7 @@ RECIPE = Recipe(
     name="fds-fig1",
     source="Micaelli & Storkey 2021, Figure 1; regret read off the figure, settings from the released code",
     description="CIFAR-10, WRN-16-1: FDS finds 7 learning rates, momentum and weight decay from zero",
-    cost="182 epochs with hypergradients and 26 trainings of 50 epochs: minutes to an hour on a GPU, days on two cores",
+    cost="182 epochs with hypergradients, about 27 trainings of 50 epochs: an hour of a GPU, days of two cores",
     settings=Settings(),
     jobs=jobs,
     rows=rows,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from tune_hypergrad.data import Split
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.sharing import NoiseAndDrift, Sharing, noise_and_drift
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.recipes.fig3 import has_data
 from tune_hypergrad.recipes.jobs import Job, Place, Results
 from tune_hypergrad.recipes.recipe import Recipe, Row, scaled
 from tune_hypergrad.recipes.searching import cosine
@@ -24,12 +25,12 @@ from tune_hypergrad.recipes.searching import cosine
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PUBLISHED_ON = "svhn"
 GREEDY = 0.393
 """The greedy hypergradient's published mean squared error, on SVHN."""
 SHARED: Mapping[int, float] = {1: 0.072, 50: 0.0376, 250: 0.065}
 """Published errors on SVHN, the last one read off the figure: length of the windows to mean squared error."""
 
-_PIECE = 4  # steps between two looks at the clock: a greedy one differentiates the validation loss too
 _FIRST_PILOT = 1000
 """Seeds from here on are for estimates of windows only."""
 
@@ -38,7 +39,9 @@ _FIRST_PILOT = 1000
 class Settings:
     """The published settings, and ours for what the paper leaves open."""
 
-    problem: str = "fashion_mnist"
+    problems: tuple[str, ...] = ("fashion_mnist", "mnist")
+    where_there: tuple[str, ...] = ("svhn",)
+    """Run only where their files are."""
     steps: int = 250
     batch_size: int = 128
     peak: float = 0.01
@@ -54,23 +57,36 @@ class Settings:
 
 
 def jobs(settings: Settings, results: Results) -> list[Job]:
-    """Every seed's hypergradients by each step's own learning rate: exact ones of all seeds, then greedy ones."""
-    pilots = [_job(settings, _FIRST_PILOT + pilot, greedy=False) for pilot in range(settings.pilots)]
-    return pilots + [_job(settings, seed, greedy=greedy) for greedy in (False, True) for seed in range(settings.seeds)]
+    """What data there are, then every seed's hypergradients by each step's own learning rate, the greedy ones last."""
+    found = [Job(_data_name(problem), has_data, {"problem": problem}) for problem in settings.where_there]
+    pilots = range(_FIRST_PILOT, _FIRST_PILOT + settings.pilots)
+    for problem in _there(settings, results):
+        found += [_job(settings, problem, seed, greedy=False) for seed in (*pilots, *range(settings.seeds))]
+    for problem in _there(settings, results):
+        found += [_job(settings, problem, seed, greedy=True) for seed in range(settings.seeds)]
+    return found
 
 
-def _job(settings: Settings, seed: int, *, greedy: bool) -> Job:
-    arguments = {"settings": settings, "seed": seed, "horizon": 1 if greedy else None}
-    return Job(f"{'greedy' if greedy else 'exact'}/{seed}", differentiate, arguments)
+def _job(settings: Settings, problem: str, seed: int, *, greedy: bool) -> Job:
+    arguments = {"settings": settings, "problem": problem, "seed": seed, "horizon": 1 if greedy else None}
+    return Job(f"{problem}/{'greedy' if greedy else 'exact'}/{seed}", differentiate, arguments)
 
 
-def differentiate(place: Place, *, settings: Settings, seed: int, horizon: int | None) -> dict[str, Any]:
+def _data_name(problem: str) -> str:
+    return f"data/{problem}"
+
+
+def _there(settings: Settings, results: Results) -> list[str]:
+    return [*settings.problems, *(problem for problem in settings.where_there if results.get(_data_name(problem)))]
+
+
+def differentiate(place: Place, *, settings: Settings, problem: str, seed: int, horizon: int | None) -> dict[str, Any]:
     """Train once and differentiate the validation loss by the learning rate of every step.
 
     Returns:
         `hypergradient`, one number per step, `val_loss`, `val_accuracy` and `seconds`.
     """
-    problem = _problem(settings.problem, settings.batch_size, settings.val_examples, place.data_dir)
+    loaded = _load(problem, place.data_dir, place.download, settings.batch_size, settings.val_examples)
     training = TrainingSettings(
         settings.steps,
         fixed={"momentum": settings.momentum},
@@ -79,7 +95,7 @@ def differentiate(place: Place, *, settings: Settings, seed: int, horizon: int |
         device=place.device,
     )
     lr = torch.tensor(cosine(settings.peak, settings.steps), dtype=torch.float64)
-    loop = InnerLoop(problem, training)
+    loop = InnerLoop(loaded, training)
     run = hypergradient_run(loop, {"lr": lr}, horizon=horizon, differentiation="reverse")
     saved = place.load() or {"seconds": 0.0, "run": None}
     if saved["run"] is not None:
@@ -88,7 +104,7 @@ def differentiate(place: Place, *, settings: Settings, seed: int, horizon: int |
     with loop.running():
         place.in_pieces(
             lambda: run.done,
-            lambda: run.advance(_PIECE),
+            lambda: run.advance(1),
             lambda: {"seconds": time.monotonic() - begun, "run": run.state_dict()},
         )
     result = run.result()
@@ -101,12 +117,12 @@ def differentiate(place: Place, *, settings: Settings, seed: int, horizon: int |
 
 
 @lru_cache(maxsize=1)
-def _problem(name: str, batch_size: int, val_examples: int, data_dir: str | None) -> Problem:
+def _load(name: str, data_dir: str | None, download: bool, batch_size: int, val_examples: int) -> Problem:
     """A built-in problem with the released code's initial weights, read once per process."""
-    problem = problems.get(name, data_dir=data_dir)
+    problem = problems.get(name, data_dir=data_dir, batch_size=batch_size, download=download)
     assert isinstance(problem.val, Split)
     val = problem.val.batch(slice(0, val_examples))
-    return problem.replace(model=lambda: problem.model().apply(_as_released), val=val, batch_size=batch_size)
+    return problem.replace(model=lambda: problem.model().apply(_as_released), val=val)
 
 
 def _as_released(module: nn.Module) -> None:
@@ -121,6 +137,8 @@ def _as_released(module: nn.Module) -> None:
 class Findings:
     """What the runs so far say, each a mean squared error and its standard error over seeds, or by window length."""
 
+    seeds: int
+    """How many are done."""
     truth: Tensor
     """The mean hypergradient over seeds: float64, shape [T]."""
     shared: dict[int, tuple[float, float]]
@@ -138,15 +156,15 @@ class Findings:
         return min(self.shared, key=lambda length: self.shared[length])
 
 
-def findings(settings: Settings, results: Results) -> Findings | None:
-    """Everything that is computed from the runs' hypergradients; None before two seeds are done."""
+def findings(settings: Settings, results: Results, problem: str) -> Findings | None:
+    """Everything that is computed from a problem's hypergradients; None before two seeds are done."""
     steps = settings.steps
-    exact = _of_seeds(results, "exact", range(settings.seeds))
+    exact = _of_seeds(results, f"{problem}/exact", range(settings.seeds))
     if len(exact) < 2:
         return None
     truth = exact.mean(0)
-    greedy = _of_seeds(results, "greedy", range(settings.seeds))
-    pilots = _of_seeds(results, "exact", range(_FIRST_PILOT, _FIRST_PILOT + settings.pilots))
+    greedy = _of_seeds(results, f"{problem}/greedy", range(settings.seeds))
+    pilots = _of_seeds(results, f"{problem}/exact", range(_FIRST_PILOT, _FIRST_PILOT + settings.pilots))
     lengths = [length for length in range(1, steps + 1) if steps % length == 0]
     adapted = {}
     for seeds in (1, 2, 4, 8):
@@ -155,6 +173,7 @@ def findings(settings: Settings, results: Results) -> Findings | None:
             sharing = Sharing.equal(steps, steps).adapt(pilots[:seeds], averaged=1)
             adapted[seeds] = sharing, _mean(sharing.error(exact, truth))
     return Findings(
+        len(exact),
         truth,
         {length: _mean(Sharing.equal(steps, length).error(exact, truth)) for length in lengths},
         noise_and_drift(exact),
@@ -175,31 +194,48 @@ def _mean(by_seed: Tensor) -> tuple[float, float]:
 
 
 def rows(settings: Settings, results: Results) -> list[Row]:
-    """Errors, what the theorem says of them, and the windows that were found."""
-    found = findings(settings, results)
-    if found is None:
-        return [Row("mean squared error, no sharing", f"{SHARED[1]:g}", "not run")]
-    done = len(_of_seeds(results, "exact", range(settings.seeds)))
-    lines = [Row("seeds", "100", f"{done} of {settings.seeds}")]
-    here = "not run" if found.greedy is None else _against(found.greedy, found)
-    lines.append(Row("mean squared error, greedy", f"{GREEDY:g}", here))
-    for length, error in found.shared.items():
-        what = "no sharing" if length == 1 else f"windows of {length} steps"
-        lines.append(Row(what, _published(length), f"{_against(error, found)}{_best(length, found)}"))
-    for seeds, (sharing, error) in found.adapted.items():
-        words = f"adaptive sharing, estimated with {seeds} other seed{'s' * (seeds > 1)}"
-        count = len(sharing.lengths)
-        here = f"{_against(error, found)}; {count} windows of {min(sharing.lengths)} to {max(sharing.lengths)}"
-        lines.append(Row(words, "-", here))
-    theory, steps = found.theory, settings.steps
-    for length in sorted({1, theory.best_window(), found.best, steps}):
-        lowest = ", its lowest" if length == theory.best_window() else ""
-        what = "no sharing" if length == 1 else f"windows of {length} steps"
-        lines.append(Row(f"bound of Theorem 4.1, {what}", "-", f"{theory.bound(length):.4f}{lowest}"))
-    correlations = (f"{theory.mean_correlation(length):.2f} in windows of {length}" for length in (found.best, steps))
-    measured = f"{theory.variance:.4f}; {', '.join(dict.fromkeys(correlations))}; {theory.drift:.4f}"
-    lines.append(Row("MSE_1; c; L", "-", measured))
+    """Errors, what the theorem says of them, and the windows that were found, by data."""
+    lines = []
+    for problem in (*settings.problems, *settings.where_there):
+        found = findings(settings, results, problem)
+        if found is None:
+            here = "no data" if results.get(_data_name(problem)) is False else "not run"
+            lines.append(Row(f"{problem}: no sharing", _published(problem, 1), here))
+        else:
+            lines += _errors(settings, problem, found) + _theory(problem, found)
     return lines
+
+
+def _errors(settings: Settings, problem: str, found: Findings) -> list[Row]:
+    lines = [Row(f"{problem}: seeds", "100" if problem == PUBLISHED_ON else "-", f"{found.seeds} of {settings.seeds}")]
+    here = "not run" if found.greedy is None else _against(found.greedy, found)
+    lines.append(Row(f"{problem}: greedy", f"{GREEDY:g}" if problem == PUBLISHED_ON else "-", here))
+    for length, error in found.shared.items():
+        here = _against(error, found) + (", the best" if length == found.best else "")
+        lines.append(Row(f"{problem}: {_windows_of(length)}", _published(problem, length), here))
+    for seeds, (sharing, error) in found.adapted.items():
+        lengths = sharing.lengths
+        here = f"{_against(error, found)}; {len(lengths)} windows of {min(lengths)} to {max(lengths)}"
+        lines.append(Row(f"{problem}: {_adapted_with(seeds)}", "-", here))
+    return lines
+
+
+def _theory(problem: str, found: Findings) -> list[Row]:
+    theory, steps, lines = found.theory, len(found.truth), []
+    for length in sorted({1, theory.best_window(), found.best, steps}):
+        here = f"{theory.bound(length):.4f}" + (", its lowest" if length == theory.best_window() else "")
+        lines.append(Row(f"{problem}: Theorem 4.1, {_windows_of(length)}", "-", here))
+    correlations = (f"{theory.mean_correlation(length):.2f} in windows of {length}" for length in (found.best, steps))
+    here = f"{theory.variance:.4f}; {', '.join(dict.fromkeys(correlations))}; {theory.drift:.4f}"
+    return [*lines, Row(f"{problem}: MSE_1; c; L", "-", here)]
+
+
+def _windows_of(length: int) -> str:
+    return "no sharing" if length == 1 else f"windows of {length} steps"
+
+
+def _adapted_with(seeds: int) -> str:
+    return f"adaptive sharing, estimated with {seeds} other seed{'s' * (seeds > 1)}"
 
 
 def _against(error: tuple[float, float], found: Findings) -> str:
@@ -207,24 +243,24 @@ def _against(error: tuple[float, float], found: Findings) -> str:
     return f"{error[0]:.4f} +- {error[1]:.4f}" + (f" ({share:.2f} of no sharing's)" if share != 1 else "")
 
 
-def _published(length: int) -> str:
-    about = "about " if length == 250 else ""
-    return f"{about}{SHARED[length]:g}" if length in SHARED else "-"
-
-
-def _best(length: int, found: Findings) -> str:
-    return ", the best" if length == found.best else ""
+def _published(problem: str, length: int) -> str:
+    if problem != PUBLISHED_ON or length not in SHARED:
+        return "-"
+    return f"{'about ' if length == 250 else ''}{SHARED[length]:g}"
 
 
 def draw(settings: Settings, results: Results) -> Figure:
-    """Error by length of windows, the paper's beside ours, and the mean hypergradient with the windows found."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    found = findings(settings, results)
-    _draw_errors(left, found)
-    if found is not None:
-        _draw_windows(right, found)
-    right.set(xlabel="step", ylabel="hypergradient by the step's learning rate")
+    """By data: error over the length of windows, the paper's beside ours; the mean hypergradient and its windows."""
+    there = _there(settings, results)
+    figure = Figure(figsize=(11, 4.2 * len(there)), layout="constrained")
+    panels = figure.subplots(len(there), 2, squeeze=False)
+    for problem, (left, right) in zip(there, panels, strict=True):
+        found = findings(settings, results, problem)
+        _draw_errors(left, found)
+        left.set_title(problem)
+        if found is not None:
+            _draw_windows(right, found)
+        right.set(xlabel="step", ylabel="hypergradient by the step's learning rate")
     return figure
 
 
@@ -241,9 +277,9 @@ def _draw_errors(axes: Axes, found: Findings | None) -> None:
         if found.greedy is not None:
             axes.axhline(found.greedy[0], color="C1", label="greedy")
         for marker, (seeds, (sharing, error)) in zip("x+v*", found.adapted.items(), strict=False):
-            words = f"adaptive, estimated with {seeds} other seed{'s' * (seeds > 1)}"
             mean = [steps / len(sharing.lengths)]
-            axes.plot(mean, [error[0]], marker, color="C3", markersize=9, linestyle="none", label=words)
+            label = _adapted_with(seeds)
+            axes.plot(mean, [error[0]], marker, color="C3", markersize=9, linestyle="none", label=label)
         axes.set_ylim(min(errors) / 2, 10 * max(GREEDY, *errors, *(found.greedy or ())))
     axes.legend(frameon=False, fontsize=7)
 
@@ -255,42 +291,27 @@ def _draw_windows(axes: Axes, found: Findings) -> None:
     if found.adapted:
         seeds = max(found.adapted)
         means = found.adapted[seeds][0].average(found.truth).tolist()
-        words = f"its mean over the windows adapted with {seeds} other seed{'s' * (seeds > 1)}"
-        axes.plot(steps, means, color="C3", drawstyle="steps-mid", label=words)
+        axes.plot(steps, means, color="C3", drawstyle="steps-mid", label=f"its windows: {_adapted_with(seeds)}")
     axes.legend(frameon=False, fontsize=7)
 
 
 RECIPE = Recipe(
     name="fds-fig2",
     source="Micaelli & Storkey 2021, Figure 2, on SVHN; settings from the released code",
-    description="Fashion-MNIST, LeNet, 250 steps: error of the hypergradient by the windows that share a learning rate",
-    cost="3 minutes a seed on a core of one's own",
+    description="LeNet, 250 steps of Fashion-MNIST, MNIST and SVHN: error of hypergradients that steps share",
+    cost="a minute a seed and data set: two hours of two cores",
     settings=Settings(),
     jobs=jobs,
     rows=rows,
     draw=draw,
     notes=(
         "Mean squared error of what one seed's steps are moved by, against the mean hypergradient over all seeds; +- "
-        "one standard error over seeds. The bound's c is the mean measured correlation in windows of each length, its "
-        "L the largest change of the mean hypergradient from step to step, as a root mean square over a twentieth of "
-        "the run.",
-        "The paper's data are SVHN: `fds-fig2-svhn`, for who has the files. `fds-fig2-mnist` is the same on MNIST.",
-        "Windows of adaptive sharing are estimated with seeds that errors are not measured with.",
-        "Initial weights are Glorot-normal as in the released code; its validation examples are of the test set, here "
-        "2,000 of the validation split.",
+        "one standard error over seeds.",
+        "Theorem 4.1's c is the mean measured correlation in windows of each length, its L the largest change of the "
+        "mean hypergradient from step to step, as a root mean square over a twentieth of the run.",
+        "Windows of adaptive sharing are estimated with seeds that errors are not measured with; the best length of "
+        "equal windows is known by hindsight only.",
+        "Initial weights are Glorot-normal as in the released code. Its validation examples are 2,000 of the test set; "
+        "here they are of the validation split.",
     ),
 )
-
-
-def _on(problem: str, data: str) -> Recipe:
-    """The same experiment on other data."""
-    return replace(
-        RECIPE,
-        name=f"fds-fig2-{problem}",
-        description=RECIPE.description.replace("Fashion-MNIST", data),
-        settings=replace(RECIPE.settings, problem=problem),
-        notes=tuple(note for note in RECIPE.notes if "fds-fig2-svhn" not in note),
-    )
-
-
-RECIPES = (RECIPE, _on("mnist", "MNIST"), _on("svhn", "SVHN"))

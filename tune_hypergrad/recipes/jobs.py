@@ -48,6 +48,8 @@ class Place:
     """The file for the job's state."""
     stop_at: float
     """When to stop, by `time.time()`."""
+    download: bool = False
+    """Whether missing data may be fetched."""
 
     def load(self) -> Any:
         """The state that an earlier call left, tensors on the device; None where there is none."""
@@ -65,9 +67,11 @@ class Place:
     def in_pieces(self, done: Callable[[], bool], work: Callable[[], object], state: Callable[[], Any]) -> None:
         """Work until done, with a checkpoint every minute and when it is time to stop.
 
+        Every call does some work, so that calls with any time limit come to an end.
+
         Args:
             done: whether there is nothing left to do.
-            work: does a little, a second at the most.
+            work: does a little, such as a training step.
             state: what `load` is to give another call.
 
         Raises:
@@ -75,10 +79,10 @@ class Place:
         """
         saved = time.monotonic()
         while not done():
-            if self._is_to_stop():
+            work()
+            if self._is_to_stop() and not done():
                 self.save(state())
                 raise Stopped
-            work()
             if time.monotonic() - saved > _SAVE_EVERY:
                 self.save(state())
                 saved = time.monotonic()
@@ -111,6 +115,8 @@ class Resources:
     """The torch device."""
     stop_at: float
     """When to stop, by `time.time()`; infinite for never."""
+    download: bool = False
+    """Whether missing data may be fetched."""
 
 
 class ResultsFile:
@@ -131,14 +137,20 @@ class ResultsFile:
         except OSError as error:
             raise InputError(f"{folder} cannot be made: {in_one_line(error)}; choose another folder") from error
         self.results: dict[str, Any] = dict((read_results(folder) or {"jobs": {}})["jobs"])
+        self._write()
 
     def add(self, name: str, result: Any) -> None:
         """Keep a job's result; the file is replaced whole or not at all."""
         self.results[name] = result
-        content = {**self._head, "jobs": dict(sorted(self.results.items()))}
+        self._write()
+
+    def _write(self) -> None:
+        jobs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(self.results[name])}" for name in sorted(self.results))
+        head = json.dumps(self._head, indent=1).removesuffix("\n}")
+        content = f'{head},\n "jobs": {{\n{jobs}\n }}\n}}\n'  # a line for each job
         temporary = self._file.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
             temporary.replace(self._file)
         except OSError as error:
             raise InputError(f"{self._file} cannot be written: {in_one_line(error)}") from error
@@ -236,7 +248,8 @@ def run_jobs(
 
 
 def _place(job: Job, folder: Path, resources: Resources) -> Place:
-    return Place(resources.data_dir, resources.device, _checkpoint_of(job.name, folder), resources.stop_at)
+    checkpoint = _checkpoint_of(job.name, folder)
+    return Place(resources.data_dir, resources.device, checkpoint, resources.stop_at, resources.download)
 
 
 def _checkpoint_of(name: str, folder: Path) -> Path:

@@ -15,6 +15,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.recipes.jobs import Job, Resources, Results, ResultsFile, read_results, run_jobs
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
@@ -91,6 +92,7 @@ def reproduce(
     seeds: int | None = None,
     processes: int = 1,
     data_dir: str | None = None,
+    download: bool = False,
     device: str = "cpu",
     time_limit: float | None = None,
     tell: Callable[[str], None] = print,
@@ -104,6 +106,7 @@ def reproduce(
         seeds: instead of the recipe's own; None is what was begun, or the recipe's.
         processes: how many jobs run at once, one CPU thread each.
         data_dir: where the data lie; None is as for `problems.get`.
+        download: whether missing data may be fetched.
         device: the torch device.
         time_limit: seconds after which everything is saved and this returns; None for no limit.
         tell: called with lines of progress.
@@ -123,7 +126,7 @@ def reproduce(
     settings = at_scale(recipe.settings, head["scale"], head["seeds"])
     kept = ResultsFile(folder, head)
     stop_at = math.inf if time_limit is None else begun + time_limit - _margin(time_limit)
-    resources = Resources(processes, data_dir, device, stop_at)
+    resources = Resources(processes, data_dir, device, stop_at, download)
     done = run_jobs(lambda results: recipe.jobs(settings, results), kept, folder, resources, tell)
     (folder / TABLE_FILE).write_text(table(recipe, settings, kept.results, done=done), encoding="utf-8")
     recipe.draw(settings, kept.results).savefig(folder / PICTURE_FILE, dpi=150)
@@ -194,3 +197,9 @@ def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
     if len(values) == 1:
         return f"{mean} (one seed)"
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f}, {len(values)} seeds)"
+
+
+def stairs(panel: Axes, values: Sequence[float], **style: Any) -> None:
+    """Draw a schedule, a value for each window, over training progress."""
+    edges = [window / len(values) for window in range(len(values) + 1)]
+    panel.stairs(list(values), edges, baseline=None, **style)

@@ -12,11 +12,28 @@ from tune_hypergrad.recipes.jobs import Job, Results
 from tune_hypergrad.recipes.rules import RULES, after, as_lists
 from tune_hypergrad.recipes.training import Experiment, differentiate, retrain
 
-FIRST_RETRAINING_SEED = 1000
-"""Beyond the seeds of searches."""
-
 Found = dict[str, list[float]]
 """Hyperparameters by name, a value for each window."""
+
+_FIRST_RETRAINING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """How schedules are trained anew and tested."""
+
+    epochs: float
+    """Length of a run."""
+    seeds: int
+    """How many runs, with seeds that no search has used."""
+    all_data: bool
+    """Whether the validation examples are trained on, too."""
+
+    def jobs(self, name: str, experiment: Experiment, values: Found) -> list[Job]:
+        """The runs of a schedule; `name` names them."""
+        arguments = {"experiment": experiment, "values": values, "epochs": self.epochs, "all_data": self.all_data}
+        seeds = [_FIRST_RETRAINING_SEED + seed for seed in range(self.seeds)]
+        return [Job(f"{name}/{seed}", retrain, {**arguments, "seed": seed}) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -52,15 +69,39 @@ class Search:
         return [results[name] for name in names if name in results]
 
     def found(self, results: Results, outer_steps: int) -> Found:
-        """The rule's values after so many outer steps, which have been done."""
-        rule = RULES[self.rule](self.windows, self.step_sizes)
-        return as_lists(after(rule, self.rows(results)[:outer_steps]).values)
+        """The values after so many outer steps, which have been done: those that were run next, or the rule's."""
+        rows = self.rows(results)
+        if outer_steps < len(rows):
+            return dict(rows[outer_steps]["values"])
+        return as_lists(after(RULES[self.rule](self.windows, self.step_sizes), rows).values)
 
-    def best(self, results: Results, outer_steps: int) -> Found | None:
-        """The values of the lowest validation loss among the longest runs of so many outer steps; None: none lived."""
-        rows = self.rows(results)[:outer_steps]
-        longest = [row for row in rows if row["epochs"] == max(self.epochs) and math.isfinite(row["val_loss"])]
-        return min(longest, key=lambda row: float(row["val_loss"]))["values"] if longest else None
+    def best(self, results: Results, outer_steps: int) -> int | None:
+        """The outer step, among the first so many, whose run is the best by validation: of the longest ones, those of
+        another length being no match; None where no such run has come to a finite loss."""
+        rows = enumerate(self.rows(results)[:outer_steps])
+        losses = {index: row["val_loss"] for index, row in rows if row["epochs"] == max(self.epochs)}
+        living = [index for index, loss in losses.items() if math.isfinite(loss)]
+        return min(living, key=lambda index: losses[index], default=None)
+
+    def stands_for(self, results: Results, outer_steps: int) -> int | None:
+        """The outer step whose schedule the search stands for after so many: the next one's by the paper's rule, which
+        retrains what it has come to, and the best one's by validation otherwise."""
+        return outer_steps if self.rule == "paper" else self.best(results, outer_steps)
+
+    def ends(self, results: Results) -> dict[str, int]:
+        """What a search has come to, once it is done: outer steps by "last schedule" and "best by validation"."""
+        if len(self.rows(results)) < len(self.epochs):
+            return {}
+        best = self.best(results, len(self.epochs))
+        return {"last schedule": len(self.epochs)} | ({} if best is None else {"best by validation": best})
+
+    def test_name(self, outer_step: int) -> str:
+        """What retrainings of an outer step's schedule are called."""
+        return f"test/{self.name}/{self.seed}/step-{outer_step:02d}"
+
+    def retrained(self, results: Results, outer_step: int, how: Retraining) -> list[Job]:
+        """Retrainings of the schedule that an outer step runs, or would run after the last."""
+        return how.jobs(self.test_name(outer_step), self.experiment, self.found(results, outer_step))
 
     def next_job(self, results: Results) -> Job | None:
         """The job of the next outer step; None where all are done."""
@@ -77,15 +118,6 @@ class Search:
             **self.options,
         }
         return Job(self.job_name(done), differentiate, arguments)
-
-
-def retrainings(
-    name: str, experiment: Experiment, values: Found, *, epochs: float, seeds: int, all_data: bool
-) -> list[Job]:
-    """Jobs that train with a schedule anew, with seeds that no search has used, and test."""
-    arguments = {"experiment": experiment, "values": values, "epochs": epochs, "all_data": all_data}
-    seeded = [FIRST_RETRAINING_SEED + seed for seed in range(seeds)]
-    return [Job(f"{name}/{seed}", retrain, {**arguments, "seed": seed}) for seed in seeded]
 
 
 def test_accuracies(results: Results, name: str) -> list[float]:

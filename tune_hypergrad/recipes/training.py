@@ -20,8 +20,6 @@ from tune_hypergrad.recipes.jobs import Place
 Values = Mapping[str, Sequence[float]]
 """Hyperparameters by name, a value for each window."""
 
-_PIECE = 32  # steps between two looks at the clock
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -38,6 +36,12 @@ class Experiment:
     fixed: Mapping[str, float] = field(default_factory=dict)
     """Hyperparameters that are held."""
 
+    def steps(self, epochs: float) -> int:
+        """Inner steps of a run, by the problem's size in the table of built-in problems: nothing is read for it."""
+        train = next(entry.train for entry in problems.table() if entry.name == self.problem)
+        assert train is not None
+        return _steps(epochs, train // self.batch_size)
+
     def loop(
         self, place: Place, epochs: float, seed: int, *, all_data: bool = False, split_seed: int | None = None
     ) -> InnerLoop:
@@ -50,25 +54,33 @@ class Experiment:
             all_data: whether the validation examples are trained on, too.
             split_seed: draws training and validation examples anew; None leaves them as the problem has them.
         """
-        problem = _load(self.problem, place.data_dir, place.device)
-        problem = problem.replace(batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        problem = _load(
+            self.problem, place.data_dir, place.download, place.device, self.batch_size, self.eval_batch_size
+        )
         if split_seed is not None:
             problem = split_anew(problem, split_seed)
         if all_data:
             problem = with_val(problem)
-        steps = max(1, round(epochs * problem.steps_per_epoch))
+        steps = _steps(epochs, problem.steps_per_epoch)
         settings = TrainingSettings(
             steps, fixed=self.fixed, seed=seed, clip_gradient=self.clip_gradient, device=place.device
         )
         return InnerLoop(problem, settings)
 
 
+def _steps(epochs: float, steps_per_epoch: int) -> int:
+    return max(1, round(epochs * steps_per_epoch))
+
+
 @lru_cache(maxsize=1)
-def _load(name: str, data_dir: str | None, device: str) -> Problem:
+def _load(
+    name: str, data_dir: str | None, download: bool, device: str, batch_size: int, eval_batch_size: int
+) -> Problem:
     """A built-in problem with its tensors where they are needed, read once per process."""
-    problem = problems.get(name, data_dir=data_dir)
+    problem = problems.get(name, data_dir=data_dir, batch_size=batch_size, download=download)
     splits = {which: getattr(problem, which) for which in ("train", "val", "test")}
-    return problem.replace(**{which: tuple(t.to(device) for t in split.tensors) for which, split in splits.items()})
+    there = {which: tuple(t.to(device) for t in split.tensors) for which, split in splits.items()}
+    return problem.replace(eval_batch_size=eval_batch_size, **there)
 
 
 def differentiate(
@@ -110,7 +122,7 @@ def differentiate(
         untrained = loop.evaluate(loop.initial_state())
         place.in_pieces(
             lambda: run.done,
-            lambda: run.advance(_PIECE),
+            lambda: run.advance(1),
             lambda: {"seconds": time.monotonic() - begun, "run": run.state_dict()},
         )
     result = run.result()
@@ -153,9 +165,8 @@ def retrain(
 
     def work() -> None:
         nonlocal step, state
-        for _ in range(min(_PIECE, loop.steps - step)):
-            state = loop.step(state, loop.scalars(tensors, step), step)
-            step += 1
+        state = loop.step(state, loop.scalars(tensors, step), step)
+        step += 1
 
     def keep() -> dict[str, Any]:
         seconds = time.monotonic() - begun
