@@ -17,7 +17,7 @@ from tune_hypergrad.recipes import RECIPES, fig2
 from tune_hypergrad.recipes.jobs import Place, Stopped
 from tune_hypergrad.recipes.recipe import at_scale, reproduce
 
-SMALL = fig2.Settings(problem="digits", steps=8, batch_size=16, val_examples=40, seeds=3, pilots=2)
+SMALL = fig2.Settings(problems=("digits",), where_there=(), steps=8, batch_size=16, val_examples=40, seeds=3, pilots=2)
 
 
 def place(folder: Path, stop_at: float = math.inf) -> Place:
@@ -37,35 +37,43 @@ def synthetic(seeds: int, pilots: int = 0, greedy: int = 0, steps: int = 40) -> 
     def draw() -> torch.Tensor:
         return torch.randn(steps, generator=generator, dtype=torch.float64)
 
-    drawn = {f"exact/{seed}": mean + draw() for seed in (*range(seeds), *range(1000, 1000 + pilots))}
-    return results_of({**drawn, **{f"greedy/{seed}": 5 + draw() for seed in range(greedy)}})
+    drawn = {f"digits/exact/{seed}": mean + draw() for seed in (*range(seeds), *range(1000, 1000 + pilots))}
+    return results_of({**drawn, **{f"digits/greedy/{seed}": 5 + draw() for seed in range(greedy)}})
 
 
 class TestJobs:
     def test_at_scale_1_they_are_the_papers(self) -> None:
         jobs = fig2.jobs(fig2.Settings(), {})
         names = [job.name for job in jobs]
-        assert len(names) == len(set(names)) == 8 + 2 * 100
-        assert sum(name.startswith("greedy/") for name in names) == 100
-        assert {job.arguments["horizon"] for job in jobs if job.name.startswith("greedy/")} == {1}
-        seeds = {which: {job.arguments["seed"] for job in jobs if job.name.startswith(which)} for which in ("greedy",)}
-        assert seeds["greedy"] == set(range(100))
+        assert len(names) == len(set(names)) == 1 + 2 * (8 + 2 * 100)
+        greedy = [job for job in jobs if "/greedy/" in job.name]
+        assert {job.arguments["horizon"] for job in greedy} == {1}
+        assert {job.arguments["seed"] for job in greedy} == set(range(100))
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_svhn_is_run_where_its_files_are(self, there: bool) -> None:
+        names = [job.name for job in fig2.jobs(fig2.Settings(), {"data/svhn": there})]
+        assert any(name.startswith("svhn/exact") for name in names) == there
+        rows = {row.what: row for row in fig2.rows(fig2.Settings(), {"data/svhn": there})}
+        assert rows["svhn: no sharing"].here == ("not run" if there else "no data")
+        assert rows["svhn: no sharing"].published == "0.072"
 
     def test_a_scale_shrinks_the_seeds_alone(self) -> None:
         assert at_scale(fig2.Settings(), 0.1) == replace(fig2.Settings(), seeds=10, pilots=2)
 
     def test_a_job_that_was_stopped_goes_on_to_the_same_numbers(self, tmp_path: Path) -> None:
-        whole = fig2.differentiate(place(tmp_path / "whole"), settings=SMALL, seed=1, horizon=None)
+        whole = fig2.differentiate(place(tmp_path / "whole"), settings=SMALL, problem="digits", seed=1, horizon=None)
         for _ in range(2):
             with pytest.raises(Stopped):
-                fig2.differentiate(place(tmp_path, time.time()), settings=SMALL, seed=1, horizon=None)
-        resumed = fig2.differentiate(place(tmp_path), settings=SMALL, seed=1, horizon=None)
+                fig2.differentiate(place(tmp_path, time.time()), settings=SMALL, problem="digits", seed=1, horizon=None)
+        resumed = fig2.differentiate(place(tmp_path), settings=SMALL, problem="digits", seed=1, horizon=None)
         assert resumed["hypergradient"] == whole["hypergradient"] and resumed["val_loss"] == whole["val_loss"]
         assert len(whole["hypergradient"]) == 8
 
     def test_greedy_hypergradients_are_other_ones_of_the_same_run(self, tmp_path: Path) -> None:
         exact, greedy = (
-            fig2.differentiate(place(tmp_path), settings=SMALL, seed=1, horizon=horizon) for horizon in (None, 1)
+            fig2.differentiate(place(tmp_path), settings=SMALL, problem="digits", seed=1, horizon=horizon)
+            for horizon in (None, 1)
         )
         assert exact["val_loss"] == greedy["val_loss"]
         # the last step's is the same: there is nothing after it to look through
@@ -73,7 +81,7 @@ class TestJobs:
         assert exact["hypergradient"][:-1] != pytest.approx(greedy["hypergradient"][:-1], rel=1e-2)
 
     def test_initial_weights_are_those_of_the_released_code(self) -> None:
-        problem = fig2._problem("digits", 16, 40, None)
+        problem = fig2._load("digits", None, False, 16, 40)
         weights = {name: p for name, p in problem.model().named_parameters() if name.endswith("weight")}
         for name, weight in weights.items():
             fan_in, fan_out = weight[0].numel(), weight.numel() // weight.shape[1]
@@ -84,24 +92,24 @@ class TestJobs:
         recipe = replace(RECIPES["fds-fig2"], settings=SMALL)
         assert reproduce(recipe, tmp_path, tell=lambda line: None)
         table = (tmp_path / "table.md").read_text()
-        assert "| seeds | 100 | 3 of 3 |" in table and "Not finished" not in table
+        assert "| digits: seeds | - | 3 of 3 |" in table and "Not finished" not in table
         assert (tmp_path / "picture.png").stat().st_size > 10_000
         kept = json.loads((tmp_path / "results.json").read_text())["jobs"]
         assert sorted(kept) == sorted(job.name for job in fig2.jobs(SMALL, {}))
 
 
 class TestFindings:
-    SETTINGS = fig2.Settings(steps=40, seeds=30, pilots=4)
+    SETTINGS = fig2.Settings(problems=("digits",), steps=40, seeds=30, pilots=4)
 
     def test_they_need_two_seeds(self) -> None:
-        assert fig2.findings(self.SETTINGS, {}) is None
-        assert fig2.findings(self.SETTINGS, synthetic(1, pilots=4)) is None
+        assert fig2.findings(self.SETTINGS, {}, "digits") is None
+        assert fig2.findings(self.SETTINGS, synthetic(1, pilots=4), "digits") is None
 
     def test_errors_are_those_of_a_loop(self) -> None:
         results = synthetic(30, pilots=4, greedy=2)
-        found = fig2.findings(self.SETTINGS, results)
+        found = fig2.findings(self.SETTINGS, results, "digits")
         assert found is not None and list(found.shared) == [1, 2, 4, 5, 8, 10, 20, 40]
-        by_seed = [results[f"exact/{seed}"]["hypergradient"] for seed in range(30)]
+        by_seed = [results[f"digits/exact/{seed}"]["hypergradient"] for seed in range(30)]
         truth = [sum(g[step] for g in by_seed) / 30 for step in range(40)]
         for length in (1, 8, 40):
             squares = [
@@ -111,11 +119,13 @@ class TestFindings:
             ]
             assert found.shared[length][0] == pytest.approx(sum(squares) / len(squares))
         assert found.greedy is not None
-        squares = [(results[f"greedy/{s}"]["hypergradient"][t] - truth[t]) ** 2 for s in range(2) for t in range(40)]
+        squares = [
+            (results[f"digits/greedy/{s}"]["hypergradient"][t] - truth[t]) ** 2 for s in range(2) for t in range(40)
+        ]
         assert found.greedy[0] == pytest.approx(sum(squares) / 80)
 
     def test_a_window_in_between_is_best_and_the_bound_is_above(self) -> None:
-        found = fig2.findings(self.SETTINGS, synthetic(30, pilots=4))
+        found = fig2.findings(self.SETTINGS, synthetic(30, pilots=4), "digits")
         assert found is not None
         assert found.best == 8
         for length, (error, _) in found.shared.items():
@@ -123,11 +133,11 @@ class TestFindings:
 
     def test_windows_are_adapted_with_the_pilots_alone(self) -> None:
         results = synthetic(30, pilots=4)
-        found = fig2.findings(self.SETTINGS, results)
+        found = fig2.findings(self.SETTINGS, results, "digits")
         assert found is not None and list(found.adapted) == [1, 2, 4]
         sharing, (error, _) = found.adapted[4]
         assert 32 in sharing.boundaries and error < found.shared[found.best][0]
-        pilots = torch.tensor([results[f"exact/{1000 + pilot}"]["hypergradient"] for pilot in range(4)])
+        pilots = torch.tensor([results[f"digits/exact/{1000 + pilot}"]["hypergradient"] for pilot in range(4)])
         assert sharing == Sharing.equal(40, 40).adapt(pilots, averaged=1)
 
     @pytest.mark.parametrize(("seeds", "pilots", "greedy"), [(0, 0, 0), (0, 1, 0), (2, 0, 0), (3, 4, 1), (30, 4, 30)])
@@ -139,12 +149,14 @@ class TestFindings:
         assert ("equal windows" in labels) == (seeds >= 2)
         assert ("greedy" in labels) == (seeds >= 2 and greedy > 0)
         if seeds >= 2:
-            assert rows["seeds"].here == f"{seeds} of 30"
-            assert (rows["mean squared error, greedy"].here == "not run") == (greedy == 0)
-            assert ("adaptive sharing, estimated with 4 other seeds" in rows) == (pilots >= 4)
+            assert rows["digits: seeds"].here == f"{seeds} of 30"
+            assert (rows["digits: greedy"].here == "not run") == (greedy == 0)
+            assert ("digits: adaptive sharing, estimated with 4 other seeds" in rows) == (pilots >= 4)
 
-    def test_the_papers_figures_stand_beside(self) -> None:
+    def test_the_papers_figures_stand_beside_those_of_the_same_data(self) -> None:
         settings = replace(self.SETTINGS, steps=50)
-        rows = {row.what: row.published for row in fig2.rows(settings, synthetic(3, steps=50))}
-        assert rows["no sharing"] == "0.072" and rows["windows of 50 steps"] == "0.0376"
-        assert rows["mean squared error, greedy"] == "0.393" and rows["windows of 25 steps"] == "-"
+        on_svhn = {name.replace("digits", "svhn"): given for name, given in synthetic(3, steps=50).items()}
+        rows = {row.what: row.published for row in fig2.rows(settings, {**synthetic(3, steps=50), **on_svhn})}
+        assert rows["svhn: no sharing"] == "0.072" and rows["svhn: windows of 50 steps"] == "0.0376"
+        assert rows["svhn: greedy"] == "0.393" and rows["svhn: windows of 25 steps"] == "-"
+        assert {published for what, published in rows.items() if what.startswith("digits")} == {"-"}

@@ -7,6 +7,7 @@ from tune_hypergrad.hypergradients.online import OnlineRun
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.outer import OUTER_UPDATES, Descent, OuterLoop
 from tune_hypergrad.hypergradients.run import HypergradientResult
+from tune_hypergrad.hypergradients.sharing import Sharing
 
 __all__ = [
     "OPTIMIZERS",
@@ -18,6 +19,7 @@ __all__ = [
     "Optimizer",
     "OuterLoop",
     "ProblemCheck",
+    "Sharing",
     "TrainingSettings",
     "check_problem",
     "get_optimizer",
