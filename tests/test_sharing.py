@@ -191,6 +191,19 @@ class TestWindows:
         errors = [float(sharing.error(fresh, mean).mean()) for sharing in found]
         assert sum(errors) / len(errors) < min(equal.values())
 
+    @pytest.mark.parametrize("scale", [1e-200, 1e-3, 1e200])
+    def test_the_unit_of_the_loss_does_not_matter(self, scale: float) -> None:
+        mean = torch.cat([torch.zeros(30), torch.ones(10)]).double()
+        by_step = draws(mean, autoregressive(40, 0.2, 0.5), 4)
+        assert Sharing.equal(40, 1).adapt(scale * by_step) == Sharing.equal(40, 1).adapt(by_step)
+
+    def test_hypergradients_of_zero_are_shared(self) -> None:
+        assert Sharing.equal(20, 1).adapt(torch.zeros(3, 20)) == Sharing.equal(20, 20)
+
+    def test_an_ensemble_of_nothing_is_refused(self) -> None:
+        with pytest.raises(InputError, match="averaged is 0: hypergradients are averaged over at least 1 seed"):
+            Sharing.equal(20, 1).adapt(torch.zeros(3, 20), averaged=0)
+
     def test_runs_that_diverged_tell_nothing(self) -> None:
         by_step = draws(torch.zeros(50, dtype=torch.float64), autoregressive(50, 1.0, 0.2), 3)
         diverged = torch.cat([by_step, torch.full((1, 50), torch.nan, dtype=torch.float64)])

@@ -139,21 +139,24 @@ class Sharing:
         programming: windows split, merge and move at will.
 
         Args:
-            by_step: the steps' own hypergradients on the scale that is tuned, shape [seeds, T]. Seeds that diverged
-                (values that are not finite) are left out. For one seed see `error_covariance`.
+            by_step: the steps' own hypergradients on the scale that is tuned (times `Range.slope`), shape [seeds, T].
+                Seeds that diverged (values that are not finite) are left out. For one seed see `error_covariance`.
             averaged: over how many seeds the hypergradients that will be shared are averaged; None is over these.
 
         Returns:
             The windows; these, if every seed diverged. Time and memory are O(T^2).
 
         Raises:
-            InputError: it has another number of steps.
+            InputError: it has another number of steps, or `averaged` is below 1.
         """
         self._check(by_step)
+        if averaged is not None and averaged < 1:
+            raise InputError(f"averaged is {averaged!r}: hypergradients are averaged over at least 1 seed")
         finite = by_step[by_step.isfinite().all(-1)].to(device="cpu", dtype=torch.float64)
         if len(finite) == 0:
             return self
-        return Sharing(least_error(window_errors(finite, averaged or len(finite))))
+        largest = finite.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # whose square may overflow
+        return Sharing(least_error(window_errors(finite / largest, averaged or len(finite))))
 
     def _window_of_step(self, like: Tensor) -> Tensor:
         windows = [bisect_right(self.boundaries, step) - 1 for step in range(self.steps)]
@@ -215,8 +218,9 @@ def noise_and_drift(by_step: Tensor) -> NoiseAndDrift:
 def error_covariance(by_step: Tensor) -> Tensor:
     """Covariance of the errors of steps' own hypergradients, from few seeds.
 
-    The covariance of S seeds, shrunk (Ledoit & Wolf 2004) towards a simple one, s_i s_j r_|i-j|: the variance s_i^2 is
-    pooled over nearby steps, the correlation r over all steps as far apart. The share of the first is (S-1) / (S+1).
+    The covariance of S seeds, shrunk towards a simple one, s_i s_j r_|i-j| (as Ledoit & Wolf 2004 do, but by a share of
+    the first that S alone decides: (S - 1) / (S + 1)): the variance s_i^2 is pooled over nearby steps, the correlation
+    r over all steps as far apart.
 
     One seed can tell errors from drift only along time: what its hypergradients do within an eighth of the run is
     taken for errors, what is slower for drift. That merges too little where errors last longer, and too much where
