@@ -174,7 +174,7 @@ def table(recipe: Recipe, settings: Any, results: Results, *, done: bool) -> str
     lines += [f"| {row.what} | {row.published} | {row.here} |" for row in recipe.rows(settings, results)]
     changed = _changed(recipe.settings, settings)
     if changed:
-        lines += ["", "Scaled down:", "", "| setting | full | here |", "| --- | --- | --- |", *changed]
+        lines += ["", "Scaled down:", "", "| setting | published | here |", "| --- | --- | --- |", *changed]
     lines += ["", *(f"- {note}" for note in recipe.notes)]
     return "\n".join(lines).rstrip() + "\n"
 
