@@ -122,6 +122,14 @@ class TestEstimates:
         found = error_covariance(draws(torch.zeros(30, dtype=torch.float64), covariance, 20_000))
         assert torch.allclose(found, covariance, atol=0.15)
 
+    @pytest.mark.parametrize("seeds", [2, 4, 8])
+    def test_the_covariance_of_few_seeds_is_nearer_the_truth_than_theirs(self, seeds: int) -> None:
+        covariance = autoregressive(60, 1.0, 0.6)
+        for seed in range(5):
+            by_step = draws(torch.zeros(60, dtype=torch.float64), covariance, seeds, seed)
+            theirs = torch.cov(by_step.T)
+            assert (error_covariance(by_step) - covariance).norm() < 0.9 * (theirs - covariance).norm()
+
     def test_one_seed_tells_fast_errors_from_slow_drift(self) -> None:
         slow = torch.sin(torch.linspace(0, math.pi, 400, dtype=torch.float64))
         found = error_covariance(draws(slow, autoregressive(400, 0.25, 0.0), 1))
@@ -143,6 +151,18 @@ class TestEstimates:
             estimated = sum(float(errors[a, b]) for a, b in pairwise(boundaries)) / 12
             expected = expected_error(Sharing(boundaries), mean, covariance / averaged)
             assert estimated == pytest.approx(expected, rel=0.02)
+
+    def test_errors_of_windows_are_right_in_the_mean_over_ensembles_of_few(self) -> None:
+        mean = double(0.0, 1.0, 0.5, 0.5, 2.0)
+        covariance = torch.diag(double(1.0, 0.5, 2.0, 0.1, 1.0))
+        seeds, ensembles = 3, 4000
+        by_step = draws(mean, covariance, seeds * ensembles).reshape(ensembles, seeds, 5)
+        found = sum(window_errors(ensemble, 1) for ensemble in by_step) / ensembles
+        for a, b in combinations(range(6), 2):
+            noise = float(covariance[a:b, a:b].sum()) / (b - a)
+            price = 3 / seeds * noise
+            drift = float(((mean[a:b] - mean[a:b].mean()) ** 2).sum())
+            assert float(found[a, b]) == pytest.approx(noise + price + drift, rel=0.05, abs=0.02)
 
 
 class TestWindows:
