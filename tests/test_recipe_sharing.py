@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,9 @@ def results_of(by_seed: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {name: {"hypergradient": hypergradient.tolist()} for name, hypergradient in by_seed.items()}
 
 
-def synthetic(seeds: int, pilots: int = 0, greedy: int = 0, steps: int = 40) -> dict[str, Any]:
+def synthetic(seeds: int, pilots: int = 0, greedy: int = 0, steps: int = 40, first: int = 0) -> dict[str, Any]:
     """White noise about a mean that drops near the end; greedy ones about zero."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(first)
     mean = torch.cat([torch.zeros(steps - 8), torch.full((8,), -3.0)]).double()
 
     def draw() -> torch.Tensor:
@@ -111,18 +112,27 @@ class TestFindings:
         assert found is not None and list(found.shared) == [1, 2, 4, 5, 8, 10, 20, 40]
         by_seed = [results[f"digits/exact/{seed}"]["hypergradient"] for seed in range(30)]
         truth = [sum(g[step] for g in by_seed) / 30 for step in range(40)]
+        variance = statistics.mean(statistics.variance(g[step] for g in by_seed) for step in range(40))
         for length in (1, 8, 40):
-            squares = [
-                (sum(g[step // length * length :][:length]) / length - truth[step]) ** 2
-                for g in by_seed
-                for step in range(40)
-            ]
-            assert found.shared[length][0] == pytest.approx(sum(squares) / len(squares))
+            shared = [[sum(g[t // length * length :][:length]) / length for t in range(40)] for g in by_seed]
+            error = statistics.mean((g[t] - truth[t]) ** 2 for g in shared for t in range(40))
+            left = statistics.mean(statistics.variance(g[t] for g in shared) for t in range(40))
+            assert found.shared[length][0] == pytest.approx(error + (2 * left - variance) / 30)
         assert found.greedy is not None
         squares = [
             (results[f"digits/greedy/{s}"]["hypergradient"][t] - truth[t]) ** 2 for s in range(2) for t in range(40)
         ]
         assert found.greedy[0] == pytest.approx(sum(squares) / 80)
+
+    @pytest.mark.parametrize("seeds", [2, 5])
+    def test_errors_are_right_in_the_mean_whatever_the_number_of_seeds(self, seeds: int) -> None:
+        """White noise of variance 1 about a mean that drops by 3 in the last fifth."""
+        settings = replace(self.SETTINGS, seeds=seeds)
+        every = [synthetic(seeds, first=first) for first in range(100)]
+        found = [fig2.findings(settings, results, "digits") for results in every]
+        for length, expected in ((1, 1.0), (8, 1 / 8), (40, 1 / 40 + 9 * 0.2 * 0.8)):
+            errors = [each.shared[length][0] for each in found if each is not None]
+            assert statistics.mean(errors) == pytest.approx(expected, abs=0.04)
 
     def test_a_window_in_between_is_best_and_the_bound_is_above(self) -> None:
         found = fig2.findings(self.SETTINGS, synthetic(30, pilots=4), "digits")

@@ -171,11 +171,11 @@ def findings(settings: Settings, results: Results, problem: str) -> Findings | N
         if seeds <= len(pilots):
             # windows are for the hypergradients of one seed, whatever they are estimated with
             sharing = Sharing.equal(steps, steps).adapt(pilots[:seeds], averaged=1)
-            adapted[seeds] = sharing, _mean(sharing.error(exact, truth))
+            adapted[seeds] = sharing, _error(sharing, exact)
     return Findings(
         len(exact),
         truth,
-        {length: _mean(Sharing.equal(steps, length).error(exact, truth)) for length in lengths},
+        {length: _error(Sharing.equal(steps, length), exact) for length in lengths},
         noise_and_drift(exact),
         _mean(((greedy - truth) ** 2).mean(-1)) if len(greedy) > 0 else None,
         adapted,
@@ -186,6 +186,18 @@ def _of_seeds(results: Results, which: str, seeds: range) -> Tensor:
     """Hypergradients of those seeds that are done: float64, shape [seeds, T]."""
     done = [results[f"{which}/{seed}"]["hypergradient"] for seed in seeds if f"{which}/{seed}" in results]
     return torch.tensor(done, dtype=torch.float64)
+
+
+def _error(sharing: Sharing, exact: Tensor) -> tuple[float, float]:
+    """Error of sharing against the true mean hypergradient, of which that of S seeds is an estimate, +- standard error.
+
+    If v and w are the variances without and with sharing, errors against the mean of these very seeds miss w / S, and
+    have (v - w) / S too much from its noise.
+    """
+    seeds, truth = len(exact), exact.mean(0)
+    error, deviation = _mean(sharing.error(exact, truth))
+    separate, shared = (float(values.var(0).mean()) for values in (exact, sharing.average(exact)))
+    return error + (2 * shared - separate) / seeds, deviation
 
 
 def _mean(by_seed: Tensor) -> tuple[float, float]:
@@ -305,8 +317,8 @@ RECIPE = Recipe(
     rows=rows,
     draw=draw,
     notes=(
-        "Mean squared error of what one seed's steps are moved by, against the mean hypergradient over all seeds; +- "
-        "one standard error over seeds.",
+        "Mean squared error of what one seed's steps are moved by, against the mean hypergradient over all seeds, "
+        "corrected for the noise in that; +- one standard error over seeds.",
         "Theorem 4.1's c is the mean measured correlation in windows of each length, its L the largest change of the "
         "mean hypergradient from step to step, as a root mean square over a twentieth of the run.",
         "Windows of adaptive sharing are estimated with seeds that errors are not measured with; the best length of "
