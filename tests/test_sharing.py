@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -55,7 +56,7 @@ class TestTheorem:
         variance, c, drift, steps = 2.0, 0.3, 0.05, 20
         covariance = variance * (c + (1 - c) * torch.eye(steps, dtype=torch.float64))
         mean = drift * torch.arange(steps, dtype=torch.float64)
-        theory = NoiseAndDrift(variance, torch.tensor([1.0] + [c] * (steps - 1), dtype=torch.float64), drift)
+        theory = NoiseAndDrift(variance, torch.tensor([0.0] + [c] * (steps - 1), dtype=torch.float64), drift)
         error = expected_error(Sharing.equal(steps, length), mean, covariance)
         assert theory.bound(length) == pytest.approx(error, rel=1e-12)
         by_hand = (1 + c * (length - 1)) / length * variance + drift**2 * (length**2 - 1) / 12
@@ -74,18 +75,18 @@ class TestTheorem:
         mean = torch.tensor([0.0, *drifts], dtype=torch.float64).cumsum(0)
         scale = torch.tensor(deviations, dtype=torch.float64)
         covariance = scale[:, None] * scale * (c + (1 - c) * torch.eye(12, dtype=torch.float64))
-        correlation = torch.tensor([1.0] + [c] * 11, dtype=torch.float64)
+        correlation = torch.tensor([0.0] + [c] * 11, dtype=torch.float64)
         theory = NoiseAndDrift(float((scale**2).mean()), correlation, max(map(abs, drifts)))
         error = expected_error(Sharing.equal(12, length), mean, covariance)
         assert error <= theory.bound(length) * (1 + 1e-9) + 1e-12
 
     def test_the_best_window_without_correlation_is_the_one_of_calculus(self) -> None:
         variance, drift = 1.0, 0.01
-        theory = NoiseAndDrift(variance, torch.eye(1, 200, dtype=torch.float64)[0], drift)
+        theory = NoiseAndDrift(variance, torch.zeros(200, dtype=torch.float64), drift)
         assert abs(theory.best_window() - (6 * variance / drift**2) ** (1 / 3)) < 1
 
     def test_without_drift_all_steps_share_and_without_noise_none(self) -> None:
-        correlation = torch.eye(1, 30, dtype=torch.float64)[0]
+        correlation = torch.zeros(30, dtype=torch.float64)
         assert NoiseAndDrift(1.0, correlation, 0.0).best_window() == 30
         assert NoiseAndDrift(0.0, correlation, 1.0).best_window() == 1
 
@@ -97,10 +98,18 @@ class TestEstimates:
         found = noise_and_drift(draws(mean, autoregressive(steps, variance, correlation), 40_000))
         assert found.variance == pytest.approx(variance, rel=0.02)
         assert found.drift == pytest.approx(drift, rel=0.05)
-        expected = correlation ** torch.arange(steps, dtype=torch.float64)
-        assert torch.allclose(found.correlation, expected, atol=0.02)
         lags = torch.tensor([1, 1, 1, 2, 2, 3], dtype=torch.float64)  # of pairs in a window of 4
-        assert found.mean_correlation(4) == pytest.approx(float((correlation**lags).mean()), abs=0.02)
+        assert float(found.correlation[3]) == pytest.approx(float((correlation**lags).mean()), abs=0.02)
+        assert found.correlation[0] == 0
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 4, 6, 12])
+    def test_the_bound_without_drift_is_the_noise_of_windows(self, length: int) -> None:
+        scale = torch.linspace(0.5, 3, 12, dtype=torch.float64)
+        covariance = scale[:, None] * scale * autoregressive(12, 1.0, 0.6)
+        by_step = draws(torch.zeros(12, dtype=torch.float64), covariance, 20)
+        left = Sharing.equal(12, length).average(by_step).var(0).mean()
+        theory = noise_and_drift(by_step)
+        assert replace(theory, drift=0.0).bound(length) == pytest.approx(float(left), rel=1e-9)
 
     def test_noise_in_the_mean_of_few_seeds_is_little_drift(self) -> None:
         mean = 0.2 * torch.arange(200, dtype=torch.float64)
@@ -140,7 +149,7 @@ class TestEstimates:
         by_step = torch.arange(6, dtype=torch.float64).expand(3, 6)
         assert torch.equal(error_covariance(by_step), torch.zeros(6, 6, dtype=torch.float64))
         found = noise_and_drift(by_step)
-        assert (found.variance, found.drift, found.mean_correlation(3)) == (0.0, pytest.approx(1.0), 0.0)
+        assert (found.variance, found.drift, float(found.correlation[2])) == (0.0, pytest.approx(1.0), 0.0)
 
     @pytest.mark.parametrize("averaged", [1, 4])
     def test_errors_of_windows_are_what_sharing_costs(self, averaged: int) -> None:

@@ -174,21 +174,15 @@ class NoiseAndDrift:
     variance: float
     """MSE_1: the mean variance of a step's own hypergradient."""
     correlation: Tensor
-    """Of the errors of steps 0, 1, ..., T - 1 apart: float64, shape [T]; its first element is 1."""
+    """c: the mean correlation between the errors of different steps of a window, for equal windows of 1, 2, ..., T
+    steps: float64, shape [T]. Its first element, which has no pairs, is 0."""
     drift: float
     """L: the largest change of the mean hypergradient from one step to the next, as a root mean square over nearby
     steps."""
 
-    def mean_correlation(self, window: int) -> float:
-        """c: the mean correlation between the errors of different steps of a window; 0 for a window of one step."""
-        if window == 1:
-            return 0.0
-        apart = torch.arange(1, window)
-        return float(((window - apart) * self.correlation[1:window]).sum() / (window * (window - 1) / 2))
-
     def bound(self, window: int) -> float:
-        """The bound on the mean squared error in windows of so many steps, at most T (Theorem 4.1)."""
-        noise = self.variance * (1 + self.mean_correlation(window) * (window - 1)) / window
+        """The bound on the mean squared error in equal windows of so many steps, at most T (Theorem 4.1)."""
+        noise = self.variance * (1 + float(self.correlation[window - 1]) * (window - 1)) / window
         return noise + self.drift**2 * (window**2 - 1) / 12
 
     def best_window(self) -> int:
@@ -212,7 +206,21 @@ def noise_and_drift(by_step: Tensor) -> NoiseAndDrift:
     of_changes = variances[1:] + variances[:-1] - 2 * covariance.diagonal(1)
     squared = by_step.mean(0).diff() ** 2 - of_changes / len(by_step)
     drift = _smoothed(squared, by_step.shape[1] // _NEARBY // 2).max().clamp(min=0).sqrt()
-    return NoiseAndDrift(float(variances.mean()), _correlation(covariance), float(drift))
+    return NoiseAndDrift(float(variances.mean()), _within_windows(covariance), float(drift))
+
+
+def _within_windows(covariance: Tensor) -> Tensor:
+    """Mean correlations between different steps of equal windows of 1, 2, ..., T steps: shape [T]."""
+    steps, variance = len(covariance), covariance.diagonal()
+    sums, of_own = _corner_sums(covariance), variance.sum()
+    found = torch.zeros(steps, dtype=torch.float64)
+    for length in range(2, steps + 1):
+        edges = torch.tensor(Sharing.equal(steps, length).boundaries)
+        begin, end = edges[:-1], edges[1:]
+        of_pairs = (sums[end, end] + sums[begin, begin] - 2 * sums[begin, end]).sum() - of_own
+        pairs = ((end - begin) * (end - begin - 1)).sum()
+        found[length - 1] = of_pairs / pairs
+    return found / variance.mean() if of_own > 0 else found
 
 
 def error_covariance(by_step: Tensor) -> Tensor:
@@ -282,9 +290,8 @@ def window_errors(by_step: Tensor, averaged: int) -> Tensor:
     """
     seeds, steps = by_step.shape
     covariance, mean = error_covariance(by_step), by_step.mean(0)
-    sums = torch.zeros(steps + 1, steps + 1, dtype=torch.float64)
-    sums[1:, 1:] = covariance.cumsum(0).cumsum(1)
-    corner, edge = sums.diagonal(), torch.arange(steps + 1)
+    sums, edge = _corner_sums(covariance), torch.arange(steps + 1)
+    corner = sums.diagonal()
     length = (edge - edge[:, None]).clamp(min=1)
     noise = ((corner + corner[:, None] - sums - sums.T) / length).clamp(min=0)
     own_noise, first, second = (_between(values) for values in (covariance.diagonal(), mean, mean**2))
@@ -307,6 +314,11 @@ def least_error(errors: Tensor) -> tuple[int, ...]:
     while boundaries[-1] > 0:
         boundaries.append(previous[boundaries[-1]])
     return tuple(reversed(boundaries))
+
+
+def _corner_sums(matrix: Tensor) -> Tensor:
+    """Sums of the first a rows' first b elements at [a, b]: shape [T + 1, T + 1]."""
+    return torch.nn.functional.pad(matrix.cumsum(0).cumsum(1), (1, 0, 1, 0))
 
 
 def _between(values: Tensor) -> Tensor:

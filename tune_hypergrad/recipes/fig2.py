@@ -237,7 +237,7 @@ def _theory(problem: str, found: Findings) -> list[Row]:
     for length in sorted({1, theory.best_window(), found.best, steps}):
         here = f"{theory.bound(length):.4f}" + (", its lowest" if length == theory.best_window() else "")
         lines.append(Row(f"{problem}: Theorem 4.1, {_windows_of(length)}", "-", here))
-    correlations = (f"{theory.mean_correlation(length):.2f} in windows of {length}" for length in (found.best, steps))
+    correlations = (f"{theory.correlation[length - 1]:.2f} in windows of {length}" for length in (found.best, steps))
     here = f"{theory.variance:.4f}; {', '.join(dict.fromkeys(correlations))}; {theory.drift:.4f}"
     return [*lines, Row(f"{problem}: MSE_1; c; L", "-", here)]
 
