@@ -4,6 +4,8 @@ With state s = (params, slots, buffers) and adjoint a = d val_loss / d s', one i
 
     d val_loss / d h += a (d step / d h),        a <- a (d step / d s).
 
+The numbers of a curve get the steps' own derivatives by the curve's Jacobian, transposed.
+
 Each step is rebuilt from a kept state, never from a kept graph: either every state is kept, or about sqrt(T) of them,
 between which segments are trained again. The cost does not depend on how many hyperparameters there are.
 """
@@ -11,14 +13,16 @@ between which segments are trained again. The cost does not depend on how many h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite, isqrt
+from math import isfinite, isqrt, nan
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
+from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.partial_update import step_blocks
@@ -57,6 +61,12 @@ class ReverseRun(HypergradientRun):
         self._kept: dict[int, State] = {}
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
+        self.by_step: dict[str, Tensor] = {
+            name: torch.zeros(loop.steps, device=loop.device, dtype=loop.dtype)
+            for name in base_names(self.hyperparameters)
+        }
+        """By hyperparameter, each step's own derivative, shape [T]: by the value that the step was taken with. Those of
+        steps that the run has not gone back through are 0; a window's hypergradient is the sum over its steps."""
         self._adjoint: tuple[Tensor, ...] = ()
         self._buffer_adjoint: Buffers = {}
 
@@ -104,8 +114,14 @@ class ReverseRun(HypergradientRun):
             self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
         for name, value in pulled.by_hyperparameters.items():
-            windows = self.hypergradients[name]
-            windows[len(windows) * step // loop.steps] += value
+            self.by_step[name][step] = value
+            if name in self.hypergradients:
+                windows = self.hypergradients[name]
+                windows[len(windows) * step // loop.steps] += value
+        if step == 0:
+            for name, jacobian in self._jacobians().items():
+                each = self.by_step[split_name(name)[0]]
+                self.hypergradients[name] = jacobian.T.to(each) @ each
         self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
 
     def _refuse_another_run(self) -> None:
@@ -116,6 +132,7 @@ class ReverseRun(HypergradientRun):
     def _give_up(self) -> None:
         """The run diverged: going back would only find out step by step that there is no derivative."""
         self._kept.clear()
+        self.by_step = {name: torch.full_like(v, nan) for name, v in self.by_step.items()}
         self.position = self.length - 1
 
     def _state_before(self, step: int) -> State:
@@ -140,6 +157,7 @@ class ReverseRun(HypergradientRun):
         return {
             **super().state_dict(),
             "kept": kept,
+            "by_step": {name: values.clone() for name, values in self.by_step.items()},
             "losses": losses,
             "adjoint": self._adjoint,
             "buffer_adjoint": dict(self._buffer_adjoint),
@@ -148,6 +166,7 @@ class ReverseRun(HypergradientRun):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
         self._kept = {step: State(*state) for step, state in saved["kept"].items()}
+        self.by_step = {name: values.clone() for name, values in saved["by_step"].items()}
         self._losses = list(saved["losses"])
         self._adjoint, self._buffer_adjoint = tuple(saved["adjoint"]), dict(saved["buffer_adjoint"])
 
@@ -224,15 +243,12 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
     Args:
         steps: which ones.
         first: their losses on the way there, shape [steps].
-        again: their losses on the way back, shape [steps]: the same to a few last bits on a CPU, to rounding on other
-            devices.
+        again: their losses on the way back, shape [steps].
 
     Raises:
         NotReplayedError: they differ.
     """
-    precision = torch.finfo(again.dtype).eps
-    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
-    differ = ~torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
+    differ = ~are_replayed(first, again)
     if bool(differ.any()):
         position = int(differ.nonzero()[0])
         raise NotReplayedError(
@@ -243,9 +259,17 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
         )
 
 
+def are_replayed(first: Tensor, again: Tensor) -> Tensor:
+    """Which losses are those of the same steps, elementwise: to a few last bits on a CPU, to rounding on other devices,
+    where sums are added up in another order at every call."""
+    precision = torch.finfo(again.dtype).eps
+    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
+    return torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
+
+
 def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
     """What a training step runs in whose gradient is differentiated; `state` is what it may overwrite."""
-    return DifferentiableStops(state, IN_TRAINING)
+    return DifferentiableStops(state, {**IN_TRAINING, **CONVOLUTIONS})
 
 
 def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -7,14 +7,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -191,7 +192,8 @@ def run_jobs(
         tell: called with a line for every job that is done.
 
     Returns:
-        Whether every job is done; False after an interrupt (Ctrl-C) and at the time to stop.
+        Whether every job is done; False at the time to stop, and after SIGINT (Ctrl-C) or SIGTERM, of which a second
+        one does what it did before.
 
     Raises:
         InputError: a job refused its input, or its process died.
@@ -206,8 +208,7 @@ def run_jobs(
 
     if not open_jobs():
         return True
-    pool = ProcessPoolExecutor(resources.processes, context, _prepare, (stop,))
-    try:
+    with _signals_set(stop), ProcessPoolExecutor(resources.processes, context, _prepare, (stop,)) as pool:
         while True:
             stopping = stop.is_set() or time.time() >= resources.stop_at
             for job in [] if stopping else open_jobs():
@@ -216,12 +217,7 @@ def run_jobs(
                     running[pool.submit(_work, job.function, place, dict(job.arguments))] = job.name
             if not running:
                 break
-            try:
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt:
-                stop.set()
-                continue
-            for future in finished:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name, error = running.pop(future), future.exception()
                 if error is None:
                     result, seconds = future.result()
@@ -231,9 +227,6 @@ def run_jobs(
                 elif not isinstance(error, Stopped):
                     failure = failure or error
                     stop.set()
-    finally:
-        stop.set()
-        pool.shutdown()
     if isinstance(failure, BrokenProcessPool):
         raise InputError(
             "a process of the recipe died, perhaps for want of memory: try fewer --processes; the same command goes on"
@@ -245,6 +238,28 @@ def run_jobs(
         with suppress(OSError):  # what is in it is not ours
             (folder / CHECKPOINTS).rmdir()
     return done
+
+
+@contextmanager
+def _signals_set(stop: Event) -> Iterator[None]:
+    """For the body, the first SIGINT or SIGTERM sets an event and nothing else, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        give_back()
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        give_back()
 
 
 def _place(job: Job, folder: Path, resources: Resources) -> Place:
