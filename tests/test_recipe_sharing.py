@@ -145,10 +145,12 @@ class TestFindings:
         results = synthetic(30, pilots=4)
         found = fig2.findings(self.SETTINGS, results, "digits")
         assert found is not None and list(found.adapted) == [1, 2, 4]
-        sharing, (error, _) = found.adapted[4]
+        assert [len(every) for every in found.adapted.values()] == [4, 2, 1]
+        ((sharing, error),) = found.adapted[4]
         assert 32 in sharing.boundaries and error < found.shared[found.best][0]
         pilots = torch.tensor([results[f"digits/exact/{1000 + pilot}"]["hypergradient"] for pilot in range(4)])
         assert sharing == Sharing.equal(40, 40).adapt(pilots, averaged=1)
+        assert found.adapted[2][1][0] == Sharing.equal(40, 40).adapt(pilots[2:], averaged=1)
 
     @pytest.mark.parametrize(("seeds", "pilots", "greedy"), [(0, 0, 0), (0, 1, 0), (2, 0, 0), (3, 4, 1), (30, 4, 30)])
     def test_table_and_picture_show_what_there_is(self, seeds: int, pilots: int, greedy: int) -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isnan
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,8 +149,9 @@ class Findings:
     """What Theorem 4.1 bounds these with."""
     greedy: tuple[float, float] | None
     """Of greedy hypergradients; None: there are none yet."""
-    adapted: dict[int, tuple[Sharing, tuple[float, float]]]
-    """By the number of other seeds that the windows were estimated with."""
+    adapted: dict[int, list[tuple[Sharing, float]]]
+    """Windows and their error, by the number of other seeds that they were estimated with, for as many separate
+    ensembles of so many as there are."""
 
     @property
     def best(self) -> int:
@@ -166,12 +169,12 @@ def findings(settings: Settings, results: Results, problem: str) -> Findings | N
     greedy = _of_seeds(results, f"{problem}/greedy", range(settings.seeds))
     pilots = _of_seeds(results, f"{problem}/exact", range(_FIRST_PILOT, _FIRST_PILOT + settings.pilots))
     lengths = [length for length in range(1, steps + 1) if steps % length == 0]
-    adapted = {}
+    adapted: dict[int, list[tuple[Sharing, float]]] = {}
     for seeds in (1, 2, 4, 8):
-        if seeds <= len(pilots):
+        for ensemble in (pilots[start : start + seeds] for start in range(0, len(pilots) - seeds + 1, seeds)):
             # windows are for the hypergradients of one seed, whatever they are estimated with
-            sharing = Sharing.equal(steps, steps).adapt(pilots[:seeds], averaged=1)
-            adapted[seeds] = sharing, _error(sharing, exact)
+            sharing = Sharing.equal(steps, steps).adapt(ensemble, averaged=1)
+            adapted.setdefault(seeds, []).append((sharing, _error(sharing, exact)[0]))
     return Findings(
         len(exact),
         truth,
@@ -225,9 +228,13 @@ def _errors(settings: Settings, problem: str, found: Findings) -> list[Row]:
     for length, error in found.shared.items():
         here = _against(error, found) + (", the best" if length == found.best else "")
         lines.append(Row(f"{problem}: {_windows_of(length)}", _published(problem, length), here))
-    for seeds, (sharing, error) in found.adapted.items():
-        lengths = sharing.lengths
-        here = f"{_against(error, found)}; {len(lengths)} windows of {min(lengths)} to {max(lengths)}"
+    for seeds, every in found.adapted.items():
+        errors = [error for _, error in every]
+        here = f"{mean(errors):.4f} ({mean(errors) / found.shared[1][0]:.2f} of no sharing's)"
+        if len(every) > 1:
+            here += f", {min(errors):.4f} to {max(errors):.4f} for {len(every)} ensembles"
+        counts = sorted({len(sharing.lengths) for sharing, _ in every})
+        here += f"; {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} windows"
         lines.append(Row(f"{problem}: {_adapted_with(seeds)}", "-", here))
     return lines
 
@@ -252,7 +259,9 @@ def _adapted_with(seeds: int) -> str:
 
 def _against(error: tuple[float, float], found: Findings) -> str:
     share = error[0] / found.shared[1][0]
-    return f"{error[0]:.4f} +- {error[1]:.4f}" + (f" ({share:.2f} of no sharing's)" if share != 1 else "")
+    shown = f"{share:.2f}" if share < 10 else f"{share:.0f}"
+    deviation = "" if isnan(error[1]) else f" +- {error[1]:.4f}"
+    return f"{error[0]:.4f}{deviation}" + (f" ({shown} of no sharing's)" if share != 1 else "")
 
 
 def _published(problem: str, length: int) -> str:
@@ -288,12 +297,15 @@ def _draw_errors(axes: Axes, found: Findings | None) -> None:
         axes.plot(lengths, [found.theory.bound(length) for length in lengths], ":", color="C0", label="Theorem 4.1")
         if found.greedy is not None:
             axes.axhline(found.greedy[0], color="C1", label="greedy")
-        for marker, (seeds, (sharing, error)) in zip("x+v*", found.adapted.items(), strict=False):
-            mean = [steps / len(sharing.lengths)]
+        for marker, (seeds, every) in zip("x+v*", found.adapted.items(), strict=False):
+            length, error = (
+                mean(steps / len(sharing.lengths) for sharing, _ in every),
+                mean(error for _, error in every),
+            )
             label = _adapted_with(seeds)
-            axes.plot(mean, [error[0]], marker, color="C3", markersize=9, linestyle="none", label=label)
+            axes.plot([length], [error], marker, color="C3", markersize=9, linestyle="none", label=label)
         axes.set_ylim(min(errors) / 2, 10 * max(GREEDY, *errors, *(found.greedy or ())))
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", edgecolor="none")
 
 
 def _draw_windows(axes: Axes, found: Findings) -> None:
@@ -302,7 +314,7 @@ def _draw_windows(axes: Axes, found: Findings) -> None:
     axes.plot(steps, found.truth.tolist(), color="black", linewidth=1, label="mean over seeds")
     if found.adapted:
         seeds = max(found.adapted)
-        means = found.adapted[seeds][0].average(found.truth).tolist()
+        means = found.adapted[seeds][0][0].average(found.truth).tolist()
         axes.plot(steps, means, color="C3", drawstyle="steps-mid", label=f"its windows: {_adapted_with(seeds)}")
     axes.legend(frameon=False, fontsize=7)
 
@@ -321,8 +333,8 @@ RECIPE = Recipe(
         "corrected for the noise in that; +- one standard error over seeds.",
         "Theorem 4.1's c is the mean measured correlation in windows of each length, its L the largest change of the "
         "mean hypergradient from step to step, as a root mean square over a twentieth of the run.",
-        "Windows of adaptive sharing are estimated with seeds that errors are not measured with; the best length of "
-        "equal windows is known by hindsight only.",
+        "Windows of adaptive sharing are estimated with seeds that errors are not measured with: the mean over as many "
+        "separate ensembles as there are. The best length of equal windows is known by hindsight only.",
         "Initial weights are Glorot-normal as in the released code. Its validation examples are 2,000 of the test set; "
         "here they are of the validation split.",
     ),
