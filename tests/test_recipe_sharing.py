@@ -144,12 +144,15 @@ class TestFindings:
     def test_windows_are_adapted_with_the_pilots_alone(self) -> None:
         results = synthetic(30, pilots=4)
         found = fig2.findings(self.SETTINGS, results, "digits")
-        assert found is not None and list(found.adapted) == [1, 2, 4]
-        assert [len(every) for every in found.adapted.values()] == [4, 2, 1]
+        assert found is not None and list(found.adapted) == [1, 2, 4, 15]
+        assert [len(every) for every in found.adapted.values()] == [4, 2, 1, 2]
         ((sharing, error),) = found.adapted[4]
         assert 32 in sharing.boundaries and error < found.shared[found.best][0]
         pilots = torch.tensor([results[f"digits/exact/{1000 + pilot}"]["hypergradient"] for pilot in range(4)])
         assert sharing == Sharing.equal(40, 40).adapt(pilots, averaged=1)
+        seeds = torch.tensor([results[f"digits/exact/{seed}"]["hypergradient"] for seed in range(30)])
+        whole = Sharing.equal(40, 40)
+        assert [half for half, _ in found.adapted[15]] == [whole.adapt(h, averaged=1) for h in (seeds[:15], seeds[15:])]
         assert found.adapted[2][1][0] == Sharing.equal(40, 40).adapt(pilots[2:], averaged=1)
 
     @pytest.mark.parametrize(("seeds", "pilots", "greedy"), [(0, 0, 0), (0, 1, 0), (2, 0, 0), (3, 4, 1), (30, 4, 30)])

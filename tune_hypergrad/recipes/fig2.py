@@ -33,6 +33,8 @@ GREEDY = 0.393
 SHARED: Mapping[int, float] = {1: 0.072, 50: 0.0376, 250: 0.065}
 """Published errors on SVHN, the last one read off the figure: length of the windows to mean squared error."""
 
+_ENSEMBLES = (1, 2, 4, 8)
+"""Numbers of pilots that windows are estimated with."""
 _FIRST_PILOT = 1000
 """Seeds from here on are for estimates of windows only."""
 
@@ -169,12 +171,16 @@ def findings(settings: Settings, results: Results, problem: str) -> Findings | N
     greedy = _of_seeds(results, f"{problem}/greedy", range(settings.seeds))
     pilots = _of_seeds(results, f"{problem}/exact", range(_FIRST_PILOT, _FIRST_PILOT + settings.pilots))
     lengths = [length for length in range(1, steps + 1) if steps % length == 0]
+    half = len(exact) // 2
+    # pairs of seeds that estimate windows and seeds that judge them, never the same
+    pairs = [(pilots[start : start + n], exact) for n in _ENSEMBLES for start in range(0, len(pilots) - n + 1, n)]
+    if half > max(_ENSEMBLES):
+        pairs += [(exact[:half], exact[half:]), (exact[-half:], exact[:-half])]
     adapted: dict[int, list[tuple[Sharing, float]]] = {}
-    for seeds in (1, 2, 4, 8):
-        for ensemble in (pilots[start : start + seeds] for start in range(0, len(pilots) - seeds + 1, seeds)):
-            # windows are for the hypergradients of one seed, whatever they are estimated with
-            sharing = Sharing.equal(steps, steps).adapt(ensemble, averaged=1)
-            adapted.setdefault(seeds, []).append((sharing, _error(sharing, exact)[0]))
+    for ensemble, judges in pairs:
+        # windows are for the hypergradients of one seed, whatever they are estimated with
+        sharing = Sharing.equal(steps, steps).adapt(ensemble, averaged=1)
+        adapted.setdefault(len(ensemble), []).append((sharing, _error(sharing, judges)[0]))
     return Findings(
         len(exact),
         truth,
@@ -297,7 +303,7 @@ def _draw_errors(axes: Axes, found: Findings | None) -> None:
         axes.plot(lengths, [found.theory.bound(length) for length in lengths], ":", color="C0", label="Theorem 4.1")
         if found.greedy is not None:
             axes.axhline(found.greedy[0], color="C1", label="greedy")
-        for marker, (seeds, every) in zip("x+v*", found.adapted.items(), strict=False):
+        for marker, (seeds, every) in zip("x+v*D", found.adapted.items(), strict=False):
             length, error = (
                 mean(steps / len(sharing.lengths) for sharing, _ in every),
                 mean(error for _, error in every),
@@ -334,7 +340,8 @@ RECIPE = Recipe(
         "Theorem 4.1's c is the mean measured correlation in windows of each length, its L the largest change of the "
         "mean hypergradient from step to step, as a root mean square over a twentieth of the run.",
         "Windows of adaptive sharing are estimated with seeds that errors are not measured with: the mean over as many "
-        "separate ensembles as there are. The best length of equal windows is known by hindsight only.",
+        "separate ensembles as there are. The largest are the halves of the seeds, each judged with the other. The best "
+        "length of equal windows is known by hindsight only.",
         "Initial weights are Glorot-normal as in the released code. Its validation examples are 2,000 of the test set; "
         "here they are of the validation split.",
     ),
