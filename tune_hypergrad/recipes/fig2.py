@@ -340,8 +340,8 @@ RECIPE = Recipe(
         "Theorem 4.1's c is the mean measured correlation in windows of each length, its L the largest change of the "
         "mean hypergradient from step to step, as a root mean square over a twentieth of the run.",
         "Windows of adaptive sharing are estimated with seeds that errors are not measured with: the mean over as many "
-        "separate ensembles as there are. The largest are the halves of the seeds, each judged with the other. The best "
-        "length of equal windows is known by hindsight only.",
+        "separate ensembles as there are. The largest are the halves of the seeds, each judged with the other. The "
+        "best length of equal windows is known by hindsight only.",
         "Initial weights are Glorot-normal as in the released code. Its validation examples are 2,000 of the test set; "
         "here they are of the validation split.",
     ),
