@@ -240,7 +240,7 @@ def test_what_a_search_stands_for_is_the_last_by_the_papers_rule_and_else_the_be
         f"search/x/0/{k:02d}": row({"lr": [k, k], "momentum": [0.0]}, gradients, loss, epochs)
         for k, (loss, epochs) in enumerate(zip(losses, lengths, strict=True))
     }
-    paper, ours = made_search(), made_search("guarded")
+    paper, ours = made_search(), made_search("ours")
     assert [paper.stands_for(results, done) for done in (1, 2, 3)] == [1, 2, 3]
     assert [ours.stands_for(results, done) for done in (1, 2, 3)] == [None, 1, 2], "a shorter run is no match"
     assert paper.found(results, 1) == {"lr": [1, 1], "momentum": [0.0]} and len(paper.found(results, 3)["lr"]) == 2

@@ -271,7 +271,7 @@ def reproduce(
         folder,
         scale=scale,
         seeds=seeds,
-        processes=processes or len(os.sched_getaffinity(0)),
+        processes=processes or _cpus(),
         data_dir=None if data_dir is None else str(data_dir),
         download=download,
         device=_device(device),
@@ -288,6 +288,11 @@ def reproduce(
             highlight=False,
         )
         raise typer.Exit(130)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(asked: str | None) -> str:

@@ -190,6 +190,7 @@ def draw(settings: Settings, results: Results) -> Figure:
         ylabel="test-accuracy regret in per cent",
     )
     left.axhline(0, color="0.7", linewidth=0.8)
+    left.margins(y=0.1)
     left.legend(frameon=False, fontsize=7)
     for index, rule in enumerate(settings.rules):
         search = settings.search(rule)
@@ -212,7 +213,7 @@ RECIPE = Recipe(
     name="fds-fig1",
     source="Micaelli & Storkey 2021, Figure 1; regret read off the figure, settings from the released code",
     description="CIFAR-10, WRN-16-1: FDS finds 7 learning rates, momentum and weight decay from zero",
-    cost="182 epochs with hypergradients, about 27 trainings of 50 epochs: an hour of a GPU, days of two cores",
+    cost="182 epochs with hypergradients, about 27 trainings of 50 epochs: some ten hours of two cores",
     settings=Settings(),
     jobs=jobs,
     rows=rows,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -48,12 +49,9 @@ def paper(windows: Windows, step_sizes: Mapping[str, float]) -> Bare:
 
     Values stay at 0 or above; theirs may become negative, and then count as converged.
     """
-    return Bare(Descent(_linear(windows), step_sizes=step_sizes))
-
-
-def guarded(windows: Windows, step_sizes: Mapping[str, float]) -> OuterLoop:
-    """The paper's steps and scale with `OuterLoop`'s safeguard: back to the incumbent after setbacks."""
-    return OuterLoop(Descent(_linear(windows), step_sizes=step_sizes))
+    upper = {"momentum": 0.999}
+    ranges = {name: Range(count, 0.0, upper.get(name, math.inf)) for name, count in windows.items()}
+    return Bare(Descent(ranges, step_sizes=step_sizes))
 
 
 def natural(windows: Windows, step_sizes: Mapping[str, float]) -> OuterLoop:
@@ -61,22 +59,28 @@ def natural(windows: Windows, step_sizes: Mapping[str, float]) -> OuterLoop:
 
     Begins at a learning rate of 0.01, momentum 0.5, weight decay 1e-5. The paper's step sizes do not apply.
     """
-    known = {
-        "lr": (Range(1, 1e-4, 1.0, "log"), 0.01, 0.7),
-        "momentum": (Range(1, 0.0, 0.99, "complement"), 0.5, 0.5),
-        "weight_decay": (Range(1, 1e-6, 1e-2, "log"), 1e-5, 1.0),
-    }
-    ranges = {
-        name: Range(count, known[name][0].lower, known[name][0].upper, known[name][0].scale)
-        for name, count in windows.items()
-    }
-    initial = {name: torch.full((count,), known[name][1], dtype=torch.float64) for name, count in windows.items()}
-    return OuterLoop(Descent(ranges, initial=initial, step_sizes={name: known[name][2] for name in windows}))
+    ranges = {name: replace(_NATURAL[name].limits, windows=count) for name, count in windows.items()}
+    starts = {name: torch.full((count,), _NATURAL[name].start, dtype=torch.float64) for name, count in windows.items()}
+    return OuterLoop(Descent(ranges, initial=starts, step_sizes={name: _NATURAL[name].step for name in windows}))
 
+
+class _Natural(NamedTuple):
+    """What a hyperparameter is searched by on its natural scale."""
+
+    limits: Range
+    start: float
+    step: float
+    """On the internal scale."""
+
+
+_NATURAL = {
+    "lr": _Natural(Range(1, 1e-4, 1.0, "log"), 0.01, 0.7),
+    "momentum": _Natural(Range(1, 0.0, 0.99, "complement"), 0.5, 0.5),
+    "weight_decay": _Natural(Range(1, 1e-6, 1e-2, "log"), 1e-5, 1.0),
+}
 
 RULES: dict[str, Callable[[Windows, Mapping[str, float]], Rule]] = {
     "paper": paper,
-    "guarded": guarded,
     "ours": natural,
 }
 """`rule(windows, the paper's step sizes)`, by name."""
@@ -93,8 +97,3 @@ def after(rule: Rule, rows: Sequence[Mapping[str, Any]]) -> Rule:
 def as_lists(values: Hyperparameters) -> dict[str, list[float]]:
     """Values as JSON has them."""
     return {name: windows.tolist() for name, windows in values.items()}
-
-
-def _linear(windows: Windows) -> dict[str, Range]:
-    upper = {"momentum": 0.999}
-    return {name: Range(count, 0.0, upper.get(name, math.inf)) for name, count in windows.items()}
