@@ -16,6 +16,7 @@ from tune_hypergrad.hypergradients.outer import (
 )
 from tune_hypergrad.hypergradients.robust import RobustSearch
 from tune_hypergrad.hypergradients.run import HypergradientResult
+from tune_hypergrad.hypergradients.sharing import Sharing
 
 __all__ = [
     "OPTIMIZERS",
@@ -32,6 +33,7 @@ __all__ = [
     "ProblemCheck",
     "Proposal",
     "RobustSearch",
+    "Sharing",
     "TrainingSettings",
     "check_problem",
     "get_optimizer",

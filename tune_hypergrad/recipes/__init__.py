@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.recipes import fashion, fig1, fig3, fig4, toy
+from tune_hypergrad.recipes import fashion, fig1, fig2, fig3, fig4, toy
 from tune_hypergrad.recipes.recipe import Recipe, reproduce
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (fig1.RECIPE, fig3.RECIPE, fig4.RECIPE, toy.RECIPE, fashion.RECIPE)
+    recipe.name: recipe for recipe in (fig1.RECIPE, fig2.RECIPE, fig3.RECIPE, fig4.RECIPE, toy.RECIPE, fashion.RECIPE)
 }
 """All recipes by name."""
 
