@@ -10,6 +10,8 @@ from engine_problems import MODES, assert_close, differentiate, double, make_loo
 
 from tune_hypergrad import InputError, Schedule, check_problem, hypergradient
 from tune_hypergrad.hypergradients import hypergradient_run
+from tune_hypergrad.hypergradients.check import finite_differences
+from tune_hypergrad.regularisers import WeightDecay
 from tune_hypergrad.space import flat_values
 
 STEPS = 7
@@ -79,6 +81,29 @@ def test_hypergradients_are_the_differences_of_a_plain_loop_replaying_the_schedu
         assert_close(result.hypergradients, expected, 1e-5)
     for mode in MODES[1:]:
         assert_close(found[mode].hypergradients, found["forward"].hypergradients, 1e-11)
+
+
+def smoothed(output, target, *, smoothing=0.0):
+    log_probabilities = output.log_softmax(1)
+    return (1 - smoothing) * F.nll_loss(log_probabilities, target) - smoothing * log_probabilities.mean()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_curves_of_the_train_losss_hyperparameters(mode):
+    config = {"smoothing": {"linear": {"peak": 0.3, "warm_up": 0.4, "floor": 0.1}}, **CURVES["knots"]}
+    loop, numbers = make_loop(make_problem(train_loss=smoothed), STEPS), Schedule(config).to_tensors()
+    assert_close(differentiate(loop, numbers, mode).hypergradients, finite_differences(loop, numbers), 1e-5)
+
+
+def test_a_curve_must_keep_within_what_a_regulariser_takes():
+    problem = make_problem("dropout", regularisers=[WeightDecay()])
+    ((name, strength),) = problem.regulariser_hyperparameters.items()
+    assert strength.lower == 0
+    values = {f"{name}/knots": double(0.1, -0.1)}
+    with pytest.raises(InputError, match=f"'{name}' is -"):
+        hypergradient(problem, values, steps=STEPS)
+    with pytest.raises(InputError, match=f"'{name}' is -"):
+        hypergradient(problem, {"lr": double(0.1)}, fixed={name: {"knots": [0.1, -0.1]}}, steps=STEPS)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "nesterov", "rmsprop"])

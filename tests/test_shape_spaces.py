@@ -211,6 +211,12 @@ def test_a_config_and_its_values_by_flat_name_are_each_other(name, seed):
     assert {flat: tuple(own.tolist()) for flat, own in tuned_values(space, config).items()} == values
 
 
+def test_a_part_of_the_values_makes_a_part_of_a_config():
+    space = {"lr": schedule(RATES, shape="linear", floor=0.1), "momentum": complement(RESTS)}
+    assert in_form_of(space, {"lr/linear/peak": [0.5]}) == {"lr": {"linear": {"peak": 0.5, "floor": 0.1}}}
+    assert in_form_of(space, {"momentum": [0.75]}) == {"momentum": {"one_minus": 0.25}}
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(list(SPACES)), st.integers(0, 2**20), st.integers(5, 50))
 def test_what_is_replayed_is_what_trains_to_the_bit(tmp_path_factory, name, seed, steps):

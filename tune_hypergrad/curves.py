@@ -123,7 +123,11 @@ class Curve:
 
     def at_steps(self, steps: int) -> tuple[float, ...]:
         """The value of every step of a run, which is what it trains with."""
-        return _values_at_steps(self, steps)
+        return tuple(_values_at_steps(self, steps).tolist())
+
+    def at_step(self, step: int, steps: int) -> float:
+        """The value of one of them."""
+        return float(_values_at_steps(self, steps)[step])
 
     def tensor(self, steps: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`at_steps` as a tensor of shape [steps], rounded to `dtype`; kept: not to be written to."""
@@ -190,13 +194,13 @@ def _middles(steps: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _values_at_steps(curve: Curve, steps: int) -> tuple[float, ...]:
-    return tuple(_values(curve.form, curve.flat, _middles(steps)).tolist())
+def _values_at_steps(curve: Curve, steps: int) -> Tensor:
+    return _values(curve.form, curve.flat, _middles(steps))
 
 
 @lru_cache(maxsize=64)
 def _tensor_at_steps(curve: Curve, steps: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(curve.at_steps(steps), dtype=torch.float64).to(device=device, dtype=dtype)
+    return _values_at_steps(curve, steps).to(device=device, dtype=dtype)
 
 
 def _values(form: str, numbers: Mapping[str, Sequence[float]], progress: Tensor) -> Tensor:

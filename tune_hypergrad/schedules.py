@@ -145,7 +145,7 @@ class Schedule:
                 f"step is {step!r}: with total_steps={total_steps} it must be a whole number in 0..{total_steps - 1}"
             )
         return {
-            name: value.at_steps(total_steps)[step]
+            name: value.at_step(step, total_steps)
             if isinstance(value, Curve)
             else value[len(value) * step // total_steps]
             for name, value in self.values.items()

@@ -278,16 +278,19 @@ def in_form_of(space: Mapping[str, Any], values: Mapping[str, Sequence[float] | 
 
     Args:
         space: name to domain, schedule, complement or constant.
-        values: of what the space tunes, as `gradient_ranges` names it; others of a schedule's parts are its constants.
+        values: of what the space tunes, or some of it, as `gradient_ranges` names it.
 
     Returns:
-        The entries of the hyperparameters that `values` has.
+        The entries of the hyperparameters that `values` has, with the constants that the space has in them.
     """
     left = {name: each.tolist() if isinstance(each, Tensor) else list(each) for name, each in values.items()}
     config: dict[str, Any] = {}
     for place in (place for name in base_names(values) for place in places_of(name, space[name], is_entry) or ()):
-        value = left[place.name].pop(0) if place.name in left else place.leaf
-        put(config, place.path, 1 - value if place.complement and place.name in left else value)
+        if place.name in left:
+            value = left[place.name].pop(0)
+            put(config, place.path, 1 - value if place.complement else value)
+        elif is_number(place.leaf):
+            put(config, place.path, place.leaf)
     return config
 
 

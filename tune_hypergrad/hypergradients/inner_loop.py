@@ -302,7 +302,7 @@ class InnerLoop:
     def held_at(self, step: int) -> dict[str, float]:
         """The held hyperparameters' values in force at `step`."""
         return {
-            name: values.at_steps(self.steps)[step]
+            name: values.at_step(step, self.steps)
             if isinstance(values, Curve)
             else values[len(values) * step // self.steps]
             for name, values in self._held.items()
