@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -60,10 +61,11 @@ class ForwardRun(HypergradientRun):
         *,
         horizon: int | None = None,
         val_examples: int | None = None,
+        reject_above: float = inf,
         clip_hessian_product: float | None = None,
         columns_at_once: int | None = COLUMNS_AT_ONCE,
     ) -> None:
-        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples)
+        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.clip_hessian_product = clip_hessian_product
         jacobians = self._jacobians()
         self._seeds = {name: rows.to(device=loop.device, dtype=loop.dtype) for name, rows in jacobians.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -157,9 +158,11 @@ def hypergradient_run(
     differentiation: str = "auto",
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
+    reject_above: float = inf,
     check: bool = False,
 ) -> HypergradientRun:
-    """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`."""
+    """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`, and for
+    `HypergradientRun`. With `reject_above` -inf, it is plain training, whatever the model."""
     values = dict(hyperparameters)
     check_values(loop, values)
     if differentiation not in MODES:
@@ -170,6 +173,10 @@ def hypergradient_run(
         if "reverse" in differentiation:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
     refuse_underivable(loop, values)
+    if reject_above == -inf:
+        run: HypergradientRun = ReverseRun(loop, values, val_examples=val_examples, reject_above=reject_above)
+        run.reason = "nothing is differentiated"
+        return run
     if clip_hessian_product is not None:
         choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
     elif differentiation == "auto":
@@ -180,19 +187,21 @@ def hypergradient_run(
         refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
         if refusal is not None:
             raise InputError(refusal)
-    run: HypergradientRun
     if choice.differentiation == "forward":
         run = ForwardRun(
             loop,
             values,
             horizon=horizon,
             val_examples=val_examples,
+            reject_above=reject_above,
             clip_hessian_product=clip_hessian_product,
             columns_at_once=_columns_at_once(loop, values),
         )
     else:
         keep_all = choice.differentiation == "reverse"
-        run = ReverseRun(loop, values, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
+        run = ReverseRun(
+            loop, values, horizon=horizon, val_examples=val_examples, reject_above=reject_above, keep_all=keep_all
+        )
     run.reason = choice.reason
     return run
 

@@ -13,7 +13,7 @@ between which segments are trained again. The cost does not depend on how many h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite, isqrt, nan
+from math import inf, isqrt, nan
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +52,10 @@ class ReverseRun(HypergradientRun):
         *,
         horizon: int | None = None,
         val_examples: int | None = None,
+        reject_above: float = inf,
         keep_all: bool = True,
     ) -> None:
-        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples)
+        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.differentiation = "reverse" if keep_all else "checkpointed_reverse"
         self._sparse_interval = isqrt(loop.steps - 1) + 1
         self._interval = 1 if keep_all else self._sparse_interval
@@ -82,7 +83,7 @@ class ReverseRun(HypergradientRun):
             self._go_back_one(2 * steps - 1 - self.position)
 
     def _train_one(self, step: int) -> None:
-        if step % self._interval == 0:
+        if step % self._interval == 0 and self.reject_above > -inf:
             self._kept[step] = self.state
         self.state, loss = self._plain_step(self.state, step)
         self._losses.append(loss)
@@ -94,6 +95,11 @@ class ReverseRun(HypergradientRun):
     def _go_back_one(self, step: int) -> None:
         """Carry the adjoint from after `step` to before it."""
         loop, end = self.loop, step + 1
+        if end == loop.steps and self.reject_above == -inf:
+            self.final = loop.evaluate(self.state)
+            self.cost += loop.eval_cost("val")
+            self._give_up()
+            return
         if end == loop.steps or end % self.horizon == 0:
             evaluation = self._segment_gradient(self._state_before(end), end)
             assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
@@ -102,7 +108,7 @@ class ReverseRun(HypergradientRun):
                 *(torch.zeros_like(evaluation.gradient) for _ in loop.optimizer.slots),
             )
             self._buffer_adjoint = evaluation.buffer_gradients
-            if self.final is not None and not isfinite(self.final.loss):
+            if self.rejected:
                 self._give_up()
                 return
         state = self._state_before(step)
@@ -130,9 +136,10 @@ class ReverseRun(HypergradientRun):
         refuse_another_step(steps, torch.stack(first), torch.stack(again))
 
     def _give_up(self) -> None:
-        """The run diverged: going back would only find out step by step that there is no derivative."""
+        """The run diverged, or is rejected: nobody wants to know its derivative, which a diverged one has not."""
         self._kept.clear()
         self.by_step = {name: torch.full_like(v, nan) for name, v in self.by_step.items()}
+        self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hypergradients.items()}
         self.position = self.length - 1
 
     def _state_before(self, step: int) -> State:

@@ -4,10 +4,12 @@ Training at a learning rate near the edge of stability is chaotic: another seed 
 and its derivative by a hyperparameter, exact as it is, grows to any size and tells nothing of the mean over seeds. So,
 on each hyperparameter's natural scale,
 
-- a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss, so that
-  what would change little moves little. Directions of successive outer steps, each with seeds of its own, are averaged;
+- a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss or half of
+  what is typical of all derivatives, so that what would change little moves little. Directions of successive outer
+  steps, each with seeds of its own, are averaged;
 - a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*. It
-  is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there;
+  is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, and where the
+  loss is no better either, the next run is nearer to the best so far;
 - a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
   and the next one is nearer to where the search came from;
 - what is called best is calm, and has been confirmed: trained with other seeds, which are the same for all candidates.
@@ -43,12 +45,12 @@ STEP = log(2)
 STEP_SHARE = 0.1
 """Default step size on linear scales, as a share of the range."""
 
-_SOFT = 0.02  # a derivative of this share of the loss moves half a step
+_SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
 _CHAOS = 0.25  # share of training's gain that one step cannot change
 _REJECTED = 0.3  # share of the best's gain that a run may lose
 _MEMORY = 0.3  # weight of earlier directions
 _GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.2, 0.5, 2.0, 0.05  # of step sizes; the last two are shares of the first
-_APPROACH = 0.35  # of the way to a rejected place, where the next run is
+_APPROACH, _SHORTER = 0.35, 0.6  # of the way to a place that was given up; of the steps after it
 _FIRST_RETREAT = 1.5  # by how much a first run that came to nothing is calmed, on logarithmic scales
 _REJECTIONS = 6  # in a row, after which there is nothing more to be found
 _PATIENCE = 3  # outer steps without a better run, after which more seeds are averaged
@@ -222,6 +224,8 @@ class RobustSearch(OuterSearch):
         place.calm = self._move(gradients, mean.val_loss)
         best = self._best()
         improved = place.calm and (best is None or place.val_loss < best.val_loss)
+        if not place.calm and best is not None and place.val_loss >= best.val_loss:
+            self._approach(best.internal)
         self._places.append(place)
         self._rejections, self._round_cost = 0, mean.cost
         self._since_best = 0 if improved else self._since_best + 1
@@ -233,23 +237,25 @@ class RobustSearch(OuterSearch):
     def _move(self, gradients: list[Hyperparameters], loss: float) -> bool:
         """Take a step along the members' derivatives on the internal scales; returns whether none was chaotic."""
         chaos = _CHAOS * max(self._untrained - loss, abs(loss))
-        calm = True
+        members = {name: torch.stack([g[name] for g in gradients]).nan_to_num(nan=inf) for name in self.ranges}
+        wild = {name: (m.abs() * self._first[name] > chaos).any(0) for name, m in members.items()}
+        means = {name: torch.where(wild[name], 0.0, m.mean(0)) for name, m in members.items()}
+        sizes = torch.cat([(means[name].abs() * self._first[name])[~wild[name]] for name in self.ranges])
+        typical = float(sizes.median()) if len(sizes) else inf
         self._moves += 1
         for name, x in self._internal.items():
-            members = torch.stack([gradient[name] for gradient in gradients]).nan_to_num(nan=inf)
-            wild = (members.abs() * self._first[name] > chaos).any(0)
-            mean = torch.where(wild, 0.0, members.mean(0))
-            direction = mean / (mean.abs() + _SOFT * abs(loss) + 1e-30)
-            direction = torch.where(wild, 1.0 if _is_calming(name) else 0.0, direction)
-            calm &= not bool(wild.any())
+            soft = min(_SOFT * abs(loss), _TYPICAL * typical / self._first[name]) + 1e-30
+            direction = means[name] / (means[name].abs() + soft)
+            direction = torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction)
             agreement = direction.sign() * self._signs[name]
-            steps = self._steps[name] * torch.where(agreement > 0, _GROWTH, torch.where(agreement < 0, _SHRINKAGE, 1.0))
+            change = torch.where(agreement > 0, _GROWTH, torch.where(agreement < 0, _SHRINKAGE, 1.0))
+            steps = self._steps[name] * change
             self._steps[name] = steps.clamp(_SMALLEST * self._first[name], _LARGEST * self._first[name])
             self._signs[name] = torch.where(direction == 0, self._signs[name], direction.sign())
             self._directions[name] = _MEMORY * self._directions[name] + (1 - _MEMORY) * direction
             averaged = self._directions[name] / (1 - _MEMORY**self._moves)
             self._internal[name] = self._projected(name, x - self._steps[name] * averaged)
-        return calm
+        return not any(bool(w.any()) for w in wild.values())
 
     def _retreat(self) -> None:
         """After a run that came to nothing: nearer to where the search came from, then to its calm side."""
@@ -261,8 +267,7 @@ class RobustSearch(OuterSearch):
                 share = self._first[name] / STEP if self.ranges[name].scale != "linear" else self._first[name]
                 self._internal[name] = self._projected(name, before[name] - _FIRST_RETREAT * share)
         elif self._rejections == 1:
-            last = self._places[-1].internal
-            self._internal = {name: last[name] + _APPROACH * (x - last[name]) for name, x in before.items()}
+            self._approach(self._places[-1].internal)
         else:
             back = _APPROACH * (self._rejections - 1)
             last = self._places[-1].internal
@@ -270,10 +275,19 @@ class RobustSearch(OuterSearch):
                 name: self._projected(name, x - back * self._first[name]) if _is_calming(name) else x.clone()
                 for name, x in last.items()
             }
-        for name, steps in self._steps.items():
-            self._steps[name] = (0.6 * steps).clamp(min=_SMALLEST * self._first[name])
+        if self._rejections != 1:
+            self._shorten()
         if all(torch.equal(x, before[name]) for name, x in self._internal.items()):
             self._rejections = _REJECTIONS  # there is nowhere to go
+
+    def _approach(self, place: Hyperparameters) -> None:
+        """Go most of the way back to a place, and on with shorter steps."""
+        self._internal = {name: place[name] + _APPROACH * (x - place[name]) for name, x in self._internal.items()}
+        self._shorten()
+
+    def _shorten(self) -> None:
+        for name, steps in self._steps.items():
+            self._steps[name] = (_SHORTER * steps).clamp(min=_SMALLEST * self._first[name])
 
     def _is_over(self) -> bool:
         if self._rejections >= _REJECTIONS or (self.outer_steps is not None and self.outer_step >= self.outer_steps):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import Any
 
 import torch
@@ -108,6 +108,8 @@ class HypergradientRun(ABC):
         hyperparameters: values by flat name, each of shape [N] with 1 <= N <= T.
         horizon: inner steps a hypergradient looks through; None is T.
         val_examples: validation examples per segment's gradient, drawn anew for each; None is the whole split.
+        reject_above: a run whose final validation loss is above this, or not finite, is *rejected*: reverse mode does
+            not go back through it, so that it costs one training, and its hypergradients are NaN. -inf rejects all.
 
     Raises:
         InputError: a hyperparameter is unknown or has a wrong shape, or the horizon is out of range.
@@ -116,7 +118,13 @@ class HypergradientRun(ABC):
     differentiation: str
 
     def __init__(
-        self, loop: InnerLoop, hyperparameters: Hyperparameters, *, horizon: int | None, val_examples: int | None
+        self,
+        loop: InnerLoop,
+        hyperparameters: Hyperparameters,
+        *,
+        horizon: int | None,
+        val_examples: int | None,
+        reject_above: float = inf,
     ) -> None:
         check_values(loop, hyperparameters)
         refuse_underivable(loop, hyperparameters)
@@ -129,7 +137,7 @@ class HypergradientRun(ABC):
             raise InputError(
                 f"val_examples is {val_examples!r}: it must be a whole number of at least 1, or None for all"
             )
-        self.loop, self.val_examples = loop, val_examples
+        self.loop, self.val_examples, self.reject_above = loop, val_examples, reject_above
         self.hyperparameters = {name: loop.placed(name, values) for name, values in hyperparameters.items()}
         self.hypergradients = {
             name: torch.zeros(len(values), device=loop.device, dtype=loop.dtype)
@@ -164,6 +172,11 @@ class HypergradientRun(ABC):
     def done(self) -> bool:
         """Whether the hypergradient is complete."""
         return self.position == self.length
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the run has come to a validation loss that is not finite or above `reject_above`."""
+        return self.final is not None and not (isfinite(self.final.loss) and self.final.loss <= self.reject_above)
 
     def result(self) -> HypergradientResult:
         """The outcome of a run that is done."""
@@ -224,5 +237,5 @@ class HypergradientRun(ABC):
             evaluation = self.loop.evaluate(state)
             self.cost += self.loop.eval_cost("val")
         self.final = Evaluation(evaluation.loss, evaluation.metrics)
-        if not isfinite(evaluation.loss):  # the run diverged: there is no derivative
+        if self.rejected:  # nobody wants to know its derivative, and there is none where it diverged
             self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hypergradients.items()}
