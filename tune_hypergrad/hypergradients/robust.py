@@ -40,8 +40,9 @@ from tune_hypergrad.hypergradients.outer import (
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range
 
-STEP = log(2)
-"""Default step size on logarithmic scales: twice as much, or half."""
+STEP, STEP_OF_COMPLEMENT = log(2), log(1.5)
+"""Default step sizes on logarithmic scales: twice as much, or half, and less for 1 - momentum, which multiplies with the
+learning rate."""
 STEP_SHARE = 0.1
 """Default step size on linear scales, as a share of the range."""
 
@@ -113,8 +114,8 @@ class RobustSearch(OuterSearch):
     Args:
         ranges: what is tuned, by name; moved on the scale of `natural_range`, but for those with a step size.
         initial: values to begin with, each of shape [N]; those missing begin at `natural_start`.
-        step_sizes: first step sizes by name, on the range's own scale; others are log(2) on logarithmic scales, a tenth
-            of the range on linear ones.
+        step_sizes: first step sizes by name, on the range's own scale; others are log(2) of a logarithm, log(1.5) of
+            that of 1 - momentum, a tenth of the range on linear scales.
         ensemble: runs in a round at the beginning, whose hypergradients are averaged; it doubles, up to 4, where three
             outer steps have brought nothing better.
         outer_steps: outer steps at the most, rejected ones included; None: as many as it takes.
@@ -360,7 +361,8 @@ class RobustSearch(OuterSearch):
 
     def _first_step(self, name: str, given: float | None) -> float:
         limits = self.ranges[name]
-        default = STEP if limits.scale != "linear" else STEP_SHARE * limits.internal_width
+        defaults = {"log": STEP, "complement": STEP_OF_COMPLEMENT, "linear": STEP_SHARE * limits.internal_width}
+        default = defaults[limits.scale]
         step = default if given is None else given
         if not 0 < step < inf:
             raise InputError(f"hyperparameter {name!r} needs a finite step size above 0: pass it in step_sizes")
