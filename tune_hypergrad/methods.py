@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import cos, pi
 from numbers import Integral
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
-from ray.tune.search.sample import Function
+from ray.tune.search.sample import Float, Function
 
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, Optimizer, get_optimizer
@@ -19,7 +20,7 @@ from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
 from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
-from tune_hypergrad.space import gradient_ranges, schedule
+from tune_hypergrad.space import gradient_ranges, schedule, windows_of
 from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule
 
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
@@ -57,6 +58,9 @@ class Task:
     """Epochs in the training run of a self-tuning network; None is ten times `steps`."""
     check: bool = True
     """Whether the problem's training and hypergradients are compared with plain torch before anything runs."""
+    start: Mapping[str, Any] | None = None
+    """A person's own settings, from which every method begins: a value for everything in the space that has a domain,
+    in the space's form (`{"0": ..., "1": ...}` for a schedule); None leaves the beginning to each method."""
 
     @property
     def self_tuning_steps(self) -> int:
@@ -191,10 +195,13 @@ class Method:
 
 
 def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Task], Searcher]:
-    """A searcher whose trials train plainly, from scratch, for as many epochs as it says."""
+    """A searcher whose trials train plainly, from scratch, for as many epochs as it says; the first has the task's
+    start, on the lowest rung where there are several."""
 
     def of_task(task: Task) -> Searcher:
-        return search(task.space, "val_loss", "min", *(getattr(task, name) for name in settings), task.seed)
+        arguments = [getattr(task, name) for name in settings]
+        points = None if task.start is None else [task.start]
+        return search(task.space, "val_loss", "min", *arguments, task.seed, points_to_evaluate=points)
 
     return of_task
 
@@ -256,23 +263,38 @@ def _by_self_tuning(task: Task) -> Mapping[str, Any]:
 
 
 def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
-    """Regularisation is tuned inside the training run."""
+    """Regularisation is tuned inside the training run; it begins at the task's start where that is not on the edge of a
+    range, which the unconstrained scale does not reach."""
 
     def of_task(task: Task) -> Trainable:
-        epochs = task.self_tuning_steps / task.problem.steps_per_epoch
+        epochs, inside = task.self_tuning_steps / task.problem.steps_per_epoch, _inside(task)
         settings = {**_common(task), "steps": task.self_tuning_steps, "warm_up": min(5, epochs / 20)}
-        return trainable.from_problem(task.problem, space=_inside(task), **settings)
+        initial = {name: value for name, value in _start_of(task, inside).items() if not _on_edge(inside[name], value)}
+        return trainable.from_problem(task.problem, space=inside, initial=initial, **settings)
 
     return of_task
 
 
 def _around_self_tuning(task: Task) -> Searcher:
-    """The optimizer is tuned from run to run; it begins at customary values, since a run is a search of its own."""
+    """The optimizer is tuned from run to run; it begins at the task's start, of a schedule the mean over the run, else
+    at customary values, since a run is a search of its own."""
     outside = {name: _one_window(value) for name, value in task.part(of_training_loss=False).items()}
     if not outside:
         return _seeds(task)
     first = {name: value for name, value in customary(task.optimizer).items() if name in outside}
+    first |= _start_of(task, outside)
     return RandomSearch(outside, "val_loss", "min", seed=task.seed, points_to_evaluate=[first])
+
+
+def _start_of(task: Task, names: Collection[str]) -> dict[str, Any]:
+    """The task's start, of these hyperparameters, without windows: a schedule's mean."""
+    start = {name: value for name, value in (task.start or {}).items() if name in names}
+    return {name: fmean(windows_of(value)) if isinstance(value, Mapping) else value for name, value in start.items()}
+
+
+def _on_edge(domain: Any, value: float) -> bool:
+    """Whether a value is the least or the greatest of a continuous domain."""
+    return isinstance(domain, Float) and not domain.lower < value < domain.upper
 
 
 def _seeds(task: Task) -> Searcher:
@@ -448,3 +470,9 @@ def _domain(strength: Strength) -> Any:
     if strength.whole:
         return tune.randint(int(lower), int(upper) + 1)
     return tune.loguniform(lower, upper) if strength.log else tune.uniform(lower, upper)
+
+
+def paper_space(optimizer: str | Optimizer, windows: int) -> dict[str, Any]:
+    """The wide linear space of Micaelli and Storkey (2021) for the inner optimizer: learning rate, momentum and weight
+    decay, each uniform from 0."""
+    return optimizer_space(optimizer, windows)

@@ -105,9 +105,10 @@ class Look:
         place_legend(figure, handles, [_label(name, figure) for name in names])
 
     def legend_of_curves(self, figure: Figure, curves: Iterable[Curve]) -> None:
-        """One entry a curve; of which seeds some have no value, says so."""
+        """One entry a curve, that which ends lowest first; of which seeds some have no value, says so."""
         by_name = {curve.method: curve for curve in curves}
-        names = sorted(by_name, key=self.position)
+        last = {name: float(curve.mean[-1]) for name, curve in by_name.items()}
+        names = sorted(by_name, key=lambda name: (math.isnan(last[name]), last[name], self.position(name)))
         handles = [Line2D([], [], **self.line(name), marker=self.marker(name), markersize=4) for name in names]
         parts = [
             f" ({by_name[name].seeds} of {self.seeds} seeds)" if by_name[name].seeds < self.seeds else ""
@@ -117,13 +118,15 @@ class Look:
 
 
 def place_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend above everything, for which the figure grows, in as many columns as fit."""
+    """A legend above everything, for which the figure grows, in as many columns as fit; it reads line by line."""
     if handles:
-        rows = next(
-            r for r in range(1, len(labels) + 1) if _width(labels, r) <= figure.get_figwidth() or r == len(labels)
-        )
-        columns = -(-len(labels) // rows)
+        count = len(labels)
+        columns = next(c for c in range(count, 0, -1) if _width(labels, c) <= figure.get_figwidth() or c == 1)
+        rows = -(-count // columns)
+        columns = -(-count // rows)
         figure.set_figheight(figure.get_figheight() + 0.19 * rows)
+        order = [i for column in range(columns) for i in range(column, count, columns)]  # matplotlib fills columns
+        handles, labels = [handles[i] for i in order], [labels[i] for i in order]
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.8, columnspacing=1.4)
 
 
@@ -178,6 +181,11 @@ def mark_budget(axes: Axes, amount: float) -> None:
     axes.axvline(amount, color=INK, linewidth=1, linestyle=(0, (4, 2)))
     near = {"xycoords": ("data", "axes fraction"), "xytext": (-3, -2), "textcoords": "offset points", "fontsize": 8}
     axes.annotate("budget", (amount, 1), rotation=90, ha="right", va="top", **near)  # type: ignore[arg-type]
+
+
+def mark_reference(axes: Axes) -> None:
+    """A line where regret is 0."""
+    axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (1, 1.5)))
 
 
 def scale_cost(axes: Axes, begin: float, end: float, ticks: int) -> None:
@@ -276,9 +284,9 @@ def _label(name: str, figure: Figure) -> str:
     return shortened(name, 18 if figure.get_figwidth() < 5 else 24)
 
 
-def _width(labels: Sequence[str], rows: int) -> float:
-    """Of a legend in columns of so many rows, in inches."""
-    return sum(0.55 + max(map(len, labels[i : i + rows])) / _LETTERS for i in range(0, len(labels), rows))
+def _width(labels: Sequence[str], columns: int) -> float:
+    """Of a legend in so many columns, in inches."""
+    return sum(0.55 + max(map(len, labels[column::columns])) / _LETTERS for column in range(columns))
 
 
 def _top_and_values(curves: Sequence[Curve]) -> tuple[float, np.ndarray]:

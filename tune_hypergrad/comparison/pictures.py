@@ -33,7 +33,8 @@ _PANELS = 24  # of a picture of schedules, at the most
 
 @styled
 def regret(comparison: Comparison, unit: str = "gradients", *, width: float = WIDE) -> Figure:
-    """Regret of every method's incumbents against cost, the mean and the range over seeds.
+    """Regret of every method's incumbents against cost, the mean and the range over seeds; the legend's first has the
+    least at the end.
 
     Args:
         comparison: finished or not.
@@ -186,6 +187,7 @@ def _regrets(comparison: Comparison, units: Sequence[str], width: float) -> Figu
         found = curves(comparison.regret, "regret", unit, comparison.accounts)
         _draw(axes, found, comparison, unit, ticks=round(width / columns))
         drawing.scale_regret(axes, found)
+        drawing.mark_reference(axes)
     measure = comparison.yardstick
     for axes in panels[::columns]:
         axes.set_ylabel(f"regret in {measure.label}{' (points)' if measure.percent else ''}")

@@ -26,6 +26,7 @@ from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.series import Granted, distinct_units
 from tune_hypergrad.comparison.tables import Column, TextTable
 from tune_hypergrad.comparison.troubles import Trouble
+from tune_hypergrad.comparison.verdict import verdict_text
 from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
 REPORT_FILE = "report.html"
@@ -72,9 +73,8 @@ def write_report(comparison: Comparison) -> Path:
 def summary_table(comparison: Comparison) -> Table:
     """One row a method, for the terminal; the least regret stands out. Ranges are those of regret alone, and why
     something went wrong is said below."""
-    text, measures = tables.results(comparison), len(comparison.test_measures)
-    shown = [0, 1, *range(2, 2 + min(1, measures)), *range(2 + measures, len(text.columns))]
-    shown = [i for i in shown if text.columns[i].heading != "over"]
+    text = tables.results(comparison)
+    shown = [i for i, column in enumerate(text.columns) if i == 0 or column.key or column.remark]
     troubles = {method: comparison.troubles(method) for method in comparison.methods}
     rows = [[_terminal_cell(text.columns[i], row[i], i == 1, troubles[row[0]]) for i in shown] for row in text.rows]
     narrow = text.columns[-1].remark  # what went wrong gets the room
@@ -84,7 +84,7 @@ def summary_table(comparison: Comparison) -> Table:
     ]
     title = f"{comparison.settings.get('problem', 'Comparison')}: {tables.state(comparison)}"
     table = Table(*columns, title=title, caption=_causes(troubles), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    means = [comparison.final_regret(method).mean() for method in comparison.methods]
+    means = [comparison.final_regret(row[0]).mean() for row in text.rows]
     best = min((mean for mean in means if np.isfinite(mean)), default=None)
     for row, mean in zip(rows, means, strict=True):
         table.add_row(*row, style="bold" if mean == best else None)
@@ -97,6 +97,7 @@ def summary_text(comparison: Comparison) -> str:
     parts = [
         f"# Comparison: {facts.get('Problem', comparison.folder.name)}",
         f"State: {tables.state(comparison)}.",
+        verdict_text(comparison),
         "\n".join(f"- {name}: {_in_cell(text)}" for name, text in facts.items()),
         "## Results",
         _markdown(tables.results(comparison)),
@@ -118,7 +119,7 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     units = distinct_units(comparison)
     granted, unit = Granted.of(comparison), COST_LABELS[comparison.budget.unit]
     measure = comparison.yardstick
-    regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.methods)
+    regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.ranking)
     own = comparison.accounts.groupby("method", sort=False)["val_loss"]
     losses = "; ".join(f"{method} {_mean(values)}" for method, values in own)
     regret = f"{tables.regret_heading(measure).capitalize()} of the incumbents against"
@@ -214,6 +215,7 @@ def _page(comparison: Comparison, drawn: Mapping[str, list[dict[str, object]]]) 
         problem=comparison.settings.get("problem") or comparison.folder.name,
         state=tables.state(comparison),
         finished=comparison.finished,
+        verdict=verdict_text(comparison),
         facts=tables.facts(comparison),
         notes=tables.notes(comparison),
         pictures=drawn,
