@@ -156,8 +156,8 @@ def _of_leads(leads: Sequence[tuple[Sequence[str], float, float]], unit: str) ->
     if len(leads) > _MOST_PARTS:
         winner, since, _ = leads[-1]
         return (
-            f"{_best(who)} at first, from {_figure(begin)} {unit} of cost on, then the lead changes {len(later)} times, "
-            f"and {_best(winner)} from {_figure(since)} on"
+            f"{_best(who)} at first, from {_figure(begin)} {unit} of cost on, then the lead changes {len(later)} "
+            f"times, and {_best(winner)} from {_figure(since)} on"
         )
     parts = [f"{_best(who)} from {_figure(begin)} to {_figure(end)} {unit} of cost"]
     for i, (names, _, until) in enumerate(later, 1):
