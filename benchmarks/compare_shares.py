@@ -9,7 +9,7 @@ black-box method at its full length, an inner run of FDS with its hypergradients
 run). A method that has stopped, its budget spent or not, is behind nothing. What runs and has not reported yet counts
 as not spent, so that some lag is in the reporting.
 
-Prints one row a method and seed, one column a tenth, and the largest of all.
+Prints one row a method, of its seeds the one that is furthest behind, one column a tenth, and the largest of all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -82,9 +83,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     comparison = Comparison(parser.parse_args().folder)
     frame = shares_behind(comparison)
-    table = Table("method", "seed", *(f"{100 * part:.0f} %" for part in frame["part"].unique()))
-    for (method, seed), own in frame.groupby(["method", "seed"], sort=False):
-        table.add_row(method, str(seed), *(f"{behind:.2f}" for behind in own["behind"]))
+    table = Table("method", *(f"{100 * part:.0f} %" for part in frame["part"].unique()), box=SIMPLE_HEAD)
+    for method, own in frame.groupby("method", sort=False):
+        table.add_row(str(method), *(f"{behind:.1f}" for behind in own.groupby("part")["behind"].max()))
     console = Console()
     console.print(table)
     if len(frame):

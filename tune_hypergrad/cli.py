@@ -31,6 +31,17 @@ class Tuned(str, Enum):
     ALL = "all"
 
 
+FIRST: dict[str, Any] = {
+    "problem": "digits",
+    "epochs": 2.0,
+    "tune": Tuned.OPTIMIZER.value,
+    "budget": "120e",
+    "seeds": 3,
+    "reference": "grid:125",
+}
+"""What `compare` compares where no problem is named, for who gives no other option: trainings so short that customary
+settings fall well short of the best, each a fraction of a second, and a grid that says what the best is."""
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
@@ -44,7 +55,10 @@ def describe() -> None:
 def compare(
     context: typer.Context,
     problem: Annotated[
-        str | None, typer.Argument(help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME.")
+        str | None,
+        typer.Argument(
+            help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME. [default: digits, in few minutes]"
+        ),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="Repeat for several. [default: all but centered-stn]")
@@ -111,16 +125,16 @@ def compare(
 ) -> None:
     """Tune a problem by several methods at once, each with the same budget, and report what they found."""
     given = {name: value for name, value in locals().items() if name not in ("context", "resume")}
+    sources = {name: context.get_parameter_source(name) for name in given}
+    by_person = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if resume is not None:
-        for name in given:
-            source = context.get_parameter_source(name)
-            by_person = source is not None and source.name == "COMMANDLINE"
-            if by_person and name not in ("address", "progress"):
+        for name in by_person:
+            if name not in ("address", "progress"):
                 option = repr(problem) if name == "problem" else "--" + name.replace("_", "-")
                 raise InputError(f"--resume {resume} goes on with what was begun there: leave out {option}")
         given = {**_saved_command(resume), "out": resume, "address": address, "progress": progress}
     elif problem is None:
-        raise InputError("there is no problem to work on: name one, such as digits, or --resume a folder")
+        given |= {name: value for name, value in FIRST.items() if name not in by_person}
     _compare(**given, again=resume is not None)
 
 

@@ -45,6 +45,7 @@ _MARKERS = "os^Dvp*XPh<>"
 _SOLID = 6  # so many methods have solid lines, further ones broken ones
 _LOG_FROM = {"cost": 20.0, "regret": 20.0, "loss": 5.0, "schedule": 100.0}  # largest over smallest value
 _LETTERS = 12.5  # to an inch
+_FEW = 4  # curves whose bands, one over the other, can still be told apart
 _STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
@@ -170,7 +171,8 @@ def draw_curves(axes: Axes, curves: Sequence[Curve], look: Look, factor: float) 
         axes.step(cost, curve.mean, where="post", label=curve.method, **line)
         if curve.seeds > 1:
             color = look.color(curve.method)
-            axes.fill_between(cost, curve.low, curve.high, step="post", color=color, alpha=0.14, linewidth=0)
+            alpha = 0.14 if len(curves) <= _FEW else 0.07
+            axes.fill_between(cost, curve.low, curve.high, step="post", color=color, alpha=alpha, linewidth=0)
     if not curves:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no incumbents yet", transform=axes.transAxes, ha="center")
@@ -206,7 +208,9 @@ def scale_regret(axes: Axes, curves: Sequence[Curve]) -> None:
     if len(shown) and shown.max() / shown.min() >= _LOG_FROM["regret"]:
         means = np.abs(np.concatenate([curve.mean for curve in curves]))
         smallest = float(means[means > 0].min(initial=shown.max()))
-        threshold = _round_down(max(smallest, shown.max() / 1e3))
+        # around a reference that some are better than, differences matter more than orders of magnitude
+        spanned = 1e3 if values.min() >= 0 else 30
+        threshold = _round_down(max(smallest, shown.max() / spanned))
         axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
         axes.set_ylim(min(-0.15 * threshold, 1.2 * float(values.min())), 1.25 * top)
         _log_ticks(axes, "y", 8, threshold)

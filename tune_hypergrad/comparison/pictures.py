@@ -15,6 +15,7 @@ from tune_hypergrad.comparison import drawing
 from tune_hypergrad.comparison.drawing import GREY, INK, WIDE, Look, styled
 from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.series import Curve, Granted, curves, spending_parts, thinned
+from tune_hypergrad.comparison.verdict import cost_in_words
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
 
@@ -201,14 +202,14 @@ def _regrets(comparison: Comparison, units: Sequence[str], width: float) -> Figu
 def _draw(axes: Axes, found: Sequence[Curve], comparison: Comparison, unit: str, ticks: int) -> None:
     budget = comparison.budget.amount if comparison.budget.unit == unit else 0.0
     end = max([float(curve.cost[-1]) for curve in found] + [budget]) or 1.0
-    factor, label = drawing.unit_in_words(unit, end)
+    factor, label = cost_in_words(comparison, unit, end)
     drawing.plain(axes)
     drawing.draw_curves(axes, found, look_of(comparison), factor)
     begin = min((float(curve.cost[0]) for curve in found), default=0.0)
     drawing.scale_cost(axes, begin * factor, end * factor, ticks)
     if budget:
         drawing.mark_budget(axes, budget * factor)
-    axes.set_xlabel(label)
+    axes.set_xlabel(f"cost in {label}")
 
 
 def _draw_schedule(axes: Axes, values: Sequence[float], style: dict[str, Any]) -> None:

@@ -426,12 +426,12 @@ class Comparison:
 
     @property
     def of_other_lengths(self) -> dict[str, tuple[int, int]]:
-        """Methods whose last incumbents were not trained again for the comparison's own number of steps, and for how
-        many: the fewest and the most."""
-        found, steps = {}, self.settings.get("steps")
+        """Methods whose last incumbents were not trained again for about the comparison's own number of steps, a tenth
+        more or less, and for how many: the fewest and the most."""
+        found, steps = {}, self.settings.get("steps", 0)
         for method in self.methods if steps else ():
             trained = self.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
-            if len(trained) and (trained != steps).any():
+            if len(trained) and ((trained - steps).abs() > 0.1 * steps).any():
                 found[method] = (round(trained.min()), round(trained.max()))
         return found
 

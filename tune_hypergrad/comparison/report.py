@@ -294,7 +294,7 @@ def _terminal_cell(column: Column, text: str, whole: bool, troubles: Sequence[Tr
     """What a terminal shows of a cell: the first line unless it is to be shown whole, and of troubles how often."""
     if column.remark:
         return "\n".join(each.what for each in troubles)
-    return text.replace(" to ", "-") if whole else text.split("\n")[0]
+    return text.replace(" to ", ".." if "-" in text else "-") if whole else text.split("\n")[0]
 
 
 def _terminal_column(column: Column, cells: Sequence[str], whole: bool, narrow: bool) -> TerminalColumn:

@@ -37,7 +37,7 @@ class Retraining:
 
     seeds: int = 3
     """Trainings of each, with seeds that no search has used."""
-    shares: tuple[float, ...] = (0.25, 0.5, 1.0)
+    shares: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     """The incumbents after these shares of the budget are trained; what is the incumbent twice is trained once."""
     data: str = "train"
     """"train", or "train+val": what the test split is then predicted from has more examples."""

@@ -96,7 +96,7 @@ def results(comparison: Comparison) -> TextTable:
     measure, tests = comparison.yardstick, comparison.test_measures
     verdict = Verdict.of(comparison)
     ratios, others = verdict.ratios(comparison.black_box), comparison.of_other_lengths
-    factor, unit = cost_in_words(comparison)
+    factor, unit = cost_in_words(comparison, comparison.budget.unit, comparison.budget.amount)
     decimals = 2 if measure.percent else None
     rows: list[dict[Column, str]] = []
     for method in comparison.ranking:
@@ -109,7 +109,7 @@ def results(comparison: Comparison) -> TextTable:
             row[Column(measure_label(name), key=name == tests[0])] = cell
         if others:
             row[Column("steps of the tested training")] = _steps_tested(comparison, method)
-        row[Column("validation loss", key=not tests)] = spread(own["val_loss"])
+        row[Column("validation loss", key=not tests or measure.source == "best")] = spread(own["val_loss"])
         if comparison.settings.get("start"):
             gain = comparison.gain(method)
             if measure.tested:
@@ -228,8 +228,8 @@ def _about_columns(comparison: Comparison) -> list[str]:
     found = []
     if comparison.yardstick.source != "best":
         told = (
-            "The cost to reach the reference is that of finding the first incumbent, of those that were tested, with "
-            "which the mean regret over seeds is not above 0"
+            "The reference is reached at the cost from which on the mean regret over seeds is not above 0 any more; an "
+            "incumbent counts from the cost at which it was found, and only some were tested"
         )
         if comparison.black_box:
             told += (

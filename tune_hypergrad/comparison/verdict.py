@@ -58,12 +58,14 @@ class Verdict:
 
     @property
     def reached(self) -> dict[str, float]:
-        """The cost at which each method first had no regret, of those that ever had none."""
+        """The cost from which on each method had no regret, of those that had none in the end: what an incumbent gained
+        that was lost again by the next, which was better by validation alone, counts for nothing."""
         found = {}
         for curve in self.curves:
-            at = np.flatnonzero(curve.mean <= _EQUAL)
-            if len(at):
-                found[curve.method] = float(curve.cost[at[0]])
+            above = np.flatnonzero(~(curve.mean <= _EQUAL))
+            first = int(above[-1]) + 1 if len(above) else 0
+            if first < len(curve.cost):
+                found[curve.method] = float(curve.cost[first])
         return found
 
     def ratios(self, black_box: Sequence[str]) -> dict[str, Ratio]:
@@ -106,7 +108,7 @@ class Verdict:
             names = tuple(name for name, regret in regrets.items() if regret <= least + _EQUAL)
             if found and found[-1][0] == names:
                 found[-1] = (names, found[-1][1], float(end))
-            elif names and (end > begin or not found):
+            elif names:
                 found.append((names, float(begin), float(end)))
         return found
 
@@ -119,7 +121,7 @@ def verdict_text(comparison: Comparison) -> str:
         return "No method has a result yet."
     others = comparison.of_other_lengths if comparison.yardstick.tested else []
     names = {method: f"{method}{OTHER_LENGTH if method in others else ''}" for method in methods}
-    factor, unit = cost_in_words(comparison)
+    factor, unit = cost_in_words(comparison, comparison.budget.unit, comparison.budget.amount)
     if len(methods) == 1:
         text = f"{names[methods[0]]} is the only method with a result"
     else:
@@ -132,13 +134,11 @@ def verdict_text(comparison: Comparison) -> str:
     return f"{text} ({OTHER_LENGTH} {_TOLD_OF_LENGTHS})." if set(methods) & set(others) else f"{text}."
 
 
-def cost_in_words(comparison: Comparison) -> tuple[float, str]:
-    """What costs in the budget's unit are multiplied by for people, and the unit that they then have: epochs of plain
-    training for gradient evaluations and inner steps."""
-    unit, per_epoch = comparison.budget.unit, comparison.settings.get("steps_per_epoch")
-    if unit in ("gradients", "steps") and per_epoch:
-        return 1 / per_epoch, "epochs"
-    return unit_in_words(unit, comparison.budget.amount)
+def cost_in_words(comparison: Comparison, unit: str, largest: float) -> tuple[float, str]:
+    """What costs of a unit are multiplied by for people, and the unit that they then have: epochs of plain training for
+    gradient evaluations, and for times what suits the largest."""
+    per_epoch = comparison.settings.get("steps_per_epoch")
+    return (1 / per_epoch, "epochs") if unit == "gradients" and per_epoch else unit_in_words(unit, largest)
 
 
 def reference_name(measure: Yardstick) -> str:
@@ -152,11 +152,11 @@ def _of_leads(leads: Sequence[tuple[Sequence[str], float, float]], unit: str) ->
     """Who is best from where to where."""
     (who, begin, end), *later = leads
     if not later:
-        return f"{_best(who)} at every cost, from {_figure(begin)} {unit} on"
+        return f"{_best(who)} at every cost, from {_cost(begin, unit)} on"
     if len(leads) > _MOST_PARTS:
         winner, since, _ = leads[-1]
         return (
-            f"{_best(who)} at first, from {_figure(begin)} {unit} of cost on, then the lead changes {len(later)} "
+            f"{_best(who)} at first, from {_cost(begin, unit)} of cost on, then the lead changes {len(later)} "
             f"times, and {_best(winner)} from {_figure(since)} on"
         )
     parts = [f"{_best(who)} from {_figure(begin)} to {_figure(end)} {unit} of cost"]
@@ -178,7 +178,7 @@ def _of_reference(measure: Yardstick, reached: Mapping[str, float], never: Seque
     if not costs:
         return f"nobody reached {reference_name(measure)}"
     (first, least), *rest = costs
-    parts = [f"{first} reached {reference_name(measure)} after {_figure(least)} {unit}"]
+    parts = [f"{first} reached {reference_name(measure)} after {_cost(least, unit)}"]
     parts += [f"{name} after {_figure(cost)}" for name, cost in rest]
     if never:
         parts.append(f"{_listed(never)} never")
@@ -191,6 +191,11 @@ def _at(curve: Curve, cost: float) -> float:
 
 def _listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def _cost(value: float, unit: str) -> str:
+    figure = _figure(value)
+    return f"{figure} {unit.removesuffix('s') if figure == '1' else unit}"
 
 
 def _figure(value: float) -> str:
