@@ -11,7 +11,7 @@ from ray import tune
 from self_tuning import EPOCH, regularised_problem
 from tiny_problem import tiny_problem
 
-from tune_hypergrad import InputError, Retraining, Schedule, schedule
+from tune_hypergrad import InputError, Retraining, Schedule, complement, schedule
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.arguments import checked
 from tune_hypergrad.comparison.plan import Plan
@@ -88,6 +88,65 @@ def test_stretching_keeps_the_mean_and_the_range(values, windows):
 
 def test_stretching_to_a_multiple_repeats():
     assert stretched((0.1, 0.3), 6) == pytest.approx((0.1, 0.1, 0.1, 0.3, 0.3, 0.3))
+
+
+CURVES = {
+    "lr": schedule(tune.loguniform(1e-3, 1), shape="cosine"),
+    "momentum": complement(tune.loguniform(0.01, 1)),
+    "l2": schedule(tune.loguniform(1e-5, 1), knots=3),
+}
+
+
+def test_complements_and_curves_have_the_spaces_form():
+    given = {"lr": {"cosine": {"peak": 0.5, "floor": 0.1}}, "momentum": 0.95, "l2": {"knots": [0.1, 0.2, 0.1]}}
+    start = complete_start(given, task(space=CURVES))
+    assert start.point["lr"] == {"cosine": {"peak": 0.5, "warm_up": 0.0, "floor": 0.1}}
+    assert start.point["momentum"] == {"one_minus": pytest.approx(0.05)}
+    assert start.point["l2"] == {"knots": {"0": 0.1, "1": 0.2, "2": 0.1}}
+    assert Schedule.from_config(start.exact).at(0.0) == pytest.approx({"lr": 0.5, "momentum": 0.95, "l2": 0.1})
+    assert complete_start({"l2": 0.1}, task(space=CURVES)).point["l2"] == {"knots": {"0": 0.1, "1": 0.1, "2": 0.1}}
+
+
+def test_complements_and_curves_are_filled_with_customary_values():
+    start = complete_start({"l2": 0.1}, task(space=CURVES))
+    assert start.point["lr"] == {"cosine": {"peak": 0.1, "warm_up": 0.0, "floor": 0.0}}
+    assert start.point["momentum"] == {"one_minus": pytest.approx(0.1)}
+    windows = {"momentum": schedule(complement(tune.loguniform(0.01, 0.05)), 2)}
+    start = complete_start({"lr": 0.1}, task(space={**SPACE, **windows}))
+    assert start.point["momentum"] == {"one_minus": {"0": 0.05, "1": 0.05}}, "the nearest within the range"
+
+
+def test_a_bound_of_a_complement_is_inside():
+    space = {"momentum": complement(tune.uniform(0.05, 0.3))}
+    for momentum, leaf in ((0.95, 0.05), (0.7, 0.3)):
+        point = complete_start({"momentum": momentum}, task(space=space)).point
+        assert (
+            point == {"momentum": {"one_minus": pytest.approx(leaf)}} and 0.05 <= point["momentum"]["one_minus"] <= 0.3
+        )
+    assert "outside" in refusal({"momentum": 0.951}, task(space=space))
+
+
+def test_a_curve_becomes_windows_of_its_means():
+    start = complete_start({"lr": {"knots": [0.8, 0.2]}}, task())
+    assert list(start.point["lr"].values()) == pytest.approx([0.7, 0.5, 0.3], rel=1e-2)
+    assert start.exact["lr"] == {"knots": {"0": 0.8, "1": 0.2}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"lr": 0.1}, {"lr": [0.1, 0.2]}, {"lr": {"linear": {"peak": 0.1}}}, {"l2": [0.1, 0.2]}, {"l2": {"knots": [1, 1]}}],
+)
+def test_what_no_curve_of_the_space_is_has_to_be_given_in_its_form(given):
+    assert "another form than the search space" in refusal(given, task(space=CURVES))
+
+
+@pytest.mark.parametrize("name", ["rs", "bohb"])
+def test_searchers_begin_at_points_of_curves_and_complements(name):
+    made = started({"momentum": 0.95, "l2": 0.1}, space=CURVES)
+    config = METHODS[name].searcher(made).suggest("a")
+    assert Schedule.from_config({key: config[key] for key in CURVES}).at(0.5) == pytest.approx(
+        Schedule.from_config(made.start).at(0.5)
+    )
 
 
 def test_choices_and_whole_numbers_are_kept_as_such():
@@ -179,7 +238,8 @@ def test_black_box_methods_train_the_start_first_on_their_lowest_rung(name):
 
 def self_tuned(**start):
     problem = regularised_problem(test=None)
-    space = {"lr": schedule(tune.uniform(0, 1), 2), **regularisation_space(problem)}
+    space = {"lr": schedule(tune.uniform(0, 1), 2), "momentum": complement(tune.loguniform(0.01, 1))}
+    space |= regularisation_space(problem)
     made = Task(problem, space, EPOCH, self_tuning_epochs=2)
     return replace(made, start=complete_start(start, made).point)
 
@@ -188,6 +248,7 @@ def self_tuned(**start):
 def test_self_tuning_networks_take_what_they_can(name):
     made = self_tuned(lr=[0.4, 0.2], dropout=0.3)
     config = METHODS[name].searcher(made).suggest("a")
+    assert config.pop("momentum") == {"one_minus": pytest.approx(0.1)}
     assert config == {"lr": pytest.approx(0.3)}, "a schedule's mean, since the run has one value"
     trial, plain = (METHODS[name].trainable(each)(config=dict(config)) for each in (made, replace(made, start=None)))
     values, middles = ({key: v.item() for key, v in each.run.tuned.values().items()} for each in (trial, plain))

@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.search.sample import Float
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.space import Range, gradient_ranges, is_number_or_windows, schedule, windows_of
+from tune_hypergrad.space import Range, gradient_ranges, is_hyperparameter, schedule, windows_of
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -82,7 +82,7 @@ def test_windows_of_gives_python_floats():
     ],
 )
 def test_windows_of_refuses(value):
-    assert not is_number_or_windows(value)
+    assert not is_hyperparameter(value)
     assert repr(value) in refusal(windows_of, value)
 
 

@@ -79,7 +79,7 @@ def schedules(comparison: Comparison, *, width: float = WIDE) -> Figure:
     columns = max(1, round(width / 2.4))
     figure, panels = drawing.panels(len(names[:_PANELS]), width, columns, height=1.9)
     for axes, name in zip(panels, names, strict=False):
-        own = {method: found.values[name] for method, found in best.items() if name in found.values}
+        own = {method: found.windows(name) for method, found in best.items() if name in found.values}
         for method, values in own.items():
             _draw_schedule(axes, values, {**look.line(method), "label": method})
         drawing.plain(axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from ray.tune.search.sample import Domain, Integer
 
+from tune_hypergrad.curves import KNOTS, ONE_MINUS
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import get_optimizer
 from tune_hypergrad.methods import Task, customary
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.space import is_number_or_windows, windows_of
+from tune_hypergrad.space import Place, flat_values, is_entry, is_hyperparameter, is_number, places_of, put
+
+_ROUNDING = 1e-9  # by how much of a bound a value may be outside, since 1 - 0.95 is not 0.05
 
 
 @dataclass(frozen=True)
@@ -50,70 +53,140 @@ def complete_start(given: Mapping[str, Any], task: Task) -> Start:
     """A start for all methods: what was given, and customary values for the rest of the search space.
 
     Customary are the values that methods begin with where nothing is known (learning rate 0.1 for SGD, momentum 0.9),
-    an optimizer's own defaults, regularisers that do nothing, and defaults of the training loss; where that is
-    outside a range, the nearest value inside.
+    an optimizer's own defaults, regularisers that do nothing, and defaults of the training loss; of a curve with a
+    peak it is the peak, and its other parts are 0. Where that is outside a range, it is the nearest value inside.
 
     Args:
-        given: numbers or windows of numbers by name; choices for what the space has as such.
+        given: by name what a `Schedule` holds (numbers, windows of numbers, curves), or a choice where the space has
+            some.
         task: whose space is searched.
 
     Raises:
-        InputError: a name is not in the space, a value is outside its range, or something has no customary value.
+        InputError: a name is not in the space, a value is outside its range or of another form than the space can
+            have, or something has no customary value.
     """
-    domains = {name: _domain(entry) for name, entry in task.space.items() if isinstance(_domain(entry), Domain)}
+    places = {name: places_of(name, entry, is_entry) or [] for name, entry in task.space.items()}
+    tuned = {name: own for name, own in places.items() if any(isinstance(place.leaf, Domain) for place in own)}
     for name in given:
-        if name not in domains:
-            raise InputError(_unknown(name, task, domains))
-    exact = {name: _checked(name, given[name], domains[name]) for name in given}
-    exact |= {name: _nearest(domains[name], _customary(name, task)) for name in domains if name not in given}
-    point = {name: _like(task.space[name], exact[name]) for name in domains}
-    constants = {name: entry for name, entry in task.space.items() if name not in domains}
-    return Start({**constants, **exact}, point)
+        if name not in tuned:
+            raise InputError(_unknown(name, task, list(tuned)))
+    point: dict[str, Any] = {}
+    for name, own in tuned.items():
+        leaves = _given(name, given[name], own) if name in given else _filled(name, _customary(name, task), own)
+        for place, leaf in zip(own, leaves, strict=True):
+            put(point, place.path, leaf)
+    exact = {name: entry for name, entry in task.space.items() if name not in tuned}
+    exact |= point
+    exact |= {name: _as_config(name, value, tuned[name], point[name]) for name, value in given.items()}
+    return Start(exact, point)
 
 
-def _unknown(name: str, task: Task, domains: Mapping[str, Any]) -> str:
+def stretched(values: Sequence[float], windows: int) -> tuple[float, ...]:
+    """A schedule's values in another number of windows: of each, the mean over its part of the training run."""
+    if len(values) == windows:
+        return tuple(values)
+    integral = np.concatenate([[0.0], np.cumsum(values) / len(values)])
+    at = np.interp(np.linspace(0, 1, windows + 1), np.linspace(0, 1, len(values) + 1), integral)
+    means = np.clip(np.diff(at) * windows, min(values), max(values))  # rounding must not leave the range
+    return tuple(map(float, means))
+
+
+def _unknown(name: str, task: Task, tuned: Sequence[str]) -> str:
     if name in task.fixed:
         return f"start has {name!r}, which fixed holds: leave it out of one"
     if name in task.space:
         return f"start has {name!r}, which the search space holds constant: leave it out"
-    known = f"there are {', '.join(domains)}{did_you_mean(name, domains)}"
+    known = f"there are {', '.join(tuned)}{did_you_mean(name, tuned)}"
     return f"start has {name!r}, which the search space has not: leave it out, or let the space have it ({known})"
 
 
-def _domain(entry: Any) -> Any:
-    """What each window of a space's entry is drawn from."""
-    return next(iter(entry.values()), None) if isinstance(entry, Mapping) else entry
+def _as_config(name: str, value: Any, places: Sequence[Place], entry: Any) -> Any:
+    """A value that was given, as a config has it: in its own windows, else as the point's entry has it."""
+    in_windows = is_hyperparameter(value) and all(place.name == name for place in places)
+    own = isinstance(entry, float | Mapping) and in_windows  # no choice, and no whole number
+    return Schedule({name: value}).to_config()[name] if own else entry
 
 
-def _checked(name: str, value: Any, domain: Domain) -> Any:
-    """A value that lies in its domain, as a config has it."""
-    windows = windows_of(value) if is_number_or_windows(value) else (value,)
-    for each in windows:
-        if not _is_valid(domain, each):
-            shown = f"{each:g}" if isinstance(each, float) else repr(each)
-            inside = f"{domain.domain_str}" if hasattr(domain, "domain_str") else "its domain"
+def _given(name: str, value: Any, places: Sequence[Place]) -> list[Any]:
+    """What stands in the places of a space's entry for a value that was given."""
+    if not is_hyperparameter(value):
+        if len(places) > 1:
+            raise InputError(f"start has {name!r} at {value!r}: give a number, or one for each window")
+        return [_checked(name, value, places[0])]
+    found, names = flat_values({name: value}), [place.name for place in places]
+    if set(names) == {name}:  # windows
+        windows = found[name] if set(found) == {name} else Schedule({name: value}).windows(name)
+        for window in windows if len(windows) != len(places) else ():
+            _checked(name, window, places[0])
+        values = stretched(windows, len(places))
+    elif set(names) == {f"{name}/{KNOTS}"} and len(found.get(name, ())) == 1:
+        values = found[name] * len(places)
+    else:
+        values = _of_curve(name, found, places)
+    return [_checked(name, each, place) for each, place in zip(values, places, strict=True)]
+
+
+def _of_curve(name: str, found: Mapping[str, tuple[float, ...]], places: Sequence[Place]) -> tuple[float, ...]:
+    """A curve's numbers in the order of the places; parts of a peak's curve that were not given are 0."""
+    names = [place.name for place in places]
+    fits = all(flat in names and len(values) == names.count(flat) for flat, values in found.items())
+    if not fits:
+        form = ", ".join(dict.fromkeys(names))
+        raise InputError(f"start has {name!r} in another form than the search space, which has {form}: give it that")
+    left = {flat: list(values) for flat, values in found.items()}
+    return tuple(left[flat].pop(0) if flat in left else 0.0 for flat in names)
+
+
+def _checked(name: str, value: Any, place: Place) -> Any:
+    """What stands in a place for a value, which its domain has."""
+    leaf, domain = 1 - value if place.complement else value, place.leaf
+    if not isinstance(domain, Domain):
+        if leaf != domain:
             raise InputError(
-                f"start has {name!r} at {shown}, outside the search space's {inside}: change it, or widen the space"
+                f"start has {name!r} at {value!r}, which the search space fixes to {domain!r}: leave it out"
             )
-    plain = [_as_kept(domain, each) for each in windows]
-    return plain[0] if len(plain) == 1 else {str(window): each for window, each in enumerate(plain)}
+        return domain
+    near = _nearest(domain, leaf)
+    if isinstance(leaf, float) and isinstance(near, float) and math.isclose(leaf, near, rel_tol=_ROUNDING):
+        return near
+    if not _is_valid(domain, leaf):
+        shown = f"{value:g}" if isinstance(value, float) else repr(value)
+        inside = f"1 - {domain.domain_str}" if place.complement else domain.domain_str
+        raise InputError(
+            f"start has {name!r} at {shown}, outside the search space's {inside}: change it, or widen the space"
+        )
+    return near
 
 
 def _is_valid(domain: Any, value: Any) -> bool:
     if isinstance(domain, Integer):
-        return isinstance(value, int | float) and value % 1 == 0 and domain.lower <= value < domain.upper
-    try:
-        return bool(domain.is_valid(value))
-    except TypeError:  # a text is not within a range
-        return False
+        return is_number(value) and value % 1 == 0 and domain.lower <= value < domain.upper
+    if hasattr(domain, "lower"):
+        return is_number(value) and domain.lower <= value <= domain.upper
+    return any(choice == value for choice in getattr(domain, "categories", [value]))
 
 
-def _as_kept(domain: Domain, value: Any) -> Any:
-    """Whole numbers stay whole, and choices what they were."""
+def _nearest(domain: Any, value: Any) -> Any:
+    """The value of a domain that is nearest to a value, of a domain's type; the first choice where it is none."""
+    categories = list(getattr(domain, "categories", ()))
+    if categories:
+        return next((choice for choice in categories if choice == value), categories[0])
+    if not hasattr(domain, "lower") or not is_number(value):
+        return value
     if isinstance(domain, Integer):
-        return int(value)
-    same = [choice for choice in getattr(domain, "categories", ()) if choice == value]
-    return same[0] if same else value
+        return round(min(max(value, domain.lower), domain.upper - 1))
+    return float(min(max(value, domain.lower), domain.upper))
+
+
+def _filled(name: str, value: Any, places: Sequence[Place]) -> list[Any]:
+    """What stands in the places of a space's entry for a customary value."""
+    leaves = []
+    for place in places:
+        leaf = 1 - value if ONE_MINUS in place.path else value
+        # of a curve with a peak, the other parts do nothing
+        part = 0.0 if place.path[-1] in ("warm_up", "floor", "decay") else leaf
+        leaves.append(_nearest(place.leaf, part) if isinstance(place.leaf, Domain) else place.leaf)
+    return leaves
 
 
 def _customary(name: str, task: Task) -> Any:
@@ -125,36 +198,3 @@ def _customary(name: str, task: Task) -> Any:
     if name not in known:
         raise InputError(f"start lacks {name!r}, which has no customary value: give it one")
     return known[name]
-
-
-def _nearest(domain: Any, value: Any) -> Any:
-    """The value itself, or the end of its range; the first choice where it is none of them."""
-    categories = list(getattr(domain, "categories", ()))
-    if categories:
-        return value if value in categories else categories[0]
-    if not hasattr(domain, "lower"):
-        return value
-    if isinstance(domain, Integer):
-        return int(min(max(value, domain.lower), domain.upper - 1))
-    return float(min(max(value, domain.lower), domain.upper))
-
-
-def _like(entry: Any, value: Any) -> Any:
-    """A value in the form of a space's entry: by window for a schedule, else one."""
-    if not isinstance(entry, Mapping):
-        return stretched(windows_of(value), 1)[0] if isinstance(value, Mapping) else value
-    if not is_number_or_windows(value):
-        return dict.fromkeys(entry, value)
-    windows = stretched(windows_of(value), len(entry))
-    whole = isinstance(_domain(entry), Integer)
-    return {str(window): round(each) if whole else each for window, each in enumerate(windows)}
-
-
-def stretched(values: tuple[float, ...], windows: int) -> tuple[float, ...]:
-    """A schedule's values in another number of windows: of each, the mean over its part of the training run."""
-    if len(values) == windows:
-        return values
-    integral = np.concatenate([[0.0], np.cumsum(values) / len(values)])
-    at = np.interp(np.linspace(0, 1, windows + 1), np.linspace(0, 1, len(values) + 1), integral)
-    means = np.clip(np.diff(at) * windows, min(values), max(values))  # rounding must not leave the range
-    return tuple(map(float, means))

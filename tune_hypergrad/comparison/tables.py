@@ -16,12 +16,13 @@ from tune_hypergrad.comparison.records import GRID, RETRAINING, START, Compariso
 from tune_hypergrad.comparison.series import spending_parts
 from tune_hypergrad.comparison.troubles import first_line
 from tune_hypergrad.comparison.verdict import OTHER_LENGTH, Verdict, cost_in_words
-from tune_hypergrad.space import is_number_or_windows, windows_of
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.space import is_hyperparameter
 
 _ERROR_LETTERS = 200
 _REMARK_LETTERS = 120
 _FEW_RESULTS = 2
-_WINDOWS_TOLD = 12
+_SCHEDULE_LETTERS = 100
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,10 @@ def _start(comparison: Comparison) -> str:
     start = comparison.settings.get("start")
     if not start:
         return ""
-    told = ", ".join(f"{name} {_value(value)}" for name, value in start.items())
+    told = ", ".join(
+        shortened(str(Schedule({name: value})), _SCHEDULE_LETTERS) if is_hyperparameter(value) else f"{name} {value}"
+        for name, value in start.items()
+    )
     worth = [f"validation loss {spread(comparison.start_results['val_loss'])}"]
     tested = comparison.final_figures(START)
     worth += [
@@ -351,15 +355,6 @@ def _start(comparison: Comparison) -> str:
         if name in tested
     ]
     return f"{told}: {', '.join(worth)}".replace("\n", ", from ")
-
-
-def _value(value: Any) -> str:
-    """One of a start's."""
-    if not is_number_or_windows(value):
-        return str(value)
-    windows = windows_of(value)
-    shown = " | ".join(f"{each:.4g}" for each in windows[:_WINDOWS_TOLD])
-    return shown if len(windows) <= _WINDOWS_TOLD else f"{shown} | … ({len(windows)} windows)"
 
 
 def _machine(machine: dict[str, Any]) -> str:

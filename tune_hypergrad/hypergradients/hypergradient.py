@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,8 +16,10 @@ from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values, refuse_underivable
+from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.verification import refusal_of, remember
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.space import Place, places_of, put
 
 MODES = ("auto", "forward", "reverse", "checkpointed_reverse")
 
@@ -30,7 +33,7 @@ class Choice(NamedTuple):
 
 def hypergradient(
     problem: Problem,
-    hyperparameters: Mapping[str, Tensor],
+    hyperparameters: Mapping[str, Any],
     *,
     steps: int,
     optimizer: str | Optimizer = "sgd",
@@ -49,11 +52,14 @@ def hypergradient(
     Args:
         problem: what is trained.
         hyperparameters: values by name, each of shape [N]: N windows of steps/N inner steps (step t uses element
-            floor(N t / steps)). Any of the optimizer's or of the problem's train loss.
+            floor(N t / steps)). Any of the optimizer's or of the problem's train loss. A curve's numbers have flat
+            names, `{"lr/knots": [K]}` or `{"lr/cosine/peak": [1], "lr/cosine/warm_up": [1], ...}`, or are nested as in
+            a trial's config, `{"lr": {"cosine": {"peak": [1], ...}}, "momentum": {"one_minus": [1]}}` (see `Curve` for
+            the formulas); parts that are not tuned are `fixed`.
         steps: inner steps T.
         optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`.
-        fixed: hyperparameters without a derivative (numbers, or windows of numbers); the rest take the defaults of
-            `torch.optim` and of the train loss.
+        fixed: hyperparameters without a derivative (numbers, windows of numbers, curves, or parts of a tuned curve);
+            the rest take the defaults of `torch.optim` and of the train loss.
         seed: seeds initial weights, order of examples, augmentation and dropout.
         horizon: inner steps a hypergradient looks through: None or T exact, 1 greedy, in between truncated.
         differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory.
@@ -65,18 +71,20 @@ def hypergradient(
             `check_problem`. Without it, only the first step is searched for what has no derivative.
 
     Returns:
-        `HypergradientResult`; `.hypergradients[name]` has the shape of `hyperparameters[name]`.
+        `HypergradientResult`; `.hypergradients` has the structure and shapes of `hyperparameters`.
 
     Raises:
         InputError: a hyperparameter, module, mode or horizon that cannot work.
     """
     settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
     loop = InnerLoop(problem, settings)
+    places = _places(hyperparameters)
+    flat = {place.name: 1 - place.leaf if place.complement else place.leaf for place in places}
 
     def begin() -> HypergradientRun:
         return hypergradient_run(
             loop,
-            hyperparameters,
+            flat,
             horizon=horizon,
             differentiation=differentiation,
             clip_hessian_product=clip_hessian_product,
@@ -88,7 +96,34 @@ def hypergradient(
     with loop.running():
         while not run.done:
             run = advance(run, run.length, begin if differentiation == "auto" else None)
-    return run.result()
+    result = run.result()
+    return replace(result, hypergradients=_nested(places, result.hypergradients))
+
+
+def _places(hyperparameters: Mapping[str, Any]) -> list[Place]:
+    """Where tensors stand in nested hyperparameters.
+
+    Raises:
+        InputError: something is neither a tensor nor has a form that we know, or several tensors make one.
+    """
+    found: list[Place] = []
+    for name, value in hyperparameters.items():
+        nested = places_of(name, value, lambda leaf: not isinstance(leaf, Mapping))
+        if nested is None or len({place.name for place in nested}) < len(nested):
+            raise InputError(
+                f"hyperparameter {name!r} is {value!r}: give a tensor with one element per window or knot, or a dict "
+                "such as {'cosine': {'peak': tensor, 'warm_up': tensor, 'floor': tensor}}"
+            )
+        found += nested
+    return found
+
+
+def _nested(places: list[Place], flat: Hyperparameters) -> dict[str, Any]:
+    """Hypergradients by flat name where their hyperparameters stand."""
+    nested: dict[str, Any] = {}
+    for place in places:
+        put(nested, place.path, -flat[place.name] if place.complement else flat[place.name])
+    return nested
 
 
 def advance(run: HypergradientRun, units: int, begin: Callable[[], HypergradientRun] | None) -> HypergradientRun:

@@ -4,6 +4,8 @@ With state s = (params, slots, buffers) and adjoint a = d val_loss / d s', one i
 
     d val_loss / d h += a (d step / d h),        a <- a (d step / d s).
 
+The numbers of a curve get the steps' own derivatives by the curve's Jacobian, transposed.
+
 Each step is rebuilt from a kept state, never from a kept graph: either every state is kept, or about sqrt(T) of them,
 between which segments are trained again. The cost does not depend on how many hyperparameters there are.
 """
@@ -11,13 +13,14 @@ between which segments are trained again. The cost does not depend on how many h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite, isqrt
+from math import isfinite, isqrt, nan
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
+from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
@@ -57,6 +60,12 @@ class ReverseRun(HypergradientRun):
         self._kept: dict[int, State] = {}
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
+        self.by_step: dict[str, Tensor] = {
+            name: torch.zeros(loop.steps, device=loop.device, dtype=loop.dtype)
+            for name in base_names(self.hyperparameters)
+        }
+        """By hyperparameter, each step's own derivative, shape [T]: by the value that the step was taken with. Those of
+        steps that the run has not gone back through are 0; a window's hypergradient is the sum over its steps."""
         self._adjoint: tuple[Tensor, ...] = ()
         self._buffer_adjoint: Buffers = {}
 
@@ -104,8 +113,13 @@ class ReverseRun(HypergradientRun):
             self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
         for name, value in pulled.by_hyperparameters.items():
-            windows = self.hypergradients[name]
-            windows[len(windows) * step // loop.steps] += value
+            self.by_step[name][step] = value
+            if name in self.hypergradients:
+                windows = self.hypergradients[name]
+                windows[len(windows) * step // loop.steps] += value
+        if step == 0:
+            for name, jacobian in self._jacobians().items():
+                self.hypergradients[name] = jacobian.T @ self.by_step[split_name(name)[0]]
         self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
 
     def _refuse_another_run(self) -> None:
@@ -116,6 +130,7 @@ class ReverseRun(HypergradientRun):
     def _give_up(self) -> None:
         """The run diverged: going back would only find out step by step that there is no derivative."""
         self._kept.clear()
+        self.by_step = {name: torch.full_like(v, nan) for name, v in self.by_step.items()}
         self.position = self.length - 1
 
     def _state_before(self, step: int) -> State:
@@ -140,6 +155,7 @@ class ReverseRun(HypergradientRun):
         return {
             **super().state_dict(),
             "kept": kept,
+            "by_step": {name: values.clone() for name, values in self.by_step.items()},
             "losses": losses,
             "adjoint": self._adjoint,
             "buffer_adjoint": dict(self._buffer_adjoint),
@@ -148,6 +164,7 @@ class ReverseRun(HypergradientRun):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
         self._kept = {step: State(*state) for step, state in saved["kept"].items()}
+        self.by_step = {name: values.clone() for name, values in saved["by_step"].items()}
         self._losses = list(saved["losses"])
         self._adjoint, self._buffer_adjoint = tuple(saved["adjoint"]), dict(saved["buffer_adjoint"])
 

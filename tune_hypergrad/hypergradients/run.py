@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.curves import KNOTS, base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, check_strength
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.state import Hyperparameters, State
 
 
@@ -22,9 +23,9 @@ from tune_hypergrad.hypergradients.state import Hyperparameters, State
 class HypergradientResult:
     """What an inner run gave."""
 
-    hypergradients: Hyperparameters
-    """Derivative of the validation loss by every element of every hyperparameter, shaped like the values passed.
-    May hold NaN or infinite values where the run diverged; the outer updates take those for 0."""
+    hypergradients: dict[str, Any]
+    """Derivative of the validation loss by every element of every hyperparameter, of the structure and shapes of the
+    values passed. May hold NaN or infinite values where the run diverged; the outer updates take those for 0."""
     val_loss: float
     """Mean validation loss of the trained weights over the whole split."""
     metrics: dict[str, float]
@@ -44,19 +45,27 @@ class HypergradientResult:
 def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
     """Refuse hyperparameters that the inner loop does not have, and values that are not one number per window.
 
+    Args:
+        loop: what is trained.
+        hyperparameters: tensors by flat name.
+
     Raises:
-        InputError: a hyperparameter is unknown, no tensor, or has a wrong shape.
+        InputError: a hyperparameter is unknown, no tensor, has a wrong shape, or is a curve that lacks a part.
     """
     loop.check_names(hyperparameters)
     for name, values in hyperparameters.items():
+        suffix = split_name(name)[1]
         shape = list(values.shape) if isinstance(values, Tensor) else None
-        if shape is None or len(shape) != 1 or not 1 <= shape[0] <= loop.steps:
+        least, most = (2, loop.steps) if suffix == KNOTS else (1, 1) if suffix else (1, loop.steps)
+        if shape is None or len(shape) != 1 or not least <= shape[0] <= most:
             given = f"is a {type(values).__name__}" if shape is None else f"has shape {shape}"
-            raise InputError(
-                f"hyperparameter {name!r} {given}: give a 1-d tensor with one element per window, between 1 and "
-                f"steps = {loop.steps} of them"
-            )
-        check_strength(loop.problem, name, values.tolist())
+            wanted = f"one element per {'knot' if suffix else 'window'}, between {least} and steps = {most} of them"
+            wanted = "one element" if suffix and suffix != KNOTS else wanted
+            raise InputError(f"hyperparameter {name!r} {given}: give a 1-d tensor with {wanted}")
+        if not suffix:
+            loop.check_values(name, tuple(values.tolist()))
+    for name, curve in loop.curves(hyperparameters).items():
+        loop.check_values(name, curve)
 
 
 def refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
@@ -65,8 +74,9 @@ def refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> N
     Raises:
         InputError: one is such.
     """
+    tuned = base_names(hyperparameters)
     for name in loop.problem.underivable_hyperparameters:
-        if name in hyperparameters:
+        if name in tuned:
             raise InputError(
                 f"the training loss has no derivative by {name!r}, a regulariser's random draws: fix it, tune it by "
                 "STN or Delta-STN, or outside with a black-box searcher"
@@ -95,7 +105,7 @@ class HypergradientRun(ABC):
 
     Args:
         loop: the inner loop; enter `loop.running()` around `advance`.
-        hyperparameters: values by name, each of shape [N] with 1 <= N <= T.
+        hyperparameters: values by flat name, each of shape [N] with 1 <= N <= T.
         horizon: inner steps a hypergradient looks through; None is T.
         val_examples: validation examples per segment's gradient, drawn anew for each; None is the whole split.
 
@@ -120,10 +130,13 @@ class HypergradientRun(ABC):
                 f"val_examples is {val_examples!r}: it must be a whole number of at least 1, or None for all"
             )
         self.loop, self.val_examples = loop, val_examples
-        self.hyperparameters = {
-            name: values.detach().to(device=loop.device, dtype=loop.dtype) for name, values in hyperparameters.items()
+        self.hyperparameters = {name: loop.placed(name, values) for name, values in hyperparameters.items()}
+        self.hypergradients = {
+            name: torch.zeros(len(values), device=loop.device, dtype=loop.dtype)
+            for name, values in self.hyperparameters.items()
         }
-        self.hypergradients = {name: torch.zeros_like(values) for name, values in self.hyperparameters.items()}
+        self.curves = loop.curves(self.hyperparameters)
+        """Those of the hyperparameters that are curves."""
         self.state = loop.initial_state()
         self.position = 0
         self.cost = Cost()
@@ -189,6 +202,15 @@ class HypergradientRun(ABC):
         self.state, self.cost = State(*saved["state"]), Cost(*saved["cost"])
         self.final = None if saved["final"] is None else Evaluation(*saved["final"])
 
+    def _jacobians(self) -> dict[str, Tensor]:
+        """Derivative of each step's value by the tuned numbers of curves, by flat name: shape [T, numbers], where and
+        in what type the run computes."""
+        found: dict[str, Tensor] = {}
+        for name, curve in self.curves.items():
+            of_curve = {f"{name}/{suffix}": rows for suffix, rows in curve.jacobian(self.loop.steps).items()}
+            found |= {flat: rows for flat, rows in of_curve.items() if flat in self.hyperparameters}
+        return {flat: rows.to(device=self.loop.device, dtype=self.loop.dtype) for flat, rows in found.items()}
+
     def _segment_gradient(self, state: State, end: int) -> Evaluation:
         """The validation loss with its gradients at the end of a segment; kept if it is the final one."""
         evaluation = self.loop.evaluate(state, gradient=True, examples=self.val_examples, draw=end)
@@ -203,4 +225,4 @@ class HypergradientRun(ABC):
             self.cost += self.loop.eval_cost("val")
         self.final = Evaluation(evaluation.loss, evaluation.metrics)
         if not isfinite(evaluation.loss):  # the run diverged: there is no derivative
-            self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hyperparameters.items()}
+            self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hypergradients.items()}
