@@ -132,6 +132,12 @@ def test_ties_that_end_are_told(tmp_path):
     assert "fds and rs are equally good from there on; nobody reached" in text
 
 
+def test_who_reached_the_reference_at_once_is_told_together_and_in_the_order_of_results(tmp_path):
+    found = {"rs": [(50, 0.92)], "fds": [(50, 0.95)], "hb": [(20, 0.91)], "bo": [(20, 0.7)], "bohb": [(20, 0.8)]}
+    text = verdict_text(made_up(tmp_path, found).comparison)
+    assert text.endswith("hb reached the reference (90.00 %) after 2 epochs, fds and rs after 5, bohb and bo never.")
+
+
 def test_many_changes_are_counted(tmp_path):
     found = {
         "fds": [(10, 0.1), (30, 0.3), (50, 0.5), (70, 0.7)],

@@ -154,12 +154,12 @@ def _compare(
     concurrent: int | None,
     retrain_seeds: int,
     retrain_on: str,
-    same_training: bool,
-    space: str | None,
     reference: str,
     batch_size: int | None,
     data_dir: Path | None,
     download: bool,
+    space: str | None = None,
+    same_training: bool = False,
     **options: Any,
 ) -> None:
     """`compare`, with its options as they came or, `again`, were saved."""

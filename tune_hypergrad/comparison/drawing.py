@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from tune_hypergrad.comparison.records import GRID, START
 from tune_hypergrad.comparison.series import Curve
 
 COST_LABELS = {
@@ -34,6 +35,7 @@ INK = "#2b2f36"
 """Text and axes, and nothing else: a page with a dark scheme puts its own colour in its place."""
 GREY = "#8a8f98"
 """What belongs to no method."""
+_LIGHTER = {GRID: "#bcc1c9", START: "#d8dbe0"}  # of that, what is beside retrainings
 
 # The first six are Okabe and Ito's. Each further one is as far as can be from those before, to normal, red-, green- and
 # blue-blind sight, among colours that stand out from white and from near-black.
@@ -89,7 +91,9 @@ class Look:
 
     def color(self, method: str) -> str:
         """Its colour; from the 13th method on colours come again."""
-        return _PALETTE[self.position(method) % len(_PALETTE)] if method in self.methods else GREY
+        if method not in self.methods:
+            return _LIGHTER.get(method, GREY)
+        return _PALETTE[self.position(method) % len(_PALETTE)]
 
     def line(self, method: str) -> dict[str, Any]:
         """Its line."""

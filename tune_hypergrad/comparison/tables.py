@@ -115,8 +115,8 @@ def results(comparison: Comparison) -> TextTable:
             gain = comparison.gain(method)
             if measure.tested:
                 heading = f"gain over the start in {measure.label}{' (points)' if measure.percent else ''}"
-                row[Column(heading)] = spread(gain["value"], decimals=decimals)
-            row[Column("gain over the start in validation loss")] = spread(gain["val_loss"])
+                row[Column(heading, key=True)] = spread(gain["value"], decimals=decimals)
+            row[Column("gain over the start in validation loss", key=not measure.tested)] = spread(gain["val_loss"])
         if measure.source != "best":
             reached = verdict.reached.get(method)
             share = "" if reached is None else f"{100 * reached / comparison.budget.amount:.0f} % of the budget"
@@ -124,7 +124,8 @@ def results(comparison: Comparison) -> TextTable:
             row[Column("cost to reach the reference", key=True)] = cell
             if comparison.black_box:
                 ratio = str(ratios.get(method, "-"))
-                row[Column("against the best black-box method", key=True)] = ratio
+                wide = bool(comparison.settings.get("start"))
+                row[Column("against the best black-box method", key=not wide)] = ratio
         over = max(0.0, float(own["share"].max()) - 1)
         row[Column("budget spent", key=True)] = f"{100 * own['share'].mean():.0f} %"
         row[Column("over")], row[Column("trials", key=True)] = _over(over), str(int(own["trials"].sum()))

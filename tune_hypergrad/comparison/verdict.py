@@ -127,8 +127,9 @@ def verdict_text(comparison: Comparison) -> str:
     else:
         leads = [([names[each] for each in who], begin * factor, end * factor) for who, begin, end in verdict.leads]
         text = f"By {comparison.yardstick.label}, {_of_leads(leads, unit)}"
-    reached = {names[method]: cost * factor for method, cost in verdict.reached.items()}
-    never = [names[method] for method in methods if method not in verdict.reached]
+    ranked = [method for method in comparison.ranking if method in methods]
+    reached = {names[method]: verdict.reached[method] * factor for method in ranked if method in verdict.reached}
+    never = [names[method] for method in ranked if method not in verdict.reached]
     about = _of_reference(comparison.yardstick, reached, never, unit)
     text += f"; {about}" if about else ""
     return f"{text} ({OTHER_LENGTH} {_TOLD_OF_LENGTHS})." if set(methods) & set(others) else f"{text}."
@@ -174,12 +175,12 @@ def _of_reference(measure: Yardstick, reached: Mapping[str, float], never: Seque
     """Who reached the reference after which cost; nothing where that is only the best seen."""
     if measure.source == "best" or not math.isfinite(measure.reference):
         return ""
-    costs = sorted(reached.items(), key=lambda item: item[1])
-    if not costs:
+    if not reached:
         return f"nobody reached {reference_name(measure)}"
-    (first, least), *rest = costs
-    parts = [f"{first} reached {reference_name(measure)} after {_cost(least, unit)}"]
-    parts += [f"{name} after {_figure(cost)}" for name, cost in rest]
+    together = {cost: [name for name in reached if reached[name] == cost] for cost in sorted(reached.values())}
+    (least, first), *rest = together.items()
+    parts = [f"{_listed(first)} reached {reference_name(measure)} after {_cost(least, unit)}"]
+    parts += [f"{_listed(others)} after {_figure(cost)}" for cost, others in rest]
     if never:
         parts.append(f"{_listed(never)} never")
     return ", ".join(parts)
