@@ -26,7 +26,7 @@ from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.series import Granted, distinct_units
 from tune_hypergrad.comparison.tables import Column, TextTable
 from tune_hypergrad.comparison.troubles import Trouble
-from tune_hypergrad.comparison.verdict import verdict_text
+from tune_hypergrad.comparison.verdict import cost_in_words, verdict_text
 from tune_hypergrad.curves import Curve
 from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
@@ -119,6 +119,7 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     """A report's pictures by section: "regret", "other_units", "validation", "schedules", "spending", "utilisation"."""
     units = distinct_units(comparison)
     granted, unit = Granted.of(comparison), COST_LABELS[comparison.budget.unit]
+    costs = {each: f"cost in {cost_in_words(comparison, each, 0)[1]}" for each in (*units, comparison.budget.unit)}
     measure = comparison.yardstick
     regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.ranking)
     own = comparison.accounts.groupby("method", sort=False)["val_loss"]
@@ -129,14 +130,14 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     where = f"as tested after retraining those after {which} % of the budget" if measure.tested else "by validation"
 
     def of(units: list[str]) -> str:
-        return " and ".join(COST_LABELS[unit] for unit in units)
+        return " and ".join(costs[unit] for unit in units)
 
     sections = {
         "regret": [
             Picture(
                 f"regret_{unit}",
-                f"Regret of incumbents against {COST_LABELS[unit]}, {where}.",
-                f"{regret} {COST_LABELS[unit]}. At the end: {regrets}.",
+                f"Regret of incumbents against {costs[unit]}, {where}.",
+                f"{regret} {costs[unit]}. At the end: {regrets}.",
                 partial(pictures.regret, comparison, unit),
             )
             for unit in units[:2]
@@ -152,8 +153,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
         "validation": [
             Picture(
                 "validation",
-                f"Validation loss of the incumbents against {unit}.",
-                f"Lowest validation loss so far of every method against {unit}. At the end: {losses}.",
+                f"Validation loss of the incumbents against {costs[comparison.budget.unit]}.",
+                f"Lowest validation loss so far of every method against {costs[comparison.budget.unit]}. At the end: "
+                f"{losses}.",
                 partial(pictures.validation, comparison, comparison.budget.unit),
             )
         ],

@@ -98,7 +98,7 @@ def results(comparison: Comparison) -> TextTable:
     verdict = Verdict.of(comparison)
     ratios, others = verdict.ratios(comparison.black_box), comparison.of_other_lengths
     factor, unit = cost_in_words(comparison, comparison.budget.unit, comparison.budget.amount)
-    decimals = 2 if measure.percent else None
+    decimals, wide = 2 if measure.percent else None, bool(comparison.settings.get("start"))
     rows: list[dict[Column, str]] = []
     for method in comparison.ranking:
         own = comparison.accounts[comparison.accounts["method"] == method]
@@ -111,7 +111,7 @@ def results(comparison: Comparison) -> TextTable:
         if others:
             row[Column("steps of the tested training")] = _steps_tested(comparison, method)
         row[Column("validation loss", key=not tests or measure.source == "best")] = spread(own["val_loss"])
-        if comparison.settings.get("start"):
+        if wide:
             gain = comparison.gain(method)
             if measure.tested:
                 heading = f"gain over the start in {measure.label}{' (points)' if measure.percent else ''}"
@@ -124,11 +124,11 @@ def results(comparison: Comparison) -> TextTable:
             row[Column("cost to reach the reference", key=True)] = cell
             if comparison.black_box:
                 ratio = str(ratios.get(method, "-"))
-                wide = bool(comparison.settings.get("start"))
                 row[Column("against the best black-box method", key=not wide)] = ratio
         over = max(0.0, float(own["share"].max()) - 1)
         row[Column("budget spent", key=True)] = f"{100 * own['share'].mean():.0f} %"
-        row[Column("over")], row[Column("trials", key=True)] = _over(over), str(int(own["trials"].sum()))
+        row[Column("over")] = _over(over)
+        row[Column("trials", key=not wide)] = str(int(own["trials"].sum()))
         trouble = "\n".join(_short(each.text, _REMARK_LETTERS) for each in comparison.troubles(method))
         rows.append({**row, Column("trouble", number=False, remark=True): trouble})
     columns = [column for column in rows[0] if not column.remark or any(row[column] for row in rows)]
