@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from engine_problems import MODES, assert_close, differentiate, double, make_loop, make_problem
 
-from tune_hypergrad import InputError, Schedule, hypergradient
+from tune_hypergrad import InputError, Schedule, check_problem, hypergradient
 from tune_hypergrad.hypergradients import hypergradient_run
 from tune_hypergrad.space import flat_values
 
@@ -125,6 +125,47 @@ def test_a_run_in_pieces_gives_the_same(mode):
     if mode != "forward":
         assert all(torch.equal(run.by_step[name], values) for name, values in undivided.by_step.items())
         assert bool((run.by_step["lr"] != 0).all())
+
+
+def test_columns_are_carried_from_the_first_step_that_a_number_acts_in():
+    config = {
+        "lr": {"knots": {"0": 0.1, "1": 0.2, "2": 0.3}},
+        "momentum": {"wsd": {"peak": 0.5, "warm_up": 0.0, "decay": 0.25, "floor": 0.1}},
+        "weight_decay": {"0": 0.1, "1": 0.2},
+    }
+    run = hypergradient_run(make_loop(steps=8), Schedule(config).to_tensors(), differentiation="forward")
+    opened = dict(zip(run.columns, run._openings, strict=True))
+    assert opened == {
+        **{("lr/knots", 0): 0, ("lr/knots", 1): 0, ("lr/knots", 2): 4},
+        **{("weight_decay", 0): 0, ("weight_decay", 1): 4},
+        **{("momentum/wsd/peak", 0): 0, ("momentum/wsd/decay", 0): 6, ("momentum/wsd/floor", 0): 6},
+        ("momentum/wsd/warm_up", 0): 8,  # no step is within it
+    }
+    assert (
+        float(differentiate(make_loop(steps=8), Schedule(config).to_tensors()).hypergradients["momentum/wsd/warm_up"])
+        == 0
+    )
+
+
+@pytest.mark.parametrize("case", ["knots", "all at once"])
+def test_check_problem_takes_curves(case):
+    checked = check_problem(make_problem(), Schedule(CURVES[case]).to_tensors(), steps=STEPS, fixed={"dampening": 0.1})
+    assert checked.ok and set(checked.errors) == {"forward", "reverse"}, checked.message
+    assert max(checked.errors.values()) < 1e-4
+
+
+def test_a_step_of_a_run_on_no_device_computes_curves_on_the_cpu():
+    """Where to train is not where curves are computed: a GPU's stand-in has no values at all."""
+    loop = make_loop(steps=STEPS)
+    loop.device, numbers = torch.device("meta"), Schedule(CURVES["all at once"]).to_tensors()
+    placed = {name: loop.placed(name, values) for name, values in numbers.items()}
+    assert {name: values.device.type for name, values in placed.items()} == {
+        **{name: "cpu" for name in placed},
+        "weight_decay": "meta",
+    }
+    scalars = loop.scalars(placed, 3)
+    assert list(scalars) == ["lr", "momentum", "weight_decay"]
+    assert {value.device.type for value in scalars.values()} == {"meta"}
 
 
 def test_what_is_fixed_of_a_curve_is_not_differentiated():

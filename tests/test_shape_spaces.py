@@ -13,13 +13,17 @@ from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.variant_generator import generate_variants
 from ray.tune.utils.util import merge_dicts
+from self_tuning import EPOCH, regularised_problem
 from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import (
     FDS,
     HD,
+    STN,
     BOHBSearch,
+    DeltaSTN,
     FixedSchedule,
+    HyperBandSearch,
     HypergradientSearch,
     InnerRun,
     InputError,
@@ -256,6 +260,12 @@ def test_a_schedule_of_shapes():
     assert len(figure.axes) == 3 and len(figure.axes[0].lines[0].get_xdata()) == 200
 
 
+def test_the_beginning_of_a_warm_up_makes_no_logarithmic_axis():
+    rates = {"knots": {"0": 1.0, "1": 1e-3}}
+    panels = Schedule({"lr": {"linear": {"peak": 1.0, "warm_up": 0.5, "floor": 0.0}}, "l2": rates}).plot().axes
+    assert [panel.get_yscale() for panel in panels] == ["linear", "log"]
+
+
 def test_files_of_version_1_still_load(tmp_path):
     path = tmp_path / "old.json"
     path.write_text(json.dumps({"format": "tune_hypergrad/schedule", "version": 1, "values": {"lr": [0.1, 0.2]}}))
@@ -409,6 +419,73 @@ def test_hypergradient_descent_takes_single_values():
     for name in ("knots", "cosine", "windows"):
         said = refusal(HD.from_problem, tiny_problem(), space=SPACES[name], steps=STEPS, check=False)
         assert "makes its own schedule" in said
+
+
+@pytest.mark.parametrize("trainable", [STN, DeltaSTN])
+def test_self_tuning_networks_train_with_held_curves_that_their_files_replay(trainable, tmp_path):
+    held = {"lr": {"linear": {"peak": 0.1, "warm_up": 0.25, "floor": 0.2}}, "momentum": {"one_minus": 0.5}}
+    space = {"l2": tune.loguniform(1e-5, 1e-1)}
+    make = trainable.from_problem(
+        regularised_problem(), space=space, steps=2 * EPOCH, fixed=held, warm_up=0, train_steps=2
+    )
+    trial = make(config={})
+    for _ in range(2):
+        trial.train()
+    trial.save(str(tmp_path))
+    found = Schedule.load(tmp_path / "schedule.json")
+    rates = Schedule(held)
+    assert found.values["lr"] == tuple(rates.at_step(step, 2 * EPOCH)["lr"] for step in range(2 * EPOCH))
+    assert found.values["momentum"] == (0.5,) and len(set(found.values["l2"])) > 1
+
+
+def test_shorter_runs_of_curves_are_not_continued(tmp_path):
+    space = {"lr": schedule(RATES, shape="cosine"), "momentum": complement(RESTS)}
+    assert "'lr'" in refusal(HyperBandSearch, space, min_budget=1, max_budget=3, resume_promoted=True)
+    HyperBandSearch({"lr": RATES, "momentum": complement(RESTS)}, min_budget=1, max_budget=3, resume_promoted=True)
+    trial = FixedSchedule.from_problem(tiny_problem(), steps=STEPS, check=False)(config={"lr": COSINE})
+    with pytest.raises(InputError, match="'lr' is a schedule"):
+        trial.load_promoted(tune.Checkpoint(str(tmp_path)))
+
+
+def test_a_hypergradient_search_goes_on_from_its_file(space, tmp_path):
+    def respond(config):
+        flat = flat_values({name: config[name] for name in space})
+        gradients = {f"hypergradient/{name}/{i}": v - 0.3 for name, own in flat.items() for i, v in enumerate(own)}
+        return {
+            "val_loss": sum(g**2 for g in gradients.values()),
+            "untrained_val_loss": 50.0,
+            "done": True,
+            **gradients,
+        }
+
+    def advance(search, trials):
+        configs = []
+        for number in trials:
+            configs.append(search.suggest(f"t{number}"))
+            search.on_trial_complete(f"t{number}", respond(configs[-1]))
+        return configs
+
+    whole, first, second = (HypergradientSearch(space, outer_steps=10) for _ in range(3))
+    expected = advance(whole, range(6))
+    assert advance(first, range(3)) == expected[:3]
+    first.save(str(tmp_path / "search.pkl"))
+    second.restore(str(tmp_path / "search.pkl"))
+    assert advance(second, range(3, 6)) == expected[3:]
+    assert second.incumbent == whole.incumbent
+
+
+def test_an_inner_run_differentiates_by_the_parts_that_are_tuned():
+    config = {"lr": COSINE, "momentum": {"one_minus": 0.5}}
+    make = InnerRun.from_problem(tiny_problem(), steps=STEPS, reports=1, differentiation="reverse")
+    every = make(config=config).train()
+    part = make(config={**config, "tuned": ["lr/cosine/peak", "momentum"]}).train()
+    names = {"hypergradient/lr/cosine/peak/0", "hypergradient/momentum/0"}
+    assert {key for key in part if key.startswith("hypergradient/")} == names
+    assert {key: part[key] for key in names} == {key: every[key] for key in names}
+    for result in (every, part):
+        assert Schedule.from_scalars(result) == Schedule(config)
+    with pytest.raises(InputError, match="no 'lr/linear/peak'"):
+        make(config={**config, "tuned": ["lr/linear/peak"]})
 
 
 def test_a_grid_covers_them(space):

@@ -82,6 +82,11 @@ class Curve:
         return dict(zip(SUFFIXES[self.form], self.numbers, strict=True))
 
     @property
+    def has_peak(self) -> bool:
+        """Whether it rises to a peak and falls, or is 1 minus such a curve; knots have any values."""
+        return self.form != KNOTS
+
+    @property
     def entry(self) -> dict[str, Any]:
         """The curve as an entry of a config, such as {"cosine": {"peak": 0.1, "warm_up": 0.1, "floor": 0.0}}."""
         *outer, shape = self.form.split("/")

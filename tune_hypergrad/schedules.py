@@ -156,6 +156,13 @@ class Schedule:
         value = self.values[name]
         return value.at_steps(count) if isinstance(value, Curve) else value
 
+    def span(self, name: str) -> tuple[float, ...]:
+        """The values of `windows` that an axis is chosen by: how near to 0 a curve with a peak begins and ends is no
+        reason for a logarithm."""
+        value, windows = self.values[name], self.windows(name)
+        least = max(windows) / 50 if isinstance(value, Curve) and value.has_peak else min(windows)
+        return tuple(max(each, least) for each in windows)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the schedule as a JSON file that `load` reads back exactly; a file is replaced whole or not at all.
 
@@ -245,7 +252,8 @@ class Schedule:
     def plot(self, axes: Axes | Sequence[Axes] | None = None) -> Figure:
         """Draw every hyperparameter over training progress, one panel each.
 
-        Values above 0 that span a factor of 100 or more are drawn on a logarithmic axis.
+        Values above 0 that span a factor of 100 or more are drawn on a logarithmic axis, unless they are a curve's with
+        a peak, which begins and may end near 0.
 
         Args:
             axes: as many matplotlib axes as there are hyperparameters; by default a new figure, which pyplot does not
@@ -261,7 +269,7 @@ class Schedule:
         if len(panels) != len(self.values):
             raise InputError(f"plot got {len(panels)} axes for {len(self.values)} hyperparameters: pass one for each")
         for panel, name in zip(panels, self.values, strict=True):
-            _draw(panel, name, self.windows(name), smooth=isinstance(self.values[name], Curve))
+            _draw(panel, self, name)
         panels[-1].set_xlabel("training progress")
         figure = panels[0].figure.figure  # of a subfigure's axes, the figure it is in
         figure.align_ylabels(panels)
@@ -429,13 +437,14 @@ def _as_panels(axes: Axes | Sequence[Axes]) -> list[Axes]:
     return [axes] if isinstance(axes, SingleAxes) else list(axes)
 
 
-def _draw(panel: Axes, name: str, windows: tuple[float, ...], *, smooth: bool) -> None:
+def _draw(panel: Axes, schedule: Schedule, name: str) -> None:
+    windows, span = schedule.windows(name), schedule.span(name)
     edges = [i / len(windows) for i in range(len(windows) + 1)]
-    if smooth:
+    if isinstance(schedule.values[name], Curve):
         panel.plot([(a + b) / 2 for a, b in pairwise(edges)], windows, linewidth=2)
     else:
         panel.stairs(windows, edges, baseline=None, linewidth=2)
-    if min(windows) > 0 and max(windows) / min(windows) >= _LOG_AXIS_FROM:
+    if min(span) > 0 and max(span) / min(span) >= _LOG_AXIS_FROM:
         panel.set_yscale("log")
     panel.set_xlim(0, 1)
     panel.margins(y=0.15)

@@ -328,22 +328,6 @@ def _shown(values: tuple[float, ...]) -> str:
     return " | ".join(f"{value:.4g}" for value in values)
 
 
-def windows_of(value: Any) -> tuple[float, ...]:
-    """One hyperparameter's values in a resolved trial config, window by window.
-
-    Args:
-        value: a number (one window), a dict of numbers with keys "0" to "N-1" in any order, or a list or tuple of N
-            numbers. NumPy scalars count as numbers, booleans do not.
-
-    Raises:
-        InputError: `value` is anything else.
-    """
-    places = places_of("", value, is_number)
-    if places is None or any(place.name or place.complement for place in places):
-        raise InputError(f"{value!r} is no hyperparameter: pass a number, or one number for each window as a list")
-    return tuple(float(place.leaf) for place in places)
-
-
 def is_hyperparameter(value: Any) -> bool:
     """Whether `flat_values` can read `value`: tells numeric hyperparameters from a config's other entries."""
     return places_of("", value, is_number) is not None

@@ -114,8 +114,8 @@ def compare(
         budget: what every method with every seed may spend, such as "600e" (see `Budget.parse`). At the most one
             result of one trial goes over it. Retraining is not part of it.
         space: Ray domains by name, the same for all; by default a learning-rate schedule of 7 windows, momentum and
-            weight decay, and the problem's regularisers; "paper" is the same in the wide linear ranges of Micaelli and
-            Storkey (2021).
+            weight decay (see `optimizer_space`), and the problem's regularisers; "paper" has the same in the wide
+            linear ranges of Micaelli and Storkey (2021, see `paper_space`).
         start: your own settings, from which all methods begin: a file that `Schedule.save` wrote or with a JSON
             object, a `Schedule`, or a dict of numbers and windows, for any part of the space (see `complete_start` for
             the rest). It is trained once with every seed, which costs no method's budget, and no method's incumbent is

@@ -65,8 +65,13 @@ class ForwardRun(HypergradientRun):
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples)
         self.clip_hessian_product = clip_hessian_product
-        self._seeds = self._jacobians()
-        columns = [(self._opening(name, w), name, w) for name, v in self.hyperparameters.items() for w in range(len(v))]
+        jacobians = self._jacobians()
+        self._seeds = {name: rows.to(device=loop.device, dtype=loop.dtype) for name, rows in jacobians.items()}
+        columns = [
+            (_first_step(jacobians[name][:, w]) if name in jacobians else _opening(w, len(v), loop.steps), name, w)
+            for name, v in self.hyperparameters.items()
+            for w in range(len(v))
+        ]
         # by the step at which a window opens: the columns in use are always the first ones
         columns.sort(key=lambda column: column[0])
         self.columns = [(name, window) for _, name, window in columns]
@@ -141,14 +146,6 @@ class ForwardRun(HypergradientRun):
             else:
                 selection[name][column] = float(window == len(self.hyperparameters[name]) * step // self.loop.steps)
         return selection
-
-    def _opening(self, name: str, element: int) -> int:
-        """The first step whose value depends on an element of a hyperparameter, or T."""
-        steps = self.loop.steps
-        if name not in self._seeds:
-            return _opening(element, len(self.hyperparameters[name]), steps)
-        acting = self._seeds[name][:, element].nonzero()
-        return int(acting[0]) if len(acting) else steps
 
     def _gradient_tangents(
         self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int
@@ -263,6 +260,12 @@ class ForwardRun(HypergradientRun):
 def _opening(window: int, count: int, steps: int) -> int:
     """First step t with floor(count t / steps) = window."""
     return -(-window * steps // count)
+
+
+def _first_step(derivatives: Tensor) -> int:
+    """First step whose value depends on a number, of the derivatives [T] by it; T where there is none."""
+    acting = derivatives.nonzero()
+    return int(acting[0]) if len(acting) else len(derivatives)
 
 
 def _refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:

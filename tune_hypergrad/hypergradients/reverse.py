@@ -22,6 +22,7 @@ from torch import Tensor
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.partial_update import step_blocks
@@ -119,7 +120,8 @@ class ReverseRun(HypergradientRun):
                 windows[len(windows) * step // loop.steps] += value
         if step == 0:
             for name, jacobian in self._jacobians().items():
-                self.hypergradients[name] = jacobian.T @ self.by_step[split_name(name)[0]]
+                each = self.by_step[split_name(name)[0]]
+                self.hypergradients[name] = jacobian.T.to(each) @ each
         self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
 
     def _refuse_another_run(self) -> None:
@@ -241,15 +243,12 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
     Args:
         steps: which ones.
         first: their losses on the way there, shape [steps].
-        again: their losses on the way back, shape [steps]: the same to a few last bits on a CPU, to rounding on other
-            devices.
+        again: their losses on the way back, shape [steps].
 
     Raises:
         NotReplayedError: they differ.
     """
-    precision = torch.finfo(again.dtype).eps
-    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
-    differ = ~torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
+    differ = ~are_replayed(first, again)
     if bool(differ.any()):
         position = int(differ.nonzero()[0])
         raise NotReplayedError(
@@ -260,9 +259,17 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
         )
 
 
+def are_replayed(first: Tensor, again: Tensor) -> Tensor:
+    """Which losses are those of the same steps, elementwise: to a few last bits on a CPU, to rounding on other devices,
+    where sums are added up in another order at every call."""
+    precision = torch.finfo(again.dtype).eps
+    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
+    return torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
+
+
 def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
     """What a training step runs in whose gradient is differentiated; `state` is what it may overwrite."""
-    return DifferentiableStops(state, IN_TRAINING)
+    return DifferentiableStops(state, {**IN_TRAINING, **CONVOLUTIONS})
 
 
 def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -203,13 +203,13 @@ class HypergradientRun(ABC):
         self.final = None if saved["final"] is None else Evaluation(*saved["final"])
 
     def _jacobians(self) -> dict[str, Tensor]:
-        """Derivative of each step's value by the tuned numbers of curves, by flat name: shape [T, numbers], where and
-        in what type the run computes."""
+        """Derivative of each step's value by the tuned numbers of curves, by flat name: float64 on the CPU, shape
+        [T, numbers]."""
         found: dict[str, Tensor] = {}
         for name, curve in self.curves.items():
             of_curve = {f"{name}/{suffix}": rows for suffix, rows in curve.jacobian(self.loop.steps).items()}
             found |= {flat: rows for flat, rows in of_curve.items() if flat in self.hyperparameters}
-        return {flat: rows.to(device=self.loop.device, dtype=self.loop.dtype) for flat, rows in found.items()}
+        return found
 
     def _segment_gradient(self, state: State, end: int) -> Evaluation:
         """The validation loss with its gradients at the end of a segment; kept if it is the final one."""

@@ -60,7 +60,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
     out of the average; an outer step all of whose trials failed counts as a setback (see `OuterLoop`).
 
     Args:
-        space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
+        space: Ray domains, `schedule`s and `complement`s by name; None takes `param_space`. Continuous domains are
+            tuned, constants passed on.
         metric: what Ray ranks trials by. The descent itself always follows `val_loss`, whose derivative it is given.
         mode: "min" or "max", for `metric`.
         ensemble: trials per outer step.
@@ -69,8 +70,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
         step_sizes: outer step sizes by name; those missing are `default_step` of the range.
         default_step: outer step size as a share of the range.
         tolerance: converged when no step size is above this share of its range.
-        points_to_evaluate: configs to run first; the descent begins from the best of them. What a point leaves out is
-            0, or the nearest value in range. None begins from there in everything.
+        points_to_evaluate: configs to run first, such as `Schedule.to_config` gives; the descent begins from the best
+            of them. What a point leaves out is 0, or the nearest value in range. None begins from there in everything.
         seed: the trials' seeds are drawn from it; they are the same at every outer step.
 
     Raises:
