@@ -267,6 +267,11 @@ def test_without_a_problem_the_first_comparison_is_made(called, capsys, tmp_path
     assert set(cli.FIRST) <= set(signature(cli.compare).parameters)
 
 
+def test_the_first_comparison_can_be_made(ray_must_not_start, capsys, tmp_path):
+    with pytest.raises(AssertionError, match="Ray was started"):  # all that is looked at before is in order
+        outcome(capsys, "compare", "--no-check", "--out", tmp_path / "out")
+
+
 def test_options_go_before_those_of_the_first_comparison(called, capsys, tmp_path):
     with pytest.raises(Called):
         outcome(capsys, "compare", "--budget", "300e", "--reference", "best", "--out", tmp_path / "out")

@@ -246,6 +246,10 @@ def _about_columns(comparison: Comparison) -> list[str]:
             "from the cost of that training on; gains over it are the start's validation loss less the incumbent's, "
             "and the difference of their tests with the same training seeds."
         )
+        found.append(
+            "Black-box methods train the start first, those that judge early on their lowest rung; self-tuning networks "
+            "begin at its mean over the run; methods that tune nothing have it as an incumbent alone."
+        )
         if len(comparison.start_results) < len(comparison.settings["seeds"]) and comparison.finished:
             found.append("The start's own training did not end with a finite validation loss with every seed.")
     if (comparison.settings.get("retraining") or {}).get("same_training"):
