@@ -247,8 +247,8 @@ def _about_columns(comparison: Comparison) -> list[str]:
             "and the difference of their tests with the same training seeds."
         )
         found.append(
-            "Black-box methods train the start first, those that judge early on their lowest rung; self-tuning networks "
-            "begin at its mean over the run; methods that tune nothing have it as an incumbent alone."
+            "Black-box methods train the start first, those that judge early on their lowest rung; self-tuning networks"
+            " begin at its mean over the run; methods that tune nothing have it as an incumbent alone."
         )
         if len(comparison.start_results) < len(comparison.settings["seeds"]) and comparison.finished:
             found.append("The start's own training did not end with a finite validation loss with every seed.")
