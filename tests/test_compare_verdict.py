@@ -174,6 +174,13 @@ def test_runs_of_other_lengths_are_marked(tmp_path):
     assert text.endswith(", stn* after 4 (* tested after training runs of another length).")
 
 
+def test_who_has_no_finite_figure_is_not_compared(tmp_path):
+    found = {"fds": [(40, math.nan)], "rs": [(20, math.nan)]}
+    assert verdict_text(made_up(tmp_path / "a", found).comparison) == "No method has a result yet."
+    found = {"fds": [(40, math.nan)], "rs": [(20, 0.95)]}
+    assert verdict_text(made_up(tmp_path / "b", found).comparison).startswith("rs is the only method with a result;")
+
+
 def test_nothing_yet(tmp_path):
     assert verdict_text(HandMade(tmp_path, ["fds", "rs"]).comparison) == "No method has a result yet."
 

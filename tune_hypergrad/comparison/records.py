@@ -210,9 +210,9 @@ class Comparison:
         """Every finished training of an incumbent from scratch, on which the test split was read; not those of
         accounts whose trials have never completed a run.
 
-        Columns: method ("grid" for a grid's), seed, `share` (of the budget, after which it was still the incumbent),
-        `spent/<unit>` (of the account when the incumbent was found), training_seed, val_loss, test_loss,
-        test_<metric>, ...
+        Columns: method ("grid" for a grid's, "start" for the start), seed, `share` (of the budget, after which it was
+        still the incumbent), `spent/<unit>` (of the account when the incumbent was found), training_seed, val_loss,
+        test_loss, test_<metric>, ...
         """
         jobs = {event["id"]: event["retrains"] for event in self.events if "retrains" in event}
         last = {

@@ -47,12 +47,13 @@ class Verdict:
     """What the curves of mean regret over cost tell, in the budget's unit."""
 
     curves: Sequence[Curve]
-    """Means over the seeds that have a value, of the methods of which the most have."""
+    """Means over the seeds that have a value, of the methods of which the most have, and any that is finite."""
 
     @classmethod
     def of(cls, comparison: Comparison) -> Verdict:
         """That of a comparison."""
-        found = curves(comparison.regret, "regret", comparison.budget.unit, comparison.accounts)
+        every = curves(comparison.regret, "regret", comparison.budget.unit, comparison.accounts)
+        found = [curve for curve in every if np.isfinite(curve.mean).any()]
         most = max((curve.seeds for curve in found), default=0)
         return cls([curve for curve in found if curve.seeds == most])
 
