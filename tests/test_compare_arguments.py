@@ -270,7 +270,7 @@ def test_what_all_methods_ask_for_is_looked_at_once(monkeypatch):
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize(("name", "lr"), [(None, "loguniform (0.0001, 1)"), ("paper", "uniform (0, 1)")])
+@pytest.mark.parametrize(("name", "lr"), [(None, "loguniform (0.0001, 1)"), ("paper", "uniform (0, 1.0)")])
 def test_a_space_by_name_is_without_what_is_held(monkeypatch, tmp_path, name, lr):
     made = []
     monkeypatch.setattr("tune_hypergrad.comparison.run.run_plan", lambda plan, **of_run: made.append(plan))
