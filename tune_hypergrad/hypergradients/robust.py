@@ -5,8 +5,8 @@ and its derivative by a hyperparameter, exact as it is, grows to any size and te
 on each hyperparameter's natural scale,
 
 - a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss or half of
-  what is typical of all derivatives, so that what would change little moves little. Directions of successive outer
-  steps, each with seeds of its own, are averaged;
+  what is typical of all derivatives, so that what would change little moves little. Directions of neighbouring windows
+  and of successive outer steps, each with seeds of its own, are averaged;
 - a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*. It
   is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, and where the
   loss is no better either, the next run is nearer to the best so far;
@@ -249,7 +249,7 @@ class RobustSearch(OuterSearch):
         for name, x in self._internal.items():
             soft = min(_SOFT * abs(loss), _TYPICAL * typical / self._first[name]) + 1e-30
             direction = means[name] / (means[name].abs() + soft)
-            direction = torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction)
+            direction = _smoothed(torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction))
             agreement = direction.sign() * self._signs[name]
             change = torch.where(agreement > 0, _GROWTH, torch.where(agreement < 0, _SHRINKAGE, 1.0))
             steps = self._steps[name] * change
@@ -403,6 +403,13 @@ _SCALARS = (
     "_round_cost",
     "_ended",
 )
+
+
+def _smoothed(direction: Tensor) -> Tensor:
+    """Half of an element's own direction and half of its neighbours': what they disagree about is mostly noise. At the
+    ends an element is its own neighbour. Shape [N]."""
+    beside = torch.cat([direction[:1], direction, direction[-1:]])
+    return 0.5 * direction + 0.25 * (beside[:-2] + beside[2:])
 
 
 def _is_followable(hypergradients: Hyperparameters) -> bool:
