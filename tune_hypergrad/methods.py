@@ -14,15 +14,15 @@ import torch
 from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
-from ray.tune.search.sample import Float, Function
+from ray.tune.search.sample import Float, Function, LogUniform
 
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients import Descent, Optimizer, get_optimizer
+from tune_hypergrad.hypergradients import Descent, Optimizer, SearchSettings, get_optimizer
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
+from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, HypergradientSearch, RandomSearch
 from tune_hypergrad.space import (
     complement,
     gradient_ranges,
@@ -32,8 +32,9 @@ from tune_hypergrad.space import (
     schedule,
     without_schedule,
 )
-from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule
+from tune_hypergrad.trainables import HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun
 
+_LEAST_TRAININGS, _TRAININGS_PER_CONFIRMATION = 4.0, 2  # of an outer step; two candidates are confirmed
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
 
 
@@ -67,6 +68,8 @@ class Task:
     """Hyperparameters held, by every method."""
     self_tuning_epochs: float | None = None
     """Epochs in the training run of a self-tuning network; None is ten times `steps`."""
+    trainings: float | None = None
+    """What the method may spend, in plain training runs of `steps`; None where its budget is in other units."""
     check: bool = True
     """Whether the problem's training and hypergradients are compared with plain torch before anything runs."""
     start: Mapping[str, Any] | None = None
@@ -222,8 +225,42 @@ def _common(task: Task) -> dict[str, Any]:
     return {name: getattr(task, name) for name in common}
 
 
-def _fds(task: Task) -> Trainable:
-    return FDS.from_problem(task.problem, space=_derivable(task), **_common(task), reports=4)
+def _inner_runs(task: Task) -> Trainable:
+    return InnerRun.from_problem(task.problem, **_common(task), reports=4)
+
+
+def _by_hypergradients(task: Task) -> Searcher:
+    """One trial for every run of the robust search, with as many confirmations as the budget has room for."""
+    tuned, settings = _derivable(task), SearchSettings()
+    if task.trainings is not None and task.trainings >= _LEAST_TRAININGS:
+        room = int((task.trainings - _LEAST_TRAININGS) / _TRAININGS_PER_CONFIRMATION)
+        settings = SearchSettings(trainings=task.trainings, confirmations=min(3, room))
+    return _hypergradient_search(task, tuned, settings)
+
+
+def _by_the_papers_rule(task: Task) -> Searcher:
+    """The paper's search: linear scales within the space's bounds, from zero or the bound nearest to it."""
+    return _hypergradient_search(task, _linear(_derivable(task)), SearchSettings(rule="paper"))
+
+
+def _hypergradient_search(task: Task, tuned: Mapping[str, Any], settings: SearchSettings) -> Searcher:
+    start = {name: value for name, value in (task.start or {}).items() if name in tuned}
+    return HypergradientSearch(
+        tuned,
+        metric="val_loss",
+        mode="min",
+        points_to_evaluate=[start] if start else None,
+        seed=task.seed,
+        **{f.name: getattr(settings, f.name) for f in fields(settings)},
+    )
+
+
+def _linear(space: Any) -> Any:
+    """A space whose logarithmic domains are uniform between the same bounds."""
+    if isinstance(space, Mapping):
+        return {name: _linear(entry) for name, entry in space.items()}
+    logarithmic = isinstance(space, Float) and isinstance(space.get_sampler(), LogUniform)
+    return tune.uniform(space.lower, space.upper) if logarithmic else space
 
 
 def _hypergradient_descent(task: Task) -> Trainable:
@@ -349,10 +386,16 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "fds",
-            _restarts(_derivable),
-            _fds,
+            _by_hypergradients,
+            _inner_runs,
             description="forward-mode differentiation with sharing: descend by exact hypergradients of whole runs",
-            concurrent=1,
+            tunable=_derivable,
+        ),
+        Method(
+            "fds-paper",
+            _by_the_papers_rule,
+            _inner_runs,
+            description="FDS as published: sign steps on linear scales from zero, halved where a sign flips",
             tunable=_derivable,
         ),
         Method(
@@ -420,11 +463,18 @@ METHODS: dict[str, Method] = {
 FLOOR = "cosine"
 """The method that tunes nothing, which others should be better than."""
 
-BY_DEFAULT = tuple(name for name in METHODS if name != "centered-stn")
+BY_DEFAULT = tuple(name for name in METHODS if name not in ("centered-stn", "fds-paper"))
 """What `compare` compares."""
 
 
-_RUN_BY = {"fds": FDS, "hd": HD, "stn": STN, "centered-stn": CenteredSTN, "delta-stn": DeltaSTN}
+_RUN_BY = {
+    "fds": InnerRun,
+    "fds-paper": InnerRun,
+    "hd": HD,
+    "stn": STN,
+    "centered-stn": CenteredSTN,
+    "delta-stn": DeltaSTN,
+}
 _RUN_BY |= dict.fromkeys(("rs", "cosine"), FixedSchedule)
 # whose searchers say how long their trials train
 _SAY_BUDGETS = ("rs", "bo", "hb", "bohb")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from tune_hypergrad.comparison.troubles import Trouble, find_troubles
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
 from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.trainables.inner_run import CONFIRMATIONS
 
 SETTINGS_FILE = "settings.json"
 """In a comparison's folder: what was compared, and how."""
@@ -331,7 +333,8 @@ class Comparison:
         return own[own["share"] == 1].groupby("seed").mean(numeric_only=True).reset_index()
 
     def incumbents(self, account: Account) -> pd.DataFrame:
-        """The results at which an account's validation loss was the lowest so far, within its budget, if it has one.
+        """The results at which an account's validation loss was the lowest so far, within its budget, if it has one; of
+        a search that confirms its schedules, the lowest of the best confirmed so far.
 
         Where there is a start, its result with the same seed is among them, as if every method had trained it first;
         of equal losses it goes before. An account that has not completed a run has no others, and figures of an
@@ -352,8 +355,7 @@ class Comparison:
                 return of_start
             if len(of_start):
                 own = pd.concat([of_start, own]).sort_values(unit, kind="stable")
-        best_before = own["val_loss"].cummin().shift()
-        return own[best_before.isna() | (own["val_loss"] < best_before)]
+        return own[_are_better(own)]
 
     @cached_property
     def start_results(self) -> pd.DataFrame:
@@ -456,6 +458,17 @@ class Comparison:
 
     def _accounts(self) -> list[Account]:
         return [Account(method, seed) for method in self.methods for seed in self.settings["seeds"]]
+
+
+def _are_better(results: pd.DataFrame) -> list[bool]:
+    """Which of some results, in their order, are better than all before: the mean over more trainings that confirm a
+    schedule goes before one over fewer, then the lower validation loss does."""
+    confirmations = results.get(CONFIRMATIONS, pd.Series(0, results.index)).fillna(0)
+    better, best = [], (-1.0, math.inf)
+    for count, loss in zip(confirmations, results["val_loss"], strict=True):
+        better.append(count > best[0] or (count == best[0] and loss < best[1]))
+        best = (count, loss) if better[-1] else best
+    return better
 
 
 def schedule_of(row: Mapping[str, Any] | pd.Series, folder: Path) -> Schedule:

@@ -179,7 +179,9 @@ def _plan(
         held, named = of_task.get("fixed", {}), default_space(problem, optimizer, name=space)
         space = {name: entry for name, entry in named.items() if name not in held}
     # searches never see the test split
-    task = Task(problem.replace(test=None), space, steps, optimizer, **of_task)
+    limit = budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch)
+    trainings = limit.amount / steps if limit.unit in ("gradients", "steps") else None
+    task = Task(problem.replace(test=None), space, steps, optimizer, trainings=trainings, **of_task)
     begin = None if start is None else complete_start(start, task)
     if begin is not None:
         task = replace(task, start=begin.point)
@@ -187,7 +189,7 @@ def _plan(
         problem=problem,
         task=task,
         methods=chosen_methods(methods, task),
-        budget=budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch),
+        budget=limit,
         seeds=seeds,
         resources={"cpu": 1} if resources is None else resources,
         retraining=retraining or Retraining(),
