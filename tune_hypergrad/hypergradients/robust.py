@@ -7,8 +7,8 @@ on each hyperparameter's natural scale,
 - a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss or half of
   what is typical of all derivatives, so that what would change little moves little. Directions of neighbouring windows
   and of successive outer steps, each with seeds of its own, are averaged;
-- a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*. It
-  is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, and where the
+- a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*.
+  It is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, and where the
   loss is no better either, the next run is nearer to the best so far;
 - a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
   and the next one is nearer to where the search came from;
@@ -48,10 +48,11 @@ STEP_SHARE = 0.1
 """Default step size on linear scales, as a share of the range."""
 
 _SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
-_CHAOS = 0.25  # share of training's gain that one step cannot change
+_CHAOS = 0.25  # share of training's gain by which one step along one derivative cannot change the loss
+_WILDNESS = 0.05  # what a chaotic place is worse by than its loss says, as a share of training's gain
 _REJECTED = 0.3  # share of the best's gain that a run may lose
 _MEMORY = 0.3  # weight of earlier directions
-_GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.2, 0.5, 2.0, 0.05  # of step sizes; the last two are shares of the first
+_GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.5, 0.5, 3.0, 0.05  # of step sizes; the last two are shares of the first
 _APPROACH, _SHORTER = 0.35, 0.6  # of the way to a place that was given up; of the steps after it
 _FIRST_RETREAT = 1.5  # by how much a first run that came to nothing is calmed, on logarithmic scales
 _REJECTIONS = 6  # in a row, after which there is nothing more to be found
@@ -60,6 +61,7 @@ _LARGEST_ENSEMBLE = 4
 _CANDIDATES = 2  # confirmed before the search ends
 _CONFIRMATION = 1 << 20  # seeds of confirmations, apart from those of outer steps
 
+_START = 0.15  # of the scale of 1 - momentum, from below
 _FLOOR = 1e-4  # of a range that begins at 0, in which a logarithm is tuned, as a share of its upper bound
 _RATES, _MOMENTA = ("lr", "weight_decay"), ("momentum", "beta1", "beta2")
 _CALMING = ("lr", "momentum")
@@ -82,10 +84,10 @@ def natural_range(name: str, limits: Range) -> Range:
 
 def natural_start(name: str, limits: Range) -> Tensor:
     """Where a search begins that knows nothing: low enough to be calm, high enough to train. Logarithms in the middle,
-    1 - momentum at a quarter of its scale from below, the rest at 0 or the nearest value in range. Shape [windows]."""
+    1 - momentum low in its range (about 0.5), the rest at 0 or the nearest value in range. Shape [windows]."""
     if limits.scale == "complement":
         bounds = limits.to_internal(torch.tensor([limits.lower, limits.upper], dtype=torch.float64))
-        return limits.project(limits.from_internal(bounds[0] + 0.25 * (bounds[1] - bounds[0])).expand(limits.windows))
+        return limits.project(limits.from_internal(bounds[0] + _START * (bounds[1] - bounds[0])).expand(limits.windows))
     return initial_values(name, limits, None)
 
 
@@ -224,8 +226,8 @@ class RobustSearch(OuterSearch):
         gradients = [self._by_internal(o.hypergradients) for o in ended if o.hypergradients is not None]
         place.calm = self._move(gradients, mean.val_loss)
         best = self._best()
-        improved = place.calm and (best is None or place.val_loss < best.val_loss)
-        if not place.calm and best is not None and place.val_loss >= best.val_loss:
+        improved = best is None or self._score(place) < self._score(best)
+        if not place.calm and best is not None and not improved:
             self._approach(best.internal)
         if not self._places:
             self.start_loss = place.val_loss
@@ -311,8 +313,7 @@ class RobustSearch(OuterSearch):
         return float(self.confirmations * (_CANDIDATES + self.polish))
 
     def _begin_confirmation(self) -> None:
-        calm = [place for place in self._places if place.calm] or self._places
-        chosen = sorted(calm, key=lambda place: place.val_loss)[:_CANDIDATES]
+        chosen = sorted(self._places, key=self._score)[:_CANDIDATES]
         if self.polish and self._places and self._places[0] not in chosen:
             chosen.insert(0, self._places[0])
         left = inf if self.trainings is None else self.trainings - self.spent
@@ -342,9 +343,13 @@ class RobustSearch(OuterSearch):
         return inf if best is None else best.val_loss + _REJECTED * max(self._untrained - best.val_loss, 0.0)
 
     def _best(self) -> _Place | None:
-        """The place with the lowest loss, of the calm ones if there are any."""
-        calm = [place for place in self._places if place.calm] or self._places
-        return min(calm, key=lambda place: place.val_loss, default=None)
+        """The place with the best score so far."""
+        return min(self._places, key=self._score, default=None)
+
+    def _score(self, place: _Place) -> float:
+        """A place's loss, and more where it is chaotic: with other seeds it may be any other."""
+        wild = 0.0 if place.calm else _WILDNESS * max(self._untrained - place.val_loss, abs(place.val_loss))
+        return place.val_loss + wild
 
     def _values(self, internal: Hyperparameters) -> Hyperparameters:
         return {n: self.ranges[n].project(self.ranges[n].from_internal(x)) for n, x in internal.items()}
