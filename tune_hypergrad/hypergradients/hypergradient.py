@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.ensemble import EnsembleRun, RunsInTurn, advance_together, why_in_turn
+from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values, refuse_underivable
+from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.verification import refusal_of, remember
 from tune_hypergrad.problem import Problem
 
@@ -35,7 +39,7 @@ def hypergradient(
     steps: int,
     optimizer: str | Optimizer = "sgd",
     fixed: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     horizon: int | None = None,
     differentiation: str = "auto",
     clip_gradient: float | None = None,
@@ -54,7 +58,8 @@ def hypergradient(
         optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`.
         fixed: hyperparameters without a derivative (numbers, or windows of numbers); the rest take the defaults of
             `torch.optim` and of the train loss.
-        seed: seeds initial weights, order of examples, augmentation and dropout.
+        seed: seeds initial weights, order of examples, augmentation and dropout. Several different seeds are an
+            ensemble: as many runs, at once where that pays, whose mean hypergradient is the result.
         horizon: inner steps a hypergradient looks through: None or T exact, 1 greedy, in between truncated.
         differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory.
         clip_gradient: clamp the training gradient's elements to +- this value, as part of the step.
@@ -65,13 +70,15 @@ def hypergradient(
             `check_problem`. Without it, only the first step is searched for what has no derivative.
 
     Returns:
-        `HypergradientResult`; `.hypergradients[name]` has the shape of `hyperparameters[name]`.
+        `HypergradientResult`; `.hypergradients[name]` has the shape of `hyperparameters[name]`. Of several seeds, it
+        holds their means, and `.members` the results of each.
 
     Raises:
         InputError: a hyperparameter, module, mode or horizon that cannot work.
     """
-    settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
-    loop = InnerLoop(problem, settings)
+    first = seed if isinstance(seed, int) else 0
+    settings = TrainingSettings(steps, optimizer, fixed or {}, first, clip_gradient, device)
+    loop = InnerLoop(problem, settings) if isinstance(seed, int) else EnsembleLoop(problem, settings, seed)
 
     def begin() -> HypergradientRun:
         return hypergradient_run(
@@ -87,7 +94,10 @@ def hypergradient(
     run = begin()
     with loop.running():
         while not run.done:
-            run = advance(run, run.length, begin if differentiation == "auto" else None)
+            if isinstance(run, EnsembleRun):
+                run = advance_together(run, run.length, begin)
+            else:
+                run = advance(run, run.length, begin if differentiation == "auto" else None)
     return run.result()
 
 
@@ -123,8 +133,14 @@ def hypergradient_run(
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
     check: bool = False,
+    together: bool | None = None,
 ) -> HypergradientRun:
-    """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`."""
+    """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`.
+
+    Args:
+        together: of an `EnsembleLoop`, whether its runs take their steps at once (see `advance_together`) or one run
+            begins after another; None is what is faster, and right.
+    """
     values = dict(hyperparameters)
     check_values(loop, values)
     if differentiation not in MODES:
@@ -135,6 +151,21 @@ def hypergradient_run(
         if "reverse" in differentiation:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
     refuse_underivable(loop, values)
+    if isinstance(loop, EnsembleLoop):
+        begin = partial(
+            hypergradient_run,
+            hyperparameters=values,
+            horizon=horizon,
+            differentiation=differentiation,
+            clip_hessian_product=clip_hessian_product,
+            val_examples=val_examples,
+            check=check,
+        )
+        forward = differentiation == "forward" or clip_hessian_product is not None
+        reason = _why_in_turn(loop, values, forward, together, check=check)
+        if reason is not None:
+            return RunsInTurn(loop, values, begin, reason)
+        return _at_once(loop, values, differentiation, horizon=horizon, val_examples=val_examples)
     if clip_hessian_product is not None:
         choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
     elif differentiation == "auto":
@@ -159,6 +190,38 @@ def hypergradient_run(
         keep_all = choice.differentiation == "reverse"
         run = ReverseRun(loop, values, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
     run.reason = choice.reason
+    return run
+
+
+def _why_in_turn(
+    loop: EnsembleLoop, values: Hyperparameters, forward: bool, together: bool | None, *, check: bool
+) -> str | None:
+    """Why the runs of an ensemble go one after another, or None.
+
+    Raises:
+        InputError: they were to go together, and cannot.
+    """
+    if together is False:
+        return "asked for"
+    if forward:
+        reason: str | None = "forward mode has no other way"
+    else:
+        reason = refusal_of(loop, values, "reverse", check=check)
+    if reason is None:
+        reason = why_in_turn(loop, values, worthwhile=together is None)
+    if together and reason is not None:
+        raise InputError(f"the runs cannot go together: {reason}; leave it open whether they do")
+    return reason
+
+
+def _at_once(
+    loop: EnsembleLoop, values: Hyperparameters, differentiation: str, *, horizon: int | None, val_examples: int | None
+) -> EnsembleRun:
+    needed, free = state_bytes(loop) * loop.steps, free_memory(loop.device)
+    keep_all = needed <= free if differentiation == "auto" else differentiation == "reverse"
+    run = EnsembleRun(loop, values, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
+    kept = f"{mebibytes(needed)} of states {'fit' if keep_all else 'are not kept'}"
+    run.reason = f"{len(loop.seeds)} runs at once by reverse mode; {kept}"
     return run
 
 

@@ -11,13 +11,13 @@ between which segments are trained again. The cost does not depend on how many h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from math import isfinite, isqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
@@ -25,6 +25,9 @@ from tune_hypergrad.hypergradients.partial_update import step_blocks
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
+
+StepMode = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
+"""Makes what a training step runs in, of the tensors that the step may overwrite."""
 
 _COMPARED_TOGETHER = 64
 """Steps between two comparisons on a device that has to be waited for."""
@@ -57,12 +60,18 @@ class ReverseRun(HypergradientRun):
         self._kept: dict[int, State] = {}
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
+        self._mode: StepMode = differentiable
         self._adjoint: tuple[Tensor, ...] = ()
         self._buffer_adjoint: Buffers = {}
 
     @property
     def length(self) -> int:
         return 2 * self.loop.steps
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether nothing is to be had from going back: the final validation loss has no derivative."""
+        return self.final is not None and not isfinite(self.final.loss)
 
     def _advance_one(self) -> None:
         steps = self.loop.steps
@@ -92,21 +101,24 @@ class ReverseRun(HypergradientRun):
                 *(torch.zeros_like(evaluation.gradient) for _ in loop.optimizer.slots),
             )
             self._buffer_adjoint = evaluation.buffer_gradients
-            if self.final is not None and not isfinite(self.final.loss):
+            if self.has_diverged:
                 self._give_up()
                 return
         state = self._state_before(step)
         self._kept.pop(end, None)
         h = {name: value.detach().requires_grad_() for name, value in loop.scalars(self.hyperparameters, step).items()}
-        pulled = adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint)
+        pulled = adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint, mode=self._mode)
         self._replayed.append((step, self._losses[step], pulled.loss))
         if loop.device.type == "cpu" or len(self._replayed) == _COMPARED_TOGETHER or step == 0:
             self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
         for name, value in pulled.by_hyperparameters.items():
-            windows = self.hypergradients[name]
-            windows[len(windows) * step // loop.steps] += value
-        self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
+            self._add(name, len(self.hyperparameters[name]) * step // loop.steps, value)
+        self.cost += loop.adjoint_cost()
+
+    def _add(self, name: str, window: int, value: Tensor) -> None:
+        """Add what a step gives a window of a hyperparameter."""
+        self.hypergradients[name][window] += value
 
     def _refuse_another_run(self) -> None:
         replayed, self._replayed = self._replayed, []
@@ -174,6 +186,8 @@ def adjoint_step(
     step: int,
     adjoint: tuple[Tensor, ...],
     buffer_adjoint: Buffers,
+    *,
+    mode: StepMode | None = None,
 ) -> Pulled:
     """One vector-Jacobian product of an inner step: a (d step / d s) and a (d step / d h).
 
@@ -184,6 +198,7 @@ def adjoint_step(
         step: which one.
         adjoint: of the weights and slots after the step, each of shape [P].
         buffer_adjoint: of the differentiated buffers after the step, by name.
+        mode: what the step runs in; None is `differentiable`.
     """
     named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
     moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
@@ -215,7 +230,7 @@ def adjoint_step(
     with torch.enable_grad():
         batch = loop.batch(step)
         buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-        return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=differentiable)
+        return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=mode or differentiable)
 
 
 def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> None:
@@ -223,8 +238,8 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
 
     Args:
         steps: which ones.
-        first: their losses on the way there, shape [steps].
-        again: their losses on the way back, shape [steps]: the same to a few last bits on a CPU, to rounding on other
+        first: their losses on the way there, shape [steps], or [steps, S] of S runs at once.
+        again: their losses on the way back, of that shape: the same to a few last bits on a CPU, to rounding on other
             devices.
 
     Raises:
@@ -234,9 +249,9 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
     relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
     differ = ~torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
     if bool(differ.any()):
-        position = int(differ.nonzero()[0])
+        position = tuple(differ.nonzero()[0].tolist())
         raise NotReplayedError(
-            f"training step {steps[position]} was another one when it was run again (a loss of "
+            f"training step {steps[position[0]]} was another one when it was run again (a loss of "
             f"{float(again[position]):.6g}, not {float(first[position]):.6g}): something in the data or the model "
             "draws from a generator of its own, counts calls or caches; draw from torch's, NumPy's or Python's global "
             "generators, or set differentiation='forward'"

@@ -39,6 +39,10 @@ class HypergradientResult:
     """Why this mode was taken."""
     cost: Cost
     """What the run spent (its seconds are for the caller to measure)."""
+    members: tuple[HypergradientResult, ...] = ()
+    """Of an ensemble, the results of its seeds, in their order: the hypergradients, losses and metrics above are their
+    means, with the standard deviation of the losses as metric `loss_std`, and the parameters and buffers are those of
+    the first. A seed's cost is its share."""
 
 
 def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
@@ -191,15 +195,23 @@ class HypergradientRun(ABC):
 
     def _segment_gradient(self, state: State, end: int) -> Evaluation:
         """The validation loss with its gradients at the end of a segment; kept if it is the final one."""
-        evaluation = self.loop.evaluate(state, gradient=True, examples=self.val_examples, draw=end)
+        evaluation = self._evaluate_at_end(state, end)
         self.cost += self.loop.eval_cost("val", self.val_examples, gradient=True)
         if end == self.loop.steps:
             self._evaluate_final(state, evaluation)
         return evaluation
 
+    def _evaluate_at_end(self, state: State, end: int) -> Evaluation:
+        """The validation loss that a segment is differentiated by, with its gradients."""
+        return self.loop.evaluate(state, gradient=True, examples=self.val_examples, draw=end)
+
+    def _evaluate_whole(self, state: State) -> Evaluation:
+        """The whole validation split, without gradients."""
+        return self.loop.evaluate(state)
+
     def _evaluate_final(self, state: State, evaluation: Evaluation) -> None:
         if self.val_examples is not None and self.val_examples < len(self.loop.split("val")):
-            evaluation = self.loop.evaluate(state)
+            evaluation = self._evaluate_whole(state)
             self.cost += self.loop.eval_cost("val")
         self.final = Evaluation(evaluation.loss, evaluation.metrics)
         if not isfinite(evaluation.loss):  # the run diverged: there is no derivative

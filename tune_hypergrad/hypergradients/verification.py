@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.space import windows_of
+
+T = TypeVar("T")
 
 EXAMPLES = 8
 """Training examples in a step of a check that runs by itself."""
@@ -55,6 +57,16 @@ def check_training(loop: InnerLoop) -> None:
 def remember(loop: InnerLoop, hyperparameters: Iterable[str], mode: str, refusal: str) -> None:
     """Refuse a mode from now on, after what a run has found out."""
     _findings(loop)[(mode, *_key(loop, hyperparameters))] = _Finding(refusal, checked=True)
+
+
+def recall(
+    loop: InnerLoop, hyperparameters: Iterable[str], subject: str, find: Callable[[], T], *, anew: bool = False
+) -> T:
+    """What is known of a problem and of how it is trained; found out at the first time, or `anew`."""
+    findings, key = _findings(loop), (subject, *_key(loop, hyperparameters))
+    if anew or key not in findings:
+        findings[key] = find()
+    return findings[key]  # type: ignore[no-any-return]
 
 
 class _Finding(NamedTuple):
