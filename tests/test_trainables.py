@@ -30,6 +30,7 @@ RUN = STEPS * (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) + VAL_GRAD
 CASES = {
     "fixed": (FixedSchedule, SCHEDULE.to_config(), {"reports": 4}),
     "inner": (InnerRun, SCHEDULE.to_config(), {"reports": 4, "differentiation": "reverse"}),
+    "inner ensemble": (InnerRun, SCHEDULE.to_config(), {"reports": 4, "differentiation": "reverse", "ensemble": 3}),
     "inner forward": (InnerRun, SCHEDULE.to_config(), {"reports": 3, "differentiation": "forward"}),
     "fds": (FDS, {}, {"space": SPACE, "reports": 3, "outer_steps": 4, "differentiation": "checkpointed_reverse"}),
     "hd": (HD, {}, {"space": ONLINE_SPACE, "reports": 4, "val_examples": 10}),
@@ -189,6 +190,12 @@ def test_cost_of_an_inner_run():
     result = run_to_end(make(InnerRun, SCHEDULE.to_config(), reports=1, differentiation="reverse"))[-1]
     assert result["cost/steps"] == STEPS and result["cost/examples"] == STEPS * 8
     assert result["cost/gradients"] == pytest.approx(EVALUATION + RUN)
+
+
+def test_an_ensemble_is_charged_for_all_its_seeds():
+    result = run_to_end(make(InnerRun, SCHEDULE.to_config(), reports=1, differentiation="reverse", ensemble=3))[-1]
+    assert result["cost/steps"] == 3 * STEPS and result["cost/examples"] == 3 * STEPS * 8
+    assert result["cost/gradients"] == pytest.approx(3 * (EVALUATION + RUN))
 
 
 def test_cost_of_fds_is_that_of_its_inner_runs():

@@ -30,7 +30,7 @@ from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.verification import EXAMPLES, recall
 
 _SUBJECT = "together"
-WORTHWHILE_FLOPS = 60e6
+WORTHWHILE_FLOPS = 100e6
 """Floating-point operations of one run's training step on a CPU up to which the steps of several are taken at once.
 
 A small step costs what it takes to launch its operations, which several runs share; in a large one arithmetic does,
@@ -277,13 +277,22 @@ def why_in_turn(loop: EnsembleLoop, hyperparameters: Hyperparameters, *, worthwh
         hyperparameters: what is tuned, values by name.
         worthwhile: whether they are to go together only where that is faster.
     """
-    found = recall(loop, hyperparameters, _SUBJECT, lambda: _try_out(loop, hyperparameters))
+    found = _found(loop, hyperparameters)
     if found.refusal is not None:
         return found.refusal
     limit = WORTHWHILE_FLOPS if loop.device.type == "cpu" else _WORTHWHILE_FLOPS_ON_DEVICES
     if worthwhile and found.flops > limit:
         return f"a training step of {found.flops / 1e6:,.0f} MFLOP does not become cheaper beside others'"
     return None
+
+
+def arithmetic(loop: EnsembleLoop, hyperparameters: Hyperparameters) -> float:
+    """Floating-point operations of one run's training step: those of products and convolutions."""
+    return _found(loop, hyperparameters).flops
+
+
+def _found(loop: EnsembleLoop, hyperparameters: Hyperparameters) -> Togetherness:
+    return recall(loop, hyperparameters, _SUBJECT, lambda: _try_out(loop, hyperparameters))
 
 
 def remember_apart(loop: EnsembleLoop, hyperparameters: Hyperparameters, refusal: str) -> None:
@@ -377,5 +386,6 @@ class _Trial:
 
 def _agree(value: Tensor, other: Tensor, tolerance: float) -> bool:
     value, other = value.double(), other.double()
-    scale = float(other.abs().max()) if other.numel() else 0.0
+    finite = other[other.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(value, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

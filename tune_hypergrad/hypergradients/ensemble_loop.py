@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from numbers import Integral
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -167,7 +168,7 @@ class EnsembleLoop(InnerLoop):
         def of_member(params: Tensor, gradient: Tensor, slots: Slots, h: dict[str, Any]) -> tuple[Tensor, Slots]:
             return InnerLoop.update(self, params, gradient, slots, h, step, blocks, sizes)
 
-        return vmap(of_member)(params, gradient, slots, dict(h))  # type: ignore[no-any-return]
+        return vmap(of_member)(params, gradient, slots, dict(h))
 
     def evaluate(
         self, state: State, which: str = "val", *, gradient: bool = False, examples: int | None = None, draw: int = 0
@@ -216,7 +217,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
     Raises:
         InputError: they are not.
     """
-    if any(isinstance(seed, bool) or not isinstance(seed, int) for seed in seeds):
+    if any(isinstance(seed, bool) or not isinstance(seed, Integral) for seed in seeds):
         raise InputError(f"the seeds are {list(seeds)!r}: they must be whole numbers")
     if len(seeds) < 2:
         raise InputError(f"an ensemble has at least 2 seeds, not {len(seeds)}: give more, or one seed as a number")

@@ -76,9 +76,13 @@ def hypergradient(
     Raises:
         InputError: a hyperparameter, module, mode or horizon that cannot work.
     """
-    first = seed if isinstance(seed, int) else 0
-    settings = TrainingSettings(steps, optimizer, fixed or {}, first, clip_gradient, device)
-    loop = InnerLoop(problem, settings) if isinstance(seed, int) else EnsembleLoop(problem, settings, seed)
+
+    def settings(seed: int) -> TrainingSettings:
+        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
+
+    loop = (
+        EnsembleLoop(problem, settings(0), seed) if isinstance(seed, Sequence) else InnerLoop(problem, settings(seed))
+    )
 
     def begin() -> HypergradientRun:
         return hypergradient_run(

@@ -11,10 +11,13 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.check import usual_values
+from tune_hypergrad.hypergradients.ensemble import EnsembleRun, advance_together
+from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.hypergradient import MODES, advance
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 
@@ -31,6 +34,10 @@ class InnerRunSettings(TrialSettings):
     """Clamp the Hessian products' elements to +- this value (forward mode only; no longer exact)."""
     val_examples: int | None = None
     """Validation examples per segment's gradient; None is the whole split."""
+    ensemble: int = 1
+    """Seeds that one trial trains with, at once where that pays: it reports their mean hypergradient and mean figures,
+    with the standard deviation of the losses as `val_loss_std`, and is charged for all of them. The first seed is the
+    trial's own."""
     tuned: tuple[str, ...] | None = None
     """Hyperparameters of a trial's config to differentiate by; None is all of them."""
 
@@ -38,11 +45,33 @@ class InnerRunSettings(TrialSettings):
         super().__post_init__()
         if self.differentiation not in MODES:
             raise InputError(f"unknown differentiation {self.differentiation!r}: choose one of {', '.join(MODES)}")
+        if isinstance(self.ensemble, bool) or not isinstance(self.ensemble, int) or self.ensemble < 1:
+            raise InputError(f"ensemble is {self.ensemble!r}: a trial has a whole number of seeds of at least 1")
+
+    def make_loop(self, problem: Problem, **changes: Any) -> InnerLoop:
+        """The inner loop, or that of an ensemble; `changes` are of its settings."""
+        training = self.training(**changes)
+        if self.ensemble == 1:
+            return InnerLoop(problem, training)
+        others = [fold_seed(training.seed, member) for member in range(1, self.ensemble)]
+        return EnsembleLoop(problem, training, [training.seed, *others])
 
     def make_run(
-        self, loop: InnerLoop, values: Hyperparameters, differentiation: str | None = None, *, check: bool = False
+        self,
+        loop: InnerLoop,
+        values: Hyperparameters,
+        differentiation: str | None = None,
+        *,
+        check: bool = False,
+        together: bool | None = None,
     ) -> HypergradientRun:
-        """A hypergradient run of these settings; with `check`, compared with plain training first."""
+        """A hypergradient run of these settings; with `check`, compared with plain training first.
+
+        Raises:
+            InputError: the settings ask for an ensemble, and the loop is of one seed.
+        """
+        if self.ensemble > 1 and not isinstance(loop, EnsembleLoop):
+            raise InputError(f"ensemble is {self.ensemble}, but this trainable trains with one seed: drop it")
         return hypergradient_run(
             loop,
             values,
@@ -51,6 +80,7 @@ class InnerRunSettings(TrialSettings):
             clip_hessian_product=self.clip_hessian_product,
             val_examples=self.val_examples,
             check=check,
+            together=together,
         )
 
     def advance(self, run: HypergradientRun, units: int) -> HypergradientRun:
@@ -59,8 +89,10 @@ class InnerRunSettings(TrialSettings):
         Raises:
             NotReplayedError: a step cannot be run again, and the mode was asked for.
         """
-        begin = partial(self.make_run, run.loop, run.hyperparameters) if self.differentiation == "auto" else None
-        return advance(run, units, begin)
+        begin = partial(self.make_run, run.loop, run.hyperparameters)
+        if isinstance(run, EnsembleRun):
+            return advance_together(run, units, begin)
+        return advance(run, units, begin if self.differentiation == "auto" else None)
 
 
 class InnerRun(ProblemTrainable):
@@ -91,7 +123,7 @@ class InnerRun(ProblemTrainable):
         self._values = Schedule.from_config(hyperparameters, names=tuned).to_tensors()
         held = {**settings.fixed, **hyperparameters}
         held = {name: value for name, value in held.items() if name not in self._values}
-        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
+        self.loop = settings.make_loop(self.problem, fixed=held, device=self.device)
         self.schedule = Schedule({**held, **{name: hyperparameters[name] for name in self._values}})
         self.run = settings.make_run(self.loop, self._values)
         self._untrained: dict[str, float] = {}
@@ -135,6 +167,7 @@ class InnerRun(ProblemTrainable):
         return {"run": self.run.state_dict(), "untrained": self._untrained, "spent": tuple(vars(self._spent).values())}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.run = self.settings.make_run(self.loop, self._values, saved["run"]["differentiation"])
+        mode, together = saved["run"]["differentiation"], saved["run"].get("together")
+        self.run = self.settings.make_run(self.loop, self._values, mode, together=together)
         self.run.load_state_dict(saved["run"])
         self._untrained, self._spent = saved["untrained"], Cost(*saved["spent"])
