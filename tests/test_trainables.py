@@ -17,6 +17,7 @@ from tiny_problem import STEPS, clusters, network, numbers, ours, penalised, tin
 from tune_hypergrad import FDS, HD, FixedSchedule, InnerRun, InputError, Schedule, hypergradient, schedule
 from tune_hypergrad.budget import GRADIENTS_PER, UNITS
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+from tune_hypergrad.randomness import fold_seed
 
 SCHEDULE = Schedule({"lr": (0.1, 0.3, 0.05), "momentum": (0.5,), "l2": (1e-3,)})
 SPACE = {"lr": schedule(tune.uniform(0, 1), windows=3), "momentum": tune.uniform(0, 0.9), "l2": 1e-3}
@@ -118,7 +119,11 @@ def test_restoring_at_any_report_ends_with_the_same_numbers(case, tmp_path):
         assert [repr(numbers(r)) for r in later] == [repr(numbers(r)) for r in results[begun:]], f"from report {begun}"
         # work that is done twice is counted twice: reverse mode trains again what a checkpoint leaves out
         again = later[-1]["cost/gradients"] - results[-1]["cost/gradients"]
-        assert 0 <= again <= STEPS if "reverse" in settings.get("differentiation", "") else again == 0
+        assert (
+            0 <= again <= STEPS * settings.get("ensemble", 1)
+            if "reverse" in settings.get("differentiation", "")
+            else again == 0
+        )
         assert later[0]["cost/wall_seconds"] > results[begun - 1]["cost/wall_seconds"]
 
 
@@ -270,6 +275,40 @@ def test_inner_run_reports_the_hypergradients(reports):
     for result in results[:-1]:  # nothing is known of the run before it is over
         assert result["val_loss"] == result["untrained_val_loss"]
         assert np.isnan(result["hypergradient/lr/0"])
+
+
+@pytest.mark.parametrize("reports", [1, 5])
+def test_inner_run_reports_the_means_over_an_ensemble(reports):
+    values = {name: torch.tensor(v, dtype=torch.float64) for name, v in SCHEDULE.values.items()}
+    results = run_to_end(make(InnerRun, {**SCHEDULE.to_config(), "seed": 4}, reports=reports, ensemble=3))
+    seeds = [4, fold_seed(4, 1), fold_seed(4, 2)]
+    runs = [hypergradient(tiny_problem(), values, steps=STEPS, seed=seed) for seed in seeds]
+    for name in values:
+        mean = torch.stack([run.hypergradients[name] for run in runs]).mean(0)
+        found = [results[-1][f"hypergradient/{name}/{w}"] for w in range(len(mean))]
+        assert found == pytest.approx(mean.tolist(), rel=1e-9)
+    losses = [run.val_loss for run in runs]
+    assert results[-1]["val_loss"] == pytest.approx(np.mean(losses))
+    assert results[-1]["val_loss_std"] == pytest.approx(np.std(losses, ddof=1)) and results[-1]["val_loss_std"] > 0
+    assert results[-1]["val_accuracy"] == pytest.approx(np.mean([run.metrics["accuracy"] for run in runs]))
+    assert results[-1]["test_loss_std"] > 0
+    assert results[-1]["untrained_val_loss"] > results[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("ensemble", [0, 1.5, True])
+def test_a_number_of_seeds_that_is_none_is_refused(ensemble):
+    assert "whole number of seeds" in refusal(make, InnerRun, SCHEDULE.to_config(), ensemble=ensemble)
+
+
+def test_an_ensemble_that_cannot_go_together_is_restored_as_such(tmp_path):
+    config, settings = SCHEDULE.to_config(), {"reports": 5, "ensemble": 2, "differentiation": "forward"}
+    expected = run_to_end(make(InnerRun, config, **settings))
+    trial = make(InnerRun, config, **settings)
+    trial.train()
+    trial.save(str(tmp_path))
+    again = make(InnerRun, config, **settings)
+    again.restore(str(tmp_path))
+    assert numbers(run_to_end(again)[-1]) == numbers(expected[-1])
 
 
 def test_fds_follows_the_hypergradients_of_the_schedule_it_reports():

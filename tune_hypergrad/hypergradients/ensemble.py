@@ -3,7 +3,7 @@
 The validation loss of one training run is a draw: with another seed, the same hyperparameters give another one. What a
 search wants is the derivative of its expectation, which the mean over S seeds estimates with 1 / S of the variance
 (Micaelli & Storkey 2021 average over seeds likewise). Runs of a small model take their steps at once, under
-`torch.func.vmap`; others take turns. Either way, every run is what it is by itself, or the others are told why not.
+`torch.func.vmap`; others take turns. Either way every run is what it is by itself, which is tried out once per problem.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ A small step costs what it takes to launch its operations, which several runs sh
 which torch does not do faster for several networks than for one, and grouped convolutions slower.
 `benchmarks/ensemble_cost.py` shows where it pays."""
 _WORTHWHILE_FLOPS_ON_DEVICES = 20e9
-"""The same on a GPU, whose launches hide far more arithmetic."""
+"""The same on a GPU, whose launches hide far more arithmetic: an estimate, not yet measured."""
 
 
 _PROBED_STEPS = 2

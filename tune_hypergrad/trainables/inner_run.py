@@ -108,7 +108,7 @@ class InnerRun(ProblemTrainable):
     def validate(
         cls, problem: Problem, settings: InnerRunSettings, hyperparameters: dict[str, Any], *, check: bool
     ) -> None:
-        loop = InnerLoop(problem, settings.training())
+        loop = settings.make_loop(problem)
         loop.check_names({})
         if check:  # at what is sure to be tuned, since only trials know the rest
             names = loop.optimizer.hyperparameters if settings.tuned is None else settings.tuned
