@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_problems import ARCHITECTURES, Values, assert_close, data, double, make_problem, mlp
+from engine_problems import ARCHITECTURES, Values, assert_close, data, double, make_problem, max_pool_relu, mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
@@ -128,9 +128,39 @@ class Unused(Noisy):
         return self.last(torch.tanh(self.first(x)))
 
 
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(0.3 * torch.randn(4, 6, dtype=torch.complex128)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((x.to(torch.complex128) @ self.first).abs())
+
+
+def instance_norm() -> nn.Module:
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.SiLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def batch_norm_in_evaluation() -> nn.Module:
+    model = ARCHITECTURES["batch_norm"][0]()
+    model[1].running_mean.normal_()
+    model[1].eval()
+    return model
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, activation="gelu", batch_first=True)
+    return nn.Sequential(nn.Embedding(7, 4), layer, nn.Flatten(), nn.Linear(16, 3))
+
+
 MODELS: dict[str, tuple[Any, str]] = {
     **{name: ARCHITECTURES[name] for name in ("mlp", "conv", "batch_norm", "dropout", "layer_norm", "group_norm")},
     **{name: ARCHITECTURES[name] for name in ("tied_weights", "dot_product_attention", "frozen", "two_inputs")},
+    "max_pool": (max_pool_relu, "images"),
+    "instance_norm": (instance_norm, "images"),
+    "batch norm in evaluation": (batch_norm_in_evaluation, "features"),
+    "transformer": (transformer, "tokens"),
     "dropout of channels": (dropout_cnn, "images"),
     "draws": (Noisy, "features"),
     "stop-gradients": (Stopped, "features"),
@@ -183,6 +213,37 @@ def penalised(output: Tensor, target: Tensor, *, l2: float, params: Any = None) 
 )
 def test_hyperparameters_of_the_loss(train_loss: Any, values: Values) -> None:
     assert_members_are_runs(make_problem("dropout", train_loss=train_loss), {**VALUES, **values})
+
+
+class Scaled(nn.Module):
+    """A loss that is trained as well, and weighs classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.loss(output * self.scale, target)
+
+
+def test_complex_weights() -> None:
+    assert_members_are_runs(make_problem().replace(model=lambda: Complex().double()))
+
+
+def test_a_loss_that_is_a_module() -> None:
+    assert_members_are_runs(make_problem(loss=Scaled()))
+
+
+def test_single_precision_over_many_steps() -> None:
+    problem = make_problem("conv", dtype=torch.float32)
+    values = {"lr": torch.tensor([0.05, 0.02]), "momentum": torch.tensor([0.5])}
+    result = together(problem, values, steps=40)
+    assert TOGETHER in result.reason
+    for seed, member in zip(SEEDS, result.members, strict=True):
+        single = alone(problem, values, seed, steps=40)
+        assert_close(member.hypergradients, single.hypergradients, 1e-3)
+        assert member.val_loss == pytest.approx(single.val_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(
