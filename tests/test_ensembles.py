@@ -403,7 +403,8 @@ def test_what_turns_out_on_the_way_makes_runs_take_turns() -> None:
     assert result.cost.gradients > sum(run.cost.gradients for run in runs)  # what was in vain is charged as well
 
 
-def test_a_seed_that_diverges_leaves_the_others_as_they_are() -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_seed_that_diverges_leaves_the_others_as_they_are(at_once: bool) -> None:
     class Fragile(nn.Module):
         """Diverges for one of the seeds: its initial weights are so large."""
 
@@ -424,7 +425,7 @@ def test_a_seed_that_diverges_leaves_the_others_as_they_are() -> None:
     unlucky = seeds[1]
     problem = make_problem(Fragile)
     loop = EnsembleLoop(problem, TrainingSettings(5), SEEDS)
-    run = hypergradient_run(loop, VALUES, differentiation="reverse", together=True)
+    run = hypergradient_run(loop, VALUES, differentiation="reverse", together=at_once)
     with loop.running():
         run.advance(run.length)
     result = run.result()
@@ -461,6 +462,20 @@ def test_a_run_goes_on_from_any_point_to_the_same_bits(units: int, at_once: bool
         assert all(torch.equal(one.hypergradients[name], other.hypergradients[name]) for name in VALUES)
         assert one.val_loss == other.val_loss and one.metrics == other.metrics
     assert first.cost.gradients <= second.cost.gradients  # states that were not saved are trained again
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_at_half_its_length_an_ensemble_is_trained(at_once: bool) -> None:
+    loop = EnsembleLoop(make_problem("batch_norm"), TrainingSettings(5), SEEDS)
+    run = hypergradient_run(loop, VALUES, differentiation="reverse", together=at_once)
+    with loop.running():
+        run.advance(run.length // 2)
+        half = loop.evaluate(run.state)
+        spent = run.cost.gradients
+        run.advance(run.length)
+    result = run.result()
+    assert half.loss == result.val_loss and half.metrics == result.metrics
+    assert spent == pytest.approx(5 * len(SEEDS))
 
 
 def test_global_generators_stay_as_they_were() -> None:

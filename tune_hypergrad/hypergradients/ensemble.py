@@ -34,8 +34,8 @@ WORTHWHILE_FLOPS = 100e6
 """Floating-point operations of one run's training step on a CPU up to which the steps of several are taken at once.
 
 A small step costs what it takes to launch its operations, which several runs share; in a large one arithmetic does,
-which torch does not do faster for several networks than for one, and grouped convolutions slower.
-`benchmarks/ensemble_cost.py` shows where it pays."""
+which torch does not do faster for several networks than for one; `vmap`'s grouped convolutions take a tenth longer, and
+convolutions by unfolding and matrix products half as long again. `benchmarks/ensemble_cost.py` shows where it pays."""
 _WORTHWHILE_FLOPS_ON_DEVICES = 20e9
 """The same on a GPU, whose launches hide far more arithmetic: an estimate, not yet measured."""
 
@@ -145,7 +145,9 @@ class EnsembleRun(ReverseRun):
 
 
 class RunsInTurn(HypergradientRun):
-    """The runs of an ensemble, one after another.
+    """The runs of an ensemble, one after another: where they go back, all train before the first one does.
+
+    So at half its length, an ensemble's `state` is the trained one however its runs go.
 
     Args:
         loop: the ensemble's.
@@ -174,21 +176,28 @@ class RunsInTurn(HypergradientRun):
         return self._runs[0].length * len(self.loop.seeds)
 
     def _advance_one(self) -> None:
-        run = self._runs[-1]
-        if run.done:
-            run = self._begin(self.loop.members[len(self._runs)])
-            self._runs.append(run)
+        run = self._next()
         before = run.position
         run.advance(1)
         self.position += run.position - before - 1  # those that a run that has diverged leaves out
+        if len(self._runs) == len(self.loop.seeds) and run.position in (self.loop.steps, run.length):
+            self.state = self.loop.together([run.state for run in self._runs])
         if self.position + 1 == self.length:
             self._finish()
+
+    def _next(self) -> HypergradientRun:
+        """The run whose turn it is."""
+        for number, member in enumerate(self.loop.members):
+            if number == len(self._runs):
+                self._runs.append(self._begin(member))
+            if self._runs[number].position < self.loop.steps:
+                return self._runs[number]
+        return next(run for run in self._runs if not run.done)
 
     def _finish(self) -> None:
         results = [run.result() for run in self._runs]
         self.hypergradients = mean_hypergradients(results)
         self.final = mean_of([Evaluation(result.val_loss, result.metrics) for result in results])
-        self.state = self.loop.together([run.state for run in self._runs])
 
     @property
     def cost(self) -> Cost:

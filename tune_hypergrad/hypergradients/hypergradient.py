@@ -156,6 +156,12 @@ def hypergradient_run(
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
     refuse_underivable(loop, values)
     if isinstance(loop, EnsembleLoop):
+        forward = differentiation == "forward" or clip_hessian_product is not None
+        reason = _why_in_turn(loop, values, forward, together, check=check)
+        if reason is None:
+            return _at_once(loop, values, differentiation, horizon=horizon, val_examples=val_examples)
+        if differentiation == "auto" and not forward:
+            differentiation = _cheapest_right(loop, values, horizon, check=check).differentiation
         begin = partial(
             hypergradient_run,
             hyperparameters=values,
@@ -165,11 +171,7 @@ def hypergradient_run(
             val_examples=val_examples,
             check=check,
         )
-        forward = differentiation == "forward" or clip_hessian_product is not None
-        reason = _why_in_turn(loop, values, forward, together, check=check)
-        if reason is not None:
-            return RunsInTurn(loop, values, begin, reason)
-        return _at_once(loop, values, differentiation, horizon=horizon, val_examples=val_examples)
+        return RunsInTurn(loop, values, begin, reason)
     if clip_hessian_product is not None:
         choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
     elif differentiation == "auto":
