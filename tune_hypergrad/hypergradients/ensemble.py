@@ -34,12 +34,10 @@ WORTHWHILE_FLOPS = 100e6
 """Floating-point operations of one run's training step on a CPU up to which the steps of several are taken at once.
 
 A small step costs what it takes to launch its operations, which several runs share; in a large one arithmetic does,
-which torch does not do faster for several networks than for one; `vmap`'s grouped convolutions take a tenth longer, and
-convolutions by unfolding and matrix products half as long again. `benchmarks/ensemble_cost.py` shows where it pays."""
-_WORTHWHILE_FLOPS_ON_DEVICES = 20e9
+which torch does not do faster for several networks than for one: `vmap`'s grouped convolutions take a tenth longer, and
+convolutions by unfolding and matrix products more than those. `benchmarks/ensemble_cost.py` shows where it pays."""
+WORTHWHILE_FLOPS_ON_DEVICES = 20e9
 """The same on a GPU, whose launches hide far more arithmetic: an estimate, not yet measured."""
-
-
 _PROBED_STEPS = 2
 _TOLERANCE, _COARSE_TOLERANCE = 1e-6, 1e-3
 """Relative errors up to which two computations of one thing in double precision, and in another, are the same."""
@@ -289,7 +287,7 @@ def why_in_turn(loop: EnsembleLoop, hyperparameters: Hyperparameters, *, worthwh
     found = _found(loop, hyperparameters)
     if found.refusal is not None:
         return found.refusal
-    limit = WORTHWHILE_FLOPS if loop.device.type == "cpu" else _WORTHWHILE_FLOPS_ON_DEVICES
+    limit = WORTHWHILE_FLOPS if loop.device.type == "cpu" else WORTHWHILE_FLOPS_ON_DEVICES
     if worthwhile and found.flops > limit:
         return f"a training step of {found.flops / 1e6:,.0f} MFLOP does not become cheaper beside others'"
     return None
@@ -373,11 +371,10 @@ class _Trial:
         state = loop.initial_state()
         for step in range(loop.steps):
             h = {name: v.detach() for name, v in loop.scalars(self._values, step).items()}
-            with (
-                FlopCounterMode(display=False) if not self.flops and loop is not self._loop else nullcontext() as flops
-            ):
+            counter = FlopCounterMode(display=False)
+            with nullcontext() if loop is self._loop else counter:
                 after, loss = loop.take_step(state, h, step)
-            self.flops = self.flops if flops is None else float(flops.get_total_flops())
+            self.flops = max(self.flops, float(counter.get_total_flops()))
             leaves = {name: value.requires_grad_() for name, value in h.items()}
             own = {name: of_buffers[name] for name in loop.differentiated(state.buffers) if name in of_buffers}
             pulled = adjoint_step(loop, state, leaves, step, adjoint, own, mode=differentiable)
