@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from tune_hypergrad import Problem
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+from tune_hypergrad.recipes.toy import Ridge
 from tune_hypergrad.regularisers import Dropout, InputNoise
 from tune_hypergrad.stn import TunedHyperparameter
 from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
-
-Ridge = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "self_tuning_toy.py"))["Ridge"]
-"""Ridge regression, as the example has it."""
 
 FEATURES = 6
 

@@ -27,6 +27,13 @@ from tune_hypergrad.regularisers import DropConnect, Dropout, InputNoise, InputS
 
 SEEDS = (3, 5, 8)
 VALUES: Values = {"lr": double(0.1, 0.2, 0.15), "momentum": double(0.8), "weight_decay": double(0.01, 0.02)}
+CURVES: Values = {
+    "lr/cosine/peak": double(0.3),
+    "lr/cosine/warm_up": double(0.25),
+    "lr/cosine/floor": double(0.1),
+    "momentum/knots": double(0.5, 0.8, 0.7),
+    "weight_decay": double(0.01, 0.02),
+}
 TOGETHER, IN_TURN = "runs at once", "one run after another"
 
 
@@ -126,6 +133,17 @@ class Unused(Noisy):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.tanh(self.first(x)))
+
+
+class PythonDraws(Noisy):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x))) * (2.0 if random.random() < 0.5 else 1.0)
+
+
+class Branching(Noisy):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        return self.last(y) if y.sum() > 0 else self.last(2 * y)
 
 
 class Complex(nn.Module):
@@ -286,6 +304,67 @@ def test_full_batches() -> None:
     assert_members_are_runs(make_problem(batch_size=12))
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"horizon": 2}, {"differentiation": "checkpointed_reverse"}, {"optimizer": "nesterov"}], ids=str
+)
+def test_curves(arguments: dict[str, Any]) -> None:
+    assert_members_are_runs(make_problem("dropout"), CURVES, **arguments)
+
+
+@pytest.mark.parametrize("model", [Branching, PythonDraws])
+def test_curves_of_runs_in_turn(model: Callable[[], nn.Module]) -> None:
+    assert_members_are_runs(make_problem(model), CURVES, how=IN_TURN)
+
+
+def test_curves_by_forward_mode() -> None:
+    assert_members_are_runs(make_problem(), CURVES, how="forward mode has no other way", differentiation="forward")
+
+
+def test_a_curves_mean_has_the_finite_differences_of_single_runs() -> None:
+    problem = make_problem("dropout")
+    of_seeds = [finite_differences(InnerLoop(problem, TrainingSettings(5, seed=seed)), CURVES) for seed in SEEDS]
+    mean = {name: torch.stack([each[name] for each in of_seeds]).mean(0) for name in CURVES}
+    assert_close(together(problem, CURVES, check=True).hypergradients, mean, 1e-5)
+
+
+def test_nested_hyperparameters_have_nested_hypergradients_of_every_seed() -> None:
+    problem, knots = make_problem("dropout"), double(0.1, 0.3, 0.2)
+    nested = together(problem, {"lr": {"knots": knots}, "momentum": {"one_minus": double(0.2)}})  # type: ignore[dict-item]
+    flat = together(problem, {"lr/knots": knots, "momentum": double(0.8)})
+    for one, other in zip((nested, *nested.members), (flat, *flat.members), strict=True):
+        assert_close({"lr": one.hypergradients["lr"]["knots"]}, {"lr": other.hypergradients["lr/knots"]}, 1e-12)
+        by_rest = one.hypergradients["momentum"]["one_minus"]
+        assert_close({"momentum": -by_rest}, {"momentum": other.hypergradients["momentum"]}, 1e-12)
+
+
+@pytest.mark.parametrize("values", [VALUES, CURVES], ids=["windows", "curves"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_every_runs_derivatives_by_single_steps(at_once: bool, values: Values) -> None:
+    run = ensemble_run(at_once, values)
+    assert set(run.by_step) == {"lr", "momentum", "weight_decay"}
+    assert all(steps.shape == (len(SEEDS), 5) for steps in run.by_step.values())
+    for number, member in enumerate(run.loop.members):
+        single = hypergradient_run(member, values, differentiation="reverse")
+        with member.running():
+            single.advance(single.length)
+        own = {name: steps[number] for name, steps in run.by_step.items()}
+        assert_close(own, single.by_step, 1e-12)
+    mean = run.by_step["weight_decay"].mean(0)
+    windows = torch.stack([mean[:3].sum(), mean[3:].sum()])
+    assert_close({"weight_decay": run.hypergradients["weight_decay"]}, {"weight_decay": windows}, 1e-12)
+
+
+def test_halfway_no_step_has_a_derivative_and_forward_mode_has_none_by_step() -> None:
+    for at_once in (True, False):
+        loop = EnsembleLoop(make_problem(), TrainingSettings(5), SEEDS)
+        run: Any = hypergradient_run(loop, VALUES, differentiation="reverse", together=at_once)
+        with loop.running():
+            run.advance(2)
+        assert all(torch.equal(steps, torch.zeros_like(steps)) for steps in run.by_step.values())
+    with pytest.raises(AttributeError, match="forward mode"):
+        _ = ensemble_run(False, differentiation="forward").by_step
+
+
 class Augmented(Dataset[Any]):
     """Examples with noise from the global generators, as data sets of images have."""
 
@@ -309,17 +388,6 @@ def test_the_mean_has_the_finite_differences_of_single_runs() -> None:
     mean = {name: torch.stack([each[name] for each in of_seeds]).mean(0) for name in values}
     assert_close(together(problem, values).hypergradients, mean, 1e-5)
     assert_close(finite_differences(EnsembleLoop(problem, settings, SEEDS), values), mean, 1e-5)
-
-
-class PythonDraws(Noisy):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.first(x))) * (2.0 if random.random() < 0.5 else 1.0)
-
-
-class Branching(Noisy):
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.first(x))
-        return self.last(y) if y.sum() > 0 else self.last(2 * y)
 
 
 class Hooked(Noisy):
@@ -404,7 +472,7 @@ def test_what_turns_out_on_the_way_makes_runs_take_turns() -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_seed_that_diverges_leaves_the_others_as_they_are(at_once: bool) -> None:
+def test_with_a_seed_that_diverges_an_ensemble_is_rejected(at_once: bool) -> None:
     class Fragile(nn.Module):
         """Diverges for one of the seeds: its initial weights are so large."""
 
@@ -424,27 +492,103 @@ def test_a_seed_that_diverges_leaves_the_others_as_they_are(at_once: bool) -> No
         InnerLoop(problem, TrainingSettings(5, seed=seed))
     unlucky = seeds[1]
     problem = make_problem(Fragile)
-    loop = EnsembleLoop(problem, TrainingSettings(5), SEEDS)
-    run = hypergradient_run(loop, VALUES, differentiation="reverse", together=at_once)
-    with loop.running():
-        run.advance(run.length)
+    run = ensemble_run(at_once, problem=problem)
     result = run.result()
     for number in (0, 2):
-        single = alone(problem, seed=SEEDS[number])
-        assert_close(result.members[number].hypergradients, single.hypergradients, 1e-12)
-        assert result.members[number].val_loss == pytest.approx(single.val_loss)
-    dead = result.members[1]
-    assert not dead.val_loss < float("inf") and all(v.isnan().all() for v in dead.hypergradients.values())
-    assert all(v.isnan().all() for v in result.hypergradients.values())
+        assert result.members[number].val_loss == pytest.approx(alone(problem, seed=SEEDS[number]).val_loss)
+    assert not result.members[1].val_loss < float("inf") and not result.val_loss < float("inf")
+    assert_rejected(run)
+
+
+def ensemble_run(at_once: bool, values: Values = VALUES, *, problem: Problem | None = None, **arguments: Any) -> Any:
+    """A run of an ensemble, done."""
+    loop = EnsembleLoop(problem or make_problem("dropout"), TrainingSettings(5), SEEDS)
+    run = hypergradient_run(loop, values, **{"differentiation": "reverse", "together": at_once, **arguments})
+    with loop.running():
+        assert run.advance(run.length) <= run.length and run.done
+    return run
+
+
+def assert_rejected(run: Any) -> None:
+    """It has no hypergradients, and has not gone back."""
+    result, loop = run.result(), run.loop
+    assert run.rejected and len(result.members) == len(SEEDS)
+    for each in (result, *result.members):
+        assert all(values.isnan().all() for values in each.hypergradients.values())
+    if run.differentiation != "forward":
+        assert all(values.isnan().all() for values in run.by_step.values())
+        evaluation = loop.eval_cost("val", gradient=run.reject_above > -torch.inf)
+        assert vars(result.cost) == pytest.approx(vars(sum([loop.step_cost()] * loop.steps, evaluation)))
+
+
+@pytest.mark.parametrize("differentiation", ["reverse", "forward"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_mean_loss_decides_whether_an_ensemble_is_rejected(at_once: bool, differentiation: str) -> None:
+    arguments = {"differentiation": differentiation, "together": None if at_once else False}
+    accepted = ensemble_run(at_once, **arguments)
+    result = accepted.result()
+    assert max(member.val_loss for member in result.members) > result.val_loss + 1e-3
+    just = ensemble_run(at_once, reject_above=result.val_loss + 1e-6, **arguments)
+    assert not just.rejected
+    assert all(torch.equal(just.result().hypergradients[name], result.hypergradients[name]) for name in VALUES)
+    rejected = ensemble_run(at_once, reject_above=result.val_loss - 1e-6, **arguments)
+    assert_rejected(rejected)
+    assert rejected.result().val_loss == result.val_loss
+    assert rejected.result().metrics == result.metrics
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("values", [VALUES, CURVES], ids=["windows", "curves"])
+def test_an_ensemble_that_is_rejected_whatever_it_gives_is_plain_training(values: Values, at_once: bool) -> None:
+    run = ensemble_run(at_once, values, reject_above=-torch.inf)
+    result = run.result()
+    assert_rejected(run)
+    assert "nothing is differentiated" in result.members[0].reason
+    for member, seed in zip(result.members, SEEDS, strict=True):
+        single = alone(make_problem("dropout"), values, seed)
+        assert member.val_loss == pytest.approx(single.val_loss, rel=1e-12)
+
+
+def test_plain_training_takes_a_model_that_has_no_right_derivatives() -> None:
+    loop = EnsembleLoop(make_problem(Branching), TrainingSettings(5), SEEDS)
+    run = hypergradient_run(loop, VALUES, differentiation="forward", reject_above=-torch.inf, check=True)
+    with loop.running():
+        run.advance(run.length)
+    assert isinstance(run, RunsInTurn)
+    assert_rejected(run)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("limit", [0.1, -torch.inf])
+def test_a_rejected_ensemble_goes_on_from_any_point(limit: float, at_once: bool) -> None:
+    straight = ensemble_run(at_once, reject_above=limit)
+    problem = make_problem("dropout")
+
+    def begin() -> Any:
+        loop = EnsembleLoop(problem, TrainingSettings(5), SEEDS)
+        return hypergradient_run(loop, VALUES, differentiation="reverse", together=at_once, reject_above=limit)
+
+    run = begin()
+    while not run.done:
+        with run.loop.running():
+            assert run.advance(1) > 0
+        saved, run = run.state_dict(), begin()
+        run.load_state_dict(saved)
+    assert_rejected(run)
+    assert run.result().val_loss == straight.result().val_loss
+    assert run.result().cost == straight.result().cost
+    assert torch.equal(run.state.params, straight.state.params)
 
 
 @pytest.mark.parametrize("differentiation", ["reverse", "checkpointed_reverse"])
 @pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("units", [1, 3, 4])
-def test_a_run_goes_on_from_any_point_to_the_same_bits(units: int, at_once: bool, differentiation: str) -> None:
+@pytest.mark.parametrize(("units", "values"), [(1, VALUES), (3, CURVES), (4, VALUES)], ids=["1", "3", "4"])
+def test_a_run_goes_on_from_any_point_to_the_same_bits(
+    units: int, values: Values, at_once: bool, differentiation: str
+) -> None:
     def begin() -> Any:
         loop = EnsembleLoop(make_problem("batch_norm"), TrainingSettings(5), SEEDS)
-        return hypergradient_run(loop, VALUES, differentiation=differentiation, together=at_once)
+        return hypergradient_run(loop, values, differentiation=differentiation, together=at_once)
 
     straight = begin()
     assert isinstance(straight, EnsembleRun if at_once else RunsInTurn)
@@ -459,8 +603,9 @@ def test_a_run_goes_on_from_any_point_to_the_same_bits(units: int, at_once: bool
         run.load_state_dict(saved)
     first, second = straight.result(), run.result()
     for one, other in zip((first, *first.members), (second, *second.members), strict=True):
-        assert all(torch.equal(one.hypergradients[name], other.hypergradients[name]) for name in VALUES)
+        assert all(torch.equal(one.hypergradients[name], other.hypergradients[name]) for name in values)
         assert one.val_loss == other.val_loss and one.metrics == other.metrics
+    assert all(torch.equal(straight.by_step[name], run.by_step[name]) for name in ("lr", "momentum", "weight_decay"))
     assert first.cost.gradients <= second.cost.gradients  # states that were not saved are trained again
 
 

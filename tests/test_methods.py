@@ -5,6 +5,7 @@ from math import cos, pi
 
 import numpy as np
 import pytest
+import torch
 from ray import tune
 from ray.tune.search import BasicVariantGenerator, Searcher
 from ray.tune.search.sample import Domain
@@ -21,10 +22,12 @@ from tune_hypergrad.methods import (
     customary,
     get_method,
     optimizer_space,
+    paper_space,
     plain_training,
     regularisation_space,
     training_reports,
 )
+from tune_hypergrad.space import Range, flat_values, gradient_ranges
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop")
 SPACE = {"lr": schedule(tune.uniform(0, 1), 3), "momentum": tune.uniform(0, 0.9), "l2": tune.loguniform(1e-5, 1e-1)}
@@ -248,14 +251,39 @@ def test_cosines_trials_differ_by_their_seeds():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_customary_values_are_the_optimizers_own_and_within_its_space(optimizer):
-    known, space = get_optimizer(optimizer).hyperparameters, optimizer_space(optimizer, 4)
+def test_customary_values_are_the_optimizers_own_and_within_the_papers_space(optimizer):
+    known, space = get_optimizer(optimizer).hyperparameters, paper_space(optimizer, 4)
     values = customary(optimizer)
     assert "lr" in values and set(values) == set(space) <= set(known)
     assert list(space["lr"]) == ["0", "1", "2", "3"]
     for name, value in values.items():
         domain = space["lr"]["0"] if name == "lr" else space[name]
         assert isinstance(domain, Domain) and domain.lower <= value <= domain.upper
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_default_space_has_the_scales_that_people_know(optimizer):
+    ranges, constants = gradient_ranges(optimizer_space(optimizer, 4))
+    known = get_optimizer(optimizer).hyperparameters
+    lr = (1e-4, 1.0) if optimizer in ("sgd", "nesterov") else (1e-5, 0.1)
+    expected = {
+        "lr": Range(4, *lr, scale="log"),
+        "momentum": Range(1, 0.0, 0.99, scale="complement"),
+        "weight_decay": Range(1, 1e-6, 1e-2, scale="log"),
+    }
+    assert ranges == {name: limits for name, limits in expected.items() if name in known} and not constants
+    for name, value in customary(optimizer).items():  # no weight decay is the least that a logarithm has
+        assert float(ranges[name].project(torch.tensor(value))) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("space", [optimizer_space("sgd", 3), paper_space("sgd", 3)])
+def test_self_tuning_networks_begin_at_the_customary_values_nearest_in_the_space(space):
+    problem = regularised_problem()
+    task = Task(problem, {**space, **regularisation_space(problem)}, steps=STEPS)
+    first = METHODS["delta-stn"].searcher(task).suggest("a")
+    least = 1e-6 if "one_minus" in str(space) else 0.0
+    found = {name: value for name, (value,) in flat_values(first).items()}
+    assert found == pytest.approx({"lr": 0.1, "momentum": 0.9, "weight_decay": least})
 
 
 def test_regularisations_are_searched_over_their_usual_ranges():

@@ -126,7 +126,7 @@ VALID = {"format": "tune_hypergrad/schedule", "version": 1, "values": {"lr": [0.
         (b"", "not JSON"),
         (b"[]", "format"),
         (json.dumps({"lr": 0.1}).encode(), "format"),
-        (json.dumps({**VALID, "version": 2}).encode(), "version 2"),
+        (json.dumps({**VALID, "version": 3}).encode(), "version 3"),
         (json.dumps({**VALID, "values": {}}).encode(), "at least one"),
         (json.dumps({**VALID, "values": {"lr": [math.nan]}}).encode(), "not finite"),
         (json.dumps({**VALID, "values": {"lr": ["a"]}}).encode(), "'lr'"),

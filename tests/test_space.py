@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.search.sample import Float
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.space import Range, gradient_ranges, is_number_or_windows, schedule, windows_of
+from tune_hypergrad.space import Range, flat_values, gradient_ranges, is_hyperparameter, schedule
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -52,16 +52,17 @@ def test_schedule_refuses_what_is_no_domain(domain):
 
 @settings(deadline=None)
 @given(st.lists(finite, min_size=1, max_size=12), st.randoms())
-def test_windows_of_reads_dicts_in_any_order_and_lists(values, shuffler):
+def test_windows_are_read_from_dicts_in_any_order_and_lists(values, shuffler):
     entries = [(str(i), value) for i, value in enumerate(values)]
     shuffler.shuffle(entries)
-    assert windows_of(dict(entries)) == windows_of(values) == windows_of(tuple(values)) == tuple(values)
+    for given_as in (dict(entries), values, tuple(values)):
+        assert flat_values({"lr": given_as}) == {"lr": tuple(values)}
 
 
-def test_windows_of_gives_python_floats():
+def test_values_are_pythons_floats():
     for value in (1, 1.0, np.float32(1), np.float64(1), np.int64(1)):
-        assert windows_of(value) == windows_of([value]) == (1.0,)
-        assert type(windows_of(value)[0]) is float
+        assert flat_values({"lr": value}) == flat_values({"lr": [value]}) == {"lr": (1.0,)}
+        assert type(flat_values({"lr": value})["lr"][0]) is float
 
 
 @pytest.mark.parametrize(
@@ -81,9 +82,14 @@ def test_windows_of_gives_python_floats():
         {"0": "a"},
     ],
 )
-def test_windows_of_refuses(value):
-    assert not is_number_or_windows(value)
-    assert repr(value) in refusal(windows_of, value)
+def test_what_is_no_hyperparameter_is_refused(value):
+    assert not is_hyperparameter(value)
+    assert f"'lr': {value!r}" in refusal(flat_values, {"lr": value})
+
+
+def test_a_number_in_two_places_is_refused():
+    config = {"lr": {"cosine": {"peak": 0.1}}, "lr/cosine/peak": 0.2}
+    assert "'lr/cosine/peak' is given twice" in refusal(flat_values, config)
 
 
 def test_gradient_ranges():

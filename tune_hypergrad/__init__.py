@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         RandomSearch,
         hpbandster_result,
     )
-    from tune_hypergrad.space import schedule
+    from tune_hypergrad.space import complement, schedule
     from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun, continuing
 
 _MODULES = {
@@ -52,6 +52,7 @@ _MODULES = {
     "Schedule": "schedules",
     "check_problem": "hypergradients",
     "compare": "comparison",
+    "complement": "space",
     "continuing": "trainables",
     "hpbandster_result": "searchers",
     "hypergradient": "hypergradients",
@@ -82,6 +83,7 @@ __all__ = [
     "Schedule",
     "check_problem",
     "compare",
+    "complement",
     "continuing",
     "hpbandster_result",
     "hypergradient",

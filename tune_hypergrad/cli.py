@@ -1,10 +1,11 @@
-"""The command line: `tune-hypergrad compare`, `report`, `problems`, `methods`."""
+"""The command line: `tune-hypergrad compare`, `report`, `reproduce`, `problems`, `methods`."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from contextlib import ExitStack
 from enum import Enum
@@ -227,6 +228,88 @@ def report(
     comparison = Comparison(folder)
     write_report(comparison)
     console.print(summary_table(comparison))
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="A recipe; leave it out to list them.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Share of the published lengths and numbers. [default: what was begun, or 1]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for everything; what was begun there goes on. [default: reproduce/NAME]")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local data, in torchvision's layout.")] = None,
+    download: Annotated[bool, typer.Option(help="Fetch missing data.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="Jobs at once, a CPU thread each. [default: the CPUs]", min=1)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: cuda where there is one]")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Instead of the recipe's own number.", min=1)] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds after which it stops, with everything kept; again, it goes on.")
+    ] = None,
+) -> None:
+    """Run an experiment of a paper, or go on with it: a table and a picture beside the published figures."""
+    from tune_hypergrad.recipes import RECIPES, find
+    from tune_hypergrad.recipes import reproduce as run
+    from tune_hypergrad.recipes.recipe import PICTURE_FILE, TABLE_FILE
+
+    if name is None:
+        shown = Table("recipe", "what it runs", "what it costs")
+        for recipe in RECIPES.values():
+            shown.add_row(recipe.name, recipe.description, recipe.cost)
+        console.print(shown)
+        return
+    recipe, folder = find(name), Path("reproduce") / name if out is None else out
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    done = run(
+        recipe,
+        folder,
+        scale=scale,
+        seeds=seeds,
+        processes=processes or _cpus(),
+        data_dir=None if data_dir is None else str(data_dir),
+        download=download,
+        device=_device(device),
+        time_limit=time_limit,
+        tell=tell,
+    )
+    tell((folder / TABLE_FILE).read_text(encoding="utf-8"))
+    tell(f"in {folder}: {TABLE_FILE}, {PICTURE_FILE}, results.json")
+    if not done:
+        Console(stderr=True).print(
+            f"stopped before it was done: `tune-hypergrad reproduce {name} --out {folder}`, with the same --data-dir, "
+            "goes on",
+            soft_wrap=True,
+            highlight=False,
+        )
+        raise typer.Exit(130)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(asked: str | None) -> str:
+    """The torch device: as asked for, or a GPU where there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {asked} cannot be used: {in_one_line(error)}; try --device cpu") from error
+    return asked
 
 
 @app.command()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from math import cos, pi
 from numbers import Integral
 from typing import Any, TypeAlias
 
+import torch
 from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
@@ -19,7 +21,7 @@ from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
 from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
-from tune_hypergrad.space import gradient_ranges, schedule
+from tune_hypergrad.space import complement, gradient_ranges, in_form_of, longest_schedule, schedule, without_schedule
 from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule
 
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
@@ -103,7 +105,7 @@ class Task:
 
     @property
     def _windows(self) -> int:
-        return max((len(value) for value in self.space.values() if isinstance(value, Mapping)), default=1)
+        return longest_schedule(self.space)
 
     def _check_length(self, name: str, epochs: float) -> None:
         needed = self._windows / self.problem.steps_per_epoch
@@ -220,7 +222,7 @@ def _derivable(task: Task) -> dict[str, Any]:
 
 def _constants(task: Task) -> dict[str, Any]:
     """What has a derivative, without windows: hypergradient descent makes its own schedule."""
-    return {name: _one_window(value) for name, value in _derivable(task).items()}
+    return {name: without_schedule(value) for name, value in _derivable(task).items()}
 
 
 def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searcher]:
@@ -229,7 +231,7 @@ def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searc
     def of_task(task: Task) -> Searcher:
         tuned = space(task)
         origin = Descent(gradient_ranges(tuned)[0]).values
-        point = {name: _like(tuned[name], values.tolist()) for name, values in origin.items()}
+        point = in_form_of(tuned, origin)
         return RandomSearch(tuned, metric="val_loss", mode="min", seed=task.seed, points_to_evaluate=[point])
 
     return of_task
@@ -268,11 +270,22 @@ def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
 
 def _around_self_tuning(task: Task) -> Searcher:
     """The optimizer is tuned from run to run; it begins at customary values, since a run is a search of its own."""
-    outside = {name: _one_window(value) for name, value in task.part(of_training_loss=False).items()}
+    outside = {name: without_schedule(value) for name, value in task.part(of_training_loss=False).items()}
     if not outside:
         return _seeds(task)
-    first = {name: value for name, value in customary(task.optimizer).items() if name in outside}
-    return RandomSearch(outside, "val_loss", "min", seed=task.seed, points_to_evaluate=[first])
+    known = {name: entry for name, entry in outside.items() if name in customary(task.optimizer)}
+    return RandomSearch(outside, "val_loss", "min", seed=task.seed, points_to_evaluate=[_customary_point(known, task)])
+
+
+def _customary_point(space: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """The customary values nearest in a space of some of their hyperparameters, without those it has no range of."""
+    point: dict[str, Any] = {}
+    for name, entry in space.items():
+        with suppress(InputError):
+            limits = gradient_ranges({name: entry})[0][name]
+            nearest = limits.project(torch.tensor([customary(task.optimizer)[name]], dtype=torch.float64))
+            point |= in_form_of(space, {name: nearest})
+    return point
 
 
 def _seeds(task: Task) -> Searcher:
@@ -287,15 +300,6 @@ def _cosine(task: Task) -> Trainable:
     if isinstance(lr, int | float):  # else it is held at a schedule
         values["lr"] = {str(step): lr * (1 + cos(pi * step / steps)) / 2 for step in range(steps)}
     return plain_training(replace(task, fixed=values))
-
-
-def _like(entry: Any, values: list[float]) -> Any:
-    """Values in the form of a space's entry: by window for a schedule, else the only one."""
-    return {str(window): value for window, value in enumerate(values)} if isinstance(entry, Mapping) else values[0]
-
-
-def _one_window(value: Any) -> Any:
-    return next(iter(value.values())) if isinstance(value, Mapping) else value
 
 
 METHODS: dict[str, Method] = {
@@ -417,14 +421,31 @@ def customary(optimizer: str | Optimizer) -> dict[str, float]:
 
 
 def optimizer_space(optimizer: str | Optimizer, windows: int) -> dict[str, Any]:
-    """A space for the inner optimizer: a learning-rate schedule, and momentum and weight decay where it has them."""
-    known = get_optimizer(optimizer).hyperparameters
-    largest = {
-        "lr": 1.0 if get_optimizer(optimizer).name in ("sgd", "nesterov") else 0.03,
-        "momentum": 0.99,
-        "weight_decay": 0.01,
+    """A space for the inner optimizer: a learning-rate schedule, and momentum and weight decay where it has them.
+
+    Each is on the scale on which people choose it: the learning rate log-uniform in [1e-4, 1] (of optimizers that adapt
+    to the gradient's size [1e-5, 0.1]), weight decay log-uniform in [1e-6, 1e-2], and 1 minus momentum log-uniform in
+    [0.01, 1].
+    """
+    known = get_optimizer(optimizer)
+    plain = known.name in ("sgd", "nesterov")
+    entries = {
+        "lr": schedule(tune.loguniform(1e-4, 1) if plain else tune.loguniform(1e-5, 0.1), windows),
+        "momentum": complement(tune.loguniform(0.01, 1)),
+        "weight_decay": tune.loguniform(1e-6, 1e-2),
     }
-    domains = {name: tune.uniform(0, upper) for name, upper in largest.items() if name in known}
+    return {name: entry for name, entry in entries.items() if name in known.hyperparameters}
+
+
+def paper_space(optimizer: str | Optimizer, windows: int) -> dict[str, Any]:
+    """The FDS paper's wide linear space (Micaelli & Storkey 2021): `optimizer_space` without knowledge of scales.
+
+    All are uniform: the learning rate in (0, 1), of optimizers that adapt to the gradient's size in (0, 0.03), momentum
+    in (0, 0.99), weight decay in (0, 0.01).
+    """
+    known = get_optimizer(optimizer)
+    largest = {"lr": 1.0 if known.name in ("sgd", "nesterov") else 0.03, "momentum": 0.99, "weight_decay": 0.01}
+    domains = {name: tune.uniform(0, upper) for name, upper in largest.items() if name in known.hyperparameters}
     return {**domains, "lr": schedule(domains["lr"], windows)}
 
 

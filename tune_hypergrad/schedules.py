@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tune_hypergrad.curves import Curve, curves_of
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.space import is_number_or_windows, windows_of
+from tune_hypergrad.space import flat_values, is_hyperparameter, put
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FORMAT, _VERSION = "tune_hypergrad/schedule", 1
+_FORMAT, _VERSION = "tune_hypergrad/schedule", 2
+_READABLE = (1, 2)  # version 1 had windows only
+_DRAWN = 200
+"""Equal parts of training in which a curve is drawn."""
 _BETAS = ("beta1", "beta2")
 _LOG_AXIS_FROM = 100.0  # largest over smallest value from which a linear axis hides the small ones
 
@@ -39,36 +44,39 @@ class Schedule:
     ```python
     schedule = Schedule({"lr": (0.1, 0.05, 0.01), "momentum": (0.9,)})
     scheduler = schedule.scheduler(optimizer, total_steps=3000)  # then scheduler.step() after every optimizer.step()
+    Schedule({"lr": {"cosine": {"peak": 0.1, "warm_up": 0.05, "floor": 0.01}}, "momentum": {"one_minus": 0.1}})
     ```
 
     Raises:
-        InputError: there is no hyperparameter, or a value is neither a finite number nor windows of such.
+        InputError: there is no hyperparameter, or a value is neither finite numbers nor such numbers by window, or as
+            a trial's config has them for another kind of schedule.
     """
 
-    values: Mapping[str, tuple[float, ...]]
-    """Name to one value per window; window i of N covers progress [i/N, (i+1)/N). Numbers and lists are read too."""
+    values: Mapping[str, tuple[float, ...] | Curve]
+    """Name to one value per window, window i of N covering progress [i/N, (i+1)/N), or to a `Curve`. Numbers, lists and
+    entries of trial configs are read too; of complements, the values themselves are kept: 0.9 of {"one_minus": 0.1}."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Mapping) or not self.values:
             raise InputError("a schedule needs at least one hyperparameter, such as Schedule({'lr': (0.1, 0.01)})")
-        object.__setattr__(self, "values", {name: _windows(name, value) for name, value in self.values.items()})
+        object.__setattr__(self, "values", {name: _read(name, value) for name, value in self.values.items()})
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {' | '.join(f'{v:.4g}' for v in windows)}" for name, windows in self.values.items())
+        return ", ".join(f"{name} {_in_words(value)}" for name, value in self.values.items())
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], names: Iterable[str] | None = None) -> Schedule:
         """The schedule in a resolved trial config.
 
         Args:
-            config: name to number, windows of numbers (see `windows_of`), or anything else.
-            names: exactly these hyperparameters; by default every entry that is a number or windows of numbers.
+            config: name to number, windows, knots or a shape of numbers (see `flat_values`), or anything else.
+            names: exactly these hyperparameters; by default every entry that is one.
 
         Raises:
             InputError: a name is missing or not numeric, or no entry is numeric.
         """
         if names is None:
-            names = [name for name, value in config.items() if is_number_or_windows(value)]
+            names = [name for name, value in config.items() if is_hyperparameter(value)]
         names = list(names)
         missing = [name for name in names if name not in config]
         if missing:
@@ -76,20 +84,31 @@ class Schedule:
         return cls({name: config[name] for name in names})
 
     @classmethod
-    def from_tensors(cls, values: Mapping[str, Tensor]) -> Schedule:
-        """The schedule of hyperparameters' values as the engine has them, each of shape [windows]."""
-        return cls({name: tuple(windows.tolist()) for name, windows in values.items()})
+    def from_tensors(cls, values: Mapping[str, Tensor], fixed: Mapping[str, Any] | None = None) -> Schedule:
+        """The schedule of hyperparameters' values as the engine has them.
+
+        Args:
+            values: by flat name: `lr` of shape [windows], `lr/knots` of shape [knots], `lr/cosine/peak` of shape [1].
+            fixed: entries of hyperparameters, and of parts of curves by flat name, that are held.
+
+        Raises:
+            InputError: a curve lacks a part, or there is nothing.
+        """
+        numbers = {**flat_values(fixed or {}), **{name: tuple(value.tolist()) for name, value in values.items()}}
+        return cls(curves_of(numbers))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The values as the engine takes them: float64, each of shape [windows]."""
-        return {name: torch.tensor(windows, dtype=torch.float64) for name, windows in self.values.items()}
+        """The values as the engine takes them, by flat name (see `from_tensors`): float64."""
+        return {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in flat_values(self.values).items()}
 
     def to_config(self) -> dict[str, Any]:
-        """The schedule as config entries: a float for one window, `{"0": float, ...}` for several."""
-        return {
-            name: windows[0] if len(windows) == 1 else {str(i): value for i, value in enumerate(windows)}
-            for name, windows in self.values.items()
-        }
+        """The schedule as config entries: a float for one window, `{"0": float, ...}` for several, and such as
+        `{"cosine": {"peak": float, ...}}` for a curve."""
+        return {name: _entry(value) for name, value in self.values.items()}
+
+    def entries(self) -> dict[str, Any]:
+        """The values in plain Python types, as a file has them: a tuple of windows, or a curve's config."""
+        return {name: v.entry if isinstance(v, Curve) else v for name, v in self.values.items()}
 
     def at(self, progress: float) -> dict[str, float]:
         """Every hyperparameter's value at a training progress in [0, 1).
@@ -101,12 +120,17 @@ class Schedule:
             raise InputError(f"training progress is {progress!r}: it must be at least 0 and below 1")
         # comparing with i/N, rounded as the caller rounds it, puts at(i/N) into window i; N * progress may fall below i
         return {
-            name: windows[bisect_right([i / len(windows) for i in range(1, len(windows))], progress)]
-            for name, windows in self.values.items()
+            name: value.at(progress)
+            if isinstance(value, Curve)
+            else value[bisect_right([i / len(value) for i in range(1, len(value))], progress)]
+            for name, value in self.values.items()
         }
 
     def at_step(self, step: int, total_steps: int) -> dict[str, float]:
-        """Every hyperparameter's value at an inner step: element floor(N step / total_steps), in integer arithmetic.
+        """Every hyperparameter's value at an inner step: the very value that training has there.
+
+        Of N windows it is element floor(N step / total_steps), in integer arithmetic; a curve is taken in the middle
+        of the step, at progress (step + 1/2) / total_steps.
 
         Args:
             step: from 0 to `total_steps` - 1.
@@ -120,7 +144,24 @@ class Schedule:
             raise InputError(
                 f"step is {step!r}: with total_steps={total_steps} it must be a whole number in 0..{total_steps - 1}"
             )
-        return {name: windows[len(windows) * step // total_steps] for name, windows in self.values.items()}
+        return {
+            name: value.at_step(step, total_steps)
+            if isinstance(value, Curve)
+            else value[len(value) * step // total_steps]
+            for name, value in self.values.items()
+        }
+
+    def windows(self, name: str, count: int = _DRAWN) -> tuple[float, ...]:
+        """One hyperparameter's values by windows: its own, or a curve's in the middles of `count` equal parts."""
+        value = self.values[name]
+        return value.at_steps(count) if isinstance(value, Curve) else value
+
+    def span(self, name: str) -> tuple[float, ...]:
+        """The values of `windows` that an axis is chosen by: how near to 0 a curve with a peak begins and ends is no
+        reason for a logarithm."""
+        value, windows = self.values[name], self.windows(name)
+        least = max(windows) / 50 if isinstance(value, Curve) and value.has_peak else min(windows)
+        return tuple(max(each, least) for each in windows)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the schedule as a JSON file that `load` reads back exactly; a file is replaced whole or not at all.
@@ -128,7 +169,7 @@ class Schedule:
         Raises:
             InputError: the file cannot be written.
         """
-        text = json.dumps({"format": _FORMAT, "version": _VERSION, "values": self.values}, indent=2)
+        text = json.dumps({"format": _FORMAT, "version": _VERSION, "values": self.entries()}, indent=2)
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
         try:
@@ -158,7 +199,7 @@ class Schedule:
             raise InputError(
                 f"{path} is no schedule file: its format is not {_FORMAT!r}: use one that Schedule.save wrote"
             )
-        if content.get("version") != _VERSION:
+        if content.get("version") not in _READABLE:
             raise InputError(
                 f"schedule file {path} has version {content.get('version')!r}, not {_VERSION}: upgrade tune_hypergrad"
             )
@@ -169,30 +210,50 @@ class Schedule:
             raise InputError(f"schedule file {path}: {error}") from error
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per hyperparameter and window: `hyperparameter`, `window`, `start`, `end` (progress), `value`."""
+        """One row per hyperparameter and window: `hyperparameter`, `window`, `start`, `end` (progress), `value`.
+
+        A curve has its values in the middles of 200 equal parts.
+        """
         import pandas as pd
 
         rows = [
             (name, i, i / len(windows), (i + 1) / len(windows), value)
-            for name, windows in self.values.items()
+            for name, windows in ((name, self.windows(name)) for name in self.values)
             for i, value in enumerate(windows)
         ]
         return pd.DataFrame(rows, columns=["hyperparameter", "window", "start", "end", "value"])
 
     def to_scalars(self, prefix: str = "schedule") -> dict[str, float]:
-        """Flat scalars for TensorBoard: `schedule/lr/0`, `schedule/lr/1`, ...; `schedule/momentum` for one window."""
+        """Flat scalars for TensorBoard: `schedule/lr/0`, `schedule/lr/1`, ...; `schedule/momentum` for one window;
+        `schedule/lr/knots/0`, ... and `schedule/lr/cosine/peak` of curves."""
         scalars: dict[str, float] = {}
-        for name, windows in self.values.items():
+        for name, windows in flat_values(self.values).items():
             if len(windows) == 1:
                 scalars[f"{prefix}/{name}"] = windows[0]
             else:
                 scalars.update({f"{prefix}/{name}/{i}": value for i, value in enumerate(windows)})
         return scalars
 
+    @classmethod
+    def from_scalars(cls, scalars: Mapping[str, float], prefix: str = "schedule") -> Schedule:
+        """The schedule that `to_scalars` wrote; what else `scalars` has, and NaN, is left out.
+
+        Raises:
+            InputError: there is none.
+        """
+        config: dict[str, Any] = {}
+        for key, value in scalars.items():
+            first, *path = str(key).split("/")
+            if first != prefix or not path or value != value:
+                continue
+            put(config, path, float(value))
+        return cls(config)
+
     def plot(self, axes: Axes | Sequence[Axes] | None = None) -> Figure:
         """Draw every hyperparameter over training progress, one panel each.
 
-        Values above 0 that span a factor of 100 or more are drawn on a logarithmic axis.
+        Values above 0 that span a factor of 100 or more are drawn on a logarithmic axis, unless they are a curve's with
+        a peak, which begins and may end near 0.
 
         Args:
             axes: as many matplotlib axes as there are hyperparameters; by default a new figure, which pyplot does not
@@ -207,8 +268,8 @@ class Schedule:
         panels = _new_panels(len(self.values)) if axes is None else _as_panels(axes)
         if len(panels) != len(self.values):
             raise InputError(f"plot got {len(panels)} axes for {len(self.values)} hyperparameters: pass one for each")
-        for panel, (name, windows) in zip(panels, self.values.items(), strict=True):
-            _draw(panel, name, windows)
+        for panel, name in zip(panels, self.values, strict=True):
+            _draw(panel, self, name)
         panels[-1].set_xlabel("training progress")
         figure = panels[0].figure.figure  # of a subfigure's axes, the figure it is in
         figure.align_ylabels(panels)
@@ -254,7 +315,7 @@ class Schedule:
         # While momentum is 0, torch.optim.SGD keeps no buffer and RMSprop never makes one: when a later window turns
         # momentum on, SGD would have forgotten the last gradient and RMSprop would fail. The smallest normal float
         # keeps the buffer going and multiplies it by what rounds to nothing.
-        if name == "momentum" and value == 0 and any(self.values[name]):
+        if name == "momentum" and value == 0 and any(self.windows(name)):
             return sys.float_info.min
         return value
 
@@ -315,16 +376,25 @@ class ScheduleLR(LRScheduler):
         return min(self.last_epoch, self.total_steps - 1)
 
 
-def _windows(name: str, value: Any) -> tuple[float, ...]:
+def _read(name: str, value: Any) -> tuple[float, ...] | Curve:
     if not isinstance(name, str):
         raise InputError(f"a hyperparameter is called {name!r}: its name must be a string")
-    try:
-        windows = windows_of(value)
-    except InputError as error:
-        raise InputError(f"hyperparameter {name!r}: {error}") from error
-    if not all(map(math.isfinite, windows)):
-        raise InputError(f"hyperparameter {name!r} has a value that is not finite in {list(windows)}: replace it")
-    return windows
+    (read,) = curves_of(flat_values({name: value})).values()
+    if isinstance(read, Curve):
+        read.refuse_impossible(name)
+    elif not all(map(math.isfinite, read)):
+        raise InputError(f"hyperparameter {name!r} has a value that is not finite in {list(read)}: replace it")
+    return read
+
+
+def _entry(value: tuple[float, ...] | Curve) -> Any:
+    if isinstance(value, Curve):
+        return value.entry
+    return value[0] if len(value) == 1 else {str(i): each for i, each in enumerate(value)}
+
+
+def _in_words(value: tuple[float, ...] | Curve) -> str:
+    return str(value) if isinstance(value, Curve) else " | ".join(f"{each:.4g}" for each in value)
 
 
 def _check_total_steps(total_steps: int) -> None:
@@ -367,10 +437,14 @@ def _as_panels(axes: Axes | Sequence[Axes]) -> list[Axes]:
     return [axes] if isinstance(axes, SingleAxes) else list(axes)
 
 
-def _draw(panel: Axes, name: str, windows: tuple[float, ...]) -> None:
+def _draw(panel: Axes, schedule: Schedule, name: str) -> None:
+    windows, span = schedule.windows(name), schedule.span(name)
     edges = [i / len(windows) for i in range(len(windows) + 1)]
-    panel.stairs(windows, edges, baseline=None, linewidth=2)
-    if min(windows) > 0 and max(windows) / min(windows) >= _LOG_AXIS_FROM:
+    if isinstance(schedule.values[name], Curve):
+        panel.plot([(a + b) / 2 for a, b in pairwise(edges)], windows, linewidth=2)
+    else:
+        panel.stairs(windows, edges, baseline=None, linewidth=2)
+    if min(span) > 0 and max(span) / min(span) >= _LOG_AXIS_FROM:
         panel.set_yscale("log")
     panel.set_xlim(0, 1)
     panel.margins(y=0.15)

@@ -77,11 +77,12 @@ def schedules(comparison: Comparison, *, width: float = WIDE) -> Figure:
     columns = max(1, round(width / 2.4))
     figure, panels = drawing.panels(len(names[:_PANELS]), width, columns, height=1.9)
     for axes, name in zip(panels, names, strict=False):
-        own = {method: found.values[name] for method, found in best.items() if name in found.values}
+        own = {method: found.windows(name) for method, found in best.items() if name in found.values}
+        spans = [best[method].span(name) for method in own]
         for method, values in own.items():
             _draw_schedule(axes, values, {**look.line(method), "label": method})
         drawing.plain(axes)
-        drawing.scale_schedule(axes, np.concatenate(list(own.values())))
+        drawing.scale_schedule(axes, np.concatenate(spans))
         axes.set_title(drawing.shortened(name, 32), loc="left")
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))

@@ -20,6 +20,7 @@ from tune_hypergrad.comparison.records import GRID, RETRAINING
 from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.comparison.session import grows
+from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.ledger import Account
@@ -323,9 +324,17 @@ def _kind(factory: PlacementGroupFactory) -> str:
 
 
 def _in_words(entry: Any) -> str:
-    windows = f", {len(entry)} windows" if isinstance(entry, Mapping) else ""
-    domain = next(iter(entry.values())) if isinstance(entry, Mapping) else entry
-    if not hasattr(domain, "domain_str"):
-        return str(domain)
-    sampler = type(domain.get_sampler()).__name__.strip("_").lower()
-    return f"{sampler} {domain.domain_str}{windows}"
+    if not isinstance(entry, Mapping) or not entry:
+        domain: Any = entry
+        if not hasattr(domain, "domain_str"):
+            return str(domain)
+        sampler = type(domain.get_sampler()).__name__.strip("_").lower()
+        return f"{sampler} {domain.domain_str}"
+    key, inner = next(iter(entry.items()))
+    if key == ONE_MINUS:
+        return f"1 - {_in_words(inner)}"
+    if key == KNOTS:
+        return f"{_in_words(next(iter(inner.values())))}, {len(inner)} knots"
+    if key in PARTS:
+        return f"{key}: {', '.join(f'{part} {_in_words(domain)}' for part, domain in inner.items())}"
+    return _in_words(inner) + (f", {len(entry)} windows" if hasattr(inner, "domain_str") else "")

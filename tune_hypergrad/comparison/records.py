@@ -400,13 +400,7 @@ def schedule_of(row: Mapping[str, Any] | pd.Series, folder: Path) -> Schedule:
     named = row.get(SCHEDULE_COLUMN)
     if isinstance(named, str):
         return Schedule.load(folder / SCHEDULES_FOLDER / named)
-    windows: dict[str, dict[int, float]] = {}
-    for key, value in row.items():
-        prefix, _, name = str(key).partition("/")
-        if prefix == "schedule" and value == value:
-            name, _, window = name.partition("/")
-            windows.setdefault(name, {})[int(window or 0)] = float(value)
-    return Schedule({name: tuple(values[i] for i in sorted(values)) for name, values in windows.items()})
+    return Schedule.from_scalars(row)
 
 
 def larger_is_better(measure: str) -> bool | None:

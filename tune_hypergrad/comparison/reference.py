@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import ceil, exp, floor, inf, log
 from typing import Any
@@ -10,39 +10,38 @@ from typing import Any
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.space import Place, is_entry, places_of, put
 
 
 def grid_points(space: Mapping[str, Any], trainings: int) -> list[dict[str, Any]]:
-    """Configurations on a full grid over a space, of which a schedule's windows share one value.
+    """Configurations on a full grid over a space, of which a schedule's windows, or knots, share one value.
 
     Args:
         space: Ray domains by name.
-        trainings: as many points at the most; every hyperparameter gets the same number of values, at the middles of
-            as many parts of its range.
+        trainings: as many points at the most; every hyperparameter, and every number of a curve with a peak, gets the
+            same number of values, at the middles of as many parts of its range.
 
     Raises:
         InputError: `trainings` does not allow two values for each, or a domain is of an unknown kind.
     """
-    tuned = [name for name, entry in space.items() if isinstance(_domain(entry), Domain)]
+    places = [place for name, entry in space.items() for place in places_of(name, entry, is_entry) or ()]
+    tuned = {place.name: place.leaf for place in places if isinstance(place.leaf, Domain)}
     values = floor(trainings ** (1 / len(tuned)) + 1e-9) if tuned else 1
     if values < 2 and tuned:
         raise InputError(
             f"a grid over {len(tuned)} hyperparameters needs at least {2 ** len(tuned)} trainings, not {trainings}: "
             f"give grid:{2 ** len(tuned)} or more, or search fewer"
         )
-    columns = [_values(name, _domain(space[name]), values) for name in tuned]
-    return [
-        {**space, **{name: _like(space[name], value) for name, value in zip(tuned, point, strict=True)}}
-        for point in product(*columns)
-    ]
+    columns = [_values(name, domain, values) for name, domain in tuned.items()]
+    return [_at(space, places, dict(zip(tuned, point, strict=True))) for point in product(*columns)]
 
 
-def _domain(entry: Any) -> Any:
-    return next(iter(entry.values())) if isinstance(entry, Mapping) else entry
-
-
-def _like(entry: Any, value: Any) -> Any:
-    return dict.fromkeys(entry, value) if isinstance(entry, Mapping) else value
+def _at(space: Mapping[str, Any], places: Sequence[Place], point: Mapping[str, Any]) -> dict[str, Any]:
+    """The space with a point's values in the places of domains."""
+    config = {name: entry for name, entry in space.items() if name not in {place.path[0] for place in places}}
+    for place in places:
+        put(config, place.path, point.get(place.name, place.leaf))
+    return {name: config[name] for name in space}
 
 
 def _values(name: str, domain: Any, count: int) -> list[Any]:

@@ -26,6 +26,7 @@ from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.series import Granted, distinct_units
 from tune_hypergrad.comparison.tables import Column, TextTable
 from tune_hypergrad.comparison.troubles import Trouble
+from tune_hypergrad.curves import Curve
 from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
 REPORT_FILE = "report.html"
@@ -269,9 +270,13 @@ def _lines_in_words(granted: Granted) -> str:
 def _schedules_in_words(comparison: Comparison) -> str:
     found = pictures.best_schedules(comparison)
     return "; ".join(
-        f"{method}: {', '.join(f'{name} {values[0]:.3g} to {values[-1]:.3g}' for name, values in s.values.items())}"
-        for method, s in found.items()
+        f"{method}: {', '.join(f'{name} {_in_short(value)}' for name, value in each.values.items())}"
+        for method, each in found.items()
     )
+
+
+def _in_short(values: tuple[float, ...] | Curve) -> str:
+    return str(values) if isinstance(values, Curve) else f"{values[0]:.3g} to {values[-1]:.3g}"
 
 
 def _markdown(table: TextTable) -> str:

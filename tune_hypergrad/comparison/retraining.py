@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 from ray.tune.search import Searcher
-from torch.utils.data import ConcatDataset, TensorDataset
 
 from tune_hypergrad.comparison.records import RETRAINING, Comparison
-from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.methods import Task, is_whole, training_reports
-from tune_hypergrad.problem import Problem
+from tune_hypergrad.problems.splits import with_val
 from tune_hypergrad.searchers.portfolio import RETRAINS, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.space import is_number
@@ -131,13 +128,3 @@ class RetrainingSearch(QueueSearch):
 
 def _is_share(value: Any) -> bool:
     return is_number(value) and 0 < value <= 1
-
-
-def with_val(problem: Problem) -> Problem:
-    """The problem with its validation examples among those of training; what is reported of them then means little."""
-    train, val = problem.train, problem.val
-    assert isinstance(train, Split) and isinstance(val, Split)
-    if train.tensors is not None and val.tensors is not None:
-        return problem.replace(train=tuple(torch.cat(pair) for pair in zip(train.tensors, val.tensors, strict=True)))
-    parts = [TensorDataset(*s.tensors) if s.tensors is not None else s.dataset for s in (train, val)]
-    return problem.replace(train=ConcatDataset(parts))  # type: ignore[arg-type]

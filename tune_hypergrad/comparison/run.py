@@ -110,7 +110,7 @@ def compare(
         budget: what every method with every seed may spend, such as "600e" (see `Budget.parse`). At the most one
             result of one trial goes over it. Retraining is not part of it.
         space: Ray domains by name, the same for all; by default a learning-rate schedule of 7 windows, momentum and
-            weight decay, and the problem's regularisers.
+            weight decay (see `optimizer_space`), and the problem's regularisers.
         seeds: of the methods and their trials: a number of them, from 0 on, or a list.
         epochs: length of one training run.
         optimizer: inner optimizer, by name or an `Optimizer` of one's own.

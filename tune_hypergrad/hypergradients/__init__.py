@@ -6,20 +6,36 @@ from tune_hypergrad.hypergradients.hypergradient import hypergradient, hypergrad
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.online import OnlineRun
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Optimizer, get_optimizer
-from tune_hypergrad.hypergradients.outer import OUTER_UPDATES, Descent, OuterLoop
+from tune_hypergrad.hypergradients.outer import (
+    OUTER_UPDATES,
+    Descent,
+    Evaluated,
+    Outcome,
+    OuterSearch,
+    PaperSearch,
+    Proposal,
+)
+from tune_hypergrad.hypergradients.robust import RobustSearch
 from tune_hypergrad.hypergradients.run import HypergradientResult
+from tune_hypergrad.hypergradients.sharing import Sharing
 
 __all__ = [
     "OPTIMIZERS",
     "OUTER_UPDATES",
     "Descent",
     "EnsembleLoop",
+    "Evaluated",
     "HypergradientResult",
     "InnerLoop",
     "OnlineRun",
     "Optimizer",
-    "OuterLoop",
+    "Outcome",
+    "OuterSearch",
+    "PaperSearch",
     "ProblemCheck",
+    "Proposal",
+    "RobustSearch",
+    "Sharing",
     "TrainingSettings",
     "check_problem",
     "get_optimizer",

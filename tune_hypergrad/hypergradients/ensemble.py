@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from math import isfinite, nan
+from math import inf, nan
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +50,8 @@ class NotTogetherError(InputError):
 class EnsembleRun(ReverseRun):
     """S runs at once by reverse mode; arguments as for `ReverseRun`.
 
-    `hypergradients` are the mean over the runs. A run that diverges leaves the others as they are; its own
-    hypergradients are NaN, and so is the mean.
+    `hypergradients` are the mean over the runs, `by_step` has those of each, of shape [S, T]. The mean of the final
+    validation losses decides whether the ensemble is rejected, and with it every run: one that diverges does that.
     """
 
     loop: EnsembleLoop
@@ -63,18 +63,23 @@ class EnsembleRun(ReverseRun):
         *,
         horizon: int | None = None,
         val_examples: int | None = None,
+        reject_above: float = inf,
         keep_all: bool = True,
     ) -> None:
-        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
+        super().__init__(
+            loop,
+            hyperparameters,
+            horizon=horizon,
+            val_examples=val_examples,
+            reject_above=reject_above,
+            keep_all=keep_all,
+        )
         self._mode = members_differentiable
-        self._of_members = {
-            name: values.new_zeros(len(values), len(loop.seeds)) for name, values in self.hyperparameters.items()
-        }
+        self._of_members, self.by_step = (
+            {name: values.repeat(len(loop.seeds), 1) for name, values in single.items()}
+            for single in (self.hypergradients, self.by_step)
+        )
         self._finals: list[Evaluation] = []
-
-    @property
-    def has_diverged(self) -> bool:
-        return bool(self._finals) and not any(isfinite(final.loss) for final in self._finals)
 
     def _advance_one(self) -> None:
         try:
@@ -86,9 +91,13 @@ class EnsembleRun(ReverseRun):
         except Exception as error:
             raise NotTogetherError(in_one_line(error)) from error
 
-    def _add(self, name: str, window: int, value: Tensor) -> None:
-        self._of_members[name][window] += value
-        self.hypergradients[name][window] = self._of_members[name][window].mean()
+    def _add(self, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
+        self._add_to(self._of_members, step, by_hyperparameters)
+        self.hypergradients = {name: windows.mean(0) for name, windows in self._of_members.items()}
+
+    def _forget_hypergradients(self) -> None:
+        super()._forget_hypergradients()
+        self._of_members = {name: torch.full_like(windows, nan) for name, windows in self._of_members.items()}
 
     def _evaluate_at_end(self, state: State, end: int) -> Evaluation:
         evaluations = self.loop.evaluate_members(state, gradient=True, examples=self.val_examples, draw=end)
@@ -103,10 +112,6 @@ class EnsembleRun(ReverseRun):
     def _evaluate_final(self, state: State, evaluation: Evaluation) -> None:
         super()._evaluate_final(state, evaluation)
         self._finals = [Evaluation(final.loss, final.metrics) for final in self._finals]
-        for member, final in enumerate(self._finals):
-            if not isfinite(final.loss):  # as a run by itself has none
-                for windows in self._of_members.values():
-                    windows[:, member] = nan
 
     def result(self) -> HypergradientResult:
         assert self.done
@@ -115,7 +120,7 @@ class EnsembleRun(ReverseRun):
         cost = Cost(**{name: type(spent)(spent / count) for name, spent in vars(self.cost).items()})
         members = tuple(
             HypergradientResult(
-                hypergradients={name: windows[:, number].clone() for name, windows in self._of_members.items()},
+                hypergradients={name: windows[number].clone() for name, windows in self._of_members.items()},
                 val_loss=final.loss,
                 metrics=final.metrics,
                 params=member.unflatten(state.params),
@@ -152,6 +157,7 @@ class RunsInTurn(HypergradientRun):
         hyperparameters: values by name, each of shape [N].
         begin: makes the run of one inner loop; all of them are of one mode.
         reason: why they do not go together.
+        reject_above: the mean of the final validation losses above which all are rejected, as in `EnsembleRun`.
     """
 
     loop: EnsembleLoop
@@ -162,8 +168,10 @@ class RunsInTurn(HypergradientRun):
         hyperparameters: Hyperparameters,
         begin: Callable[[InnerLoop], HypergradientRun],
         reason: str,
+        *,
+        reject_above: float = inf,
     ) -> None:
-        super().__init__(loop, hyperparameters, horizon=None, val_examples=None)
+        super().__init__(loop, hyperparameters, horizon=None, val_examples=None, reject_above=reject_above)
         self._begin, self._runs = begin, [begin(loop.members[0])]
         self.differentiation = self._runs[0].differentiation
         self.reason = f"one run after another: {reason}"
@@ -175,9 +183,11 @@ class RunsInTurn(HypergradientRun):
 
     def _advance_one(self) -> None:
         run = self._next()
+        if run.position == self.loop.steps and isinstance(run, ReverseRun) and self.final is None:
+            self._judge()
         before = run.position
         run.advance(1)
-        self.position += run.position - before - 1  # those that a run that has diverged leaves out
+        self.position += run.position - before - 1  # those that a rejected run leaves out
         if len(self._runs) == len(self.loop.seeds) and run.position in (self.loop.steps, run.length):
             self.state = self.loop.together([run.state for run in self._runs])
         if self.position + 1 == self.length:
@@ -192,10 +202,32 @@ class RunsInTurn(HypergradientRun):
                 return self._runs[number]
         return next(run for run in self._runs if not run.done)
 
+    def _judge(self) -> None:
+        """Find the mean of the final validation losses; above the limit, nothing is to be had from any of the runs."""
+        for run in self._runs:
+            if isinstance(run, ReverseRun):
+                run.assess()
+        self.final = mean_of([run.final for run in self._runs if run.final is not None])
+        if self.rejected:
+            for run in self._runs:
+                run.reject()
+
     def _finish(self) -> None:
-        results = [run.result() for run in self._runs]
-        self.hypergradients = mean_hypergradients(results)
-        self.final = mean_of([Evaluation(result.val_loss, result.metrics) for result in results])
+        if self.final is None:
+            self._judge()
+        self.hypergradients = mean_hypergradients([run.result() for run in self._runs])
+
+    @property
+    def by_step(self) -> dict[str, Tensor]:
+        """Of reverse mode, each step's own derivatives as those of `EnsembleRun`: by hyperparameter, shape [S, T]."""
+        runs = [run for run in self._runs if isinstance(run, ReverseRun)]
+        if not runs:
+            raise AttributeError("forward mode has no derivatives by single steps: differentiate by reverse mode")
+        found = {name: values.new_zeros(len(self.loop.seeds), len(values)) for name, values in runs[0].by_step.items()}
+        for name, rows in found.items():
+            for row, run in zip(rows, runs, strict=False):  # those that have not begun have not gone back either
+                row.copy_(run.by_step[name])
+        return found
 
     @property
     def cost(self) -> Cost:
@@ -221,6 +253,9 @@ class RunsInTurn(HypergradientRun):
         for run, of_run in zip(self._runs, saved["runs"], strict=True):
             run.load_state_dict(of_run)
         super().load_state_dict(saved)
+        if self.rejected:
+            for run in self._runs:
+                run.reject()
 
 
 def mean_hypergradients(results: Sequence[HypergradientResult]) -> Hyperparameters:
@@ -329,10 +364,7 @@ class _Trial:
 
     def __init__(self, loop: EnsembleLoop, hyperparameters: Hyperparameters) -> None:
         self._loop = loop
-        self._values = {
-            name: values.detach()[: loop.steps].to(device=loop.device, dtype=loop.dtype)
-            for name, values in hyperparameters.items()
-        }
+        self._values = {name: loop.placed(name, values) for name, values in hyperparameters.items()}
         self.flops = 0.0
         """Of a training step of one run."""
 

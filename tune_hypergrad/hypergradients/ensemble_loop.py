@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from numbers import Integral
-from statistics import fmean
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from tune_hypergrad.hypergradients.member_draws import MemberDraws
 from tune_hypergrad.hypergradients.normalisation import batch_norm, instance_norm
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Slots
 from tune_hypergrad.hypergradients.partial_update import Block
-from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
+from tune_hypergrad.hypergradients.state import Buffers, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, StopGradient
 from tune_hypergrad.hypergradients.substitution import Substitutes
 from tune_hypergrad.problem import Problem
@@ -86,7 +85,7 @@ class EnsembleLoop(InnerLoop):
             states[0].counts,
         )
 
-    def scalars(self, hyperparameters: Hyperparameters, step: int) -> dict[str, Tensor]:
+    def scalars(self, hyperparameters: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The tuned hyperparameters' values in force at `step`, each of shape [S]."""
         common = super().scalars(hyperparameters, step)
         return {name: value.repeat(len(self.seeds)) for name, value in common.items()}
@@ -228,14 +227,15 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Mean figures of several runs, the standard deviation of their losses as `loss_std`, and their gradients."""
-    losses = [evaluation.loss for evaluation in evaluations]
-    names = evaluations[0].metrics
-    metrics = {name: fmean(evaluation.metrics[name] for evaluation in evaluations) for name in names}
-    metrics[LOSS_SPREAD] = float(np.std(losses, ddof=1))
+    # by torch, which takes infinite losses without a word
+    losses = torch.tensor([evaluation.loss for evaluation in evaluations], dtype=torch.float64)
+    figures = torch.tensor([list(evaluation.metrics.values()) for evaluation in evaluations], dtype=torch.float64)
+    metrics = dict(zip(evaluations[0].metrics, figures.mean(0).tolist(), strict=True))
+    metrics[LOSS_SPREAD] = float(losses.std())
     gradients = [evaluation.gradient for evaluation in evaluations]
     of_buffers = [evaluation.buffer_gradients for evaluation in evaluations]
     return Evaluation(
-        fmean(losses),
+        float(losses.mean()),
         metrics,
         None if gradients[0] is None else torch.stack(gradients),  # type: ignore[arg-type]
         None
@@ -254,6 +254,7 @@ class MemberStops(DifferentiableStops):
             return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
 
 
+# torch's convolutions have rules for vmap, those that take their place in the adjoint of a single run have not
 _SUBSTITUTES: Substitutes = {F.batch_norm: batch_norm, F.instance_norm: instance_norm}
 
 

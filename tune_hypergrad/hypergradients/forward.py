@@ -4,7 +4,8 @@ With state s = (params, slots, buffers) and one inner step s' = step(s, h), the 
 
     Z' = (d step / d s) Z + (d step / d h) e,
 
-e selecting the column's hyperparameter while its window is open. A step is a gradient followed by an update, so Z goes
+e selecting the column's hyperparameter while its window is open; of a curve's number, e is the derivative of the step's
+value by that number. A step is a gradient followed by an update, so Z goes
 through `jvp` of the gradient (a Hessian product, all columns of a chunk at once under `vmap`) and then through `jvp` of
 the update. Memory is columns x state, whatever the number of steps. Micaelli & Storkey 2021, section 3.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, as_real, has_derivatives
@@ -58,16 +61,23 @@ class ForwardRun(HypergradientRun):
         *,
         horizon: int | None = None,
         val_examples: int | None = None,
+        reject_above: float = inf,
         clip_hessian_product: float | None = None,
         columns_at_once: int | None = COLUMNS_AT_ONCE,
     ) -> None:
-        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples)
+        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.clip_hessian_product = clip_hessian_product
-        windows = [(name, w, len(v)) for name, v in self.hyperparameters.items() for w in range(len(v))]
+        jacobians = self._jacobians()
+        self._seeds = {name: rows.to(device=loop.device, dtype=loop.dtype) for name, rows in jacobians.items()}
+        columns = [
+            (_first_step(jacobians[name][:, w]) if name in jacobians else _opening(w, len(v), loop.steps), name, w)
+            for name, v in self.hyperparameters.items()
+            for w in range(len(v))
+        ]
         # by the step at which a window opens: the columns in use are always the first ones
-        windows.sort(key=lambda column: _opening(column[1], column[2], loop.steps))
-        self.columns = [(name, window) for name, window, _ in windows]
-        self._openings = [_opening(window, count, loop.steps) for _, window, count in windows]
+        columns.sort(key=lambda column: column[0])
+        self.columns = [(name, window) for _, name, window in columns]
+        self._openings = [opening for opening, _, _ in columns]
         self.columns_at_once = columns_at_once or len(self.columns)
         self._in_use = 0
         self.tangent_params = torch.zeros(len(self.columns), loop.size, device=loop.device, dtype=loop.dtype)
@@ -126,13 +136,17 @@ class ForwardRun(HypergradientRun):
         return State(params, slots, buffers, counted(self.state.counts, without))
 
     def _selection(self, step: int) -> dict[str, Tensor]:
-        """e: for every hyperparameter, shape [columns in use], 1 where the column is its open window."""
+        """e: for every hyperparameter, shape [columns in use], 1 where the column is its open window; where it is a
+        curve's number, the derivative of the step's value."""
         selection = {
             name: torch.zeros(self._in_use, device=self.loop.device, dtype=self.loop.dtype)
-            for name in self.hyperparameters
+            for name in base_names(self.hyperparameters)
         }
         for column, (name, window) in enumerate(self.columns[: self._in_use]):
-            selection[name][column] = float(window == len(self.hyperparameters[name]) * step // self.loop.steps)
+            if name in self._seeds:
+                selection[split_name(name)[0]][column] = self._seeds[name][step, window]
+            else:
+                selection[name][column] = float(window == len(self.hyperparameters[name]) * step // self.loop.steps)
         return selection
 
     def _gradient_tangents(
@@ -248,6 +262,12 @@ class ForwardRun(HypergradientRun):
 def _opening(window: int, count: int, steps: int) -> int:
     """First step t with floor(count t / steps) = window."""
     return -(-window * steps // count)
+
+
+def _first_step(derivatives: Tensor) -> int:
+    """First step whose value depends on a number, of the derivatives [T] by it; T where there is none."""
+    acting = derivatives.nonzero()
+    return int(acting[0]) if len(acting) else len(derivatives)
 
 
 def _refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:

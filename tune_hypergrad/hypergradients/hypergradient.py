@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,8 +23,10 @@ from tune_hypergrad.hypergradients.run import HypergradientResult, Hypergradient
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.verification import refusal_of, remember
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.space import Place, places_of, put
 
 MODES = ("auto", "forward", "reverse", "checkpointed_reverse")
+_NOT_DIFFERENTIATED = "nothing is differentiated"
 
 
 class Choice(NamedTuple):
@@ -34,7 +38,7 @@ class Choice(NamedTuple):
 
 def hypergradient(
     problem: Problem,
-    hyperparameters: Mapping[str, Tensor],
+    hyperparameters: Mapping[str, Any],
     *,
     steps: int,
     optimizer: str | Optimizer = "sgd",
@@ -53,11 +57,14 @@ def hypergradient(
     Args:
         problem: what is trained.
         hyperparameters: values by name, each of shape [N]: N windows of steps/N inner steps (step t uses element
-            floor(N t / steps)). Any of the optimizer's or of the problem's train loss.
+            floor(N t / steps)). Any of the optimizer's or of the problem's train loss. A curve's numbers have flat
+            names, `{"lr/knots": [K]}` or `{"lr/cosine/peak": [1], "lr/cosine/warm_up": [1], ...}`, or are nested as in
+            a trial's config, `{"lr": {"cosine": {"peak": [1], ...}}, "momentum": {"one_minus": [1]}}` (see `Curve` for
+            the formulas); parts that are not tuned are `fixed`.
         steps: inner steps T.
         optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`.
-        fixed: hyperparameters without a derivative (numbers, or windows of numbers); the rest take the defaults of
-            `torch.optim` and of the train loss.
+        fixed: hyperparameters without a derivative (numbers, windows of numbers, curves, or parts of a tuned curve);
+            the rest take the defaults of `torch.optim` and of the train loss.
         seed: seeds initial weights, order of examples, augmentation and dropout. Several different seeds are an
             ensemble: as many runs, at once where that pays, whose mean hypergradient is the result.
         horizon: inner steps a hypergradient looks through: None or T exact, 1 greedy, in between truncated.
@@ -70,8 +77,9 @@ def hypergradient(
             `check_problem`. Without it, only the first step is searched for what has no derivative.
 
     Returns:
-        `HypergradientResult`; `.hypergradients[name]` has the shape of `hyperparameters[name]`. Of several seeds, it
-        holds their means, and `.members` the results of each.
+        `HypergradientResult`; `.hypergradients` has the structure and shapes of `hyperparameters`. Of several seeds, it
+        holds their means, and `.members` the results of each. Where one of them diverges, so does their mean loss, and
+        there are no hypergradients: they are NaN.
 
     Raises:
         InputError: a hyperparameter, module, mode or horizon that cannot work.
@@ -83,11 +91,13 @@ def hypergradient(
     loop = (
         EnsembleLoop(problem, settings(0), seed) if isinstance(seed, Sequence) else InnerLoop(problem, settings(seed))
     )
+    places = _places(hyperparameters)
+    flat = {place.name: 1 - place.leaf if place.complement else place.leaf for place in places}
 
     def begin() -> HypergradientRun:
         return hypergradient_run(
             loop,
-            hyperparameters,
+            flat,
             horizon=horizon,
             differentiation=differentiation,
             clip_hessian_product=clip_hessian_product,
@@ -102,7 +112,39 @@ def hypergradient(
                 run = advance_together(run, run.length, begin)
             else:
                 run = advance(run, run.length, begin if differentiation == "auto" else None)
-    return run.result()
+    return _with_nested(places, run.result())
+
+
+def _places(hyperparameters: Mapping[str, Any]) -> list[Place]:
+    """Where tensors stand in nested hyperparameters.
+
+    Raises:
+        InputError: something is neither a tensor nor has a form that we know, or several tensors make one.
+    """
+    found: list[Place] = []
+    for name, value in hyperparameters.items():
+        nested = places_of(name, value, lambda leaf: not isinstance(leaf, Mapping))
+        if nested is None or len({place.name for place in nested}) < len(nested):
+            raise InputError(
+                f"hyperparameter {name!r} is {value!r}: give a tensor with one element per window or knot, or a dict "
+                "such as {'cosine': {'peak': tensor, 'warm_up': tensor, 'floor': tensor}}"
+            )
+        found += nested
+    return found
+
+
+def _with_nested(places: list[Place], result: HypergradientResult) -> HypergradientResult:
+    """A result, and its members', with hypergradients where their hyperparameters stand."""
+    members = tuple(_with_nested(places, member) for member in result.members)
+    return replace(result, hypergradients=_nested(places, result.hypergradients), members=members)
+
+
+def _nested(places: list[Place], flat: Hyperparameters) -> dict[str, Any]:
+    """Hypergradients by flat name where their hyperparameters stand."""
+    nested: dict[str, Any] = {}
+    for place in places:
+        put(nested, place.path, -flat[place.name] if place.complement else flat[place.name])
+    return nested
 
 
 def advance(run: HypergradientRun, units: int, begin: Callable[[], HypergradientRun] | None) -> HypergradientRun:
@@ -136,10 +178,12 @@ def hypergradient_run(
     differentiation: str = "auto",
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
+    reject_above: float = inf,
     check: bool = False,
     together: bool | None = None,
 ) -> HypergradientRun:
-    """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`.
+    """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`, and for
+    `HypergradientRun`. With `reject_above` -inf, it is plain training, whatever the model.
 
     Args:
         together: of an `EnsembleLoop`, whether its runs take their steps at once (see `advance_together`) or one run
@@ -157,10 +201,13 @@ def hypergradient_run(
     refuse_underivable(loop, values)
     if isinstance(loop, EnsembleLoop):
         forward = differentiation == "forward" or clip_hessian_product is not None
-        reason = _why_in_turn(loop, values, forward, together, check=check)
+        differentiated = reject_above > -inf
+        reason = _why_in_turn(loop, values, together, differentiated=differentiated, forward=forward, check=check)
         if reason is None:
-            return _at_once(loop, values, differentiation, horizon=horizon, val_examples=val_examples)
-        if differentiation == "auto" and not forward:
+            return _at_once(
+                loop, values, differentiation, horizon=horizon, val_examples=val_examples, reject_above=reject_above
+            )
+        if differentiation == "auto" and not forward and differentiated:
             differentiation = _cheapest_right(loop, values, horizon, check=check).differentiation
         begin = partial(
             hypergradient_run,
@@ -169,9 +216,14 @@ def hypergradient_run(
             differentiation=differentiation,
             clip_hessian_product=clip_hessian_product,
             val_examples=val_examples,
+            reject_above=inf if differentiated else -inf,  # the mean decides
             check=check,
         )
-        return RunsInTurn(loop, values, begin, reason)
+        return RunsInTurn(loop, values, begin, reason, reject_above=reject_above)
+    if reject_above == -inf:
+        run: HypergradientRun = ReverseRun(loop, values, val_examples=val_examples, reject_above=reject_above)
+        run.reason = _NOT_DIFFERENTIATED
+        return run
     if clip_hessian_product is not None:
         choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
     elif differentiation == "auto":
@@ -182,25 +234,33 @@ def hypergradient_run(
         refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
         if refusal is not None:
             raise InputError(refusal)
-    run: HypergradientRun
     if choice.differentiation == "forward":
         run = ForwardRun(
             loop,
             values,
             horizon=horizon,
             val_examples=val_examples,
+            reject_above=reject_above,
             clip_hessian_product=clip_hessian_product,
             columns_at_once=_columns_at_once(loop, values),
         )
     else:
         keep_all = choice.differentiation == "reverse"
-        run = ReverseRun(loop, values, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
+        run = ReverseRun(
+            loop, values, horizon=horizon, val_examples=val_examples, reject_above=reject_above, keep_all=keep_all
+        )
     run.reason = choice.reason
     return run
 
 
 def _why_in_turn(
-    loop: EnsembleLoop, values: Hyperparameters, forward: bool, together: bool | None, *, check: bool
+    loop: EnsembleLoop,
+    values: Hyperparameters,
+    together: bool | None,
+    *,
+    differentiated: bool,
+    forward: bool,
+    check: bool,
 ) -> str | None:
     """Why the runs of an ensemble go one after another, or None.
 
@@ -209,8 +269,10 @@ def _why_in_turn(
     """
     if together is False:
         return "asked for"
-    if forward:
-        reason: str | None = "forward mode has no other way"
+    if not differentiated:
+        reason: str | None = None
+    elif forward:
+        reason = "forward mode has no other way"
     else:
         reason = refusal_of(loop, values, "reverse", check=check)
     if reason is None:
@@ -221,13 +283,22 @@ def _why_in_turn(
 
 
 def _at_once(
-    loop: EnsembleLoop, values: Hyperparameters, differentiation: str, *, horizon: int | None, val_examples: int | None
+    loop: EnsembleLoop,
+    values: Hyperparameters,
+    differentiation: str,
+    *,
+    horizon: int | None,
+    val_examples: int | None,
+    reject_above: float,
 ) -> EnsembleRun:
     needed, free = state_bytes(loop) * loop.steps, free_memory(loop.device)
     keep_all = needed <= free if differentiation == "auto" else differentiation == "reverse"
-    run = EnsembleRun(loop, values, horizon=horizon, val_examples=val_examples, keep_all=keep_all)
+    run = EnsembleRun(
+        loop, values, horizon=horizon, val_examples=val_examples, reject_above=reject_above, keep_all=keep_all
+    )
     kept = f"{mebibytes(needed)} of states {'fit' if keep_all else 'are not kept'}"
-    run.reason = f"{len(loop.seeds)} runs at once by reverse mode; {kept}"
+    how = f" by reverse mode; {kept}" if reject_above > -inf else f"; {_NOT_DIFFERENTIATED}"
+    run.reason = f"{len(loop.seeds)} runs at once{how}"
     return run
 
 

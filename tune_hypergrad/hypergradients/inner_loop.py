@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
+from tune_hypergrad.curves import SUFFIXES, Curve, base_names, curves_of, forms_of, refuse_incomplete, split_name
 from tune_hypergrad.data import Batch, Split, cast_batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
@@ -28,7 +29,7 @@ from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything
-from tune_hypergrad.space import windows_of
+from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
 
@@ -58,8 +59,8 @@ class TrainingSettings:
     optimizer: str | Optimizer = "sgd"
     """Name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Hyperparameters without a derivative, each a number or windows of numbers; the rest take the optimizer's and the
-    loss's defaults."""
+    """Hyperparameters without a derivative, each a number, windows of numbers, or a curve as a trial's config has it;
+    parts of a curve that is tuned otherwise by flat name. The rest take the optimizer's and the loss's defaults."""
     seed: int = 0
     """Seeds the initial weights, the order of examples, augmentation and dropout."""
     clip_gradient: float | None = None
@@ -170,7 +171,8 @@ class InnerLoop:
             None if split is None else split.to(self.device, self.dtype)  # type: ignore[union-attr]
             for split in (self.problem.train, self.problem.val, self.problem.test)
         )
-        self._held = {name: windows_of(value) for name, value in settings.fixed.items()}
+        self._fixed = flat_values(settings.fixed)
+        self._held, self._fixed_parts = _whole_and_parts(self._fixed)
         self._orders: dict[str, tuple[int, Tensor]] = {}  # of the present epoch, by split
         self._evaluator = Evaluator(self)
 
@@ -207,7 +209,8 @@ class InnerLoop:
                 raise InputError(
                     f"{name!r} is a hyperparameter of both {other} and optimizer {self.optimizer.name!r}: {remedy}"
                 )
-        for name in (*tuned, *self.settings.fixed):
+        bases = base_names(tuned)
+        for name in dict.fromkeys((*bases, *base_names(self._fixed))):
             if name in of_optimizer or name in of_loss or name in of_regularisers:
                 continue
             if name in self.problem.model_hyperparameters:
@@ -220,20 +223,36 @@ class InnerLoop:
                 f"unknown hyperparameter {name!r}: optimizer {self.optimizer.name!r} has {', '.join(of_optimizer)}, "
                 f"the train loss {takes}, and regularisers {', '.join(of_regularisers) or 'none'}"
             )
-        for name in tuned:
+        for name in bases:
             if name in self.problem.whole_hyperparameters:
                 raise InputError(
                     f"hyperparameter {name!r} of the train loss is a whole number by its default, and has no "
                     f"derivative: fix it or tune it outside, or write {float(of_loss[name])!r} if it is a real number"
                 )
-            if name in self.settings.fixed:
+            if name in self._held:
                 raise InputError(f"hyperparameter {name!r} is both tuned and fixed: drop one of the two")
+        for name in tuned:
+            if name in self._fixed:
+                raise InputError(f"{name!r} is both tuned and fixed: drop one of the two")
+        given = {*bases, *base_names(self._fixed)}
         for name, default in of_loss.items():
-            if isnan(default) and name not in tuned and name not in self.settings.fixed:
+            if isnan(default) and name not in given:
                 raise InputError(f"the train loss needs {name!r}, which has no default: tune it or fix it to a value")
+        refuse_incomplete((*self._fixed_parts, *tuned))
         for name, values in self._held.items():
-            check_strength(self.problem, name, values)
-        self._check_completeness({*tuned, *self.settings.fixed})
+            self.check_values(name, values)
+        self._check_completeness(given)
+
+    def check_values(self, name: str, values: tuple[float, ...] | Curve) -> None:
+        """Refuse values of a hyperparameter that its form, or its regulariser, cannot have.
+
+        Raises:
+            InputError: one is outside what it can be.
+        """
+        if isinstance(values, Curve):
+            values.refuse_impossible(name)
+            values = values.at_steps(self.steps)
+        check_strength(self.problem, name, values)
 
     def _check_completeness(self, given: set[str]) -> None:
         for regulariser in self.problem.regularisers:
@@ -255,13 +274,44 @@ class InnerLoop:
         slots = tuple(torch.zeros_like(self._initial) for _ in self.optimizer.slots)
         return State(self._initial.clone(), slots, dict(self._initial_buffers), (0,) * len(self._names))
 
-    def scalars(self, hyperparameters: Hyperparameters, step: int) -> dict[str, Tensor]:
-        """The tuned hyperparameters' values in force at `step`: element floor(N step / T) of each, 0-dim."""
-        return {name: values[len(values) * step // self.steps] for name, values in hyperparameters.items()}
+    def scalars(self, hyperparameters: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The tuned hyperparameters' values in force at `step`, 0-dim, by hyperparameter: element floor(N step / T) of
+        windows, and a curve's at progress (step + 1/2) / T."""
+        windows = {name: v[len(v) * step // self.steps] for name, v in hyperparameters.items() if "/" not in name}
+        if len(windows) == len(hyperparameters):
+            return windows
+        curves = self.curves(hyperparameters)
+        values = {name: curve.tensor(self.steps, self.device, self.dtype)[step] for name, curve in curves.items()}
+        return {name: {**windows, **values}[name] for name in base_names(hyperparameters)}
+
+    def placed(self, name: str, values: Tensor) -> Tensor:
+        """A tuned tensor where training needs it: windows on its device and in its type, a curve's numbers in float64
+        on the CPU, where curves are computed."""
+        if split_name(name)[1]:
+            return values.detach().to(device="cpu", dtype=torch.float64)
+        return values.detach().to(device=self.device, dtype=self.dtype)
+
+    def curves(self, hyperparameters: Mapping[str, Tensor]) -> dict[str, Curve]:
+        """The tuned curves by hyperparameter, with what is fixed of them."""
+        tuned = {name: values.tolist() for name, values in hyperparameters.items() if split_name(name)[1]}
+        bases = set(base_names(tuned))
+        fixed = {name: values for name, values in self._fixed_parts.items() if split_name(name)[0] in bases}
+        found = curves_of({**fixed, **tuned}) if tuned else {}
+        return {name: curve for name, curve in found.items() if isinstance(curve, Curve)}
 
     def held_at(self, step: int) -> dict[str, float]:
         """The held hyperparameters' values in force at `step`."""
-        return {name: values[len(values) * step // self.steps] for name, values in self._held.items()}
+        return {
+            name: values.at_step(step, self.steps)
+            if isinstance(values, Curve)
+            else values[len(values) * step // self.steps]
+            for name, values in self._held.items()
+        }
+
+    @property
+    def held(self) -> list[str]:
+        """The hyperparameters that are held, in the order of `held_at`."""
+        return list(self._held)
 
     def batch(self, step: int) -> Batch:
         """The training batch of `step`, a function of (seed, step) only."""
@@ -549,6 +599,19 @@ class InnerLoop:
             return None
         generator = torch.Generator().manual_seed(fold_seed(self.settings.seed, _VALIDATION, draw))
         return torch.randperm(len(split), generator=generator)[:examples].to(self.device)
+
+
+def _whole_and_parts(
+    fixed: Mapping[str, tuple[float, ...]],
+) -> tuple[dict[str, tuple[float, ...] | Curve], dict[str, tuple[float, ...]]]:
+    """Of numbers by flat name, the windows and curves that are complete by hyperparameter, and the parts of others."""
+    incomplete = {
+        name
+        for name, forms in forms_of(fixed).items()
+        if len(forms) == 1 and any(form and len(own) < len(SUFFIXES[form]) for form, own in forms.items())
+    }
+    parts = {name: values for name, values in fixed.items() if split_name(name)[0] in incomplete}
+    return curves_of({name: values for name, values in fixed.items() if name not in parts}), parts
 
 
 def as_real(tensor: Tensor) -> Tensor:

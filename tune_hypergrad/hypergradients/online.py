@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tune_hypergrad.curves import split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
@@ -40,6 +41,11 @@ class OnlineRun:
         check: bool = False,
     ) -> None:
         for name, values in descent.values.items():
+            if split_name(name)[1]:
+                raise InputError(
+                    f"hyperparameter {name!r} is a number of a curve: online descent makes its own schedule, give "
+                    f"{split_name(name)[0]!r} one window"
+                )
             if len(values) != 1:
                 raise InputError(
                     f"hyperparameter {name!r} has {len(values)} windows: online descent makes its own "

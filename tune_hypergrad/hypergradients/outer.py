@@ -1,11 +1,13 @@
-"""Outer updates: from hypergradients to the next hyperparameters, guarded against runs that diverge."""
+"""Outer searches: from hypergradients to the next hyperparameters; what they share, and the papers' own updates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any
+from math import inf, isfinite, nan
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ class Descent:
             if name not in ranges:
                 raise InputError(f"{name!r} is not among the tuned hyperparameters: {', '.join(ranges)}")
         self.ranges, self._update = dict(ranges), OUTER_UPDATES[update]
-        self.values = {name: _initial(name, r, initial.get(name)) for name, r in ranges.items()}
+        self.values = {name: initial_values(name, r, initial.get(name)) for name, r in ranges.items()}
         self.states: dict[str, UpdateState] = {}
         for name, limits in ranges.items():
             step_size = step_sizes.get(name, default_step * limits.internal_width)
@@ -105,16 +107,6 @@ class Descent:
             self.largest_step = max(self.largest_step, float(steps.max()) / scale)
             self.values[name] = moved
 
-    def restart(self, values: Hyperparameters, step_sizes: Mapping[str, Tensor]) -> None:
-        """Go to `values` with step sizes of shape [N]; what the update remembers of earlier steps is forgotten."""
-        self.values = dict(values)
-        self.states = {name: {"step_size": step_size} for name, step_size in step_sizes.items()}
-
-    @property
-    def step_sizes(self) -> dict[str, Tensor]:
-        """Every element's step size by name, on the internal scale."""
-        return {name: state["step_size"] for name, state in self.states.items()}
-
     def state_dict(self) -> dict[str, Any]:
         """Values and update states."""
         states = {name: dict(state) for name, state in self.states.items()}
@@ -126,113 +118,168 @@ class Descent:
         self.largest_step = saved["largest_step"]
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """Hyperparameters, and what a run with them gave."""
+class Proposal(NamedTuple):
+    """A run that an outer search asks for."""
 
     values: Hyperparameters
+    """What to train with: float64 on the CPU, each of shape [N]."""
+    seed: int
+    """Which of the search's seeds to train with, counted from 0."""
+    reject_above: float = inf
+    """A run whose validation loss is above this, or not finite, need not be differentiated; -inf: none of this kind."""
+    other_losses: tuple[float, ...] = ()
+    """Validation losses that these values have had with other seeds, where they are being confirmed."""
+
+
+class Outcome(NamedTuple):
+    """What a run gave."""
+
     val_loss: float
-    hypergradients: Hyperparameters
+    """Its validation loss."""
+    untrained_loss: float
+    """That of the weights it began with."""
+    hypergradients: Hyperparameters | None
+    """Its hypergradients, shaped like the values; None where it was not differentiated."""
+    cost: float = 1.0
+    """In plain trainings."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Hyperparameters, and what runs with them gave."""
+
+    values: Hyperparameters
+    """Each of shape [N]."""
+    val_loss: float
+    """Mean validation loss over the runs."""
     outer_step: int
-    """Which run of the search this was, from 0."""
+    """In which outer step they were first run, from 0."""
+    runs: int = 1
+    """How many there were, each with a seed of its own."""
 
 
-class OuterLoop:
-    """A search by hypergradients: says which values to run next, is told how they did.
+class OuterSearch(ABC):
+    """A search by hypergradients: asks for runs, is told what they gave.
 
-    A run is a *setback* if its validation loss is not finite, if it lost more than half of what the incumbent gained
-    over the untrained model, if no hypergradient is left to follow, or if it is the `patience`-th in a row that is no
-    better than the incumbent. After a setback the search goes back to the incumbent and leaves it along the
-    incumbent's own hypergradients with steps half as long. Bare sign updates would step over the edge of stability,
-    where hypergradients are large and meaningless, and may stay with a dead network, whose hypergradients are zero.
+    A *round* is a number of runs that do not depend on one another. After a round that was differentiated the search
+    takes an outer step.
+    """
+
+    incumbent: Evaluated | None
+    """The best hyperparameters so far: the outcome of the search."""
+    outer_step: int
+    """Outer steps begun and told, from 0."""
+
+    @abstractmethod
+    def round(self) -> tuple[Proposal, ...]:
+        """The runs to make next; the same until it is told of them. Empty when the search has ended."""
+
+    @abstractmethod
+    def tell(self, outcomes: Sequence[Outcome | None]) -> None:
+        """Take a round's outcomes, in the order of its proposals; None for a run that failed."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Hyperparameters:
+        """The hyperparameters that the next runs are about."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search has ended."""
+        return not self.round()
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue, of tensors and plain Python values."""
+
+    @abstractmethod
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of the same search."""
+
+
+class PaperSearch(OuterSearch):
+    """The search of Micaelli & Storkey 2021 (Appendix G): every round is followed by a step, nothing is taken back.
 
     Args:
         descent: the hyperparameters and how they move.
+        ensemble: runs in a round, with different seeds; their hypergradients are averaged.
+        outer_steps: rounds at the most; None goes on until converged.
+        new_seeds: whether every round has seeds of its own.
         tolerance: the search has converged when every step size is at most this share of its range, those of elements
             that no longer move (at a bound, or without a hypergradient) aside.
-        patience: runs without improvement that make a setback.
     """
 
-    def __init__(self, descent: Descent, *, tolerance: float = 1e-3, patience: int = 2) -> None:
-        self.descent, self.tolerance, self.patience = descent, tolerance, patience
-        self.outer_step = 0
-        self.setbacks = 0
-        self.incumbent: Evaluated | None = None
-        self._since_incumbent = 0
-        self._departure: dict[str, Tensor] = {}  # the step sizes with which the incumbent was left
+    def __init__(
+        self,
+        descent: Descent,
+        *,
+        ensemble: int = 1,
+        outer_steps: int | None = None,
+        new_seeds: bool = True,
+        tolerance: float = 1e-3,
+    ) -> None:
+        self.descent, self.ensemble, self.outer_steps = descent, ensemble, outer_steps
+        self.new_seeds, self.tolerance = new_seeds, tolerance
+        self.outer_step, self.incumbent = 0, None
 
     @property
     def values(self) -> Hyperparameters:
-        """What to run next: float64 on the CPU, each of shape [N]."""
         return dict(self.descent.values)
 
-    @property
-    def converged(self) -> bool:
-        """Whether outer steps have become too small to matter, or there is nowhere to go."""
-        return self.descent.largest_step <= self.tolerance
+    def round(self) -> tuple[Proposal, ...]:
+        over = self.outer_steps is not None and self.outer_step >= self.outer_steps
+        if over or self.descent.largest_step <= self.tolerance:
+            return ()
+        first = self.outer_step * self.ensemble if self.new_seeds else 0
+        return tuple(Proposal(self.values, first + member) for member in range(self.ensemble))
 
-    def tell(self, val_loss: float, hypergradients: Hyperparameters, untrained_loss: float) -> bool:
-        """Take the outer step after a run with `values`.
-
-        Args:
-            val_loss: the run's validation loss.
-            hypergradients: its hypergradients, shaped like `values`.
-            untrained_loss: validation loss of the weights that the run began with.
-
-        Returns:
-            Whether the run was a setback.
-        """
-        improved = isfinite(val_loss) and (self.incumbent is None or val_loss < self.incumbent.val_loss)
-        self._since_incumbent = 0 if improved else self._since_incumbent + 1
-        setback = self._is_setback(val_loss, hypergradients, untrained_loss)
-        departure = self.descent.step_sizes if improved else self._departure
-        if improved:
-            self.incumbent = Evaluated(self.values, val_loss, hypergradients, self.outer_step)
+    def tell(self, outcomes: Sequence[Outcome | None]) -> None:
+        mean = mean_outcome(outcomes)
+        if isfinite(mean.val_loss) and (self.incumbent is None or mean.val_loss < self.incumbent.val_loss):
+            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, self.ensemble)
         self.outer_step += 1
-        if not setback:
-            self.descent.step(hypergradients)
-        elif self.incumbent is None:  # the first run diverged: there is nothing to follow, and nothing to go back to
+        if mean.hypergradients is None:  # every run failed or diverged: there is nothing to follow
             self.descent.largest_step = 0.0
         else:
-            halves = {name: step_size / 2 for name, step_size in departure.items()}
-            self.descent.restart(self.incumbent.values, halves)
-            self.descent.step(self.incumbent.hypergradients)
-        if setback:
-            self.setbacks += 1
-            self._since_incumbent = 0
-        if setback or improved:
-            self._departure = self.descent.step_sizes
-        return setback
-
-    def _is_setback(self, val_loss: float, hypergradients: Hyperparameters, untrained_loss: float) -> bool:
-        followable = any(bool((g.isfinite() & (g != 0)).any()) for g in hypergradients.values())
-        if not isfinite(val_loss) or not followable:
-            return True
-        if self.incumbent is None:
-            return False
-        gained = max(untrained_loss - self.incumbent.val_loss, 0.0)
-        return val_loss > self.incumbent.val_loss + 0.5 * gained or self._since_incumbent >= self.patience
+            self.descent.step(mean.hypergradients)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue, of tensors and plain Python values."""
-        return {
-            "descent": self.descent.state_dict(),
-            "departure": self._departure,
-            "outer_step": self.outer_step,
-            "setbacks": self.setbacks,
-            "since_incumbent": self._since_incumbent,
-            "incumbent": None if self.incumbent is None else dict(vars(self.incumbent)),
-        }
+        incumbent = None if self.incumbent is None else dict(vars(self.incumbent))
+        return {"descent": self.descent.state_dict(), "outer_step": self.outer_step, "incumbent": incumbent}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a `state_dict` of the same search."""
         self.descent.load_state_dict(saved["descent"])
-        self._departure, self.outer_step, self.setbacks = saved["departure"], saved["outer_step"], saved["setbacks"]
-        self._since_incumbent = saved["since_incumbent"]
+        self.outer_step = saved["outer_step"]
         self.incumbent = None if saved["incumbent"] is None else Evaluated(**saved["incumbent"])
 
 
-def _initial(name: str, limits: Range, values: Tensor | None) -> Tensor:
+def mean_outcome(outcomes: Sequence[Outcome | None]) -> Outcome:
+    """Mean over runs that did not fail and whose loss is finite; NaN and no hypergradients if at least half of those
+    that did not fail diverged, or none is left."""
+    ended = [outcome for outcome in outcomes if outcome is not None]
+    finite = [outcome for outcome in ended if isfinite(outcome.val_loss)]
+    cost = sum(outcome.cost for outcome in ended)
+    if not finite or 2 * len(finite) <= len(ended):
+        return Outcome(nan, nan, None, cost)
+    gradients = [outcome.hypergradients for outcome in finite if outcome.hypergradients is not None]
+    means = {name: _finite_mean([g[name] for g in gradients]) for name in gradients[0]} if gradients else None
+    loss, untrained = (fmean(getattr(o, name) for o in finite) for name in ("val_loss", "untrained_loss"))
+    return Outcome(loss, untrained, means, cost)
+
+
+def _finite_mean(gradients: list[Tensor]) -> Tensor:
+    """Elementwise mean of what is finite; NaN where nothing is."""
+    stacked = torch.stack(gradients)
+    return torch.where(stacked.isfinite(), stacked, torch.nan).nanmean(0)
+
+
+def initial_values(name: str, limits: Range, values: Tensor | None) -> Tensor:
+    """What a hyperparameter begins with: what is given, if it fits, else the middle of a logarithmic range, else 0 or
+    the nearest value in range.
+
+    Raises:
+        InputError: the values given do not fit.
+    """
     if values is None:
         start = limits.middle if limits.scale == "log" else 0.0
         return limits.project(torch.full((limits.windows,), start, dtype=torch.float64))

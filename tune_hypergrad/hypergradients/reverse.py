@@ -4,6 +4,8 @@ With state s = (params, slots, buffers) and adjoint a = d val_loss / d s', one i
 
     d val_loss / d h += a (d step / d h),        a <- a (d step / d s).
 
+The numbers of a curve get the steps' own derivatives by the curve's Jacobian, transposed.
+
 Each step is rebuilt from a kept state, never from a kept graph: either every state is kept, or about sqrt(T) of them,
 between which segments are trained again. The cost does not depend on how many hyperparameters there are.
 """
@@ -12,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from math import isfinite, isqrt
+from math import inf, isqrt, nan
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.partial_update import step_blocks
@@ -51,9 +55,10 @@ class ReverseRun(HypergradientRun):
         *,
         horizon: int | None = None,
         val_examples: int | None = None,
+        reject_above: float = inf,
         keep_all: bool = True,
     ) -> None:
-        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples)
+        super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.differentiation = "reverse" if keep_all else "checkpointed_reverse"
         self._sparse_interval = isqrt(loop.steps - 1) + 1
         self._interval = 1 if keep_all else self._sparse_interval
@@ -61,17 +66,18 @@ class ReverseRun(HypergradientRun):
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
         self._mode: StepMode = differentiable
+        self.by_step: dict[str, Tensor] = {
+            name: torch.zeros(loop.steps, device=loop.device, dtype=loop.dtype)
+            for name in base_names(self.hyperparameters)
+        }
+        """By hyperparameter, each step's own derivative, shape [T]: by the value that the step was taken with. Those of
+        steps that the run has not gone back through are 0; a window's hypergradient is the sum over its steps."""
         self._adjoint: tuple[Tensor, ...] = ()
         self._buffer_adjoint: Buffers = {}
 
     @property
     def length(self) -> int:
         return 2 * self.loop.steps
-
-    @property
-    def has_diverged(self) -> bool:
-        """Whether nothing is to be had from going back: the final validation loss has no derivative."""
-        return self.final is not None and not isfinite(self.final.loss)
 
     def _advance_one(self) -> None:
         steps = self.loop.steps
@@ -81,7 +87,7 @@ class ReverseRun(HypergradientRun):
             self._go_back_one(2 * steps - 1 - self.position)
 
     def _train_one(self, step: int) -> None:
-        if step % self._interval == 0:
+        if step % self._interval == 0 and self.reject_above > -inf:
             self._kept[step] = self.state
         self.state, loss = self._plain_step(self.state, step)
         self._losses.append(loss)
@@ -90,20 +96,37 @@ class ReverseRun(HypergradientRun):
         self.cost += self.loop.step_cost()
         return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step)
 
+    def assess(self) -> None:
+        """Find the final validation loss of a run that has trained, with what it goes back from."""
+        loop = self.loop
+        if self.final is not None:
+            return
+        if self.reject_above > -inf:
+            self._begin_segment(loop.steps)
+        else:
+            self.final = self._evaluate_whole(self.state)
+            self.cost += loop.eval_cost("val")
+
+    def _begin_segment(self, end: int) -> None:
+        """Take the adjoint of the validation loss at the end of a segment."""
+        evaluation = self._segment_gradient(self._state_before(end), end)
+        assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
+        self._adjoint = (
+            evaluation.gradient,
+            *(torch.zeros_like(evaluation.gradient) for _ in self.loop.optimizer.slots),
+        )
+        self._buffer_adjoint = evaluation.buffer_gradients
+
     def _go_back_one(self, step: int) -> None:
         """Carry the adjoint from after `step` to before it."""
         loop, end = self.loop, step + 1
-        if end == loop.steps or end % self.horizon == 0:
-            evaluation = self._segment_gradient(self._state_before(end), end)
-            assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
-            self._adjoint = (
-                evaluation.gradient,
-                *(torch.zeros_like(evaluation.gradient) for _ in loop.optimizer.slots),
-            )
-            self._buffer_adjoint = evaluation.buffer_gradients
-            if self.has_diverged:
+        if end == loop.steps:
+            self.assess()
+            if self.rejected:
                 self._give_up()
                 return
+        elif end % self.horizon == 0:
+            self._begin_segment(end)
         state = self._state_before(step)
         self._kept.pop(end, None)
         h = {name: value.detach().requires_grad_() for name, value in loop.scalars(self.hyperparameters, step).items()}
@@ -112,13 +135,28 @@ class ReverseRun(HypergradientRun):
         if loop.device.type == "cpu" or len(self._replayed) == _COMPARED_TOGETHER or step == 0:
             self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
-        for name, value in pulled.by_hyperparameters.items():
-            self._add(name, len(self.hyperparameters[name]) * step // loop.steps, value)
+        self._add(step, pulled.by_hyperparameters)
         self.cost += loop.adjoint_cost()
 
-    def _add(self, name: str, window: int, value: Tensor) -> None:
-        """Add what a step gives a window of a hyperparameter."""
-        self.hypergradients[name][window] += value
+    def _add(self, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
+        """Add what a step gives the hyperparameters."""
+        self._add_to(self.hypergradients, step, by_hyperparameters)
+
+    def _add_to(self, hypergradients: Hyperparameters, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
+        """Note a step's own derivatives, each of shape [...], and add them up into hypergradients of shape [..., N]."""
+        for name, value in by_hyperparameters.items():
+            self.by_step[name][..., step] = value
+            if name in hypergradients:
+                windows = hypergradients[name]
+                windows[..., windows.shape[-1] * step // self.loop.steps] += value
+        if step == 0:
+            for name, jacobian in self._jacobians().items():
+                each = self.by_step[split_name(name)[0]]
+                hypergradients[name] = each @ jacobian.to(each)
+
+    def _forget_hypergradients(self) -> None:
+        super()._forget_hypergradients()
+        self.by_step = {name: torch.full_like(v, nan) for name, v in self.by_step.items()}
 
     def _refuse_another_run(self) -> None:
         replayed, self._replayed = self._replayed, []
@@ -126,8 +164,9 @@ class ReverseRun(HypergradientRun):
         refuse_another_step(steps, torch.stack(first), torch.stack(again))
 
     def _give_up(self) -> None:
-        """The run diverged: going back would only find out step by step that there is no derivative."""
+        """Do not go back through the run, which diverged or is rejected."""
         self._kept.clear()
+        self._forget_hypergradients()
         self.position = self.length - 1
 
     def _state_before(self, step: int) -> State:
@@ -152,6 +191,7 @@ class ReverseRun(HypergradientRun):
         return {
             **super().state_dict(),
             "kept": kept,
+            "by_step": {name: values.clone() for name, values in self.by_step.items()},
             "losses": losses,
             "adjoint": self._adjoint,
             "buffer_adjoint": dict(self._buffer_adjoint),
@@ -160,6 +200,7 @@ class ReverseRun(HypergradientRun):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
         self._kept = {step: State(*state) for step, state in saved["kept"].items()}
+        self.by_step = {name: values.clone() for name, values in saved["by_step"].items()}
         self._losses = list(saved["losses"])
         self._adjoint, self._buffer_adjoint = tuple(saved["adjoint"]), dict(saved["buffer_adjoint"])
 
@@ -239,15 +280,12 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
     Args:
         steps: which ones.
         first: their losses on the way there, shape [steps], or [steps, S] of S runs at once.
-        again: their losses on the way back, of that shape: the same to a few last bits on a CPU, to rounding on other
-            devices.
+        again: their losses on the way back, of that shape.
 
     Raises:
         NotReplayedError: they differ.
     """
-    precision = torch.finfo(again.dtype).eps
-    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
-    differ = ~torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
+    differ = ~are_replayed(first, again)
     if bool(differ.any()):
         position = tuple(differ.nonzero()[0].tolist())
         raise NotReplayedError(
@@ -258,9 +296,17 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
         )
 
 
+def are_replayed(first: Tensor, again: Tensor) -> Tensor:
+    """Which losses are those of the same steps, elementwise: to a few last bits on a CPU, to rounding on other devices,
+    where sums are added up in another order at every call."""
+    precision = torch.finfo(again.dtype).eps
+    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
+    return torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
+
+
 def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
     """What a training step runs in whose gradient is differentiated; `state` is what it may overwrite."""
-    return DifferentiableStops(state, IN_TRAINING)
+    return DifferentiableStops(state, {**IN_TRAINING, **CONVOLUTIONS})
 
 
 def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

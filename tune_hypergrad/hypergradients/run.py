@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.curves import KNOTS, base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, check_strength
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.state import Hyperparameters, State
 
 
@@ -22,9 +23,9 @@ from tune_hypergrad.hypergradients.state import Hyperparameters, State
 class HypergradientResult:
     """What an inner run gave."""
 
-    hypergradients: Hyperparameters
-    """Derivative of the validation loss by every element of every hyperparameter, shaped like the values passed.
-    May hold NaN or infinite values where the run diverged; the outer updates take those for 0."""
+    hypergradients: dict[str, Any]
+    """Derivative of the validation loss by every element of every hyperparameter, of the structure and shapes of the
+    values passed. May hold NaN or infinite values where the run diverged; the outer updates take those for 0."""
     val_loss: float
     """Mean validation loss of the trained weights over the whole split."""
     metrics: dict[str, float]
@@ -48,19 +49,27 @@ class HypergradientResult:
 def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
     """Refuse hyperparameters that the inner loop does not have, and values that are not one number per window.
 
+    Args:
+        loop: what is trained.
+        hyperparameters: tensors by flat name.
+
     Raises:
-        InputError: a hyperparameter is unknown, no tensor, or has a wrong shape.
+        InputError: a hyperparameter is unknown, no tensor, has a wrong shape, or is a curve that lacks a part.
     """
     loop.check_names(hyperparameters)
     for name, values in hyperparameters.items():
+        suffix = split_name(name)[1]
         shape = list(values.shape) if isinstance(values, Tensor) else None
-        if shape is None or len(shape) != 1 or not 1 <= shape[0] <= loop.steps:
+        least, most = (2, loop.steps) if suffix == KNOTS else (1, 1) if suffix else (1, loop.steps)
+        if shape is None or len(shape) != 1 or not least <= shape[0] <= most:
             given = f"is a {type(values).__name__}" if shape is None else f"has shape {shape}"
-            raise InputError(
-                f"hyperparameter {name!r} {given}: give a 1-d tensor with one element per window, between 1 and "
-                f"steps = {loop.steps} of them"
-            )
-        check_strength(loop.problem, name, values.tolist())
+            wanted = f"one element per {'knot' if suffix else 'window'}, between {least} and steps = {most} of them"
+            wanted = "one element" if suffix and suffix != KNOTS else wanted
+            raise InputError(f"hyperparameter {name!r} {given}: give a 1-d tensor with {wanted}")
+        if not suffix:
+            loop.check_values(name, tuple(values.tolist()))
+    for name, curve in loop.curves(hyperparameters).items():
+        loop.check_values(name, curve)
 
 
 def refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
@@ -69,8 +78,9 @@ def refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> N
     Raises:
         InputError: one is such.
     """
+    tuned = base_names(hyperparameters)
     for name in loop.problem.underivable_hyperparameters:
-        if name in hyperparameters:
+        if name in tuned:
             raise InputError(
                 f"the training loss has no derivative by {name!r}, a regulariser's random draws: fix it, tune it by "
                 "STN or Delta-STN, or outside with a black-box searcher"
@@ -99,9 +109,12 @@ class HypergradientRun(ABC):
 
     Args:
         loop: the inner loop; enter `loop.running()` around `advance`.
-        hyperparameters: values by name, each of shape [N] with 1 <= N <= T.
+        hyperparameters: values by flat name, each of shape [N] with 1 <= N <= T.
         horizon: inner steps a hypergradient looks through; None is T.
         val_examples: validation examples per segment's gradient, drawn anew for each; None is the whole split.
+        reject_above: a run whose final validation loss is above this, or not finite, is *rejected*: reverse mode does
+            not go back through it, so that it costs one training, and its hypergradients are NaN. -inf rejects all. Of
+            an ensemble, the mean of the final losses decides for all of its runs.
 
     Raises:
         InputError: a hyperparameter is unknown or has a wrong shape, or the horizon is out of range.
@@ -110,7 +123,13 @@ class HypergradientRun(ABC):
     differentiation: str
 
     def __init__(
-        self, loop: InnerLoop, hyperparameters: Hyperparameters, *, horizon: int | None, val_examples: int | None
+        self,
+        loop: InnerLoop,
+        hyperparameters: Hyperparameters,
+        *,
+        horizon: int | None,
+        val_examples: int | None,
+        reject_above: float = inf,
     ) -> None:
         check_values(loop, hyperparameters)
         refuse_underivable(loop, hyperparameters)
@@ -123,11 +142,14 @@ class HypergradientRun(ABC):
             raise InputError(
                 f"val_examples is {val_examples!r}: it must be a whole number of at least 1, or None for all"
             )
-        self.loop, self.val_examples = loop, val_examples
-        self.hyperparameters = {
-            name: values.detach().to(device=loop.device, dtype=loop.dtype) for name, values in hyperparameters.items()
+        self.loop, self.val_examples, self.reject_above = loop, val_examples, reject_above
+        self.hyperparameters = {name: loop.placed(name, values) for name, values in hyperparameters.items()}
+        self.hypergradients = {
+            name: torch.zeros(len(values), device=loop.device, dtype=loop.dtype)
+            for name, values in self.hyperparameters.items()
         }
-        self.hypergradients = {name: torch.zeros_like(values) for name, values in self.hyperparameters.items()}
+        self.curves = loop.curves(self.hyperparameters)
+        """Those of the hyperparameters that are curves."""
         self.state = loop.initial_state()
         self.position = 0
         self.cost = Cost()
@@ -155,6 +177,20 @@ class HypergradientRun(ABC):
     def done(self) -> bool:
         """Whether the hypergradient is complete."""
         return self.position == self.length
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the run has come to a validation loss that is not finite or above `reject_above`."""
+        return self.final is not None and not (isfinite(self.final.loss) and self.final.loss <= self.reject_above)
+
+    def reject(self) -> None:
+        """Take the run for rejected, whatever its final validation loss is."""
+        self.reject_above = -inf
+        self._forget_hypergradients()
+
+    def _forget_hypergradients(self) -> None:
+        """Nobody wants to know a rejected run's, and one that diverged has none."""
+        self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hypergradients.items()}
 
     def result(self) -> HypergradientResult:
         """The outcome of a run that is done."""
@@ -193,6 +229,15 @@ class HypergradientRun(ABC):
         self.state, self.cost = State(*saved["state"]), Cost(*saved["cost"])
         self.final = None if saved["final"] is None else Evaluation(*saved["final"])
 
+    def _jacobians(self) -> dict[str, Tensor]:
+        """Derivative of each step's value by the tuned numbers of curves, by flat name: float64 on the CPU, shape
+        [T, numbers]."""
+        found: dict[str, Tensor] = {}
+        for name, curve in self.curves.items():
+            of_curve = {f"{name}/{suffix}": rows for suffix, rows in curve.jacobian(self.loop.steps).items()}
+            found |= {flat: rows for flat, rows in of_curve.items() if flat in self.hyperparameters}
+        return found
+
     def _segment_gradient(self, state: State, end: int) -> Evaluation:
         """The validation loss with its gradients at the end of a segment; kept if it is the final one."""
         evaluation = self._evaluate_at_end(state, end)
@@ -214,5 +259,5 @@ class HypergradientRun(ABC):
             evaluation = self._evaluate_whole(state)
             self.cost += self.loop.eval_cost("val")
         self.final = Evaluation(evaluation.loss, evaluation.metrics)
-        if not isfinite(evaluation.loss):  # the run diverged: there is no derivative
-            self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hyperparameters.items()}
+        if self.rejected:
+            self._forget_hypergradients()

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 Hyperparameters = dict[str, Tensor]
-"""Name to values, shape [N]: N windows of steps/N inner steps each."""
+"""Flat name to values: `lr` of shape [N], for N windows of steps/N inner steps each, or a curve's numbers, such as
+`lr/knots` of shape [K] and `lr/cosine/peak` of shape [1] (see `tune_hypergrad.curves`)."""
 
 Buffers = dict[str, Tensor]
 """Tensors of a model that no optimizer moves, by name."""

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.check import check_problem, usual_values
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
-from tune_hypergrad.space import windows_of
+from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
 
@@ -77,21 +78,23 @@ class _Finding(NamedTuple):
 
 def _inspected(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) -> str | None:
     # of a loop of its own, whose model may be left with what it keeps between calls
-    own = {name: v.detach().to(device=loop.device, dtype=loop.dtype) for name, v in hyperparameters.items()}
+    own = {name: loop.placed(name, v) for name, v in hyperparameters.items()}
     return inspect(InnerLoop(loop.source.independent(), loop.settings), own, (mode,)).get(mode)
 
 
 def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) -> str | None:
     settings, of_losses = loop.settings, loop.problem.loss_hyperparameters
     # the optimizer's values may be such as training diverges with, the losses' are what makes them what they are
-    usual = usual_values(loop, hyperparameters)
-    values = {name: v[:1] if name in of_losses else usual.get(name, v[:1]) for name, v in hyperparameters.items()}
+    first = {name: value.reshape(1) for name, value in InnerLoop.scalars(loop, hyperparameters, 0).items()}
+    usual = usual_values(loop, first)
+    values = {name: v if name in of_losses else usual.get(name, v) for name, v in first.items()}
+    fixed = {name: value for name, value in settings.fixed.items() if split_name(name)[0] not in values}
     check = check_problem(
         loop.source,
         values,
         modes=(mode,),
         optimizer=settings.optimizer,
-        fixed=settings.fixed,
+        fixed=fixed,
         seed=settings.seed,
         clip_gradient=settings.clip_gradient,
         device=settings.device,
@@ -112,6 +115,6 @@ def _findings(loop: InnerLoop) -> dict[Any, Any]:
 
 def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:
     settings = loop.settings
-    fixed = tuple((name, tuple(windows_of(value))) for name, value in sorted(settings.fixed.items()))
+    fixed = tuple(sorted(flat_values(settings.fixed).items()))
     clips = settings.clip_gradient is not None
-    return loop.optimizer.name, loop.device.type, clips, fixed, *sorted(hyperparameters)
+    return loop.optimizer.name, loop.device.type, clips, fixed, *sorted(base_names(hyperparameters))

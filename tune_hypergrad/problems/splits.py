@@ -1,9 +1,16 @@
-"""Splitting examples by a seed, each class in its share."""
+"""Splitting examples by a seed, each class in its share, and joining what was split."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import ConcatDataset, TensorDataset
+
+from tune_hypergrad.data import Split
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.randomness import fold_seed
 
 
 def stratified_split(
@@ -26,3 +33,35 @@ def stratified_split(
         position[members] = (np.arange(len(members)) + generator.random(len(members))) / len(members)
     order = np.argsort(position, kind="stable")
     return order[held_out:], order[:held_out]
+
+
+def with_val(problem: Problem) -> Problem:
+    """The problem with its validation examples among those of training; what is reported of them then means little."""
+    train, val = problem.train, problem.val
+    assert isinstance(train, Split) and isinstance(val, Split)
+    if train.tensors is not None and val.tensors is not None:
+        return problem.replace(train=tuple(torch.cat(pair) for pair in zip(train.tensors, val.tensors, strict=True)))
+    parts = [TensorDataset(*s.tensors) if s.tensors is not None else s.dataset for s in (train, val)]
+    return problem.replace(train=ConcatDataset(parts))  # type: ignore[arg-type]
+
+
+def split_anew(problem: Problem, seed: int) -> Problem:
+    """The problem with other examples to validate on: as many, drawn from both splits, each class in its share.
+
+    Args:
+        problem: its splits are tensors; the last one of each is int64, shape [n].
+        seed: not negative.
+
+    Raises:
+        InputError: a split is a `Dataset`, whose classes are not known.
+    """
+    joined, val = with_val(problem).train, problem.val
+    assert isinstance(joined, Split) and isinstance(val, Split)
+    if joined.tensors is None:
+        raise InputError("examples of a Dataset cannot be split anew by class: give the problem tensors")
+    labels = joined.tensors[-1]
+    parts = stratified_split(labels.cpu().numpy(), len(val), fold_seed(seed))
+    train, held_out = (tuple(t[torch.from_numpy(part).to(t.device)] for t in joined.tensors) for part in parts)
+    again = problem.replace(train=train, val=held_out)
+    again.findings = problem.findings  # which are of the model, the losses and the kind of data
+    return again

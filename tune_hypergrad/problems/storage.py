@@ -14,6 +14,10 @@ DATA_ENV = "TUNE_HYPERGRAD_DATA"
 """Environment variable that names the data directory when no argument does."""
 
 
+class MissingFileError(InputError):
+    """A data set's file is not there, and may not be fetched."""
+
+
 @dataclass(frozen=True)
 class DataFile:
     """A file of a data set."""
@@ -53,14 +57,15 @@ class Storage:
         """The path of `file`, fetched first if it is missing and downloads are allowed.
 
         Raises:
-            InputError: it is missing and may not be fetched, or the download failed.
+            MissingFileError: it is missing and may not be fetched.
+            InputError: the download failed.
         """
         for candidate in (*file.others, file.path):
             if os.path.exists(self.root / candidate):  # unlike Path.exists, False where access is denied
                 return self.root / candidate
         if not self._download:
             nor = "".join(f", nor {other}" for other in file.others)
-            raise InputError(
+            raise MissingFileError(
                 f"no {file.path}{nor} under {self.root}: give the right directory with data_dir= / --data-dir or "
                 f"{DATA_ENV}, or fetch the data with download=True / --download"
             )

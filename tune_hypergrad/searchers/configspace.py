@@ -24,6 +24,7 @@ from ConfigSpace.hyperparameters.hp_components import ROUND_PLACES
 from ConfigSpace.util import deactivate_inactive_hyperparameters
 from ray.tune.search import sample
 
+from tune_hypergrad.curves import ONE_MINUS
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.searchers.constants import (
     check_constant,
@@ -34,7 +35,7 @@ from tune_hypergrad.searchers.constants import (
     warn_of_an_object,
     without_breaks,
 )
-from tune_hypergrad.space import has_domain
+from tune_hypergrad.space import has_domain, is_number
 
 Path = tuple[Any, ...]
 """The keys that lead to an entry of a nested dict."""
@@ -81,7 +82,8 @@ class Translation:
         where it can only be one of them.
 
         Args:
-            config: nested as the search space is, or with the hyperparameters' names as keys.
+            config: nested as the search space is, or with the hyperparameters' names as keys; of a `complement`, the
+                value itself is taken as well, as a `Schedule` has it.
             what: called so in errors.
 
         Raises:
@@ -90,6 +92,9 @@ class Translation:
         names = {path: name for name, path in self.paths.items()}
         configuration = {}
         for path, value in _leaves(config, nested=lambda path: path not in names and path not in self.constants):
+            one_minus = (path[0], ONE_MINUS, *path[1:])
+            if is_number(value) and (one_minus in names or one_minus in self.constants):
+                path, value = one_minus, 1 - value
             text = _name(path)
             name = names.get(path, text)
             if path in self.constants:

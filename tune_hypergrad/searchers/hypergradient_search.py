@@ -13,6 +13,7 @@ from ray.tune.search import Repeater
 from ray.tune.search.repeater import TRIAL_INDEX
 from torch import Tensor
 
+from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, OuterLoop
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
@@ -22,7 +23,14 @@ from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.constants import check_constant, is_same
 from tune_hypergrad.searchers.ray_loop import RayLoop
 from tune_hypergrad.searchers.restorable import RestorableSearch
-from tune_hypergrad.space import gradient_ranges, has_domain, is_number_or_windows, windows_of
+from tune_hypergrad.space import (
+    flat_values,
+    gradient_ranges,
+    has_domain,
+    in_form_of,
+    is_hyperparameter,
+    tuned_values,
+)
 
 _OURS = ("seed", "tuned", TRIAL_INDEX)  # what we, and wrappers, put into configs beside the space's
 
@@ -52,7 +60,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
     out of the average; an outer step all of whose trials failed counts as a setback (see `OuterLoop`).
 
     Args:
-        space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
+        space: Ray domains, `schedule`s and `complement`s by name; None takes `param_space`. Continuous domains are
+            tuned, constants passed on.
         metric: what Ray ranks trials by. The descent itself always follows `val_loss`, whose derivative it is given.
         mode: "min" or "max", for `metric`.
         ensemble: trials per outer step.
@@ -61,8 +70,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
         step_sizes: outer step sizes by name; those missing are `default_step` of the range.
         default_step: outer step size as a share of the range.
         tolerance: converged when no step size is above this share of its range.
-        points_to_evaluate: configs to run first; the descent begins from the best of them. What a point leaves out is
-            0, or the nearest value in range. None begins from there in everything.
+        points_to_evaluate: configs to run first, such as `Schedule.to_config` gives; the descent begins from the best
+            of them. What a point leaves out is 0, or the nearest value in range. None begins from there in everything.
         seed: the trials' seeds are drawn from it; they are the same at every outer step.
 
     Raises:
@@ -109,7 +118,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
         """The best schedule by validation loss so far: the outcome of the search."""
         if self._outer is None or self._outer.incumbent is None:
             return None
-        return Schedule.from_tensors(self._outer.incumbent.values)
+        return Schedule(in_form_of(self._tuned_space, self._outer.incumbent.values))
 
     def _take_space(self, config: Mapping[str, Any]) -> bool:
         if self._outer is None:
@@ -147,10 +156,11 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     def _config_of(self, work: _Member) -> dict[str, Any]:
         values = self._current_values()
-        config = Schedule.from_tensors(values).to_config()
+        config = in_form_of(self._tuned_space, values)
+        constants = {name: v for name, v in self._constants.items() if split_name(name)[0] not in config}
         # without constants among them, all of a config's hyperparameters are tuned
         tuned = {"tuned": list(values)} if self._constants else {}
-        return {**self._constants, **config, **tuned, "seed": fold_seed(self._seed, work.index)}
+        return {**constants, **config, **tuned, "seed": fold_seed(self._seed, work.index)}
 
     def _is_of_use(self, work: _Member, result: Mapping[str, Any]) -> bool:
         try:
@@ -176,6 +186,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     def _read_space(self, space: Mapping[str, Any]) -> None:
         self._ranges, self._constants = gradient_ranges(space)
+        self._tuned_space = {name: space[name] for name in base_names(self._ranges)}
         for point in self._points:
             self._check_point(point)
         self._starts = [self._descent_from(point).values for point in self._points]
@@ -185,13 +196,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
         """Raise `InputError` where a point to evaluate does not fit the space."""
         for name, value in point.items():
             given = f"points_to_evaluate has {name!r}"
-            if name in self._ranges:
-                limits = self._ranges[name]
-                if not is_number_or_windows(value) or len(windows_of(value)) != limits.windows:
-                    shape = f"a list of {limits.windows} numbers" if limits.windows > 1 else "a number"
-                    raise InputError(f"{given} = {value!r}: it must be {shape}")
-                if not all(limits.lower <= window <= limits.upper for window in windows_of(value)):
-                    raise InputError(f"{given} = {value!r}: it must be within [{limits.lower:g}, {limits.upper:g}]")
+            if name in self._tuned_space:
+                self._check_values(name, value, given)
             elif name in self._constants:
                 check_constant(self._constants[name], value, given)
             elif name not in _OURS:
@@ -200,9 +206,30 @@ class HypergradientSearch(RestorableSearch[_Member]):
                     f"{given}, which the search space has not: correct its name or remove it{did_you_mean(name, known)}"
                 )
 
+    def _check_values(self, name: str, value: Any, given: str) -> None:
+        """Raise `InputError` where a point's values of a tuned hyperparameter do not fit it."""
+        own = {flat: limits for flat, limits in self._ranges.items() if split_name(flat)[0] == name}
+        if name in own:
+            count = own[name].windows
+            shape = f"a list of {count} numbers" if count > 1 else "a number"
+        else:
+            shape = f"such as {in_form_of(self._tuned_space, {n: [r.middle] * r.windows for n, r in own.items()})}"
+        values = flat_values({name: value}) if is_hyperparameter(value) else {}
+        fits = values and all(len(values[n]) == r.windows for n, r in own.items() if n in values)
+        if not fits or not all(n in own or n in self._constants for n in values):
+            raise InputError(f"{given} = {value!r}: it must be {shape}")
+        for flat, numbers in values.items():
+            if flat in self._constants:
+                check_constant(self._constants[flat], numbers[0], f"{given}, whose {flat!r}")
+                continue
+            limits = own[flat]
+            if not all(limits.lower <= number <= limits.upper for number in numbers):
+                raise InputError(f"{given} = {value!r}: it must be within [{limits.lower:g}, {limits.upper:g}]")
+
     def _descent_from(self, point: Mapping[str, Any]) -> Descent:
-        tuned = {name: value for name, value in point.items() if name in self._ranges}
-        initial = Schedule(tuned).to_tensors() if tuned else {}
+        initial = tuned_values(
+            self._tuned_space, {name: value for name, value in point.items() if name in self._tuned_space}
+        )
         return Descent(self._ranges, initial=initial, **self._descent_options)
 
     def _current_values(self) -> Hyperparameters:

@@ -159,7 +159,7 @@ class SelfTuningRun:
         self._counts = [(0,) * len(each) for each in (self._general, self._responses)]
         self._hyper_optimizer = get_optimizer(settings.hyper_optimizer)
         self._hyper_slots = tuple(torch.zeros(2 * len(self.tuned), **options) for _ in self._hyper_optimizer.slots)
-        self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.settings.fixed), dtype=torch.float64)
+        self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.held), dtype=torch.float64)
         self.position = 0
         """Training steps taken."""
         self.val_steps = 0
@@ -213,7 +213,7 @@ class SelfTuningRun:
     def history(self) -> dict[str, tuple[float, ...]]:
         """The values at every training step so far, held ones too: what a plain training run replays."""
         taken = self._path[: self.position].T.tolist()
-        names = (*self.tuned.definitions, *self.loop.settings.fixed)
+        names = (*self.tuned.definitions, *self.loop.held)
         return {name: tuple(values) for name, values in zip(names, taken, strict=True)}
 
     def advance(self, steps: int) -> None:

@@ -17,6 +17,7 @@ from ray.tune.trainable import wrap_function
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.space import flat_values
 from tune_hypergrad.trainables.checkpoints import (
     checkpoint_number,
     checkpoints_in,
@@ -153,12 +154,12 @@ class Dispatching(tune.Trainable):
         found: Schedule | None = getattr(self._inner, "found", None)
         if found is None:
             return result
-        long = {name for name, windows in found.values.items() if len(windows) > _LONG}
+        long = {name for name, windows in flat_values(found.values).items() if len(windows) > _LONG}
         improved = result[self._metric] < self._lowest
         self._lowest = min(self._lowest, result[self._metric])
         kept = {key: value for key, value in result.items() if not _is_window_of(long, key)}
         by_step = getattr(self._inner, "schedule_by_step", False)
-        return {**kept, FOUND: dict(found.values)} if improved and (long or by_step) else kept
+        return {**kept, FOUND: found.entries()} if improved and (long or by_step) else kept
 
     def _cost_by_the_clock(self, result: Mapping[str, Any]) -> dict[str, float]:
         granted = getattr(self.trial_resources, "required_resources", {}) or {}
@@ -169,8 +170,8 @@ class Dispatching(tune.Trainable):
 
 
 def _is_window_of(names: Collection[str], key: str) -> bool:
-    kind, *parts = key.split("/")
-    return kind in ("schedule", "best_schedule", "hypergradient") and len(parts) == 2 and parts[0] in names
+    kind, _, rest = key.partition("/")
+    return kind in ("schedule", "best_schedule", "hypergradient") and rest.rpartition("/")[0] in names
 
 
 def _as_class(trainable: Any) -> type[tune.Trainable]:

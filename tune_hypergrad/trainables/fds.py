@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Descent, InnerLoop, OuterLoop
 from tune_hypergrad.hypergradients.run import hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.space import Range, gradient_ranges
+from tune_hypergrad.space import Range, gradient_ranges, tuned_values
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 from tune_hypergrad.trainables.inner_run import InnerRunSettings
 
@@ -27,7 +28,8 @@ class DescentSettings:
     space: Mapping[str, Any] = field(default_factory=dict)
     """Ray domains by name, as for any searcher: continuous ones are tuned, constants are fixed."""
     initial: Mapping[str, Any] = field(default_factory=dict)
-    """Values to begin with (numbers, or windows); those missing begin at 0 or the nearest value in range."""
+    """Values to begin with (numbers, windows, or what the space's schedules have, with numbers); those missing begin at
+    0 or the nearest value in range."""
     step_sizes: Mapping[str, float] = field(default_factory=dict)
     """Outer step sizes by name; those missing are `default_step` of the range."""
     default_step: float = 0.1
@@ -49,13 +51,16 @@ class DescentSettings:
     def descent(self, config: Mapping[str, Any] | None = None) -> Descent:
         """The descent at its beginning; values in a trial's config go before `initial`."""
         ranges = self.ranges()
-        unknown = [name for name in self.initial if name not in ranges]
+        tuned = base_names(ranges)
+        unknown = [name for name in self.initial if split_name(name)[0] not in tuned]
         if unknown:
             raise InputError(f"initial {unknown[0]!r} is not tuned in this space: {', '.join(ranges)}")
-        begin = {name: value for name, value in {**self.initial, **(config or {})}.items() if name in ranges}
+        given = {**self.initial, **(config or {})}
+        held = self.constants()  # of curves that are tuned in part, by flat name
+        begin = {name: v for name, v in given.items() if split_name(name)[0] in tuned and name not in held}
         return Descent(
             ranges,
-            initial=Schedule(begin).to_tensors() if begin else {},
+            initial=tuned_values(self.space, begin),
             step_sizes=self.step_sizes,
             update=self.update,
             default_step=self.default_step,
@@ -63,8 +68,9 @@ class DescentSettings:
 
     def held(self, fixed: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         """What is held: `fixed`, and what a trial's config has besides tuned hyperparameters."""
-        ranges = self.ranges()
-        return {**fixed, **{name: value for name, value in config.items() if name not in ranges}}
+        ranges, tuned = self.ranges(), base_names(self.ranges())
+        own = {name: value for name, value in config.items() if name not in ranges and name not in tuned}
+        return {**fixed, **own}
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class FDS(ProblemTrainable):
         return None if self.outer.incumbent is None else self._schedule(self.outer.incumbent.values)
 
     def _schedule(self, values: Hyperparameters) -> Schedule:
-        return Schedule({**self.loop.settings.fixed, **Schedule.from_tensors(values).values})
+        return Schedule.from_tensors(values, self.loop.settings.fixed)
 
     @property
     def spent(self) -> Cost:

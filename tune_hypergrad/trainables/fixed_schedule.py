@@ -7,6 +7,7 @@ from typing import Any
 from ray import tune
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.curves import Curve, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.hypergradients.run import check_values
@@ -21,9 +22,10 @@ from tune_hypergrad.trainables.promoted import ContinuesPromoted
 class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
     """One training run with given hyperparameters: what black-box searchers evaluate.
 
-    A trial's config holds hyperparameters of the optimizer and of the train loss (numbers, or windows made by
-    `tune_hypergrad.schedule`), arguments of the problem's model factory, `batch_size`, and any setting. `budget` is the
-    length of the run in epochs, in place of `steps`; a schedule is stretched over the run, however long it is.
+    A trial's config holds hyperparameters of the optimizer and of the train loss (numbers, or what
+    `tune_hypergrad.schedule` and `complement` make of domains, with numbers), arguments of the problem's model factory,
+    `batch_size`, and any setting. `budget` is the length of the run in epochs, in place of `steps`; a schedule is
+    stretched over the run, however long it is.
     """
 
     @classmethod
@@ -38,10 +40,10 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
     def begin(self, settings: TrialSettings, hyperparameters: dict[str, Any]) -> None:
         schedule = Schedule.from_config(hyperparameters, names=hyperparameters) if hyperparameters else None
         values = {} if schedule is None else schedule.to_tensors()
-        held = {name: value for name, value in settings.fixed.items() if name not in values}
+        held = {name: value for name, value in settings.fixed.items() if split_name(name)[0] not in hyperparameters}
         self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
         check_values(self.loop, values)
-        self._hyperparameters = {name: v.to(self.loop.device, self.loop.dtype) for name, v in values.items()}
+        self._hyperparameters = {name: self.loop.placed(name, v) for name, v in values.items()}
         self._schedule = Schedule({**held, **hyperparameters}) if held or hyperparameters else None
         self.end = settings.steps
         self._chunk = -(-settings.steps // settings.reports)
@@ -70,10 +72,10 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         """Continue a shorter run of the same hyperparameters; what that run spent is its own.
 
         Raises:
-            InputError: one of them is a schedule of several windows.
+            InputError: one of them is a schedule of several windows, or a curve.
         """
-        windows = {} if self._schedule is None else self._schedule.values
-        stretched = [name for name, values in windows.items() if len(values) > 1]
+        values = {} if self._schedule is None else self._schedule.values
+        stretched = [name for name, value in values.items() if isinstance(value, Curve) or len(value) > 1]
         if stretched:
             raise InputError(
                 f"{stretched[0]!r} is a schedule, stretched over the whole run: a shorter run with it differs from the "

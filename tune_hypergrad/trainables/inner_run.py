@@ -8,6 +8,7 @@ from math import nan
 from typing import Any, ClassVar
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.check import usual_values
@@ -39,7 +40,8 @@ class InnerRunSettings(TrialSettings):
     with the standard deviation of the losses as `val_loss_std`, and is charged for all of them. The first seed is the
     trial's own."""
     tuned: tuple[str, ...] | None = None
-    """Hyperparameters of a trial's config to differentiate by; None is all of them."""
+    """Hyperparameters of a trial's config, or parts of curves by flat name, to differentiate by; None is all of
+    them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +113,7 @@ class InnerRun(ProblemTrainable):
         loop = settings.make_loop(problem)
         loop.check_names({})
         if check:  # at what is sure to be tuned, since only trials know the rest
-            names = loop.optimizer.hyperparameters if settings.tuned is None else settings.tuned
+            names = loop.optimizer.hyperparameters if settings.tuned is None else base_names(settings.tuned)
             values = {name: v for name, v in usual_values(loop).items() if name in names}
             settings.make_run(loop, values, check=True)
 
@@ -120,11 +122,16 @@ class InnerRun(ProblemTrainable):
         if not tuned:
             raise InputError("InnerRun's config has no hyperparameters to differentiate by: put some into param_space")
         self.settings = settings
-        self._values = Schedule.from_config(hyperparameters, names=tuned).to_tensors()
-        held = {**settings.fixed, **hyperparameters}
-        held = {name: value for name, value in held.items() if name not in self._values}
+        bases = base_names(tuned)
+        given = Schedule.from_config(hyperparameters, names=bases).to_tensors()
+        self._values = {name: v for name, v in given.items() if name in tuned or split_name(name)[0] in tuned}
+        unknown = [name for name in tuned if name not in (*given, *bases)]
+        if unknown:
+            raise InputError(f"the config has no {unknown[0]!r}: it has {', '.join(given)}")
+        held = {name: v for name, v in {**settings.fixed, **hyperparameters}.items() if name not in bases}
+        held |= {name: float(v) for name, v in given.items() if name not in self._values}  # parts of curves
         self.loop = settings.make_loop(self.problem, fixed=held, device=self.device)
-        self.schedule = Schedule({**held, **{name: hyperparameters[name] for name in self._values}})
+        self.schedule = Schedule.from_tensors(self._values, held)
         self.run = settings.make_run(self.loop, self._values)
         self._untrained: dict[str, float] = {}
         self._spent = Cost()

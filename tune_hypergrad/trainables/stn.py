@@ -140,7 +140,7 @@ class DeltaSTN(ProblemTrainable):
         if not self.run.position:
             return None
         history = self.run.history
-        held = {name: history[name][:1] for name in self.run.loop.settings.fixed if len(set(history[name])) == 1}
+        held = {name: history[name][:1] for name in self.run.loop.held if len(set(history[name])) == 1}
         return Schedule({**history, **held})
 
     @property

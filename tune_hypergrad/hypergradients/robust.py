@@ -1,0 +1,413 @@
+"""`RobustSearch`: descend by hypergradients whose noise and whose chaos are known for what they are.
+
+Training at a learning rate near the edge of stability is chaotic: another seed changes its loss by several per cent,
+and its derivative by a hyperparameter, exact as it is, grows to any size and tells nothing of the mean over seeds. So,
+on each hyperparameter's natural scale,
+
+- a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss or half of
+  what is typical of all derivatives, so that what would change little moves little. Directions of successive outer
+  steps, each with seeds of its own, are averaged;
+- a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*. It
+  is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, and where the
+  loss is no better either, the next run is nearer to the best so far;
+- a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
+  and the next one is nearer to where the search came from;
+- what is called best is calm, and has been confirmed: trained with other seeds, which are the same for all candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite, log
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_hypergrad.budget import GRADIENTS_PER
+from tune_hypergrad.curves import split_name
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.outer import (
+    Evaluated,
+    Outcome,
+    OuterSearch,
+    Proposal,
+    initial_values,
+    mean_outcome,
+)
+from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.space import Range
+
+STEP, STEP_OF_COMPLEMENT = log(2), log(1.5)
+"""Default step sizes on logarithmic scales: twice as much, or half, and less for 1 - momentum, which multiplies with the
+learning rate."""
+STEP_SHARE = 0.1
+"""Default step size on linear scales, as a share of the range."""
+
+_SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
+_CHAOS = 0.25  # share of training's gain that one step cannot change
+_REJECTED = 0.3  # share of the best's gain that a run may lose
+_MEMORY = 0.3  # weight of earlier directions
+_GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.2, 0.5, 2.0, 0.05  # of step sizes; the last two are shares of the first
+_APPROACH, _SHORTER = 0.35, 0.6  # of the way to a place that was given up; of the steps after it
+_FIRST_RETREAT = 1.5  # by how much a first run that came to nothing is calmed, on logarithmic scales
+_REJECTIONS = 6  # in a row, after which there is nothing more to be found
+_PATIENCE = 3  # outer steps without a better run, after which more seeds are averaged
+_LARGEST_ENSEMBLE = 4
+_CANDIDATES = 2  # confirmed before the search ends
+_CONFIRMATION = 1 << 20  # seeds of confirmations, apart from those of outer steps
+
+_FLOOR = 1e-4  # of a range that begins at 0, in which a logarithm is tuned, as a share of its upper bound
+_RATES, _MOMENTA = ("lr", "weight_decay"), ("momentum", "beta1", "beta2")
+_CALMING = ("lr", "momentum")
+
+
+def natural_range(name: str, limits: Range) -> Range:
+    """The range with the scale on which a hyperparameter of the optimizer is searched: the logarithm of learning rate
+    and weight decay, from a ten-thousandth of the upper bound where the range begins at 0, and that of 1 - momentum.
+    Others stay on the scale of their domain."""
+    base, suffix = split_name(name)
+    has_values = suffix in ("", "knots") or suffix.endswith("/peak")
+    if limits.scale != "linear" or not has_values or suffix.startswith("one_minus"):
+        return limits
+    if base in _RATES and limits.lower >= 0 and isfinite(limits.upper):
+        return Range(limits.windows, max(limits.lower, _FLOOR * limits.upper), limits.upper, "log")
+    if base in _MOMENTA and isfinite(limits.lower) and limits.upper < 1:
+        return Range(limits.windows, limits.lower, limits.upper, "complement")
+    return limits
+
+
+def natural_start(name: str, limits: Range) -> Tensor:
+    """Where a search begins that knows nothing: low enough to be calm, high enough to train. Logarithms in the middle,
+    1 - momentum at a quarter of its scale from below, the rest at 0 or the nearest value in range. Shape [windows]."""
+    if limits.scale == "complement":
+        bounds = limits.to_internal(torch.tensor([limits.lower, limits.upper], dtype=torch.float64))
+        return limits.project(limits.from_internal(bounds[0] + 0.25 * (bounds[1] - bounds[0])).expand(limits.windows))
+    return initial_values(name, limits, None)
+
+
+@dataclass
+class _Place:
+    """Hyperparameters on their internal scales, and what runs with them gave."""
+
+    internal: Hyperparameters
+    outer_step: int
+    losses: list[float] = field(default_factory=list)
+    calm: bool = True
+
+    @property
+    def val_loss(self) -> float:
+        """Mean over the runs; inf where one diverged."""
+        return fmean(self.losses) if self.losses and all(map(isfinite, self.losses)) else inf
+
+    @property
+    def score(self) -> float:
+        """What candidates are ranked by: a schedule that depends on the seed is worth less than its mean."""
+        return self.val_loss + (pstdev(self.losses) if isfinite(self.val_loss) else 0.0)
+
+
+class RobustSearch(OuterSearch):
+    """The default search by hypergradients; the module tells how it goes.
+
+    Args:
+        ranges: what is tuned, by name; moved on the scale of `natural_range`, but for those with a step size.
+        initial: values to begin with, each of shape [N]; those missing begin at `natural_start`.
+        step_sizes: first step sizes by name, on the range's own scale; others are log(2) of a logarithm, log(1.5) of
+            that of 1 - momentum, a tenth of the range on linear scales.
+        ensemble: runs in a round at the beginning, whose hypergradients are averaged; it doubles, up to 4, where three
+            outer steps have brought nothing better.
+        outer_steps: outer steps at the most, rejected ones included; None: as many as it takes.
+        trainings: what the whole search may cost, in plain trainings, confirmations included; None: no limit.
+        new_seeds: whether every outer step has seeds of its own; without, all have the same.
+        confirmations: other seeds with which the two best places, and the initial one if `polish`, are trained before
+            the search ends.
+        polish: whether what is found must not be worse than `initial`, by mean validation loss over the confirmations.
+
+    Raises:
+        InputError: an unknown name, initial values that do not fit, a range without bounds and step size, or
+            `trainings` that do not suffice for one outer step and its confirmation.
+    """
+
+    def __init__(
+        self,
+        ranges: Mapping[str, Range],
+        *,
+        initial: Mapping[str, Tensor] | None = None,
+        step_sizes: Mapping[str, float] | None = None,
+        ensemble: int = 1,
+        outer_steps: int | None = None,
+        trainings: float | None = None,
+        new_seeds: bool = True,
+        confirmations: int = 3,
+        polish: bool = False,
+    ) -> None:
+        initial, step_sizes = initial or {}, step_sizes or {}
+        for name in (*initial, *step_sizes):
+            if name not in ranges:
+                raise InputError(f"{name!r} is not among the tuned hyperparameters: {', '.join(ranges)}")
+        self.ranges = {name: r if name in step_sizes else natural_range(name, r) for name, r in ranges.items()}
+        self.ensemble, self.outer_steps, self.trainings = ensemble, outer_steps, trainings
+        self.new_seeds, self.confirmations, self.polish = new_seeds, confirmations, polish
+        self.outer_step, self.spent, self.rejected = 0, 0.0, 0
+        self.incumbent: Evaluated | None = None
+        starts = {
+            name: natural_start(name, r)
+            if name not in initial
+            else r.project(initial_values(name, ranges[name], initial[name]))
+            for name, r in self.ranges.items()
+        }
+        self._internal = {name: self.ranges[name].to_internal(values) for name, values in starts.items()}
+        self._first = {name: self._first_step(name, step_sizes.get(name)) for name in self.ranges}
+        self._steps = {n: torch.full_like(x, self._first[n]) for n, x in self._internal.items()}
+        self._directions = {n: torch.zeros_like(x) for n, x in self._internal.items()}
+        self._signs = {n: torch.zeros_like(x) for n, x in self._internal.items()}
+        self._moves = 0
+        self._places: list[_Place] = []  # that were differentiated, in their order
+        self._untrained = inf
+        self._rejections = 0  # in a row
+        self._since_best = 0  # outer steps
+        self._round_cost = 0.0  # of the last round that was differentiated
+        self._candidates: list[_Place] = []  # being confirmed
+        self._ended = False
+        if trainings is not None and trainings < self._expected_cost + self._confirmation_cost:
+            needed = self._expected_cost + self._confirmation_cost
+            raise InputError(
+                f"trainings is {trainings:g}: one outer step and its confirmation cost about {needed:.3g}; raise it, "
+                "or lower confirmations or ensemble"
+            )
+
+    @property
+    def values(self) -> Hyperparameters:
+        place = self._candidates[0].internal if self._candidates else self._internal
+        return self._values(place)
+
+    def round(self) -> tuple[Proposal, ...]:
+        if self._ended:
+            return ()
+        if self._candidates:
+            return tuple(
+                Proposal(self._values(place.internal), _CONFIRMATION + number, -inf, tuple(place.losses))
+                for place in self._candidates
+                for number in range(self.confirmations)
+            )
+        best = self._best()
+        limit = inf
+        if best is not None:
+            limit = best.val_loss + _REJECTED * max(self._untrained - best.val_loss, 0.0)
+        first = self.outer_step * _LARGEST_ENSEMBLE if self.new_seeds else 0
+        return tuple(Proposal(self.values, first + member, limit) for member in range(self.ensemble))
+
+    def tell(self, outcomes: Sequence[Outcome | None]) -> None:
+        self.spent += sum(outcome.cost for outcome in outcomes if outcome is not None)
+        if self._candidates:
+            self._take_confirmations(outcomes)
+            return
+        self._take_outer_step(outcomes)
+        self.outer_step += 1
+        if self._is_over():
+            self._begin_confirmation()
+
+    def _take_outer_step(self, outcomes: Sequence[Outcome | None]) -> None:
+        limit = self.round()[0].reject_above
+        mean = mean_outcome(outcomes)
+        ended = [outcome for outcome in outcomes if outcome is not None]
+        lost = any(not isfinite(o.val_loss) or o.val_loss > limit or o.hypergradients is None for o in ended)
+        if not ended:
+            return  # every run failed: once more
+        if lost or mean.hypergradients is None or not _is_followable(mean.hypergradients):
+            self._retreat()
+            return
+        self._untrained = mean.untrained_loss
+        place = _Place(dict(self._internal), self.outer_step, [o.val_loss for o in ended])
+        gradients = [self._by_internal(o.hypergradients) for o in ended if o.hypergradients is not None]
+        place.calm = self._move(gradients, mean.val_loss)
+        best = self._best()
+        improved = place.calm and (best is None or place.val_loss < best.val_loss)
+        if not place.calm and best is not None and place.val_loss >= best.val_loss:
+            self._approach(best.internal)
+        self._places.append(place)
+        self._rejections, self._round_cost = 0, mean.cost
+        self._since_best = 0 if improved else self._since_best + 1
+        if improved or self.incumbent is None:
+            self.incumbent = self._evaluated(place)
+        if self._since_best >= _PATIENCE and self.ensemble < _LARGEST_ENSEMBLE:
+            self.ensemble, self._since_best = 2 * self.ensemble, 0
+
+    def _move(self, gradients: list[Hyperparameters], loss: float) -> bool:
+        """Take a step along the members' derivatives on the internal scales; returns whether none was chaotic."""
+        chaos = _CHAOS * max(self._untrained - loss, abs(loss))
+        members = {name: torch.stack([g[name] for g in gradients]).nan_to_num(nan=inf) for name in self.ranges}
+        wild = {name: (m.abs() * self._first[name] > chaos).any(0) for name, m in members.items()}
+        means = {name: torch.where(wild[name], 0.0, m.mean(0)) for name, m in members.items()}
+        sizes = torch.cat([(means[name].abs() * self._first[name])[~wild[name]] for name in self.ranges])
+        typical = float(sizes.median()) if len(sizes) else inf
+        self._moves += 1
+        for name, x in self._internal.items():
+            soft = min(_SOFT * abs(loss), _TYPICAL * typical / self._first[name]) + 1e-30
+            direction = means[name] / (means[name].abs() + soft)
+            direction = torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction)
+            agreement = direction.sign() * self._signs[name]
+            change = torch.where(agreement > 0, _GROWTH, torch.where(agreement < 0, _SHRINKAGE, 1.0))
+            steps = self._steps[name] * change
+            self._steps[name] = steps.clamp(_SMALLEST * self._first[name], _LARGEST * self._first[name])
+            self._signs[name] = torch.where(direction == 0, self._signs[name], direction.sign())
+            self._directions[name] = _MEMORY * self._directions[name] + (1 - _MEMORY) * direction
+            averaged = self._directions[name] / (1 - _MEMORY**self._moves)
+            self._internal[name] = self._projected(name, x - self._steps[name] * averaged)
+        return not any(bool(w.any()) for w in wild.values())
+
+    def _retreat(self) -> None:
+        """After a run that came to nothing: nearer to where the search came from, then to its calm side."""
+        self._rejections += 1
+        self.rejected += 1
+        before = dict(self._internal)
+        if not self._places:
+            for name in filter(_is_calming, before):
+                share = self._first[name] / STEP if self.ranges[name].scale != "linear" else self._first[name]
+                self._internal[name] = self._projected(name, before[name] - _FIRST_RETREAT * share)
+        elif self._rejections == 1:
+            self._approach(self._places[-1].internal)
+        else:
+            back = _APPROACH * (self._rejections - 1)
+            last = self._places[-1].internal
+            self._internal = {
+                name: self._projected(name, x - back * self._first[name]) if _is_calming(name) else x.clone()
+                for name, x in last.items()
+            }
+        if self._rejections != 1:
+            self._shorten()
+        if all(torch.equal(x, before[name]) for name, x in self._internal.items()):
+            self._rejections = _REJECTIONS  # there is nowhere to go
+
+    def _approach(self, place: Hyperparameters) -> None:
+        """Go most of the way back to a place, and on with shorter steps."""
+        self._internal = {name: place[name] + _APPROACH * (x - place[name]) for name, x in self._internal.items()}
+        self._shorten()
+
+    def _shorten(self) -> None:
+        for name, steps in self._steps.items():
+            self._steps[name] = (_SHORTER * steps).clamp(min=_SMALLEST * self._first[name])
+
+    def _is_over(self) -> bool:
+        if self._rejections >= _REJECTIONS or (self.outer_steps is not None and self.outer_step >= self.outer_steps):
+            return True
+        if self.trainings is not None:
+            return self.spent + self._expected_cost + self._confirmation_cost > self.trainings
+        return self._since_best >= _PATIENCE and self.ensemble >= _LARGEST_ENSEMBLE
+
+    @property
+    def _expected_cost(self) -> float:
+        """Of an outer step that is not rejected, in trainings."""
+        per_run = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
+        return max(self.ensemble * per_run, self._round_cost)
+
+    @property
+    def _confirmation_cost(self) -> float:
+        """Of the end of the search, in trainings."""
+        return float(self.confirmations * (_CANDIDATES + self.polish))
+
+    def _begin_confirmation(self) -> None:
+        calm = [place for place in self._places if place.calm] or self._places
+        chosen = sorted(calm, key=lambda place: place.val_loss)[:_CANDIDATES]
+        if self.polish and self._places and self._places[0] not in chosen:
+            chosen.append(self._places[0])
+        left = inf if self.trainings is None else self.trainings - self.spent
+        while chosen and len(chosen) * self.confirmations > left:
+            chosen.pop()
+        self._candidates = chosen if self.confirmations else []
+        self._ended = not self._candidates
+
+    def _take_confirmations(self, outcomes: Sequence[Outcome | None]) -> None:
+        """Rank the candidates by the confirmations alone: their own runs' losses are why they were chosen."""
+        confirmed = []
+        for number, place in enumerate(self._candidates):
+            own = outcomes[number * self.confirmations : (number + 1) * self.confirmations]
+            losses = [outcome.val_loss for outcome in own if outcome is not None]
+            if losses:
+                confirmed.append(_Place(place.internal, place.outer_step, losses))
+        if confirmed:
+            best = min(confirmed, key=lambda place: place.score)
+            start = next((place for place in confirmed if self.polish and place.outer_step == 0), None)
+            if start is not None and start.val_loss < best.val_loss:
+                best = start
+            if isfinite(best.val_loss):
+                self.incumbent = self._evaluated(best)
+        self._candidates, self._ended = [], True
+
+    def _best(self) -> _Place | None:
+        """The place with the lowest loss, of the calm ones if there are any."""
+        calm = [place for place in self._places if place.calm] or self._places
+        return min(calm, key=lambda place: place.val_loss, default=None)
+
+    def _evaluated(self, place: _Place) -> Evaluated:
+        return Evaluated(self._values(place.internal), place.val_loss, place.outer_step, len(place.losses))
+
+    def _values(self, internal: Hyperparameters) -> Hyperparameters:
+        return {n: self.ranges[n].project(self.ranges[n].from_internal(x)) for n, x in internal.items()}
+
+    def _projected(self, name: str, internal: Tensor) -> Tensor:
+        limits = self.ranges[name]
+        return limits.to_internal(limits.project(limits.from_internal(internal)))
+
+    def _by_internal(self, hypergradients: Hyperparameters) -> Hyperparameters:
+        """Derivatives by the internal values: float64 on the CPU."""
+        values = self._values(self._internal)
+        return {
+            name: hypergradients[name].to(device="cpu", dtype=torch.float64) * self.ranges[name].slope(values[name])
+            for name in self.ranges
+        }
+
+    def _first_step(self, name: str, given: float | None) -> float:
+        limits = self.ranges[name]
+        defaults = {"log": STEP, "complement": STEP_OF_COMPLEMENT, "linear": STEP_SHARE * limits.internal_width}
+        default = defaults[limits.scale]
+        step = default if given is None else given
+        if not 0 < step < inf:
+            raise InputError(f"hyperparameter {name!r} needs a finite step size above 0: pass it in step_sizes")
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "incumbent": None if self.incumbent is None else dict(vars(self.incumbent)),
+            "tensors": {name: dict(getattr(self, name)) for name in _TENSORS},
+            "scalars": {name: getattr(self, name) for name in _SCALARS},
+            "places": [dict(vars(place)) for place in self._places],
+            "candidates": [dict(vars(place)) for place in self._candidates],
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.incumbent = None if saved["incumbent"] is None else Evaluated(**saved["incumbent"])
+        for name, tensors in saved["tensors"].items():
+            setattr(self, name, dict(tensors))
+        for name, value in saved["scalars"].items():
+            setattr(self, name, value)
+        self._places = [_Place(**{**place, "losses": list(place["losses"])}) for place in saved["places"]]
+        self._candidates = [_Place(**{**place, "losses": list(place["losses"])}) for place in saved["candidates"]]
+
+
+_TENSORS = ("_internal", "_steps", "_directions", "_signs")
+_SCALARS = (
+    "outer_step",
+    "spent",
+    "rejected",
+    "ensemble",
+    "_moves",
+    "_untrained",
+    "_rejections",
+    "_since_best",
+    "_round_cost",
+    "_ended",
+)
+
+
+def _is_followable(hypergradients: Hyperparameters) -> bool:
+    """Whether any element says a way: those of a dead network are all zero."""
+    return any(bool((g.isfinite() & (g != 0)).any()) for g in hypergradients.values())
+
+
+def _is_calming(name: str) -> bool:
+    """Whether lowering it calms training: values of learning rates and momentum."""
+    base, suffix = split_name(name)
+    return base in _CALMING and (suffix in ("", "knots") or suffix.endswith("/peak")) and "one_minus" not in suffix
