@@ -217,7 +217,7 @@ def searched(name: str, data_dir: Path, rule: str, seed: int, trainings: float, 
         spent += sum(outcome.cost for outcome in outcomes)
         for proposal, outcome in zip(proposals, outcomes, strict=True):
             values = {key: value.tolist() for key, value in proposal.values.items()}
-            rejected, confirms = outcome.hypergradients is None, bool(proposal.other_losses)
+            rejected, confirms = outcome.hypergradients is None, proposal.confirmed is not None
             history.append(
                 {"val_loss": outcome.val_loss, "rejected": rejected, "confirms": confirms, "cost": outcome.cost}
                 | {"values": values, "spent": spent}

@@ -17,6 +17,7 @@ from tune_hypergrad.ledger import LEDGER_FILE, Account, Ledger
 STARTED = 1_795_000_000.0
 """When every comparison begins, in seconds since 1970."""
 METHODS = ("fds", "hd", "stn", "rs", "bohb", "broken")
+BLACK_BOX = ("rs", "bohb", "bo", "hb")
 GRADIENT_METHODS = ("fds", "hd", "stn", "centered-stn", "delta-stn")
 NAMES = (*METHODS[:5], "delta-stn", "centered-stn", "bo", "hb", "cosine", "asha", "a method with a rather long name")
 
@@ -31,6 +32,7 @@ def write_settings(folder: Path, methods: Sequence[str], seeds: Sequence[int], *
             {
                 "name": name,
                 "description": f"what {name} does",
+                "black_box": name in BLACK_BOX,
                 "cannot_tune": ["dropout"] if name in ("fds", "hd") else [],
                 "resources": {"CPU": 1},
             }

@@ -1,6 +1,8 @@
 """The command line: what it lists, what it refuses before Ray starts, and one experiment from end to end."""
 
 import sys
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import ray
@@ -9,6 +11,8 @@ from typer.testing import CliRunner
 
 from tune_hypergrad import InputError, cli
 from tune_hypergrad.comparison import Comparison
+from tune_hypergrad.comparison.plan import _in_words
+from tune_hypergrad.methods import optimizer_space, paper_space
 
 OWN_PROBLEM = """
 import torch
@@ -115,6 +119,9 @@ def test_help_names_the_commands():
         (["digits_mlp", "--cpus", "0"], "resources are"),
         (["digits_mlp", "--gpus", "1.5"], "1.5 GPU"),
         (["digits_mlp", "--reference", "nan"], "reference is nan"),
+        (["digits_mlp", "--space", "papr"], "no search space called 'papr': choose paper"),
+        (["digits_mlp", "--start", "nowhere.json"], "cannot read schedule file nowhere.json"),
+        (["--method", "fsd"], "'fsd'"),
         (["digits_mlp", "--first-seed", "0", "--seeds", "1000000"], "seeds is"),
         (["nowhere.py:problem"], "nowhere.py"),
         (["nowhere.py"], "nowhere.py:NAME"),
@@ -230,11 +237,60 @@ def test_ctrl_c_before_the_first_trial_says_so(monkeypatch, capsys, tmp_path):
     assert status == 0 and not again[0]["resume"] and (tmp_path / "out" / "command.json").exists()
 
 
-def test_resuming_takes_no_problem_and_beginning_needs_one(ray_must_not_start, capsys, tmp_path):
+def test_resuming_takes_no_problem(ray_must_not_start, capsys, tmp_path):
     status, _, err = outcome(capsys, "compare", "digits_mlp", "--resume", tmp_path)
     assert status == 2 and "leave out 'digits_mlp'" in err
-    status, _, err = outcome(capsys, "compare")
-    assert status == 2 and "there is no problem" in err
+
+
+class Called(Exception):
+    pass
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What `compare` was called with from the command line, which does nothing then."""
+    given = {}
+
+    def take(problem, methods, **options):
+        given.update(options, problem=problem, methods=methods)
+        raise Called
+
+    monkeypatch.setattr("tune_hypergrad.comparison.compare", take)
+    return given
+
+
+def test_without_a_problem_the_first_comparison_is_made(called, capsys, tmp_path):
+    with pytest.raises(Called):
+        outcome(capsys, "compare", "--out", tmp_path / "out")
+    assert called["problem"].name == cli.FIRST["problem"] and called["budget"] == cli.FIRST["budget"]
+    assert called["reference"].startswith("grid:") and called["epochs"] == cli.FIRST["epochs"]
+    assert set(cli.FIRST) <= set(signature(cli.compare).parameters)
+
+
+def test_the_first_comparison_can_be_made(ray_must_not_start, capsys, tmp_path):
+    with pytest.raises(AssertionError, match="Ray was started"):  # all that is looked at before is in order
+        outcome(capsys, "compare", "--no-check", "--out", tmp_path / "out")
+
+
+def test_options_go_before_those_of_the_first_comparison(called, capsys, tmp_path):
+    with pytest.raises(Called):
+        outcome(capsys, "compare", "--budget", "300e", "--reference", "best", "--out", tmp_path / "out")
+    assert (called["budget"], called["reference"]) == ("300e", "best") and called["epochs"] == cli.FIRST["epochs"]
+    with pytest.raises(Called):
+        outcome(capsys, "compare", "digits", "--out", tmp_path / "named")
+    assert (called["budget"], called["reference"], called["epochs"]) == ("300e", "best", 10)
+
+
+def test_spaces_have_names_and_a_start_is_a_file(called, capsys, tmp_path):
+    for options in ([], ["--space", "paper"]):
+        with pytest.raises(Called):
+            outcome(capsys, "compare", "digits", "--tune", "optimizer", *options, "--windows", "3", "--out", tmp_path)
+        space = (paper_space if options else optimizer_space)("sgd", 3)
+        assert called["space"].keys() == space.keys() and list(called["space"]["lr"]) == ["0", "1", "2"]
+        assert [_in_words(called["space"][name]) for name in space] == [_in_words(entry) for entry in space.values()]
+    with pytest.raises(Called):
+        outcome(capsys, "compare", "digits", "--start", "mine.json", "--same-training", "--out", tmp_path)
+    assert called["start"] == Path("mine.json") and called["retraining"].same_training
 
 
 def test_an_error_in_a_problem_shows_its_brackets(capsys):

@@ -21,7 +21,7 @@ from tiny_problem import tiny_problem
 from tune_hypergrad import FixedSchedule, InputError, Method, RandomSearch, Retraining, compare
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison import Comparison, Interrupted
-from tune_hypergrad.comparison.records import RETRAINING
+from tune_hypergrad.comparison.records import RETRAINING, START
 from tune_hypergrad.ledger import LEDGER_FILE, Ledger
 from tune_hypergrad.methods import BY_DEFAULT
 
@@ -112,6 +112,39 @@ def test_all_methods_spend_one_budget_and_the_test_split_is_read_at_the_end(ray_
     named = {trial["trial"]: trial["id"] for trial in comparison.trials.to_dict("records")}
     folders = {path.name.split("_")[1] for path in (comparison.folder / "trials").iterdir() if path.is_dir()}
     assert set(named.values()) == folders and any(name.startswith("delta-stn-3-") for name in named)
+
+
+@pytest.mark.slow
+def test_all_methods_begin_from_a_start_and_none_ends_worse(ray_session, tmp_path):
+    start = {"lr": {"0": 0.2, "1": 0.1}, "momentum": 0.5}
+    comparison = compare(
+        tiny_problem(),
+        ["fds", "rs", "hb"],
+        budget="20e",
+        seeds=2,
+        start=start,
+        reference="grid:4",
+        **QUICK,
+        out=tmp_path / "out",
+    )
+    check(comparison)
+    assert comparison.methods == ["fds", "rs", "hb"] and set(comparison.accounts["reason"]) == {"budget spent"}
+    trials = comparison.trials
+    own = trials[trials["method"] == START]
+    assert own["config"].tolist() == [{**start, "seed": seed} for seed in (0, 1)] and own["seed"].tolist() == [0, 1]
+    for method in ("rs", "hb"):
+        first = trials[trials["method"] == method].drop_duplicates("seed")["config"]
+        assert [config["lr"] for config in first] == pytest.approx([0.15, 0.15])
+        assert [config["momentum"] for config in first] == [0.5, 0.5]
+    losses = comparison.start_results.set_index("seed")["val_loss"]
+    for method in comparison.methods:
+        gain = comparison.gain(method)
+        assert gain["seed"].tolist() == [0, 1] and (gain["val_loss"] >= 0).all() and gain["value"].notna().all()
+        incumbents = comparison.accounts[comparison.accounts["method"] == method].set_index("seed")["val_loss"]
+        assert (incumbents <= losses).all()
+    tested = comparison.retrained[comparison.retrained["method"] == START]
+    assert tested[["seed", "share"]].values.tolist() == [[0, 1]]
+    assert "test accuracy" in (comparison.folder / "summary.md").read_text()
 
 
 @pytest.mark.slow

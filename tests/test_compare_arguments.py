@@ -64,6 +64,9 @@ WRONG = [
     *[("methods", value) for value in (3, "rs", [3], [None], get_method("rs"))],
     *[("budget", value) for value in (None, True, [300])],
     *[("space", value) for value in (3, {}, [("lr", 1)], {3: 1}, ConfigurationSpace({"lr": (0.0, 1.0)}))],
+    *[("space", value) for value in ("papr", "", "None")],
+    *[("start", value) for value in (3, "", "nowhere.json", {}, [0.1], {3: 1}, {"lr": NAN}, {"lr": {"0": NAN}})],
+    *[("start", value) for value in (BytesPath(), "~nobody-of-that-name/x", {"lr": 9}, {"lt": 0.1})],
     *[("seeds", value) for value in (1.5, True, "3", None, 0, -1, [], [0.5], [0, 0], [-1], [True], {"a": 1})],
     *[("seeds", value) for value in (2**40, range(2**40), np.zeros(5000), np.zeros((3, 3)))],
     *[("epochs", value) for value in ("x", None, True, NAN, INF, 0, -1, [1])],
@@ -265,6 +268,15 @@ def test_what_all_methods_ask_for_is_looked_at_once(monkeypatch):
     monkeypatch.setattr("tune_hypergrad.comparison.plan.can_be_placed", lambda *given: asked.append(given) or True)
     plan(["rs", "bo", replace(get_method("hb"), resources={"cpu": 2})]).check_resources()
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("name", "lr"), [(None, "loguniform (0.0001, 1)"), ("paper", "uniform (0, 1.0)")])
+def test_a_space_by_name_is_without_what_is_held(monkeypatch, tmp_path, name, lr):
+    made = []
+    monkeypatch.setattr("tune_hypergrad.comparison.run.run_plan", lambda plan, **of_run: made.append(plan))
+    compare(PROBLEM, ["rs"], space=name, fixed={"momentum": 0.5}, out=tmp_path / "out")
+    said = made[0].settings()["space"]
+    assert said.keys() == {"lr", "weight_decay"} and said["lr"].startswith(lr)
 
 
 def own_trainable(task):

@@ -90,7 +90,9 @@ def test_nor_do_retrainings_of_it_give_it_one(happens, tmp_path):
     comparison = made.retraining("rs", 0, 1.0, 400, 1, test_accuracy=0.9).comparison
     row = row_of(comparison, "fds")
     assert row["test accuracy"] == row["regret in test accuracy (points)"] == "none"
-    assert comparison.yardstick.reference == 0.9 and math.isnan(comparison.summary["test_accuracy"][0])
+    assert comparison.yardstick.reference == 0.9 and math.isnan(
+        comparison.summary.set_index("method")["test_accuracy"]["fds"]
+    )
 
 
 def test_a_retraining_of_no_steps_is_none(tmp_path):
@@ -127,7 +129,8 @@ def test_what_a_budget_went_into_without_a_completed_run_is_said(tmp_path):
     comparison = cut_after_failure(made_of(tmp_path / "c")).comparison
     assert comparison.accounts["reason"][0] == "budget spent in trials that failed or were cut short"
     comparison = partial_run(made_of(tmp_path / "b")).comparison
-    assert list(comparison.summary["reason"]) == ["budget spent before a run ended", "budget spent"]
+    reasons = comparison.summary.set_index("method")["reason"]
+    assert reasons.to_dict() == {"rs": "budget spent", "fds": "budget spent before a run ended"}
     assert told(comparison, "fds") == ["no run completed: budget spent before a run ended"]
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from tune_hypergrad.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
+    from tune_hypergrad.comparison import Comparison
     from tune_hypergrad.problem import Problem
 
 
@@ -30,6 +31,17 @@ class Tuned(str, Enum):
     REGULARISATION = "regularisation"
     ALL = "all"
 
+
+FIRST: dict[str, Any] = {
+    "problem": "digits",
+    "epochs": 2.0,
+    "tune": Tuned.OPTIMIZER.value,
+    "budget": "120e",
+    "seeds": 3,
+    "reference": "grid:125",
+}
+"""What `compare` compares where no problem is named, for who gives no other option: trainings so short that customary
+settings fall well short of the best, each a fraction of a second, and a grid that says what the best is."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -44,7 +56,10 @@ def describe() -> None:
 def compare(
     context: typer.Context,
     problem: Annotated[
-        str | None, typer.Argument(help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME.")
+        str | None,
+        typer.Argument(
+            help="A built-in problem, or your own as FILE.py:NAME or MODULE:NAME. [default: digits, in few minutes]"
+        ),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="Repeat for several. [default: all but centered-stn]")
@@ -65,6 +80,14 @@ def compare(
     windows: Annotated[int, typer.Option(help="Learning rates in the schedule.", min=1)] = 7,
     optimizer: Annotated[str, typer.Option(help="Inner optimizer.")] = "sgd",
     batch_size: Annotated[int | None, typer.Option(help="Instead of the problem's own.")] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(help='"paper": the wide linear ranges of the FDS paper. [default: what people know of ranges]'),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="All methods begin from your settings in this file: a schedule.json, or a JSON object."),
+    ] = None,
     tune: Annotated[
         Tuned | None, typer.Option(help="What the search space has. [default: all, where there are regularisers]")
     ] = None,
@@ -86,6 +109,9 @@ def compare(
     ] = None,
     retrain_seeds: Annotated[int, typer.Option(help="Trainings of every incumbent for the test.", min=0)] = 3,
     retrain_on: Annotated[str, typer.Option(help='"train" or "train+val".')] = "train",
+    same_training: Annotated[
+        bool, typer.Option(help="Train every incumbent again for the same steps, however it was found.")
+    ] = False,
     reference: Annotated[
         str, typer.Option(help='What regret is measured from: "best", a number, or "grid:N", N trainings.')
     ] = "best",
@@ -100,16 +126,16 @@ def compare(
 ) -> None:
     """Tune a problem by several methods at once, each with the same budget, and report what they found."""
     given = {name: value for name, value in locals().items() if name not in ("context", "resume")}
+    sources = {name: context.get_parameter_source(name) for name in given}
+    by_person = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if resume is not None:
-        for name in given:
-            source = context.get_parameter_source(name)
-            by_person = source is not None and source.name == "COMMANDLINE"
-            if by_person and name not in ("address", "progress"):
+        for name in by_person:
+            if name not in ("address", "progress"):
                 option = repr(problem) if name == "problem" else "--" + name.replace("_", "-")
                 raise InputError(f"--resume {resume} goes on with what was begun there: leave out {option}")
         given = {**_saved_command(resume), "out": resume, "address": address, "progress": progress}
     elif problem is None:
-        raise InputError("there is no problem to work on: name one, such as digits, or --resume a folder")
+        given |= {name: value for name, value in FIRST.items() if name not in by_person}
     _compare(**given, again=resume is not None)
 
 
@@ -133,6 +159,8 @@ def _compare(
     batch_size: int | None,
     data_dir: Path | None,
     download: bool,
+    space: str | None = None,
+    same_training: bool = False,
     **options: Any,
 ) -> None:
     """`compare`, with its options as they came or, `again`, were saved."""
@@ -144,7 +172,6 @@ def _compare(
     from tune_hypergrad.comparison.arguments import checked
     from tune_hypergrad.comparison.folders import contents, folder_for, new_file
     from tune_hypergrad.comparison.records import SETTINGS_FILE
-    from tune_hypergrad.comparison.report import summary_table
     from tune_hypergrad.comparison.run import COMMAND_FILE
 
     folder: Path = checked({"out": out})["out"]
@@ -164,13 +191,13 @@ def _compare(
             comparison = run(
                 loaded,
                 method,
-                space=_space(loaded, options["optimizer"], windows, tune),
+                space=_space(loaded, options["optimizer"], windows, tune, space),
                 seeds=range(first_seed, first_seed + seeds),
                 out=out,
                 resume=again and settings.exists(),
                 resources={"cpu": cpus, "gpu": gpus},
                 max_concurrent=concurrent,
-                retraining=Retraining(retrain_seeds, data=retrain_on),
+                retraining=Retraining(retrain_seeds, data=retrain_on, same_training=same_training),
                 reference=_number_or_text(reference),
                 self_tuning_epochs=stn_epochs,
                 **options,
@@ -184,7 +211,7 @@ def _compare(
         Console(stderr=True).print(told, soft_wrap=True, highlight=False)
         raise typer.Exit(130)
     if options["progress"] == "auto":
-        console.print(summary_table(comparison))
+        _show(comparison)
         console.print(f"in {out}: report.html, summary.md, results.csv, */schedule.json", highlight=False)
 
 
@@ -201,13 +228,25 @@ def _saved_command(folder: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None) -> dict[str, Any]:
-    from tune_hypergrad.methods import optimizer_space, regularisation_space
+def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None, name: str | None) -> dict[str, Any]:
+    from tune_hypergrad.comparison.plan import SPACES, checked_space_name
+    from tune_hypergrad.methods import regularisation_space
 
+    if name is not None:
+        checked_space_name(name)
     if tuned is None:
         tuned = Tuned.ALL if problem.regulariser_hyperparameters else Tuned.OPTIMIZER
-    space = {} if tuned == Tuned.REGULARISATION else optimizer_space(optimizer, windows)
+    space = {} if tuned == Tuned.REGULARISATION else SPACES[name](optimizer, windows)
     return space if tuned == Tuned.OPTIMIZER else {**space, **regularisation_space(problem)}
+
+
+def _show(comparison: Comparison) -> None:
+    """Print what came out of a comparison."""
+    from tune_hypergrad.comparison.report import summary_table
+    from tune_hypergrad.comparison.verdict import verdict_text
+
+    console.print(summary_table(comparison))
+    console.print(verdict_text(comparison), highlight=False, markup=False)
 
 
 def _number_or_text(text: str) -> float | str:
@@ -223,11 +262,11 @@ def report(
 ) -> None:
     """Write a comparison's report again, finished or not."""
     from tune_hypergrad.comparison.records import Comparison
-    from tune_hypergrad.comparison.report import summary_table, write_report
+    from tune_hypergrad.comparison.report import write_report
 
     comparison = Comparison(folder)
     write_report(comparison)
-    console.print(summary_table(comparison))
+    _show(comparison)
 
 
 @app.command()

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from math import cos, pi
 from numbers import Integral
+from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
 from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
-from ray.tune.search.sample import Function
+from ray.tune.search.sample import Float, Function, LogUniform
 
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients import Descent, Optimizer, get_optimizer
+from tune_hypergrad.hypergradients import Descent, Optimizer, SearchSettings, get_optimizer
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
-from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
-from tune_hypergrad.space import complement, gradient_ranges, in_form_of, longest_schedule, schedule, without_schedule
-from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.searchers import BOHBSearch, BOSearch, HyperBandSearch, HypergradientSearch, RandomSearch
+from tune_hypergrad.space import (
+    complement,
+    gradient_ranges,
+    in_form_of,
+    is_hyperparameter,
+    longest_schedule,
+    schedule,
+    without_schedule,
+)
+from tune_hypergrad.trainables import HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun
 
+_LEAST_TRAININGS, _TRAININGS_PER_CONFIRMATION = 4.0, 2  # of an outer step; two candidates are confirmed
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
 
 
@@ -57,8 +68,13 @@ class Task:
     """Hyperparameters held, by every method."""
     self_tuning_epochs: float | None = None
     """Epochs in the training run of a self-tuning network; None is ten times `steps`."""
+    trainings: float | None = None
+    """What the method may spend, in plain training runs of `steps`; None where its budget is in other units."""
     check: bool = True
     """Whether the problem's training and hypergradients are compared with plain torch before anything runs."""
+    start: Mapping[str, Any] | None = None
+    """A person's own settings, from which every method begins: a value for everything in the space that has a domain,
+    in the space's form (`{"0": ..., "1": ...}` for a schedule); None leaves the beginning to each method."""
 
     @property
     def self_tuning_steps(self) -> int:
@@ -193,10 +209,13 @@ class Method:
 
 
 def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Task], Searcher]:
-    """A searcher whose trials train plainly, from scratch, for as many epochs as it says."""
+    """A searcher whose trials train plainly, from scratch, for as many epochs as it says; the first has the task's
+    start, on the lowest rung where there are several."""
 
     def of_task(task: Task) -> Searcher:
-        return search(task.space, "val_loss", "min", *(getattr(task, name) for name in settings), task.seed)
+        arguments = [getattr(task, name) for name in settings]
+        points = None if task.start is None else [task.start]
+        return search(task.space, "val_loss", "min", *arguments, task.seed, points_to_evaluate=points)
 
     return of_task
 
@@ -206,8 +225,42 @@ def _common(task: Task) -> dict[str, Any]:
     return {name: getattr(task, name) for name in common}
 
 
-def _fds(task: Task) -> Trainable:
-    return FDS.from_problem(task.problem, space=_derivable(task), **_common(task), reports=4)
+def _inner_runs(task: Task) -> Trainable:
+    return InnerRun.from_problem(task.problem, **_common(task), reports=4)
+
+
+def _by_hypergradients(task: Task) -> Searcher:
+    """One trial for every run of the robust search, with as many confirmations as the budget has room for."""
+    tuned, settings = _derivable(task), SearchSettings()
+    if task.trainings is not None and task.trainings >= _LEAST_TRAININGS:
+        room = int((task.trainings - _LEAST_TRAININGS) / _TRAININGS_PER_CONFIRMATION)
+        settings = SearchSettings(trainings=task.trainings, confirmations=min(3, room))
+    return _hypergradient_search(task, tuned, settings)
+
+
+def _by_the_papers_rule(task: Task) -> Searcher:
+    """The paper's search: linear scales within the space's bounds, from zero or the bound nearest to it."""
+    return _hypergradient_search(task, _linear(_derivable(task)), SearchSettings(rule="paper"))
+
+
+def _hypergradient_search(task: Task, tuned: Mapping[str, Any], settings: SearchSettings) -> Searcher:
+    start = {name: value for name, value in (task.start or {}).items() if name in tuned}
+    return HypergradientSearch(
+        tuned,
+        metric="val_loss",
+        mode="min",
+        points_to_evaluate=[start] if start else None,
+        seed=task.seed,
+        **{f.name: getattr(settings, f.name) for f in fields(settings)},
+    )
+
+
+def _linear(space: Any) -> Any:
+    """A space whose logarithmic domains are uniform between the same bounds."""
+    if isinstance(space, Mapping):
+        return {name: _linear(entry) for name, entry in space.items()}
+    logarithmic = isinstance(space, Float) and isinstance(space.get_sampler(), LogUniform)
+    return tune.uniform(space.lower, space.upper) if logarithmic else space
 
 
 def _hypergradient_descent(task: Task) -> Trainable:
@@ -258,23 +311,27 @@ def _by_self_tuning(task: Task) -> Mapping[str, Any]:
 
 
 def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
-    """Regularisation is tuned inside the training run."""
+    """Regularisation is tuned inside the training run; it begins at the task's start where that is not on the edge of a
+    range, which the unconstrained scale does not reach."""
 
     def of_task(task: Task) -> Trainable:
-        epochs = task.self_tuning_steps / task.problem.steps_per_epoch
+        epochs, inside = task.self_tuning_steps / task.problem.steps_per_epoch, _inside(task)
         settings = {**_common(task), "steps": task.self_tuning_steps, "warm_up": min(5, epochs / 20)}
-        return trainable.from_problem(task.problem, space=_inside(task), **settings)
+        initial = {name: value for name, value in _start_of(task, inside).items() if not _on_edge(inside[name], value)}
+        return trainable.from_problem(task.problem, space=inside, initial=initial, **settings)
 
     return of_task
 
 
 def _around_self_tuning(task: Task) -> Searcher:
-    """The optimizer is tuned from run to run; it begins at customary values, since a run is a search of its own."""
+    """The optimizer is tuned from run to run; it begins at the task's start, of a schedule the mean over the run, else
+    at customary values, since a run is a search of its own."""
     outside = {name: without_schedule(value) for name, value in task.part(of_training_loss=False).items()}
     if not outside:
         return _seeds(task)
     known = {name: entry for name, entry in outside.items() if name in customary(task.optimizer)}
-    return RandomSearch(outside, "val_loss", "min", seed=task.seed, points_to_evaluate=[_customary_point(known, task)])
+    first = {**_customary_point(known, task), **_in_form(outside, _start_of(task, outside))}
+    return RandomSearch(outside, "val_loss", "min", seed=task.seed, points_to_evaluate=[first])
 
 
 def _customary_point(space: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -286,6 +343,28 @@ def _customary_point(space: Mapping[str, Any], task: Task) -> dict[str, Any]:
             nearest = limits.project(torch.tensor([customary(task.optimizer)[name]], dtype=torch.float64))
             point |= in_form_of(space, {name: nearest})
     return point
+
+
+def _start_of(task: Task, names: Collection[str]) -> dict[str, Any]:
+    """The task's start, of these hyperparameters, without schedules: their mean over the run."""
+    start = {name: value for name, value in (task.start or {}).items() if name in names}
+    return {
+        name: fmean(Schedule({name: value}).windows(name)) if is_hyperparameter(value) else value
+        for name, value in start.items()
+    }
+
+
+def _in_form(space: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as a point of a space without schedules, which may have complements."""
+    return {
+        name: in_form_of(space, {name: [value]})[name] if is_hyperparameter(value) else value
+        for name, value in values.items()
+    }
+
+
+def _on_edge(domain: Any, value: float) -> bool:
+    """Whether a value is the least or the greatest of a continuous domain."""
+    return isinstance(domain, Float) and not domain.lower < value < domain.upper
 
 
 def _seeds(task: Task) -> Searcher:
@@ -307,10 +386,16 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "fds",
-            _restarts(_derivable),
-            _fds,
+            _by_hypergradients,
+            _inner_runs,
             description="forward-mode differentiation with sharing: descend by exact hypergradients of whole runs",
-            concurrent=1,
+            tunable=_derivable,
+        ),
+        Method(
+            "fds-paper",
+            _by_the_papers_rule,
+            _inner_runs,
+            description="FDS as published: sign steps on linear scales from zero, halved where a sign flips",
             tunable=_derivable,
         ),
         Method(
@@ -378,11 +463,18 @@ METHODS: dict[str, Method] = {
 FLOOR = "cosine"
 """The method that tunes nothing, which others should be better than."""
 
-BY_DEFAULT = tuple(name for name in METHODS if name != "centered-stn")
+BY_DEFAULT = tuple(name for name in METHODS if name not in ("centered-stn", "fds-paper"))
 """What `compare` compares."""
 
 
-_RUN_BY = {"fds": FDS, "hd": HD, "stn": STN, "centered-stn": CenteredSTN, "delta-stn": DeltaSTN}
+_RUN_BY = {
+    "fds": InnerRun,
+    "fds-paper": InnerRun,
+    "hd": HD,
+    "stn": STN,
+    "centered-stn": CenteredSTN,
+    "delta-stn": DeltaSTN,
+}
 _RUN_BY |= dict.fromkeys(("rs", "cosine"), FixedSchedule)
 # whose searchers say how long their trials train
 _SAY_BUDGETS = ("rs", "bo", "hb", "bohb")

@@ -14,15 +14,17 @@ from ConfigSpace import ConfigurationSpace
 from ray.tune import Callback
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.plan import factory_of
+from tune_hypergrad.comparison.plan import checked_space_name, factory_of
 from tune_hypergrad.comparison.progress import make_display
 from tune_hypergrad.comparison.records import GRID
 from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.comparison.session import refuse_client
+from tune_hypergrad.comparison.start import read_start
 from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.methods import Method, is_whole
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.brackets import rungs
 from tune_hypergrad.space import is_number
 
@@ -79,7 +81,9 @@ def _budget(name: str, value: Any) -> str | Budget:
     raise InputError(f'budget is {value!r}: give a text such as "300e", or a Budget')
 
 
-def _space(name: str, value: Any) -> dict[str, Any]:
+def _space(name: str, value: Any) -> dict[str, Any] | str:
+    if isinstance(value, str):
+        return checked_space_name(value)
     if isinstance(value, ConfigurationSpace):
         raise InputError(
             "space is a ConfigurationSpace: give Ray domains by name, such as {'lr': tune.loguniform(1e-4, 1)}"
@@ -100,20 +104,38 @@ def _by_name(name: str, value: Any) -> dict[str, Any]:
 
 
 def _fixed(name: str, value: Any) -> dict[str, Any]:
-    return {key: _held(key, entry) for key, entry in _by_name(name, value).items()}
+    return {key: _held(name, key, entry) for key, entry in _by_name(name, value).items()}
 
 
-def _held(name: str, entry: Any) -> Any:
+def _held(argument: str, name: str, entry: Any) -> Any:
     """A number, or windows of numbers."""
     if isinstance(entry, np.ndarray):
-        return _held(name, entry.tolist())
+        return _held(argument, name, entry.tolist())
     if isinstance(entry, Mapping):
-        return {key: _held(name, window) for key, window in entry.items()}
+        return {key: _held(argument, name, window) for key, window in entry.items()}
     if isinstance(entry, list | tuple):
-        return [_held(name, window) for window in entry]
+        return [_held(argument, name, window) for window in entry]
     if is_number(entry) and isnan(entry):
-        raise InputError(f"fixed has {name!r} at nan: give a number, or one for each window")
+        raise InputError(f"{argument} has {name!r} at nan: give a number, or one for each window")
     return _plain(entry) if is_number(entry) else entry
+
+
+def _start(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Schedule):
+        return value.to_config()
+    if isinstance(value, str | os.PathLike):
+        path = _path_in(value)
+        if not path:
+            raise InputError(f"start is {value!r}: give the path of a file, a Schedule, or a dict")
+        try:
+            value = read_start(Path(path).expanduser())
+        except (InputError, RuntimeError) as error:
+            raise InputError(f"start: {error}") from error
+    if not isinstance(value, Mapping):
+        raise InputError(f"start is {value!r}: give a file that Schedule.save wrote, a Schedule, or a dict of numbers")
+    if not value:
+        raise InputError("start is empty: give a hyperparameter a value, such as {'lr': 0.1}, or leave start out")
+    return {key: _held(name, key, entry) for key, entry in _by_name(name, value).items()}
 
 
 def _seeds(name: str, value: Any) -> tuple[int, ...]:
@@ -263,6 +285,7 @@ CHECKS: dict[str, Check] = {
     "methods": _or_none(_methods),
     "budget": _budget,
     "space": _or_none(_space),
+    "start": _or_none(_start),
     "seeds": _seeds,
     "epochs": _number(above=0),
     "optimizer": _optimizer,

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from tune_hypergrad.comparison.records import GRID, START
 from tune_hypergrad.comparison.series import Curve
 
 COST_LABELS = {
@@ -34,6 +35,7 @@ INK = "#2b2f36"
 """Text and axes, and nothing else: a page with a dark scheme puts its own colour in its place."""
 GREY = "#8a8f98"
 """What belongs to no method."""
+_LIGHTER = {GRID: "#bcc1c9", START: "#d8dbe0"}  # of that, what is beside retrainings
 
 # The first six are Okabe and Ito's. Each further one is as far as can be from those before, to normal, red-, green- and
 # blue-blind sight, among colours that stand out from white and from near-black.
@@ -45,6 +47,7 @@ _MARKERS = "os^Dvp*XPh<>"
 _SOLID = 6  # so many methods have solid lines, further ones broken ones
 _LOG_FROM = {"cost": 20.0, "regret": 20.0, "loss": 5.0, "schedule": 100.0}  # largest over smallest value
 _LETTERS = 12.5  # to an inch
+_FEW = 4  # curves whose bands, one over the other, can still be told apart
 _STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
@@ -88,7 +91,9 @@ class Look:
 
     def color(self, method: str) -> str:
         """Its colour; from the 13th method on colours come again."""
-        return _PALETTE[self.position(method) % len(_PALETTE)] if method in self.methods else GREY
+        if method not in self.methods:
+            return _LIGHTER.get(method, GREY)
+        return _PALETTE[self.position(method) % len(_PALETTE)]
 
     def line(self, method: str) -> dict[str, Any]:
         """Its line."""
@@ -105,9 +110,10 @@ class Look:
         place_legend(figure, handles, [_label(name, figure) for name in names])
 
     def legend_of_curves(self, figure: Figure, curves: Iterable[Curve]) -> None:
-        """One entry a curve; of which seeds some have no value, says so."""
+        """One entry a curve, that which ends lowest first; of which seeds some have no value, says so."""
         by_name = {curve.method: curve for curve in curves}
-        names = sorted(by_name, key=self.position)
+        last = {name: float(curve.mean[-1]) for name, curve in by_name.items()}
+        names = sorted(by_name, key=lambda name: (math.isnan(last[name]), last[name], self.position(name)))
         handles = [Line2D([], [], **self.line(name), marker=self.marker(name), markersize=4) for name in names]
         parts = [
             f" ({by_name[name].seeds} of {self.seeds} seeds)" if by_name[name].seeds < self.seeds else ""
@@ -117,13 +123,15 @@ class Look:
 
 
 def place_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend above everything, for which the figure grows, in as many columns as fit."""
+    """A legend above everything, for which the figure grows, in as many columns as fit; it reads line by line."""
     if handles:
-        rows = next(
-            r for r in range(1, len(labels) + 1) if _width(labels, r) <= figure.get_figwidth() or r == len(labels)
-        )
-        columns = -(-len(labels) // rows)
+        count = len(labels)
+        columns = next(c for c in range(count, 0, -1) if _width(labels, c) <= figure.get_figwidth() or c == 1)
+        rows = -(-count // columns)
+        columns = -(-count // rows)
         figure.set_figheight(figure.get_figheight() + 0.19 * rows)
+        order = [i for column in range(columns) for i in range(column, count, columns)]  # matplotlib fills columns
+        handles, labels = [handles[i] for i in order], [labels[i] for i in order]
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.8, columnspacing=1.4)
 
 
@@ -167,7 +175,8 @@ def draw_curves(axes: Axes, curves: Sequence[Curve], look: Look, factor: float) 
         axes.step(cost, curve.mean, where="post", label=curve.method, **line)
         if curve.seeds > 1:
             color = look.color(curve.method)
-            axes.fill_between(cost, curve.low, curve.high, step="post", color=color, alpha=0.14, linewidth=0)
+            alpha = 0.14 if len(curves) <= _FEW else 0.07
+            axes.fill_between(cost, curve.low, curve.high, step="post", color=color, alpha=alpha, linewidth=0)
     if not curves:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no incumbents yet", transform=axes.transAxes, ha="center")
@@ -178,6 +187,11 @@ def mark_budget(axes: Axes, amount: float) -> None:
     axes.axvline(amount, color=INK, linewidth=1, linestyle=(0, (4, 2)))
     near = {"xycoords": ("data", "axes fraction"), "xytext": (-3, -2), "textcoords": "offset points", "fontsize": 8}
     axes.annotate("budget", (amount, 1), rotation=90, ha="right", va="top", **near)  # type: ignore[arg-type]
+
+
+def mark_reference(axes: Axes) -> None:
+    """A line where regret is 0."""
+    axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (1, 1.5)))
 
 
 def scale_cost(axes: Axes, begin: float, end: float, ticks: int) -> None:
@@ -198,7 +212,9 @@ def scale_regret(axes: Axes, curves: Sequence[Curve]) -> None:
     if len(shown) and shown.max() / shown.min() >= _LOG_FROM["regret"]:
         means = np.abs(np.concatenate([curve.mean for curve in curves]))
         smallest = float(means[means > 0].min(initial=shown.max()))
-        threshold = _round_down(max(smallest, shown.max() / 1e3))
+        # around a reference that some are better than, differences matter more than orders of magnitude
+        spanned = 1e3 if values.min() >= 0 else 30
+        threshold = _round_down(max(smallest, shown.max() / spanned))
         axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
         axes.set_ylim(min(-0.15 * threshold, 1.2 * float(values.min())), 1.25 * top)
         _log_ticks(axes, "y", 8, threshold)
@@ -276,9 +292,9 @@ def _label(name: str, figure: Figure) -> str:
     return shortened(name, 18 if figure.get_figwidth() < 5 else 24)
 
 
-def _width(labels: Sequence[str], rows: int) -> float:
-    """Of a legend in columns of so many rows, in inches."""
-    return sum(0.55 + max(map(len, labels[i : i + rows])) / _LETTERS for i in range(0, len(labels), rows))
+def _width(labels: Sequence[str], columns: int) -> float:
+    """Of a legend in so many columns, in inches."""
+    return sum(0.55 + max(map(len, labels[column::columns])) / _LETTERS for column in range(columns))
 
 
 def _top_and_values(curves: Sequence[Curve]) -> tuple[float, np.ndarray]:

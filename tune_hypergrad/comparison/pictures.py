@@ -15,6 +15,7 @@ from tune_hypergrad.comparison import drawing
 from tune_hypergrad.comparison.drawing import GREY, INK, WIDE, Look, styled
 from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.series import Curve, Granted, curves, spending_parts, thinned
+from tune_hypergrad.comparison.verdict import cost_in_words
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
 
@@ -33,7 +34,8 @@ _PANELS = 24  # of a picture of schedules, at the most
 
 @styled
 def regret(comparison: Comparison, unit: str = "gradients", *, width: float = WIDE) -> Figure:
-    """Regret of every method's incumbents against cost, the mean and the range over seeds.
+    """Regret of every method's incumbents against cost, the mean and the range over seeds; the legend's first has the
+    least at the end.
 
     Args:
         comparison: finished or not.
@@ -187,6 +189,7 @@ def _regrets(comparison: Comparison, units: Sequence[str], width: float) -> Figu
         found = curves(comparison.regret, "regret", unit, comparison.accounts)
         _draw(axes, found, comparison, unit, ticks=round(width / columns))
         drawing.scale_regret(axes, found)
+        drawing.mark_reference(axes)
     measure = comparison.yardstick
     for axes in panels[::columns]:
         axes.set_ylabel(f"regret in {measure.label}{' (points)' if measure.percent else ''}")
@@ -200,14 +203,14 @@ def _regrets(comparison: Comparison, units: Sequence[str], width: float) -> Figu
 def _draw(axes: Axes, found: Sequence[Curve], comparison: Comparison, unit: str, ticks: int) -> None:
     budget = comparison.budget.amount if comparison.budget.unit == unit else 0.0
     end = max([float(curve.cost[-1]) for curve in found] + [budget]) or 1.0
-    factor, label = drawing.unit_in_words(unit, end)
+    factor, label = cost_in_words(comparison, unit, end)
     drawing.plain(axes)
     drawing.draw_curves(axes, found, look_of(comparison), factor)
     begin = min((float(curve.cost[0]) for curve in found), default=0.0)
     drawing.scale_cost(axes, begin * factor, end * factor, ticks)
     if budget:
         drawing.mark_budget(axes, budget * factor)
-    axes.set_xlabel(label)
+    axes.set_xlabel(f"cost in {label}")
 
 
 def _draw_schedule(axes: Axes, values: Sequence[float], style: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
-from tune_hypergrad.comparison.records import GRID, RETRAINING
+from tune_hypergrad.comparison.records import GRID, RETRAINING, START
 from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.comparison.session import grows
@@ -33,6 +33,8 @@ from tune_hypergrad.methods import (
     get_method,
     hyperparameters_of,
     optimizer_space,
+    paper_space,
+    plain_training,
     regularisation_space,
     taken_by,
 )
@@ -71,12 +73,15 @@ class Plan:
     """What regret is measured from: a value, "best", or "grid:N" for N trainings."""
     max_concurrent: int | None = None
     """Trials at once."""
+    start: Mapping[str, Any] | None = None
+    """The settings that methods begin from, as they were given and complete; `task` has them in the space's form."""
 
     def __post_init__(self) -> None:
         self.grid  # noqa: B018, what cannot work is found here
         self.factories()
-        # a grid search's trials are those of random search
-        _check_names(self.task, [*self.methods, *([replace(METHODS["rs"], name=GRID)] if self.grid else [])])
+        # their trials are those of random search
+        plain = [name for name, asked in ((GRID, self.grid), (START, self.start)) if asked]
+        _check_names(self.task, [*self.methods, *(replace(METHODS["rs"], name=name) for name in plain)])
 
     @property
     def grid(self) -> list[dict[str, Any]]:
@@ -93,7 +98,9 @@ class Plan:
         """
         made = {method.name: self._trainable(method) for method in self.methods}
         made[RETRAINING] = self.retraining.trainable(replace(self.task, problem=self.problem))
-        return {**made, GRID: METHODS["rs"].trainable(self.task)} if self.grid else made
+        if self.grid or self.start:
+            made |= dict.fromkeys((GRID, START), METHODS["rs"].trainable(self.task))
+        return made
 
     def _trainable(self, method: Method) -> Any:
         try:
@@ -109,7 +116,7 @@ class Plan:
     def factories(self) -> dict[str, PlacementGroupFactory]:
         """What each method's trials ask of the cluster."""
         asked = {m.name: self.resources if m.resources is None else m.resources for m in self.methods}
-        asked |= {RETRAINING: self.resources, GRID: self.resources}
+        asked |= dict.fromkeys((RETRAINING, GRID, START), self.resources)
         return {name: factory_of(name, resources) for name, resources in asked.items()}
 
     @property
@@ -136,7 +143,14 @@ class Plan:
         """The searcher that owns all methods' searchers."""
         methods = {method.name: method for method in self.methods}
         kinds = {name: _kind(factory) for name, factory in self.factories().items()}
-        contenders = [
+        contenders = []
+        if self.start:  # the first, so that what it is worth is known when incumbents are trained again
+            asked = kinds[START]
+            contenders += [
+                Contender(Account(START, seed), QueueSearch([self.start]), self.budget, 1, asked, {"seed": seed})
+                for seed in self.seeds
+            ]
+        contenders += [
             Contender(
                 account,
                 searcher,
@@ -196,13 +210,16 @@ class Plan:
             "problem": self.problem.name,
             "steps": self.task.steps,
             "optimizer": get_optimizer(self.task.optimizer).name,
+            "steps_per_epoch": self.problem.steps_per_epoch,
             **{name: getattr(self.task, name) for name in OF_TASKS},
+            "start": None if self.start is None else {name: _as_json(value) for name, value in self.start.items()},
             "max_concurrent": self.max_concurrent,
             "budget": [self.budget.amount, self.budget.unit],
             "methods": [
                 {
                     "name": method.name,
                     "description": method.description,
+                    "black_box": is_black_box(method),
                     "cannot_tune": [name for name in self.task.space if name not in tunable[method.name]],
                     "resources": self.factories()[method.name].required_resources,
                 }
@@ -215,14 +232,45 @@ class Plan:
                 "seeds": self.retraining.seeds,
                 "shares": list(self.retraining.shares),
                 "data": self.retraining.data,
+                "same_training": self.retraining.same_training,
             },
         }
 
 
-def default_space(problem: Problem, optimizer: str | Optimizer = "sgd", windows: int = 7) -> dict[str, Any]:
-    """A search space for the optimizer and for what regularisers the problem has."""
+SPACES: Mapping[str | None, Callable[[str | Optimizer, int], dict[str, Any]]] = {
+    None: optimizer_space,
+    "paper": paper_space,
+}
+"""Search spaces for the inner optimizer by name, each a function of the optimizer and the windows of its learning
+rate; None is what is searched where nothing else is said."""
+
+
+def checked_space_name(name: str) -> str:
+    """A name in `SPACES`.
+
+    Raises:
+        InputError: there is no space of that name.
+    """
+    known = [each for each in SPACES if each is not None]
+    if name not in known:
+        raise InputError(
+            f"there is no search space called {name!r}: choose {' or '.join(known)}, or leave space out"
+            f"{did_you_mean(name, known)}"
+        )
+    return name
+
+
+def default_space(
+    problem: Problem, optimizer: str | Optimizer = "sgd", windows: int = 7, name: str | None = None
+) -> dict[str, Any]:
+    """A search space for the optimizer, one of `SPACES`, and for what regularisers the problem has."""
     regularisation = regularisation_space(problem) if problem.regulariser_hyperparameters else {}
-    return {**optimizer_space(optimizer, windows), **regularisation}
+    return {**SPACES[name](optimizer, windows), **regularisation}
+
+
+def is_black_box(method: Method) -> bool:
+    """Whether it trains plainly with what its searcher suggests, and searches something."""
+    return method.trainable is plain_training and method.name != FLOOR
 
 
 def chosen_methods(methods: Iterable[str | Method] | None, task: Task) -> tuple[Method, ...]:
@@ -234,7 +282,7 @@ def chosen_methods(methods: Iterable[str | Method] | None, task: Task) -> tuple[
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"there are two methods called {name!r}: leave one out, or give it another name")
-        if name in (RETRAINING, GRID):
+        if name in (RETRAINING, GRID, START):
             raise InputError(f"a method is called {name!r}, which every comparison has: choose another name")
     if not chosen:
         raise InputError(f"there are no methods to compare: choose some of {', '.join(METHODS)}")
@@ -321,6 +369,11 @@ def _amounts(bundle: Mapping[str, float]) -> str:
 
 def _kind(factory: PlacementGroupFactory) -> str:
     return json.dumps([factory.bundles, factory.strategy], sort_keys=True)
+
+
+def _as_json(value: Any) -> Any:
+    """A number, windows of numbers or a text; of a choice between objects, its text."""
+    return value if isinstance(value, int | float | str | Mapping) else str(value)
 
 
 def _in_words(entry: Any) -> str:

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tune_hypergrad.comparison.records import GRID, RETRAINING
+from tune_hypergrad.comparison.records import GRID, RETRAINING, START
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
 
@@ -311,7 +311,7 @@ def duration(seconds: float) -> str:
 
 
 def _has_budget(method: str) -> bool:
-    return method not in (RETRAINING, GRID)
+    return method not in (RETRAINING, GRID, START)
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from tune_hypergrad.comparison.troubles import Trouble, find_troubles
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
 from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.trainables.inner_run import CONFIRMATIONS
 
 SETTINGS_FILE = "settings.json"
 """In a comparison's folder: what was compared, and how."""
@@ -25,6 +27,8 @@ RETRAINING = "retraining"
 """The account of retrainings; it has no budget."""
 GRID = "grid"
 """The account of a grid search, which others are measured by; it has no budget."""
+START = "start"
+"""The account of the trainings of a person's own settings, from which all methods begin, one for every seed."""
 
 _BOOKKEEPING = ("event", "retrains", "config", "resources", "known")
 _HIGHER_IS_BETTER = re.compile(
@@ -208,9 +212,9 @@ class Comparison:
         """Every finished training of an incumbent from scratch, on which the test split was read; not those of
         accounts whose trials have never completed a run.
 
-        Columns: method ("grid" for a grid's), seed, `share` (of the budget, after which it was still the incumbent),
-        `spent/<unit>` (of the account when the incumbent was found), training_seed, val_loss, test_loss,
-        test_<metric>, ...
+        Columns: method ("grid" for a grid's, "start" for the start), seed, `share` (of the budget, after which it was
+        still the incumbent), `spent/<unit>` (of the account when the incumbent was found), training_seed, val_loss,
+        test_loss, test_<metric>, ...
         """
         jobs = {event["id"]: event["retrains"] for event in self.events if "retrains" in event}
         last = {
@@ -228,19 +232,20 @@ class Comparison:
 
     @cached_property
     def summary(self) -> pd.DataFrame:
-        """One row a method: budget spent, trials, incumbents by validation and their retrainings on the test split,
-        and what went wrong."""
+        """One row a method, the best first: budget spent, trials, incumbents by validation and their retrainings on the
+        test split, and what went wrong."""
         rows = []
-        for method, own in self.accounts.groupby("method", sort=False):
+        for method in self.ranking:
+            own = self.accounts[self.accounts["method"] == method]
             row: dict[str, Any] = {"method": method, "trials": int(own["trials"].sum())}
             row |= {"failed": int(own["failed"].sum()), "share": own["share"].mean()}
             row |= {"val_loss": own["val_loss"].mean(), "val_loss_min": own["val_loss"].min()}
             row |= {"val_loss_max": own["val_loss"].max()}
-            tested = self.final_figures(str(method))
+            tested = self.final_figures(method)
             for measure in self.test_measures:
                 values = tested[measure] if measure in tested else pd.Series(dtype=float)
                 row |= {measure: values.mean(), f"{measure}_min": values.min(), f"{measure}_max": values.max()}
-            row |= {"trouble": "; ".join(trouble.text for trouble in self.troubles(str(method)))}
+            row |= {"trouble": "; ".join(trouble.text for trouble in self.troubles(method))}
             rows.append({**row, "reason": "; ".join(dict.fromkeys(own["reason"].dropna()))})
         return pd.DataFrame(rows)
 
@@ -328,20 +333,56 @@ class Comparison:
         return own[own["share"] == 1].groupby("seed").mean(numeric_only=True).reset_index()
 
     def incumbents(self, account: Account) -> pd.DataFrame:
-        """The results at which an account's validation loss was the lowest so far, within its budget, if it has one.
+        """The results at which an account's validation loss was the lowest so far, within its budget, if it has one; of
+        a search that confirms its schedules, the lowest of the best confirmed so far.
 
-        An account that has not completed a run has none, and figures of an untrained model are none.
+        Where there is a start, its result with the same seed is among them, as if every method had trained it first;
+        of equal losses it goes before. An account that has not completed a run has no others, and figures of an
+        untrained model are none.
         """
         frame = self.results
         if frame.empty:
             return frame.reindex(columns=["method", "seed", "val_loss", *(f"spent/{unit}" for unit in UNITS)])
         own = frame[(frame["method"] == account.method) & (frame["seed"] == account.seed) & ~frame["lost"]]
-        before = own[f"spent/{self.budget.unit}"].shift(fill_value=0)
+        unit = f"spent/{self.budget.unit}"
+        before = own[unit].shift(fill_value=0)
         within = (before < self.budget.amount) | (account.method == GRID)
         trained = (own["run/step"] != 0) if "run/step" in own else True
         own = own[within & trained & np.isfinite(own["val_loss"]) & self.ledger.completed_run(account)]
-        best_before = own["val_loss"].cummin().shift()
-        return own[best_before.isna() | (own["val_loss"] < best_before)]
+        if account.method != GRID:
+            of_start = self.start_results[self.start_results["seed"] == account.seed]
+            if account.method == START:
+                return of_start
+            if len(of_start):
+                own = pd.concat([of_start, own]).sort_values(unit, kind="stable")
+        return own[_are_better(own)]
+
+    @cached_property
+    def start_results(self) -> pd.DataFrame:
+        """What the start was worth, one row of `results` for every seed with which its training came to its end."""
+        frame = self.results
+        own = frame if frame.empty else frame[(frame["method"] == START) & ~frame["lost"]]
+        if own.empty:
+            return own.reindex(columns=["seed", *own.columns.difference(["seed"])])
+        last = own.drop_duplicates("seed", keep="last")
+        ended = last["run/step"] == last["run/steps"] if "run/step" in last else True
+        return last[ended & np.isfinite(last["val_loss"])]
+
+    def gain(self, method: str) -> pd.DataFrame:
+        """What a method's last incumbents gained over the start, one row for every seed of which both are known.
+
+        Columns: seed, val_loss (the start's less the incumbent's), value (in the yardstick, tested with the same
+        training seeds; in points of per cent where regret is; NaN where one is not tested). Better is above 0.
+        """
+        own = self.accounts[self.accounts["method"] == method].set_index("seed")["val_loss"]
+        start = self.start_results.set_index("seed")["val_loss"].astype(float)
+        found = pd.DataFrame({"val_loss": start - own}).dropna()
+        found["value"] = np.nan
+        tested = self.final_figures(START)
+        if self.yardstick.tested and len(tested):
+            of_start = self.yardstick.regret(tested[self.yardstick.column]).iloc[0]
+            found["value"] = of_start - self.final_regret(method)
+        return found.rename_axis("seed").reset_index()
 
     def troubles(self, method: str) -> list[Trouble]:
         """What went wrong with a method's runs, trials, results and retrainings."""
@@ -378,10 +419,33 @@ class Comparison:
         """Names, in the order in which they were given."""
         return [method["name"] for method in self.settings["methods"]]
 
+    @property
+    def ranking(self) -> list[str]:
+        """Names, by the mean regret of the last incumbents, the least first; those of which fewer seeds have one come
+        after those of which more have."""
+        regret = {method: self.final_regret(method).dropna() for method in self.methods}
+        return sorted(self.methods, key=lambda method: (-len(regret[method]), regret[method].mean()))
+
+    @property
+    def of_other_lengths(self) -> dict[str, tuple[int, int]]:
+        """Methods whose last incumbents were not trained again for about the comparison's own number of steps, a tenth
+        more or less, and for how many: the fewest and the most."""
+        found, steps = {}, self.settings.get("steps", 0)
+        for method in self.methods if steps else ():
+            trained = self.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
+            if len(trained) and ((trained - steps).abs() > 0.1 * steps).any():
+                found[method] = (round(trained.min()), round(trained.max()))
+        return found
+
+    @property
+    def black_box(self) -> list[str]:
+        """Names of the methods that train plainly with what a searcher suggests."""
+        return [method["name"] for method in self.settings["methods"] if method.get("black_box")]
+
     def _means_of_retrainings(self, grid: bool) -> pd.DataFrame:
         """Retrainings of the grid's best or of the methods', one row an incumbent, in the order of cost."""
         frame = self.retrained
-        own = frame if frame.empty else frame[(frame["method"] == GRID) == grid]
+        own = frame if frame.empty else frame[frame["method"].isin([GRID] if grid else self.methods)]
         if own.empty:
             return own
         means = own.groupby(["method", "seed", "share"], sort=False).mean(numeric_only=True).reset_index()
@@ -389,10 +453,22 @@ class Comparison:
 
     def _may_have_incumbent(self, of: Mapping[str, Any]) -> bool:
         account = Account(of["method"], of["seed"])
-        return self.ledger.completed_run(account) or not self.ledger.trials_of(account)
+        begun = account.method != GRID and account.seed in set(self.start_results["seed"])
+        return begun or self.ledger.completed_run(account) or not self.ledger.trials_of(account)
 
     def _accounts(self) -> list[Account]:
         return [Account(method, seed) for method in self.methods for seed in self.settings["seeds"]]
+
+
+def _are_better(results: pd.DataFrame) -> list[bool]:
+    """Which of some results, in their order, are better than all before: the mean over more trainings that confirm a
+    schedule goes before one over fewer, then the lower validation loss does."""
+    confirmations = results.get(CONFIRMATIONS, pd.Series(0, results.index)).fillna(0)
+    better, best = [], (-1.0, math.inf)
+    for count, loss in zip(confirmations, results["val_loss"], strict=True):
+        better.append(count > best[0] or (count == best[0] and loss < best[1]))
+        best = (count, loss) if better[-1] else best
+    return better
 
 
 def schedule_of(row: Mapping[str, Any] | pd.Series, folder: Path) -> Schedule:

@@ -26,6 +26,7 @@ from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.series import Granted, distinct_units
 from tune_hypergrad.comparison.tables import Column, TextTable
 from tune_hypergrad.comparison.troubles import Trouble
+from tune_hypergrad.comparison.verdict import cost_in_words, verdict_text
 from tune_hypergrad.curves import Curve
 from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
@@ -73,9 +74,8 @@ def write_report(comparison: Comparison) -> Path:
 def summary_table(comparison: Comparison) -> Table:
     """One row a method, for the terminal; the least regret stands out. Ranges are those of regret alone, and why
     something went wrong is said below."""
-    text, measures = tables.results(comparison), len(comparison.test_measures)
-    shown = [0, 1, *range(2, 2 + min(1, measures)), *range(2 + measures, len(text.columns))]
-    shown = [i for i in shown if text.columns[i].heading != "over"]
+    text = tables.results(comparison)
+    shown = [i for i, column in enumerate(text.columns) if i == 0 or column.key or column.remark]
     troubles = {method: comparison.troubles(method) for method in comparison.methods}
     rows = [[_terminal_cell(text.columns[i], row[i], i == 1, troubles[row[0]]) for i in shown] for row in text.rows]
     narrow = text.columns[-1].remark  # what went wrong gets the room
@@ -85,7 +85,7 @@ def summary_table(comparison: Comparison) -> Table:
     ]
     title = f"{comparison.settings.get('problem', 'Comparison')}: {tables.state(comparison)}"
     table = Table(*columns, title=title, caption=_causes(troubles), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    means = [comparison.final_regret(method).mean() for method in comparison.methods]
+    means = [comparison.final_regret(row[0]).mean() for row in text.rows]
     best = min((mean for mean in means if np.isfinite(mean)), default=None)
     for row, mean in zip(rows, means, strict=True):
         table.add_row(*row, style="bold" if mean == best else None)
@@ -98,6 +98,7 @@ def summary_text(comparison: Comparison) -> str:
     parts = [
         f"# Comparison: {facts.get('Problem', comparison.folder.name)}",
         f"State: {tables.state(comparison)}.",
+        verdict_text(comparison),
         "\n".join(f"- {name}: {_in_cell(text)}" for name, text in facts.items()),
         "## Results",
         _markdown(tables.results(comparison)),
@@ -118,8 +119,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     """A report's pictures by section: "regret", "other_units", "validation", "schedules", "spending", "utilisation"."""
     units = distinct_units(comparison)
     granted, unit = Granted.of(comparison), COST_LABELS[comparison.budget.unit]
+    costs = {each: f"cost in {cost_in_words(comparison, each, 0)[1]}" for each in (*units, comparison.budget.unit)}
     measure = comparison.yardstick
-    regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.methods)
+    regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.ranking)
     own = comparison.accounts.groupby("method", sort=False)["val_loss"]
     losses = "; ".join(f"{method} {_mean(values)}" for method, values in own)
     regret = f"{tables.regret_heading(measure).capitalize()} of the incumbents against"
@@ -128,14 +130,14 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     where = f"as tested after retraining those after {which} % of the budget" if measure.tested else "by validation"
 
     def of(units: list[str]) -> str:
-        return " and ".join(COST_LABELS[unit] for unit in units)
+        return " and ".join(costs[unit] for unit in units)
 
     sections = {
         "regret": [
             Picture(
                 f"regret_{unit}",
-                f"Regret of incumbents against {COST_LABELS[unit]}, {where}.",
-                f"{regret} {COST_LABELS[unit]}. At the end: {regrets}.",
+                f"Regret of incumbents against {costs[unit]}, {where}.",
+                f"{regret} {costs[unit]}. At the end: {regrets}.",
                 partial(pictures.regret, comparison, unit),
             )
             for unit in units[:2]
@@ -151,8 +153,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
         "validation": [
             Picture(
                 "validation",
-                f"Validation loss of the incumbents against {unit}.",
-                f"Lowest validation loss so far of every method against {unit}. At the end: {losses}.",
+                f"Validation loss of the incumbents against {costs[comparison.budget.unit]}.",
+                f"Lowest validation loss so far of every method against {costs[comparison.budget.unit]}. At the end: "
+                f"{losses}.",
                 partial(pictures.validation, comparison, comparison.budget.unit),
             )
         ],
@@ -215,6 +218,7 @@ def _page(comparison: Comparison, drawn: Mapping[str, list[dict[str, object]]]) 
         problem=comparison.settings.get("problem") or comparison.folder.name,
         state=tables.state(comparison),
         finished=comparison.finished,
+        verdict=verdict_text(comparison),
         facts=tables.facts(comparison),
         notes=tables.notes(comparison),
         pictures=drawn,
@@ -297,7 +301,7 @@ def _terminal_cell(column: Column, text: str, whole: bool, troubles: Sequence[Tr
     """What a terminal shows of a cell: the first line unless it is to be shown whole, and of troubles how often."""
     if column.remark:
         return "\n".join(each.what for each in troubles)
-    return text.replace(" to ", "-") if whole else text.split("\n")[0]
+    return text.replace(" to ", ".." if "-" in text else "-") if whole else text.split("\n")[0]
 
 
 def _terminal_column(column: Column, cells: Sequence[str], whole: bool, narrow: bool) -> TerminalColumn:

@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
-from tune_hypergrad.comparison.records import RETRAINING, Comparison
+from tune_hypergrad.comparison.records import RETRAINING, START, Comparison
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.methods import Task, is_whole, training_reports
@@ -34,16 +34,21 @@ class Retraining:
 
     seeds: int = 3
     """Trainings of each, with seeds that no search has used."""
-    shares: tuple[float, ...] = (0.25, 0.5, 1.0)
+    shares: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     """The incumbents after these shares of the budget are trained; what is the incumbent twice is trained once."""
     data: str = "train"
     """"train", or "train+val": what the test split is then predicted from has more examples."""
+    same_training: bool = False
+    """Whether all are trained for the steps of a plain training run, their schedules stretched or pressed to it; else
+    each as it was found, for as many steps as the run that found it."""
 
     def __post_init__(self) -> None:
         if not is_whole(self.seeds) or self.seeds < 0:
             raise InputError(f"retraining with {self.seeds!r} seeds: give a whole number; 0 leaves it out")
         if self.data not in ("train", "train+val"):
             raise InputError(f'retraining on {self.data!r}: give "train" or "train+val"')
+        if not isinstance(self.same_training, bool):
+            raise InputError(f"retraining has same_training={self.same_training!r}: it is True or False")
         shares = tuple(self.shares) if isinstance(self.shares, Iterable) else ()
         if not shares or not all(map(_is_share, shares)) or max(shares) != 1:
             raise InputError(f"retraining after the shares {self.shares!r}: give some above 0, the largest of them 1")
@@ -60,7 +65,9 @@ class Retraining:
 
 
 class RetrainingSearch(QueueSearch):
-    """Suggests the retrainings of every account that has come to its end.
+    """Suggests the retrainings of every account that has come to its end; where there is a start, when that has.
+
+    A start has the same settings with every seed, so only the first seed's is trained again.
 
     Args:
         folder: the comparison's.
@@ -77,8 +84,10 @@ class RetrainingSearch(QueueSearch):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next retraining; None while accounts are still at work."""
         portfolio = portfolio_of(self._key)
-        for account in portfolio.ended_accounts():
-            if account not in self._seen:
+        ended = portfolio.ended_accounts()
+        known = all(account in ended for account in portfolio.contenders if account.method == START)
+        for account in ended:
+            if account not in self._seen and known:
                 self._seen.add(account)
                 self.queue.extend(self._jobs(account))
         suggestion = super().suggest(trial_id)
@@ -93,7 +102,8 @@ class RetrainingSearch(QueueSearch):
         """Configs of an account's retrainings."""
         comparison = Comparison(self._folder)
         rows = comparison.incumbents(account)
-        if rows.empty or not self._retraining.seeds:
+        once = account.method != START or account.seed == comparison.settings["seeds"][0]
+        if rows.empty or not self._retraining.seeds or not once:
             return []
         if "run/steps" not in rows or rows["run/steps"].isna().any():
             told = "%s is not trained again and tested: its trials do not report run/step, run/steps and schedule/..."
@@ -114,11 +124,13 @@ class RetrainingSearch(QueueSearch):
             config = configs[row["id"]]
             of = {**account._asdict(), "share": share}
             of |= {str(key): float(row[key]) for key in rows.columns if str(key).startswith("spent/")}
+            length = {"steps": max(1, int(row["run/steps"])), "until": int(row["run/step"])}
+            if self._retraining.same_training:
+                length = dict.fromkeys(("steps", "until"), comparison.settings["steps"])
             job = {
                 **{name: config[name] for name in self._kept if name in config},
                 **comparison.schedule_of(row).to_config(),
-                "steps": max(1, int(row["run/steps"])),
-                "until": int(row["run/step"]),
+                **length,
             }
             for seed in range(self._retraining.seeds):
                 label = {RETRAINS: {**of, "training_seed": seed}}

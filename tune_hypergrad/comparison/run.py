@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
@@ -38,11 +39,13 @@ from tune_hypergrad.comparison.report import write_report
 from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.comparison.scheduling import PatientScheduler
 from tune_hypergrad.comparison.session import cluster_session
+from tune_hypergrad.comparison.start import complete_start
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.ledger import LEDGER_FILE, Account, Ledger, read_events
 from tune_hypergrad.methods import Method, Task
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.portfolio import (
     SNAPSHOT_FILE,
     WAITING,
@@ -74,7 +77,8 @@ def compare(
     methods: Sequence[str | Method] | None = None,
     *,
     budget: str | Budget = "300e",
-    space: Mapping[str, Any] | None = None,
+    space: Mapping[str, Any] | str | None = None,
+    start: str | Path | Schedule | Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 1,
     epochs: float = 10.0,
     optimizer: str | Optimizer = "sgd",
@@ -110,7 +114,12 @@ def compare(
         budget: what every method with every seed may spend, such as "600e" (see `Budget.parse`). At the most one
             result of one trial goes over it. Retraining is not part of it.
         space: Ray domains by name, the same for all; by default a learning-rate schedule of 7 windows, momentum and
-            weight decay (see `optimizer_space`), and the problem's regularisers.
+            weight decay (see `optimizer_space`), and the problem's regularisers; "paper" has the same in the wide
+            linear ranges of Micaelli and Storkey (2021, see `paper_space`).
+        start: your own settings, from which all methods begin: a file that `Schedule.save` wrote or with a JSON
+            object, a `Schedule`, or a dict of numbers and windows, for any part of the space (see `complete_start` for
+            the rest). It is trained once with every seed, which costs no method's budget, and no method's incumbent is
+            worse than it by validation.
         seeds: of the methods and their trials: a number of them, from 0 on, or a list.
         epochs: length of one training run.
         optimizer: inner optimizer, by name or an `Optimizer` of one's own.
@@ -150,7 +159,8 @@ def _plan(
     methods: Sequence[str | Method] | None,
     *,
     budget: str | Budget,
-    space: Mapping[str, Any] | None,
+    space: Mapping[str, Any] | str | None,
+    start: Mapping[str, Any] | None,
     seeds: tuple[int, ...],
     epochs: float,
     optimizer: str | Optimizer,
@@ -165,21 +175,27 @@ def _plan(
     steps = round(epochs * problem.steps_per_epoch)
     if steps < 1:
         raise InputError(f"epochs is {epochs:g}, less than one inner step of {problem.steps_per_epoch} an epoch")
-    if space is None:
-        held = of_task.get("fixed", {})
-        space = {name: entry for name, entry in default_space(problem, optimizer).items() if name not in held}
+    if space is None or isinstance(space, str):
+        held, named = of_task.get("fixed", {}), default_space(problem, optimizer, name=space)
+        space = {name: entry for name, entry in named.items() if name not in held}
     # searches never see the test split
-    task = Task(problem.replace(test=None), space, steps, optimizer, **of_task)
+    limit = budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch)
+    trainings = limit.amount / steps if limit.unit in ("gradients", "steps") else None
+    task = Task(problem.replace(test=None), space, steps, optimizer, trainings=trainings, **of_task)
+    begin = None if start is None else complete_start(start, task)
+    if begin is not None:
+        task = replace(task, start=begin.point)
     return Plan(
         problem=problem,
         task=task,
         methods=chosen_methods(methods, task),
-        budget=budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch),
+        budget=limit,
         seeds=seeds,
         resources={"cpu": 1} if resources is None else resources,
         retraining=retraining or Retraining(),
         reference=reference,
         max_concurrent=max_concurrent,
+        start=None if begin is None else begin.exact,
     )
 
 

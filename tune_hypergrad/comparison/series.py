@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.budget import UNITS
-from tune_hypergrad.comparison.records import RETRAINING, Comparison
+from tune_hypergrad.comparison.records import GRID, RETRAINING, START, Comparison
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Granted:
     times: np.ndarray
     """Seconds of running, n + 1 of them, interruptions left out."""
     shares: Mapping[str, np.ndarray]
-    """Method, or "retraining", to its n shares of the cluster between them."""
+    """Method, "start", "grid" or "retraining", to its n shares of the cluster between them."""
     gaps: Sequence[float]
     """When there were interruptions."""
     first_finished: float | None
@@ -127,7 +127,8 @@ class Granted:
         times = np.unique([0.0, *begun, *ended, *_running(comparison, np.array([latest]))])
         kind = "GPU" if (trials["gpu"] > 0).any() else "CPU"
         amounts = {}
-        for method in (*comparison.methods, RETRAINING):
+        besides = [name for name in (START, GRID) if (trials["method"] == name).any()]
+        for method in (*comparison.methods, *besides, RETRAINING):
             mine = (trials["method"] == method).to_numpy()
             held, changes = trials.loc[mine, kind.lower()].to_numpy(dtype=float), np.zeros(len(times))
             np.add.at(changes, np.searchsorted(times, begun[mine]), held)

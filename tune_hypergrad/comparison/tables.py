@@ -12,13 +12,17 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.comparison.drawing import COST_LABELS, shortened
-from tune_hypergrad.comparison.records import GRID, RETRAINING, Comparison, Yardstick, measure_label
+from tune_hypergrad.comparison.records import GRID, RETRAINING, START, Comparison, Yardstick, measure_label
 from tune_hypergrad.comparison.series import spending_parts
 from tune_hypergrad.comparison.troubles import first_line
+from tune_hypergrad.comparison.verdict import OTHER_LENGTH, Verdict, cost_in_words
+from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.space import is_hyperparameter
 
 _ERROR_LETTERS = 200
 _REMARK_LETTERS = 120
 _FEW_RESULTS = 2
+_SCHEDULE_LETTERS = 100
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Column:
     """Whether it holds numbers."""
     remark: bool = False
     """Whether a page shows it below the row's name, where it is seen however narrow the page is."""
+    key: bool = False
+    """Whether a terminal has room for it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ def facts(comparison: Comparison) -> dict[str, str]:
         "Budget": f"{amount(budget.amount)} {COST_LABELS[budget.unit]} for every method with every seed",
         "Seeds": ", ".join(map(str, settings["seeds"])),
         "Retraining": _retraining(settings.get("retraining") or {}),
+        "Start": _start(comparison),
         "Regret": reference(comparison),
         "Started": _date(settings.get("started")),
         "Ran for": _running_time(comparison),
@@ -85,24 +92,52 @@ def reference(comparison: Comparison) -> str:
 
 
 def results(comparison: Comparison) -> TextTable:
-    """One row a method: what it spent, and what its incumbents reached, mean and range over seeds; what went wrong,
-    where anything did."""
+    """One row a method, the best first: what its incumbents reached, mean and range over seeds; where there is a start,
+    what they gained over it; what the reference cost; what was spent; what went wrong, where anything did."""
     measure, tests = comparison.yardstick, comparison.test_measures
-    headings = [regret_heading(measure), *map(measure_label, tests), "validation loss"]
-    headings += ["budget spent", "over", "trials"]
-    columns = [Column("method", number=False), *map(Column, headings), Column("trouble", number=False, remark=True)]
-    rows = []
-    for method in comparison.methods:
+    verdict = Verdict.of(comparison)
+    ratios, others = verdict.ratios(comparison.black_box), comparison.of_other_lengths
+    factor, unit = cost_in_words(comparison, comparison.budget.unit, comparison.budget.amount)
+    decimals, wide = 2 if measure.percent else None, bool(comparison.settings.get("start"))
+    rows: list[dict[Column, str]] = []
+    for method in comparison.ranking:
         own = comparison.accounts[comparison.accounts["method"] == method]
+        tested, mark = comparison.final_figures(method).reindex(columns=tests), OTHER_LENGTH if method in others else ""
+        row = {Column("method", number=False): method}
+        row[Column(regret_heading(measure), key=True)] = spread(comparison.final_regret(method), decimals=decimals)
+        for name in tests:
+            cell = spread(tested[name], percent=name.endswith("accuracy"), mark=mark)
+            row[Column(measure_label(name), key=name == tests[0])] = cell
+        if others:
+            row[Column("steps of the tested training")] = _steps_tested(comparison, method)
+        row[Column("validation loss", key=not tests or measure.source == "best")] = spread(own["val_loss"])
+        if wide:
+            gain = comparison.gain(method)
+            if measure.tested:
+                heading = f"gain over the start in {measure.label}{' (points)' if measure.percent else ''}"
+                row[Column(heading, key=True)] = spread(gain["value"], decimals=decimals)
+            row[Column("gain over the start in validation loss", key=not measure.tested)] = spread(gain["val_loss"])
+        if measure.source != "best":
+            reached = verdict.reached.get(method)
+            share = "" if reached is None else f"{100 * reached / comparison.budget.amount:.0f} % of the budget"
+            cell = "not reached" if reached is None else f"{amount(reached * factor)} {unit}\n{share}"
+            row[Column("cost to reach the reference", key=True)] = cell
+            if comparison.black_box:
+                ratio = str(ratios.get(method, "-"))
+                row[Column("against the best black-box method", key=not wide)] = ratio
         over = max(0.0, float(own["share"].max()) - 1)
-        tested = comparison.final_figures(method).reindex(columns=tests)
-        cells = [method, spread(comparison.final_regret(method), decimals=2 if measure.percent else None)]
-        cells += [spread(tested[name], percent=name.endswith("accuracy")) for name in tests]
-        cells += [spread(own["val_loss"]), f"{100 * own['share'].mean():.0f} %", _over(over)]
+        row[Column("budget spent", key=True)] = f"{100 * own['share'].mean():.0f} %"
+        row[Column("over")] = _over(over)
+        row[Column("trials", key=not wide)] = str(int(own["trials"].sum()))
         trouble = "\n".join(_short(each.text, _REMARK_LETTERS) for each in comparison.troubles(method))
-        rows.append([*cells, str(int(own["trials"].sum())), trouble])
-    troubled = any(row[-1] for row in rows)
-    return TextTable(columns, rows) if troubled else TextTable(columns[:-1], [row[:-1] for row in rows])
+        rows.append({**row, Column("trouble", number=False, remark=True): trouble})
+    columns = [column for column in rows[0] if not column.remark or any(row[column] for row in rows)]
+    return TextTable(columns, [[row[column] for column in columns] for row in rows])
+
+
+def _steps_tested(comparison: Comparison, method: str) -> str:
+    trained = comparison.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
+    return _range(round(trained.min()), round(trained.max())) if len(trained) else "none"
 
 
 def methods(comparison: Comparison) -> TextTable:
@@ -141,7 +176,7 @@ def failures(comparison: Comparison) -> TextTable:
     errors = trials["error"].map(lambda error: _short(error) if isinstance(error, str) else "")
     kept = trials["status"].isin(["failed", "forgotten"]) | ((trials["status"] == "retried") & (errors != ""))
     named = pd.DataFrame({"method": trials["method"], "status": trials["status"], "error": errors})[kept]
-    order = [*comparison.methods, GRID, RETRAINING]
+    order = [*comparison.methods, START, GRID, RETRAINING]
     counted = sorted(named.value_counts(sort=False).items(), key=lambda item: order.index(item[0][0]))
     return TextTable(columns, [[name, str(count), words[status], error] for (name, status, error), count in counted])
 
@@ -166,6 +201,7 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if measure.source == "best" and math.isfinite(measure.reference):
         found.append("The reference is the best of the values compared, so one of them has no regret by construction.")
+    found += _about_columns(comparison)
     if not comparison.accounts["completed"].all():
         found.append("Seeds with which no training run was completed have no figures, and means leave them out.")
     found += _about_results(comparison)
@@ -189,6 +225,39 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
+def _about_columns(comparison: Comparison) -> list[str]:
+    """What some columns of the table of results mean."""
+    found = []
+    if comparison.yardstick.source != "best":
+        told = (
+            "The reference is reached at the cost from which on the mean regret over seeds is not above 0 any more; an "
+            "incumbent counts from the cost at which it was found, and only some were tested"
+        )
+        if comparison.black_box:
+            told += (
+                "; against the best black-box method: the cost at which the first of "
+                f"{', '.join(comparison.black_box)} reached it, over that cost; > where one of both never did, and "
+                "what it spent stands for its cost"
+            )
+        found.append(f"{told}.")
+    if comparison.settings.get("start"):
+        found.append(
+            "The start was trained once with every seed, at no method's cost, and counts as every method's incumbent "
+            "from the cost of that training on; gains over it are the start's validation loss less the incumbent's, "
+            "and the difference of their tests with the same training seeds."
+        )
+        found.append(
+            "Black-box methods train the start first, those that judge early on their lowest rung; self-tuning networks"
+            " begin at its mean over the run; methods that tune nothing have it as an incumbent alone."
+        )
+        if len(comparison.start_results) < len(comparison.settings["seeds"]) and comparison.finished:
+            found.append("The start's own training did not end with a finite validation loss with every seed.")
+    if (comparison.settings.get("retraining") or {}).get("same_training"):
+        steps = comparison.settings["steps"]
+        found.append(f"Every incumbent was trained again for {steps} steps, however long the run was that found it.")
+    return found
+
+
 def _about_results(comparison: Comparison) -> list[str]:
     """What the results of some methods have that others' have not."""
     results = comparison.results
@@ -202,12 +271,13 @@ def _about_results(comparison: Comparison) -> list[str]:
     told = ", ".join(f"{method} {count} of {len(own[method])}" for method, count in diverged.items() if count)
     if told:
         found.append(f"Results without a finite validation loss, which cannot be incumbents: {told}.")
-    told = ", ".join(f"{method} {lengths}" for method, lengths in _other_lengths(comparison).items())
-    if told:
+    if comparison.of_other_lengths:
         steps = comparison.settings["steps"]
+        told = ", ".join(f"{method} {_range(*lengths)}" for method, lengths in comparison.of_other_lengths.items())
         found.append(
-            f"Last incumbents that were found in runs of another length than {steps} steps were trained again "
-            f"as long: {told}."
+            f"{OTHER_LENGTH} Last incumbents that were found in runs of another length than {steps} steps were trained "
+            f"again as long: {told}. Their tests are not of the same training as the others'; with --same-training all "
+            "are."
         )
     few = {method: len(each) / each["seed"].nunique() for method, each in own.items()}
     told = ", ".join(f"{method} {count:.2g}" for method, count in few.items() if count <= _FEW_RESULTS)
@@ -216,20 +286,8 @@ def _about_results(comparison: Comparison) -> list[str]:
     return found
 
 
-def _other_lengths(comparison: Comparison) -> dict[str, str]:
-    """Methods whose last incumbents were not trained again for the comparison's own number of steps, and for how many:
-    the fewest and the most."""
-    found, steps = {}, comparison.settings.get("steps")
-    for method in comparison.methods if steps else ():
-        trained = comparison.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
-        if len(trained) and (trained != steps).any():
-            least, most = trained.min(), trained.max()
-            found[method] = f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
-    return found
-
-
-def spread(values: pd.Series, percent: bool = False, decimals: int | None = None) -> str:
-    """The mean of some values, and in a second line their range if there are several."""
+def spread(values: pd.Series, percent: bool = False, decimals: int | None = None, mark: str = "") -> str:
+    """The mean of some values with a mark behind it, and in a second line their range if there are several."""
     finite = values.astype(float).dropna()
     if finite.empty:
         return "none"
@@ -240,6 +298,7 @@ def spread(values: pd.Series, percent: bool = False, decimals: int | None = None
         return f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}"
 
     unit = " %" if percent else ""
+    unit += f" {mark}" if mark else ""
     if len(finite) == 1:
         return f"{shown(finite.iloc[0])}{unit}"
     return f"{shown(finite.mean())}{unit}\n{shown(finite.min())} to {shown(finite.max())}"
@@ -253,6 +312,10 @@ def amount(value: float) -> str:
 def regret_heading(measure: Yardstick) -> str:
     """Of a column."""
     return f"regret in {measure.label}{' (points)' if measure.percent else ''}"
+
+
+def _range(least: int, most: int) -> str:
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _over(share: float) -> str:
@@ -276,7 +339,27 @@ def _retraining(planned: dict[str, Any]) -> str:
     where = data.get(planned.get("data", "train"), planned.get("data"))
     shares = ", ".join(f"{100 * share:g}" for share in planned.get("shares", ()))
     times = "once" if planned["seeds"] == 1 else f"{planned['seeds']} times"
-    return f"incumbents after {shares} % of the budget, {times} each from scratch, on {where}"
+    length = ", all for the same steps" if planned.get("same_training") else ""
+    return f"incumbents after {shares} % of the budget, {times} each from scratch, on {where}{length}"
+
+
+def _start(comparison: Comparison) -> str:
+    """The settings that all methods began from, and what they were worth."""
+    start = comparison.settings.get("start")
+    if not start:
+        return ""
+    told = ", ".join(
+        shortened(str(Schedule({name: value})), _SCHEDULE_LETTERS) if is_hyperparameter(value) else f"{name} {value}"
+        for name, value in start.items()
+    )
+    worth = [f"validation loss {spread(comparison.start_results['val_loss'])}"]
+    tested = comparison.final_figures(START)
+    worth += [
+        f"{measure_label(name)} {spread(tested[name], percent=name.endswith('accuracy'))}"
+        for name in comparison.test_measures
+        if name in tested
+    ]
+    return f"{told}: {', '.join(worth)}".replace("\n", ", from ")
 
 
 def _machine(machine: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from tune_hypergrad.hypergradients.outer import (
 )
 from tune_hypergrad.hypergradients.robust import RobustSearch
 from tune_hypergrad.hypergradients.run import HypergradientResult
+from tune_hypergrad.hypergradients.search import SearchSettings
 from tune_hypergrad.hypergradients.sharing import Sharing
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "ProblemCheck",
     "Proposal",
     "RobustSearch",
+    "SearchSettings",
     "Sharing",
     "TrainingSettings",
     "check_problem",

@@ -127,8 +127,8 @@ class Proposal(NamedTuple):
     """Which of the search's seeds to train with, counted from 0."""
     reject_above: float = inf
     """A run whose validation loss is above this, or not finite, need not be differentiated; -inf: none of this kind."""
-    other_losses: tuple[float, ...] = ()
-    """Validation losses that these values have had with other seeds, where they are being confirmed."""
+    confirmed: tuple[float, ...] | None = None
+    """Where the values are being confirmed: the validation losses that they have had with other seeds so far."""
 
 
 class Outcome(NamedTuple):

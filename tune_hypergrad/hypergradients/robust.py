@@ -5,8 +5,8 @@ and its derivative by a hyperparameter, exact as it is, grows to any size and te
 on each hyperparameter's natural scale,
 
 - a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss or half of
-  what is typical of all derivatives, so that what would change little moves little. Directions of successive outer
-  steps, each with seeds of its own, are averaged;
+  what is typical of all derivatives, so that what would change little moves little. Directions of neighbouring windows
+  and of successive outer steps, each with seeds of its own, are averaged;
 - a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*. It
   is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, and where the
   loss is no better either, the next run is nearer to the best so far;
@@ -18,9 +18,10 @@ on each hyperparameter's natural scale,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import inf, isfinite, log
-from statistics import fmean, pstdev
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from math import inf, isfinite, log, nan
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range
 
 STEP, STEP_OF_COMPLEMENT = log(2), log(1.5)
-"""Default step sizes on logarithmic scales: twice as much, or half, and less for 1 - momentum, which multiplies with the
-learning rate."""
+"""Default step sizes on logarithmic scales: twice as much, or half, and less for 1 - momentum, which multiplies with
+the learning rate."""
 STEP_SHARE = 0.1
 """Default step size on linear scales, as a share of the range."""
 
@@ -96,16 +97,18 @@ class _Place:
     outer_step: int
     losses: list[float] = field(default_factory=list)
     calm: bool = True
+    confirmed: list[float] = field(default_factory=list)
+    """Losses with the seeds of confirmations."""
 
     @property
     def val_loss(self) -> float:
-        """Mean over the runs; inf where one diverged."""
-        return fmean(self.losses) if self.losses and all(map(isfinite, self.losses)) else inf
+        """Mean over the runs that were differentiated."""
+        return fmean(self.losses)
 
     @property
-    def score(self) -> float:
-        """What candidates are ranked by: a schedule that depends on the seed is worth less than its mean."""
-        return self.val_loss + (pstdev(self.losses) if isfinite(self.val_loss) else 0.0)
+    def confirmed_loss(self) -> float:
+        """Mean over the confirmations; inf where there is none, or one diverged."""
+        return fmean(self.confirmed) if self.confirmed and all(map(isfinite, self.confirmed)) else inf
 
 
 class RobustSearch(OuterSearch):
@@ -152,6 +155,8 @@ class RobustSearch(OuterSearch):
         self.new_seeds, self.confirmations, self.polish = new_seeds, confirmations, polish
         self.outer_step, self.spent, self.rejected = 0, 0.0, 0
         self.incumbent: Evaluated | None = None
+        self.start_loss = nan
+        """Validation loss of the place the search began at: its own run's, then, with `polish`, its confirmations'."""
         starts = {
             name: natural_start(name, r)
             if name not in initial
@@ -188,16 +193,11 @@ class RobustSearch(OuterSearch):
             return ()
         if self._candidates:
             return tuple(
-                Proposal(self._values(place.internal), _CONFIRMATION + number, -inf, tuple(place.losses))
-                for place in self._candidates
-                for number in range(self.confirmations)
+                Proposal(self._values(c.internal), _CONFIRMATION + len(c.confirmed), -inf, tuple(c.confirmed))
+                for c in self._candidates
             )
-        best = self._best()
-        limit = inf
-        if best is not None:
-            limit = best.val_loss + _REJECTED * max(self._untrained - best.val_loss, 0.0)
         first = self.outer_step * _LARGEST_ENSEMBLE if self.new_seeds else 0
-        return tuple(Proposal(self.values, first + member, limit) for member in range(self.ensemble))
+        return tuple(Proposal(self.values, first + member, self._limit) for member in range(self.ensemble))
 
     def tell(self, outcomes: Sequence[Outcome | None]) -> None:
         self.spent += sum(outcome.cost for outcome in outcomes if outcome is not None)
@@ -210,7 +210,7 @@ class RobustSearch(OuterSearch):
             self._begin_confirmation()
 
     def _take_outer_step(self, outcomes: Sequence[Outcome | None]) -> None:
-        limit = self.round()[0].reject_above
+        limit = self._limit
         mean = mean_outcome(outcomes)
         ended = [outcome for outcome in outcomes if outcome is not None]
         lost = any(not isfinite(o.val_loss) or o.val_loss > limit or o.hypergradients is None for o in ended)
@@ -227,11 +227,13 @@ class RobustSearch(OuterSearch):
         improved = place.calm and (best is None or place.val_loss < best.val_loss)
         if not place.calm and best is not None and place.val_loss >= best.val_loss:
             self._approach(best.internal)
+        if not self._places:
+            self.start_loss = place.val_loss
         self._places.append(place)
         self._rejections, self._round_cost = 0, mean.cost
         self._since_best = 0 if improved else self._since_best + 1
         if improved or self.incumbent is None:
-            self.incumbent = self._evaluated(place)
+            self.incumbent = Evaluated(self._values(place.internal), place.val_loss, self.outer_step, len(place.losses))
         if self._since_best >= _PATIENCE and self.ensemble < _LARGEST_ENSEMBLE:
             self.ensemble, self._since_best = 2 * self.ensemble, 0
 
@@ -247,7 +249,7 @@ class RobustSearch(OuterSearch):
         for name, x in self._internal.items():
             soft = min(_SOFT * abs(loss), _TYPICAL * typical / self._first[name]) + 1e-30
             direction = means[name] / (means[name].abs() + soft)
-            direction = torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction)
+            direction = _smoothed(torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction))
             agreement = direction.sign() * self._signs[name]
             change = torch.where(agreement > 0, _GROWTH, torch.where(agreement < 0, _SHRINKAGE, 1.0))
             steps = self._steps[name] * change
@@ -312,37 +314,37 @@ class RobustSearch(OuterSearch):
         calm = [place for place in self._places if place.calm] or self._places
         chosen = sorted(calm, key=lambda place: place.val_loss)[:_CANDIDATES]
         if self.polish and self._places and self._places[0] not in chosen:
-            chosen.append(self._places[0])
+            chosen.insert(0, self._places[0])
         left = inf if self.trainings is None else self.trainings - self.spent
         while chosen and len(chosen) * self.confirmations > left:
             chosen.pop()
-        self._candidates = chosen if self.confirmations else []
+        self._candidates = [replace(place, confirmed=[]) for place in chosen] if self.confirmations else []
         self._ended = not self._candidates
 
     def _take_confirmations(self, outcomes: Sequence[Outcome | None]) -> None:
-        """Rank the candidates by the confirmations alone: their own runs' losses are why they were chosen."""
-        confirmed = []
-        for number, place in enumerate(self._candidates):
-            own = outcomes[number * self.confirmations : (number + 1) * self.confirmations]
-            losses = [outcome.val_loss for outcome in own if outcome is not None]
-            if losses:
-                confirmed.append(_Place(place.internal, place.outer_step, losses))
-        if confirmed:
-            best = min(confirmed, key=lambda place: place.score)
-            start = next((place for place in confirmed if self.polish and place.outer_step == 0), None)
-            if start is not None and start.val_loss < best.val_loss:
-                best = start
-            if isfinite(best.val_loss):
-                self.incumbent = self._evaluated(best)
-        self._candidates, self._ended = [], True
+        """Rank the candidates by confirmations alone: their own runs' losses are why they were chosen."""
+        for candidate, outcome in zip(self._candidates, outcomes, strict=True):
+            candidate.confirmed.append(inf if outcome is None else outcome.val_loss)
+        start = next((c for c in self._candidates if self.polish and c.outer_step == self._places[0].outer_step), None)
+        self.start_loss = self.start_loss if start is None else start.confirmed_loss
+        self._candidates = [c for c in self._candidates if c.confirmed[-1] <= self._limit]
+        best = min(self._candidates, key=lambda c: c.confirmed_loss, default=None)
+        if best is not None:
+            runs = len(best.confirmed)
+            self.incumbent = Evaluated(self._values(best.internal), best.confirmed_loss, best.outer_step, runs)
+        if best is None or len(best.confirmed) >= self.confirmations:
+            self._candidates, self._ended = [], True
+
+    @property
+    def _limit(self) -> float:
+        """The validation loss above which a run is rejected."""
+        best = self._best()
+        return inf if best is None else best.val_loss + _REJECTED * max(self._untrained - best.val_loss, 0.0)
 
     def _best(self) -> _Place | None:
         """The place with the lowest loss, of the calm ones if there are any."""
         calm = [place for place in self._places if place.calm] or self._places
         return min(calm, key=lambda place: place.val_loss, default=None)
-
-    def _evaluated(self, place: _Place) -> Evaluated:
-        return Evaluated(self._values(place.internal), place.val_loss, place.outer_step, len(place.losses))
 
     def _values(self, internal: Hyperparameters) -> Hyperparameters:
         return {n: self.ranges[n].project(self.ranges[n].from_internal(x)) for n, x in internal.items()}
@@ -373,8 +375,8 @@ class RobustSearch(OuterSearch):
             "incumbent": None if self.incumbent is None else dict(vars(self.incumbent)),
             "tensors": {name: dict(getattr(self, name)) for name in _TENSORS},
             "scalars": {name: getattr(self, name) for name in _SCALARS},
-            "places": [dict(vars(place)) for place in self._places],
-            "candidates": [dict(vars(place)) for place in self._candidates],
+            "places": [deepcopy(vars(place)) for place in self._places],
+            "candidates": [deepcopy(vars(place)) for place in self._candidates],
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -383,8 +385,8 @@ class RobustSearch(OuterSearch):
             setattr(self, name, dict(tensors))
         for name, value in saved["scalars"].items():
             setattr(self, name, value)
-        self._places = [_Place(**{**place, "losses": list(place["losses"])}) for place in saved["places"]]
-        self._candidates = [_Place(**{**place, "losses": list(place["losses"])}) for place in saved["candidates"]]
+        self._places = [_Place(**deepcopy(place)) for place in saved["places"]]
+        self._candidates = [_Place(**deepcopy(place)) for place in saved["candidates"]]
 
 
 _TENSORS = ("_internal", "_steps", "_directions", "_signs")
@@ -392,6 +394,7 @@ _SCALARS = (
     "outer_step",
     "spent",
     "rejected",
+    "start_loss",
     "ensemble",
     "_moves",
     "_untrained",
@@ -400,6 +403,13 @@ _SCALARS = (
     "_round_cost",
     "_ended",
 )
+
+
+def _smoothed(direction: Tensor) -> Tensor:
+    """Half of an element's own direction and half of its neighbours': what they disagree about is mostly noise. At the
+    ends an element is its own neighbour. Shape [N]."""
+    beside = torch.cat([direction[:1], direction, direction[-1:]])
+    return 0.5 * direction + 0.25 * (beside[:-2] + beside[2:])
 
 
 def _is_followable(hypergradients: Hyperparameters) -> bool:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from ray.tune.search import Repeater
 from ray.tune.search.repeater import TRIAL_INDEX
-from torch import Tensor
 
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients import Descent, OuterLoop
+from tune_hypergrad.hypergradients import Outcome, OuterSearch, Proposal, SearchSettings
+from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
-from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.constants import check_constant, is_same
@@ -32,15 +30,21 @@ from tune_hypergrad.space import (
     tuned_values,
 )
 
-_OURS = ("seed", "tuned", TRIAL_INDEX)  # what we, and wrappers, put into configs beside the space's
+_OURS = (
+    "seed",
+    "tuned",
+    "reject_above",
+    "confirmed",
+    TRIAL_INDEX,
+)  # what we, and wrappers, put into configs beside the space's
 
 
 @dataclass(eq=False)
 class _Member:
-    """A trial's part in an outer step."""
+    """A trial's part in a round."""
 
     index: int
-    """Which of the ensemble it is, from 0."""
+    """Which of the round's proposals it runs, from 0."""
 
 
 class HypergradientSearch(RestorableSearch[_Member]):
@@ -56,23 +60,20 @@ class HypergradientSearch(RestorableSearch[_Member]):
     ```
 
     Each outer step runs `ensemble` trials that differ in their seed only, and follows the average of their
-    hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). A trial that fails is left
-    out of the average; an outer step all of whose trials failed counts as a setback (see `OuterLoop`).
+    hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). Trials of the robust rule that
+    are not worth it are not differentiated (their config has `reject_above`), and before the search ends the best
+    schedules are confirmed by trials with other seeds (their config has `confirmed`). A trial that fails is left out of
+    the average; an outer step all of whose trials failed is run again.
 
     Args:
-        space: Ray domains, `schedule`s and `complement`s by name; None takes `param_space`. Continuous domains are
-            tuned, constants passed on.
+        space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
         metric: what Ray ranks trials by. The descent itself always follows `val_loss`, whose derivative it is given.
         mode: "min" or "max", for `metric`.
-        ensemble: trials per outer step.
-        outer_steps: outer steps at the most; None goes on until converged.
-        update: outer update: "sign", "sgd" or "adam".
-        step_sizes: outer step sizes by name; those missing are `default_step` of the range.
-        default_step: outer step size as a share of the range.
-        tolerance: converged when no step size is above this share of its range.
-        points_to_evaluate: configs to run first, such as `Schedule.to_config` gives; the descent begins from the best
-            of them. What a point leaves out is 0, or the nearest value in range. None begins from there in everything.
-        seed: the trials' seeds are drawn from it; they are the same at every outer step.
+        points_to_evaluate: configs to run first; the descent begins from the best of them, and by the robust rule its
+            outcome is not worse, by validation, than this. What a point leaves out begins where the rule does. None
+            begins from there in everything.
+        seed: the trials' seeds are drawn from it.
+        **settings: fields of `SearchSettings`: `rule`, `ensemble`, `outer_steps`, `trainings` and others.
 
     Raises:
         InputError: settings that cannot work; once the space is known, hyperparameters that have no derivative.
@@ -84,32 +85,25 @@ class HypergradientSearch(RestorableSearch[_Member]):
         *,
         metric: str | None = None,
         mode: str | None = None,
-        ensemble: int = 1,
-        outer_steps: int | None = None,
-        update: str = "sign",
-        step_sizes: Mapping[str, float] | None = None,
-        default_step: float = 0.1,
-        tolerance: float = 1e-3,
         points_to_evaluate: Sequence[Mapping[str, Any]] | None = None,
         seed: int = 0,
+        **settings: Any,
     ) -> None:
-        for what, count in (("ensemble", ensemble), ("outer_steps", outer_steps)):
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise InputError(f"{what} is {count!r}: it must be a whole number of at least 1")
+        names = [f.name for f in fields(SearchSettings)]
+        for name in settings:
+            if name not in names:
+                raise InputError(
+                    f"HypergradientSearch has no setting {name!r}: it has {', '.join(names)}{did_you_mean(name, names)}"
+                )
         super().__init__(metric, mode)
-        self._ensemble, self._outer_steps, self._tolerance = ensemble, outer_steps, tolerance
-        self._descent_options: dict[str, Any] = {
-            "update": update,
-            "step_sizes": step_sizes,
-            "default_step": default_step,
-        }
+        self._settings = SearchSettings(**settings)
         self._points, self._seed = _listed_points(points_to_evaluate), seed
-        self._outer: OuterLoop | None = None
+        self._outer: OuterSearch | None = None
         self._constants: dict[str, Any] = {}
-        self._starts: list[Hyperparameters] = []  # points to evaluate that are still to be run
-        self._started: list[tuple[Hyperparameters, _Outcome]] = []  # those that have been
-        self._next_member = 0  # of this outer step's ensemble
-        self._ended: list[_Outcome] = []  # what those that have ended gave
+        self._starts: list[OuterSearch] = []  # from points to evaluate that are still to be run
+        self._started: list[tuple[OuterSearch, list[Outcome | None]]] = []  # those that have been
+        self._next_member = 0  # of this round
+        self._ended: dict[int, Outcome | None] = {}  # what those that have ended gave
         if space is not None:
             self._read_space(space)
 
@@ -144,53 +138,61 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     @property
     def _has_finished(self) -> bool:
-        outer = self._outer
-        assert outer is not None
-        return outer.converged or (self._outer_steps is not None and outer.outer_step >= self._outer_steps)
+        return self._current.finished
+
+    @property
+    def _current(self) -> OuterSearch:
+        """Whose round is run: the next point's to evaluate, or the search's."""
+        assert self._outer is not None
+        return self._starts[0] if self._starts else self._outer
 
     def _next_work(self) -> _Member | None:
-        if self._has_finished or self._next_member == self._ensemble:
+        if self._next_member >= len(self._current.round()):
             return None
         self._next_member += 1
         return _Member(self._next_member - 1)
 
     def _config_of(self, work: _Member) -> dict[str, Any]:
-        values = self._current_values()
-        config = in_form_of(self._tuned_space, values)
+        proposal = self._current.round()[work.index]
+        config = in_form_of(self._tuned_space, proposal.values)
         constants = {name: v for name, v in self._constants.items() if split_name(name)[0] not in config}
         # without constants among them, all of a config's hyperparameters are tuned
-        tuned = {"tuned": list(values)} if self._constants else {}
-        return {**constants, **config, **tuned, "seed": fold_seed(self._seed, work.index)}
+        tuned = {"tuned": list(proposal.values)} if self._constants else {}
+        limit = {} if proposal.reject_above == math.inf else {"reject_above": proposal.reject_above}
+        confirmed = {} if proposal.confirmed is None else {"confirmed": list(proposal.confirmed)}
+        seed = fold_seed(self._seed, proposal.seed)
+        return {**constants, **config, **tuned, **limit, **confirmed, "seed": seed}
 
     def _is_of_use(self, work: _Member, result: Mapping[str, Any]) -> bool:
         try:
-            return _read_outcome(result, self._current_values()) is not None
+            return _read_outcome(result, self._current.round()[work.index]) is not None
         except InputError:
             return False
 
     def _finish(self, work: _Member, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
-        """Take a trial's hypergradient; after the ensemble's last trial, take the outer step."""
-        outcome = None if error or not result else _read_outcome(result, self._current_values())
-        if outcome is not None:
-            self._ended.append(outcome)
-        if self._running or self._again or self._next_member < self._ensemble:
+        """Take what a trial gave; after the round's last one, tell the search."""
+        proposals = self._current.round()
+        outcome = None if error or not result else _read_outcome(result, proposals[work.index])
+        self._ended[work.index] = outcome
+        if self._running or self._again or self._next_member < len(proposals):
             return
-        average = _average(self._ended, self._current_values())
-        self._ended, self._next_member = [], 0
+        outcomes = [self._ended.get(member) for member in range(len(proposals))]
+        self._ended, self._next_member = {}, 0
         if self._starts:
-            self._started.append((self._starts.pop(0), average))
+            self._started.append((self._starts.pop(0), outcomes))
             if not self._starts:
-                self._begin_from_best_start()
+                self._outer, outcomes = min(self._started, key=_loss_of_start)
+                self._outer.tell(outcomes)
         else:
-            self._tell(average)
+            self._current.tell(outcomes)
 
     def _read_space(self, space: Mapping[str, Any]) -> None:
         self._ranges, self._constants = gradient_ranges(space)
         self._tuned_space = {name: space[name] for name in base_names(self._ranges)}
         for point in self._points:
             self._check_point(point)
-        self._starts = [self._descent_from(point).values for point in self._points]
-        self._outer = OuterLoop(self._descent_from({}), tolerance=self._tolerance)
+        self._starts = [self._search_from(point) for point in self._points]
+        self._outer = self._search_from({})
 
     def _check_point(self, point: Mapping[str, Any]) -> None:
         """Raise `InputError` where a point to evaluate does not fit the space."""
@@ -226,26 +228,12 @@ class HypergradientSearch(RestorableSearch[_Member]):
             if not all(limits.lower <= number <= limits.upper for number in numbers):
                 raise InputError(f"{given} = {value!r}: it must be within [{limits.lower:g}, {limits.upper:g}]")
 
-    def _descent_from(self, point: Mapping[str, Any]) -> Descent:
-        initial = tuned_values(
-            self._tuned_space, {name: value for name, value in point.items() if name in self._tuned_space}
-        )
-        return Descent(self._ranges, initial=initial, **self._descent_options)
-
-    def _current_values(self) -> Hyperparameters:
-        assert self._outer is not None
-        return self._starts[0] if self._starts else self._outer.values
-
-    def _begin_from_best_start(self) -> None:
-        finite = [pair for pair in self._started if math.isfinite(pair[1].val_loss)]
-        values, outcome = min(finite or self._started[:1], key=lambda pair: pair[1].val_loss)
-        descent = Descent(self._ranges, initial=values, **self._descent_options)
-        self._outer = OuterLoop(descent, tolerance=self._tolerance)
-        self._tell(outcome)
-
-    def _tell(self, outcome: _Outcome) -> None:
-        assert self._outer is not None
-        self._outer.tell(outcome.val_loss, outcome.hypergradients, outcome.untrained_val_loss)
+    def _search_from(self, point: Mapping[str, Any]) -> OuterSearch:
+        tuned = {name: value for name, value in point.items() if name in self._tuned_space}
+        initial = tuned_values(self._tuned_space, tuned)
+        robust, given = self._settings.rule == "robust", self._settings.polish
+        polish = True if initial and robust and given is None else given
+        return self._settings.search(self._ranges, initial, polish=polish)
 
 
 def _listed_points(points: Any) -> list[Mapping[str, Any]]:
@@ -258,20 +246,18 @@ def _listed_points(points: Any) -> list[Mapping[str, Any]]:
     return listed
 
 
-class _Outcome(NamedTuple):
-    """What a trial, or an ensemble of them, gave."""
-
-    val_loss: float
-    untrained_val_loss: float
-    hypergradients: Hyperparameters
+def _loss_of_start(started: tuple[OuterSearch, list[Outcome | None]]) -> float:
+    loss = mean_outcome(started[1]).val_loss
+    return loss if math.isfinite(loss) else math.inf
 
 
-def _read_outcome(result: Mapping[str, Any], values: Hyperparameters) -> _Outcome | None:
+def _read_outcome(result: Mapping[str, Any], proposal: Proposal) -> Outcome | None:
     """A trial's outcome from its last result, flat; None if it was stopped before it had one.
 
     Raises:
         InputError: the result has no hypergradients: the trainable is not one that reports them.
     """
+    values = proposal.values
     keys = {name: [f"{HYPERGRADIENT_KEY}/{name}/{w}" for w in range(len(v))] for name, v in values.items()}
     missing = [key for of_name in keys.values() for key in of_name if key not in result]
     if missing or "val_loss" not in result:
@@ -279,27 +265,15 @@ def _read_outcome(result: Mapping[str, Any], values: Hyperparameters) -> _Outcom
             f"the trial's result has no {(*missing, 'val_loss')[0]!r}: HypergradientSearch needs a trainable that "
             "reports hypergradients, such as InnerRun.from_problem(problem, steps=...)"
         )
-    hypergradients = {
+    gradients = {
         name: torch.tensor([result[key] for key in of_name], dtype=torch.float64) for name, of_name in keys.items()
     }
-    if not result.get("done", True) and not any(bool(g.isfinite().any()) for g in hypergradients.values()):
+    differentiated = any(bool(g.isfinite().any()) for g in gradients.values())
+    if not result.get("done", True) and not differentiated:
         return None
-    return _Outcome(result["val_loss"], result.get("untrained_val_loss", math.inf), hypergradients)
-
-
-def _average(outcomes: list[_Outcome], values: Hyperparameters) -> _Outcome:
-    """Mean over the members whose loss is finite; NaN throughout if at least half of them diverged, or none is left."""
-    finite = [outcome for outcome in outcomes if math.isfinite(outcome.val_loss)]
-    if not finite or 2 * len(finite) <= len(outcomes):
-        return _Outcome(math.nan, math.nan, {name: torch.full_like(v, math.nan) for name, v in values.items()})
-    return _Outcome(
-        fmean(outcome.val_loss for outcome in finite),
-        fmean(outcome.untrained_val_loss for outcome in finite),
-        {name: _finite_mean([outcome.hypergradients[name] for outcome in finite]) for name in values},
-    )
-
-
-def _finite_mean(gradients: list[Tensor]) -> Tensor:
-    """Elementwise mean of what is finite; NaN where nothing is."""
-    stacked = torch.stack(gradients)
-    return torch.where(stacked.isfinite(), stacked, torch.nan).nanmean(0)
+    loss, steps = result["val_loss"], result.get("run/steps")
+    if proposal.confirmed:  # the mean over all confirmations so far
+        loss = len((*proposal.confirmed, 0)) * loss - sum(proposal.confirmed)
+    cost = result["cost/gradients"] / steps if steps and "cost/gradients" in result else 1.0
+    untrained = result.get("untrained_val_loss", math.inf)
+    return Outcome(loss, untrained, gradients if differentiated else None, cost)

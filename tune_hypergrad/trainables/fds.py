@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import Descent, InnerLoop, OuterLoop
-from tune_hypergrad.hypergradients.run import hypergradient_scalars
+from tune_hypergrad.hypergradients import (
+    Descent,
+    InnerLoop,
+    Outcome,
+    OuterSearch,
+    Proposal,
+    RobustSearch,
+    SearchSettings,
+)
+from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import Range, gradient_ranges, tuned_values
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
@@ -22,23 +33,14 @@ from tune_hypergrad.trainables.inner_run import InnerRunSettings
 
 
 @dataclass(frozen=True)
-class DescentSettings:
-    """How hyperparameters are searched by gradients; what `FDS` and `HD` share."""
+class SpaceSettings:
+    """What is searched by gradients, and where a search begins."""
 
     space: Mapping[str, Any] = field(default_factory=dict)
     """Ray domains by name, as for any searcher: continuous ones are tuned, constants are fixed."""
-    initial: Mapping[str, Any] = field(default_factory=dict)
-    """Values to begin with (numbers, windows, or what the space's schedules have, with numbers); those missing begin at
-    0 or the nearest value in range."""
-    step_sizes: Mapping[str, float] = field(default_factory=dict)
-    """Outer step sizes by name; those missing are `default_step` of the range."""
-    default_step: float = 0.1
-    """Outer step size as a share of the range."""
-    update: str = "sign"
-    """Outer update: "sign", "sgd" or "adam"."""
-
-    def __post_init__(self) -> None:
-        self.descent()
+    initial: Mapping[str, Any] | Schedule = field(default_factory=dict)
+    """Values to begin with: a `Schedule`, or numbers, windows, or what the space's schedules have, with numbers. Those
+    missing begin where the search does that knows nothing."""
 
     def ranges(self) -> dict[str, Range]:
         """What is tuned."""
@@ -48,23 +50,21 @@ class DescentSettings:
         """The space's constants."""
         return gradient_ranges(self.space)[1]
 
-    def descent(self, config: Mapping[str, Any] | None = None) -> Descent:
-        """The descent at its beginning; values in a trial's config go before `initial`."""
-        ranges = self.ranges()
+    def start(self, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """Values to begin with by flat name; those in a trial's config go before `initial`.
+
+        Raises:
+            InputError: one is not tuned, or does not fit.
+        """
+        initial = self.initial.to_config() if isinstance(self.initial, Schedule) else self.initial
+        ranges, held = self.ranges(), self.constants()  # held parts of curves have flat names
         tuned = base_names(ranges)
-        unknown = [name for name in self.initial if split_name(name)[0] not in tuned]
-        if unknown:
+        unknown = [name for name in initial if split_name(name)[0] not in tuned]
+        if unknown and not isinstance(self.initial, Schedule):
             raise InputError(f"initial {unknown[0]!r} is not tuned in this space: {', '.join(ranges)}")
-        given = {**self.initial, **(config or {})}
-        held = self.constants()  # of curves that are tuned in part, by flat name
+        given = {**initial, **(config or {})}
         begin = {name: v for name, v in given.items() if split_name(name)[0] in tuned and name not in held}
-        return Descent(
-            ranges,
-            initial=tuned_values(self.space, begin),
-            step_sizes=self.step_sizes,
-            update=self.update,
-            default_step=self.default_step,
-        )
+        return tuned_values(self.space, begin)
 
     def held(self, fixed: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         """What is held: `fixed`, and what a trial's config has besides tuned hyperparameters."""
@@ -74,30 +74,58 @@ class DescentSettings:
 
 
 @dataclass(frozen=True)
-class FDSSettings(DescentSettings, InnerRunSettings):
+class DescentSettings(SpaceSettings):
+    """How hyperparameters move by gradients from step to step."""
+
+    step_sizes: Mapping[str, float] = field(default_factory=dict)
+    """Step sizes by name; those missing are `default_step` of the range."""
+    default_step: float = 0.1
+    """Step size as a share of the range."""
+    update: str = "sign"
+    """"sign", "sgd" or "adam"."""
+
+    def __post_init__(self) -> None:
+        self.descent()
+
+    def descent(self, config: Mapping[str, Any] | None = None) -> Descent:
+        """The descent at its beginning; values in a trial's config go before `initial`."""
+        return Descent(
+            self.ranges(),
+            initial=self.start(config),
+            step_sizes=self.step_sizes,
+            update=self.update,
+            default_step=self.default_step,
+        )
+
+
+@dataclass(frozen=True)
+class FDSSettings(SpaceSettings, SearchSettings, InnerRunSettings):
     """Settings of `FDS`."""
 
-    outer_steps: int | None = None
-    """Inner runs at the most; None goes on until the steps have become small, or Ray stops the trial."""
-    tolerance: float = 1e-3
-    """The search has converged when no step size is above this share of its range."""
     reports: int = 1
     """Results in one inner run."""
 
     def __post_init__(self) -> None:
         InnerRunSettings.__post_init__(self)
-        DescentSettings.__post_init__(self)
-        if self.outer_steps is not None and not (isinstance(self.outer_steps, int) and self.outer_steps >= 1):
-            raise InputError(f"outer_steps is {self.outer_steps!r}: it must be a whole number of at least 1, or None")
+        SearchSettings.__post_init__(self)
+        self.begin_search({})
+
+    def begin_search(self, config: Mapping[str, Any]) -> OuterSearch:
+        """The search at its beginning; values in a trial's config go before `initial`. Where values are given, the
+        outcome is not worse than these."""
+        start = self.start(config)
+        polish = True if start and self.rule == "robust" and self.polish is None else self.polish
+        return self.search(self.ranges(), start, polish=polish)
 
 
 class FDS(ProblemTrainable):
-    """Forward-mode differentiation with sharing: inner runs and outer steps, until converged.
+    """Forward-mode differentiation with sharing: inner runs and outer steps, until the search has ended.
 
     Every result holds the last completed run: its `val_loss` and metrics, its `schedule/...` and its
-    `hypergradient/...`; `best_val_loss`, `best_test_...` and `best_schedule/...` are the incumbent's, which is the
-    outcome of the search. Where a trial's config gives a tuned hyperparameter a value, the search begins there;
-    others it gives are held constant.
+    `hypergradient/...` (NaN of a run that was rejected, or that confirms); `best_val_loss`, `best_test_...` and
+    `best_schedule/...` are the incumbent's, which is the outcome of the search. `gain` is by how much its validation
+    loss is below that of where the search began. Where a trial's config gives a tuned hyperparameter a value, the
+    search begins there; others it gives are held constant.
     """
 
     Settings: ClassVar[type[TrialSettings]] = FDSSettings
@@ -105,18 +133,35 @@ class FDS(ProblemTrainable):
     @classmethod
     def validate(cls, problem: Problem, settings: FDSSettings, hyperparameters: dict[str, Any], *, check: bool) -> None:
         loop = InnerLoop(problem, settings.training(fixed=settings.held(settings.fixed, hyperparameters)))
-        settings.make_run(loop, settings.descent(hyperparameters).values, check=check)
+        settings.make_run(loop, settings.begin_search(hyperparameters).values, check=check)
 
     def begin(self, settings: FDSSettings, hyperparameters: dict[str, Any]) -> None:
         self.settings = settings
-        held = settings.held(settings.fixed, hyperparameters)
-        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
-        self.outer = OuterLoop(settings.descent(hyperparameters), tolerance=settings.tolerance)
-        self.run = settings.make_run(self.loop, self.outer.values)
+        self._held = settings.held(settings.fixed, hyperparameters)
+        self.search = settings.begin_search(hyperparameters)
+        self._outcomes: list[Outcome] = []  # of this round's runs
+        self._figures: list[dict[str, float]] = []  # likewise
         self._earlier = Cost()  # the cost of completed runs
+        self._completed = 0  # runs
         self._untrained: dict[str, float] = {}
         self._results: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
+        self._round = self.search.round()
+        self.run = self._next_run()
+
+    def _next_run(self) -> HypergradientRun:
+        """The run of the round's next proposal; the last one's again where the search has ended."""
+        proposal = self.proposal
+        training = self.settings.training(
+            fixed=self._held, device=self.device, seed=fold_seed(self.settings.seed, proposal.seed)
+        )
+        self.loop = InnerLoop(self.problem, training)
+        return self.settings.make_run(self.loop, proposal.values, reject_above=proposal.reject_above)
+
+    @property
+    def proposal(self) -> Proposal:
+        """What is run now."""
+        return self._round[min(len(self._outcomes), len(self._round) - 1)]
 
     def work(self) -> dict[str, Any]:
         with self.loop.running():
@@ -124,18 +169,25 @@ class FDS(ProblemTrainable):
                 self._begin_search()
             self.run = self.settings.advance(self.run, -(-self.run.length // self.settings.reports))
             if self.run.done:
-                self._take_outer_step()
-        limit, completed = self.settings.outer_steps, self.outer.outer_step
+                self._finish_run()
+        rejected = self.search.rejected if isinstance(self.search, RobustSearch) else 0
         return {
             **self._results,
             **self._best,
-            **run_position(self.loop.steps if completed else 0, self.loop.steps, completed),
-            "outer_step": completed,
-            "setbacks": self.outer.setbacks,
-            "largest_step": self.outer.descent.largest_step,
+            **run_position(self.loop.steps if self._completed else 0, self.loop.steps, self._completed),
+            "outer_step": self.search.outer_step,
+            "rejected": rejected,
+            "gain": self._gain,
             "differentiation": self.run.differentiation,
-            "done": self.outer.converged or (limit is not None and completed >= limit),
+            "done": self.search.finished,
         }
+
+    @property
+    def _gain(self) -> float:
+        incumbent = self.search.incumbent
+        if incumbent is None or not isinstance(self.search, RobustSearch):
+            return float("nan")
+        return self.search.start_loss - incumbent.val_loss
 
     def _begin_search(self) -> None:
         state = self.loop.initial_state()
@@ -148,46 +200,82 @@ class FDS(ProblemTrainable):
         self._record(self._untrained, unknown)
         self._best = _incumbent_results(self._results)
 
-    def _take_outer_step(self) -> None:
-        result, state = self.run.result(), self.run.state
-        assert self.run.final is not None
-        figures = {**evaluation_results("val", self.run.final), **self.evaluate_test(self.loop, state)}
-        self._record(figures, result.hypergradients)
-        self.outer.tell(result.val_loss, result.hypergradients, self._untrained["val_loss"])
-        if self.outer.incumbent is not None and self.outer.incumbent.outer_step == self.outer.outer_step - 1:
-            self._best = _incumbent_results(self._results)
-        self._earlier += self.run.cost
-        self.run = self.settings.make_run(self.loop, self.outer.values)
+    def _finish_run(self) -> None:
+        """Take a run's outcome; after the round's last one, tell the search."""
+        run = self.run
+        assert run.final is not None
+        figures = {**evaluation_results("val", run.final), **self.evaluate_test(self.loop, run.state)}
+        self._record(figures, run.hypergradients)
+        gradients = None if run.rejected else {name: g.cpu().double() for name, g in run.hypergradients.items()}
+        cost = run.cost.gradients / self.loop.steps
+        self._outcomes.append(Outcome(run.final.loss, self._untrained["val_loss"], gradients, cost))
+        self._figures.append(figures)
+        self._earlier += run.cost
+        self._completed += 1
+        if len(self._outcomes) == len(self._round):
+            self._finish_round()
+        if not self.search.finished:
+            self.run = self._next_run()
+
+    def _finish_round(self) -> None:
+        before = self.search.incumbent
+        self.search.tell(self._outcomes)
+        incumbent = self.search.incumbent
+        if incumbent is not None and incumbent is not before:
+            same = [
+                figures
+                for figures, proposal in zip(self._figures, self._round, strict=True)
+                if all(torch.equal(v, incumbent.values[name]) for name, v in proposal.values.items())
+            ]
+            # of several runs, the mean; with the loss that the search ranks by
+            mean = {name: fmean(figures[name] for figures in same) for name in same[0]}
+            schedule = self._schedule(incumbent.values).to_scalars()
+            self._best = _incumbent_results({**mean, "val_loss": incumbent.val_loss, **schedule})
+        if not self.search.finished:
+            self._round, self._outcomes, self._figures = self.search.round(), [], []
 
     def _record(self, figures: dict[str, float], hypergradients: Hyperparameters) -> None:
         """Remember a run's figures, its schedule and its hypergradients as flat scalars."""
-        schedule = self._schedule(self.outer.values).to_scalars()
+        schedule = self._schedule(self.proposal.values).to_scalars()
         self._results = {**figures, **schedule, **hypergradient_scalars(hypergradients)}
 
     @property
     def found(self) -> Schedule | None:
-        return None if self.outer.incumbent is None else self._schedule(self.outer.incumbent.values)
+        return None if self.search.incumbent is None else self._schedule(self.search.incumbent.values)
 
     def _schedule(self, values: Hyperparameters) -> Schedule:
         return Schedule.from_tensors(values, self.loop.settings.fixed)
 
     @property
     def spent(self) -> Cost:
-        return self._earlier + self.run.cost
+        return self._earlier + (Cost() if self.search.finished else self.run.cost)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "outer": self.outer.state_dict(),
+            "search": self.search.state_dict(),
             "run": self.run.state_dict(),
+            "outcomes": [tuple(outcome) for outcome in self._outcomes],
+            "figures": [dict(figures) for figures in self._figures],
             "earlier": tuple(vars(self._earlier).values()),
+            "completed": self._completed,
             "results": (self._untrained, self._results, self._best),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.outer.load_state_dict(saved["outer"])
-        self.run = self.settings.make_run(self.loop, self.outer.values, saved["run"]["differentiation"])
-        self.run.load_state_dict(saved["run"])
-        self._earlier = Cost(*saved["earlier"])
+        self.search.load_state_dict(saved["search"])
+        self._outcomes = [Outcome(*outcome) for outcome in saved["outcomes"]]
+        self._figures = [dict(figures) for figures in saved["figures"]]
+        self._round = self.search.round() or self._round
+        if not self.search.finished:
+            self.run = self._next_run()
+            self.run = self.settings.make_run(
+                self.loop,
+                self.proposal.values,
+                saved["run"]["differentiation"],
+                reject_above=self.proposal.reject_above,
+            )
+            self.run.load_state_dict(saved["run"])
+        self._earlier, self._completed = Cost(*saved["earlier"]), saved["completed"]
         self._untrained, self._results, self._best = (dict(results) for results in saved["results"])
 
 

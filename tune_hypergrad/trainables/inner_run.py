@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from math import nan
+from math import inf, nan
+from statistics import fmean
 from typing import Any, ClassVar
 
 from tune_hypergrad.budget import Cost
@@ -21,6 +22,9 @@ from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
+
+CONFIRMATIONS = "run/confirmations"
+"""Of a result: over how many trainings, made to confirm a schedule, its `val_loss` is the mean; 0 for others."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class InnerRunSettings(TrialSettings):
     tuned: tuple[str, ...] | None = None
     """Hyperparameters of a trial's config, or parts of curves by flat name, to differentiate by; None is all of
     them."""
+    reject_above: float = inf
+    """A run whose validation loss, of an ensemble the mean, is above this is not differentiated and costs one training;
+    -inf: none is."""
+    confirmed: tuple[float, ...] | None = None
+    """Where a run confirms a schedule: the validation losses that others had, with which `val_loss` is averaged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,16 +73,11 @@ class InnerRunSettings(TrialSettings):
         values: Hyperparameters,
         differentiation: str | None = None,
         *,
+        reject_above: float | None = None,
         check: bool = False,
         together: bool | None = None,
     ) -> HypergradientRun:
-        """A hypergradient run of these settings; with `check`, compared with plain training first.
-
-        Raises:
-            InputError: the settings ask for an ensemble, and the loop is of one seed.
-        """
-        if self.ensemble > 1 and not isinstance(loop, EnsembleLoop):
-            raise InputError(f"ensemble is {self.ensemble}, but this trainable trains with one seed: drop it")
+        """A hypergradient run of these settings; with `check`, compared with plain training first."""
         return hypergradient_run(
             loop,
             values,
@@ -81,6 +85,7 @@ class InnerRunSettings(TrialSettings):
             differentiation=differentiation or self.differentiation,
             clip_hessian_product=self.clip_hessian_product,
             val_examples=self.val_examples,
+            reject_above=self.reject_above if reject_above is None else reject_above,
             check=check,
             together=together,
         )
@@ -91,7 +96,7 @@ class InnerRunSettings(TrialSettings):
         Raises:
             NotReplayedError: a step cannot be run again, and the mode was asked for.
         """
-        begin = partial(self.make_run, run.loop, run.hyperparameters)
+        begin = partial(self.make_run, run.loop, run.hyperparameters, reject_above=run.reject_above)
         if isinstance(run, EnsembleRun):
             return advance_together(run, units, begin)
         return advance(run, units, begin if self.differentiation == "auto" else None)
@@ -145,8 +150,13 @@ class InnerRun(ProblemTrainable):
             figures = self._untrained
             if run.done and run.final is not None:
                 figures = {**evaluation_results("val", run.final), **self.evaluate_test(loop, run.state)}
+                if self.settings.confirmed is not None:
+                    figures["val_loss"] = fmean((*self.settings.confirmed, run.final.loss))
+        confirmed = self.settings.confirmed
         return {
             **figures,
+            "rejected": run.rejected,
+            CONFIRMATIONS: 0 if confirmed is None else len(confirmed) + 1,
             **self.schedule.to_scalars(),
             **hypergradient_scalars(
                 run.hypergradients if run.done else {k: v * nan for k, v in run.hypergradients.items()}

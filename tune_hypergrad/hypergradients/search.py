@@ -1,0 +1,103 @@
+"""Outer searches by the name of their rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.hypergradients.outer import Descent, OuterSearch, PaperSearch
+from tune_hypergrad.hypergradients.robust import RobustSearch
+from tune_hypergrad.space import Range
+
+RULES = ("robust", "paper")
+"""Rules of outer searches, the default first: `RobustSearch` and `PaperSearch`."""
+
+_PAPERS = {"update": "sign", "default_step": 0.1, "tolerance": 1e-3}
+_ROBUST = {"trainings": None, "confirmations": 3, "polish": False}
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How hyperparameters are searched by hypergradients.
+
+    Raises:
+        InputError: a setting that cannot work, or that belongs to the other rule.
+    """
+
+    rule: str = "robust"
+    """"robust" (see `RobustSearch`), or "paper": sign steps from zero (Micaelli & Storkey 2021, Appendix G)."""
+    step_sizes: Mapping[str, float] = field(default_factory=dict)
+    """First outer step sizes by name, on the scale of the domain; those missing are the rule's own."""
+    ensemble: int = 1
+    """Runs of an outer step, with different seeds, whose hypergradients are averaged. The robust rule takes more where
+    nothing gets better."""
+    outer_steps: int | None = None
+    """Outer steps at the most; None is no limit."""
+    new_seeds: bool = True
+    """Whether every outer step has initial weights, order and draws of its own; without, all have the same."""
+    trainings: float | None = None
+    """Robust rule: what the search may cost, in plain trainings, confirmations included; None is no limit."""
+    confirmations: int | None = None
+    """Robust rule: other seeds with which the best schedules are trained before the search ends; None is 3."""
+    polish: bool | None = None
+    """Robust rule: whether the outcome must not be worse than where it began, by validation; None is False."""
+    update: str | None = None
+    """Paper's rule: "sign", "sgd" or "adam"; None is "sign"."""
+    default_step: float | None = None
+    """Paper's rule: step size as a share of the range; None is 0.1."""
+    tolerance: float | None = None
+    """Paper's rule: converged when no step size is above this share of its range; None is 0.001."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise InputError(
+                f"unknown rule {self.rule!r}: choose one of {', '.join(RULES)}{did_you_mean(self.rule, RULES)}"
+            )
+        for name, least in (("ensemble", 1), ("outer_steps", 1), ("confirmations", 0)):
+            count = getattr(self, name)
+            whole = isinstance(count, int) and not isinstance(count, bool) and count >= least
+            if not whole and not (count is None and name != "ensemble"):
+                raise InputError(f"{name} is {count!r}: it must be a whole number of at least {least}")
+        foreign = _PAPERS if self.rule == "robust" else _ROBUST
+        for name in foreign:
+            if getattr(self, name) is not None:
+                other = "paper" if self.rule == "robust" else "robust"
+                raise InputError(f"{name} belongs to rule={other!r}: drop it, or set the rule")
+
+    def search(
+        self,
+        ranges: Mapping[str, Range],
+        initial: Mapping[str, Tensor] | None = None,
+        *,
+        polish: bool | None = None,
+    ) -> OuterSearch:
+        """The search at its beginning.
+
+        Args:
+            ranges: what is tuned, by flat name.
+            initial: values to begin with, each of shape [N]; those missing begin where the rule does.
+            polish: in place of the setting.
+
+        Raises:
+            InputError: names, values or step sizes that do not fit.
+        """
+        shared: dict[str, Any] = {
+            "ensemble": self.ensemble,
+            "outer_steps": self.outer_steps,
+            "new_seeds": self.new_seeds,
+        }
+        if self.rule == "robust":
+            own = {name: self._or(name, default) for name, default in _ROBUST.items()}
+            own["polish"] = own["polish"] if polish is None else polish
+            return RobustSearch(ranges, initial=initial, step_sizes=self.step_sizes, **shared, **own)
+        steps = {name: self._or(name, _PAPERS[name]) for name in ("update", "default_step")}
+        descent = Descent(ranges, initial=initial, step_sizes=self.step_sizes, **steps)
+        return PaperSearch(descent, tolerance=self._or("tolerance", _PAPERS["tolerance"]), **shared)
+
+    def _or(self, name: str, default: Any) -> Any:
+        given = getattr(self, name)
+        return default if given is None else given
