@@ -300,6 +300,26 @@ def test_a_number_of_seeds_that_is_none_is_refused(ensemble):
     assert "whole number of seeds" in refusal(make, InnerRun, SCHEDULE.to_config(), ensemble=ensemble)
 
 
+@pytest.mark.parametrize("differentiation", ["reverse", "forward"])
+def test_an_ensemble_is_rejected_by_its_mean_loss(differentiation):
+    config = {"lr": {"knots": {"0": 0.1, "1": 0.3}}, "l2": 1e-3}
+    settings = {"reports": 1, "ensemble": 3, "differentiation": differentiation}
+    expected = run_to_end(make(InnerRun, config, **settings))[-1]
+    limits = {False: expected["val_loss"] + 1e-6, True: expected["val_loss"] - 1e-6}
+    for rejected, limit in limits.items():
+        result = run_to_end(make(InnerRun, config, reject_above=limit, **settings))[-1]
+        assert result["rejected"] is rejected and result["val_loss"] == expected["val_loss"]
+        assert np.isnan(result["hypergradient/lr/knots/0"]) == rejected
+    training = run_to_end(make(InnerRun, config, reject_above=-np.inf, **settings))[-1]
+    assert training["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-9) and training["rejected"]
+    assert training["cost/gradients"] == pytest.approx(3 * (STEPS * GRADIENTS_PER["step"] + 2 * EVALUATION))
+
+
+def test_an_ensemble_of_fds_is_of_runs_one_after_another():
+    results = run_to_end(make(FDS, space=SPACE, outer_steps=1, ensemble=2, confirmations=0))
+    assert len({result["val_loss"] for result in results}) == len(results) == 2
+
+
 def test_an_ensemble_that_cannot_go_together_is_restored_as_such(tmp_path):
     config, settings = SCHEDULE.to_config(), {"reports": 5, "ensemble": 2, "differentiation": "forward"}
     expected = run_to_end(make(InnerRun, config, **settings))
