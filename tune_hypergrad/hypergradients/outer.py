@@ -236,7 +236,8 @@ class PaperSearch(OuterSearch):
     def tell(self, outcomes: Sequence[Outcome | None]) -> None:
         mean = mean_outcome(outcomes)
         if isfinite(mean.val_loss) and (self.incumbent is None or mean.val_loss < self.incumbent.val_loss):
-            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, self.ensemble)
+            runs = sum(outcome is not None and isfinite(outcome.val_loss) for outcome in outcomes)
+            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, runs)
         self.outer_step += 1
         if mean.hypergradients is None:  # every run failed or diverged: there is nothing to follow
             self.descent.largest_step = 0.0

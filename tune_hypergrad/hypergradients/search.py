@@ -11,7 +11,7 @@ from torch import Tensor
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients.outer import Descent, OuterSearch, PaperSearch
 from tune_hypergrad.hypergradients.robust import RobustSearch
-from tune_hypergrad.space import Range
+from tune_hypergrad.space import Range, is_number
 
 RULES = ("robust", "paper")
 """Rules of outer searches, the default first: `RobustSearch` and `PaperSearch`."""
@@ -62,6 +62,8 @@ class SearchSettings:
             whole = isinstance(count, int) and not isinstance(count, bool) and count >= least
             if not whole and not (count is None and name != "ensemble"):
                 raise InputError(f"{name} is {count!r}: it must be a whole number of at least {least}")
+        if self.trainings is not None and not is_number(self.trainings):
+            raise InputError(f"trainings is {self.trainings!r}: give a number of plain trainings, or None for no limit")
         foreign = _PAPERS if self.rule == "robust" else _ROBUST
         for name in foreign:
             if getattr(self, name) is not None:
