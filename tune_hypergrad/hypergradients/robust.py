@@ -8,8 +8,9 @@ on each hyperparameter's natural scale,
   what is typical of all derivatives, so that what would change little moves little. Directions of neighbouring windows
   and of successive outer steps, each with seeds of its own, are averaged;
 - a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*. It
-  is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, and where the
-  loss is no better either, the next run is nearer to the best so far;
+  is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, others wait
+  until their steps, halved, are small enough, and where the loss is no better either, the next run is nearer to the
+  best so far;
 - a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
   and the next one is nearer to where the search came from;
 - what is called best is calm, and has been confirmed: trained with other seeds, which are the same for all candidates.
@@ -246,8 +247,9 @@ class RobustSearch(OuterSearch):
         """Take a step along the members' derivatives on the internal scales; returns whether none was chaotic."""
         chaos = _CHAOS * max(self._gain(loss), abs(loss))
         members = {name: torch.stack([g[name] for g in gradients]) for name in self.ranges}
+        reach = {name: self._steps[name].clamp(max=self._first[name]) for name in self.ranges if not _is_calming(name)}
         # NaN is wild, too
-        wild = {name: (~(m.abs() * self._first[name] <= chaos)).any(0) for name, m in members.items()}
+        wild = {name: (~(m.abs() * reach.get(name, self._first[name]) <= chaos)).any(0) for name, m in members.items()}
         means = {name: torch.where(wild[name], 0.0, m.mean(0)) for name, m in members.items()}
         sizes = torch.cat([(means[name].abs() * self._first[name])[~wild[name]] for name in self.ranges])
         typical = float(sizes.median()) if len(sizes) else inf
@@ -258,6 +260,8 @@ class RobustSearch(OuterSearch):
             direction = _smoothed(torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction))
             agreement = direction.sign() * self._signs[name]
             change = torch.where(agreement > 0, _GROWTH, torch.where(agreement < 0, _SHRINKAGE, 1.0))
+            if name in reach:  # nothing takes such a step back to where it can be followed but a smaller step
+                change = torch.where(wild[name], _SHRINKAGE, change)
             steps = self._steps[name] * change
             self._steps[name] = steps.clamp(_SMALLEST * self._first[name], _LARGEST * self._first[name])
             self._signs[name] = torch.where(direction == 0, self._signs[name], direction.sign())
@@ -329,8 +333,10 @@ class RobustSearch(OuterSearch):
         start = [place for place in standing if self.polish and self._is_start(place.internal)][:1]
         best = sorted(calm, key=lambda place: place.val_loss)[:_CANDIDATES]
         chosen = [*start, *(place for place in best if place not in start)]
-        while chosen and len(chosen) * self.confirmations > self._left:
+        # several by all confirmations that there are to be, one by as many as can be paid for
+        while len(chosen) > 1 and len(chosen) * self.confirmations > self._left:
             chosen.pop()
+        chosen = chosen if self._left >= 1 else []
         self._candidates = [replace(place, confirmed=[]) for place in chosen] if self.confirmations else []
         self._ended = not self._candidates
 
