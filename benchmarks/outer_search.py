@@ -11,9 +11,9 @@ Problems (the inner optimizer's hyperparameters are tuned, the learning rate in 
 - text: a transformer of two layers on characters of WikiText-2, 400 steps of batch 32, AdamW;
 - lstm: an LSTM on the same text, 300 steps, Adam.
 
-Contenders: `robust` (`RobustSearch`), `paper` (`PaperSearch`: sign steps from zero on linear scales), and `grid`, cosine
-and step schedules with momentum 0.9 and 0.95 over six peaks, each trained with three seeds; the table has the best of
-them by validation loss and the best by test accuracy, which no one could have chosen. What a search found is trained
+Contenders: `robust` (`RobustSearch`), `paper` (`PaperSearch`: sign steps from zero on linear scales) and `grid`: cosine
+and step schedules with momentum 0.9 and 0.95 over six peaks, each trained with three seeds. The table has the best of
+them by validation loss, and the best by test accuracy, which no one could have chosen. What a search found is trained
 with `--tests` fresh seeds as it was found, and with half as many with gradient clipping turned on (off, with `--clip`);
 only then is the test split read. Every line that is done is kept, and the same command goes on.
 """

@@ -60,7 +60,9 @@ class Simulated:
     blur: float = 0.0
     """The share of it by which the cliff moves with the seed."""
     edge: float = INF
-    """That beyond which training is chaotic."""
+    """That beyond which training is chaotic: derivatives are random and huge, and the loss somewhat noisier."""
+    harm: float = 0.0
+    """By how much chaos raises the loss."""
     diverges: float = INF
     """That beyond which the loss is NaN."""
     salt: int = 0
@@ -82,7 +84,7 @@ class Simulated:
             if rate(proposal.values) > self.edge:
                 noisy[name] = 1e4 * own / scale
         if rate(proposal.values) > self.edge:
-            value += 0.02 * float(draws[-1])
+            value += self.harm + 0.02 * float(draws[-1])
         if rate(proposal.values) > self.cliff * (1 + self.blur * float(draws[-2].clamp(-1, 1))):
             value, noisy = UNTRAINED, {name: torch.zeros_like(g) for name, g in noisy.items()}
         if rate(proposal.values) > self.diverges:
@@ -196,6 +198,8 @@ TROUBLED = {
     "divergence": Simulated(slope, noise=0.02, diverges=0.2),
     "cliff before the optimum": Simulated(noise=0.02, cliff=0.03),
     "chaos before the optimum": Simulated(noise=0.02, edge=0.03),
+    "harmful chaos": Simulated(slope, noise=0.02, edge=0.2, harm=0.2),
+    "harmful chaos before the optimum": Simulated(noise=0.02, edge=0.03, harm=0.2),
 }
 
 
@@ -209,7 +213,8 @@ class TestTrouble:
         driven(search, simulated.run)
         assert search.incumbent is not None and search.incumbent.runs == 3
         fresh = [simulated.run(Proposal(found(search), seed)) for seed in range(10**6, 10**6 + 10)]
-        assert all(outcome.val_loss < start for outcome in fresh) and rate(found(search)) < simulated.edge
+        assert all(outcome.val_loss < start for outcome in fresh)
+        assert rate(found(search)) < simulated.edge or not simulated.harm
         # and something has been found
         assert float(simulated.loss(found(search))) < start - 0.15
 
@@ -282,7 +287,7 @@ class TestTrouble:
             return None if len(runs) - 1 == failing else Simulated().run(proposal)
 
         driven(search, run)
-        assert float(bowl(found(search))) < 0.4
+        assert float(bowl(found(search))) < 0.45
 
     @pytest.mark.parametrize("unknown", [INF, NAN])
     def test_nothing_needs_to_be_known_of_the_untrained_model(self, unknown: float) -> None:
@@ -672,8 +677,8 @@ class TestScales:
         ranges = {"lr": LINEAR, "momentum": WIDE, "beta1": Range(1, 0.5, 0.99, "complement"), "h": Range(2, 0.3, 1.0)}
         (proposal,) = RobustSearch({**ranges, "l2": Range(1, -1.0, 1.0)}).round()
         assert proposal.values["lr"].tolist() == pytest.approx([0.01, 0.01])  # of (1e-4, 1)
-        assert proposal.values["momentum"].tolist() == pytest.approx([1 - 0.01**0.25])
-        assert 1 - float(proposal.values["beta1"]) == pytest.approx(0.5**0.75 * 0.01**0.25)
+        assert proposal.values["momentum"].tolist() == pytest.approx([1 - 0.01**0.15])
+        assert 1 - float(proposal.values["beta1"]) == pytest.approx(0.5**0.85 * 0.01**0.15)
         assert proposal.values["h"].tolist() == [0.3, 0.3] and proposal.values["l2"].tolist() == [0]
 
     def test_first_steps_are_at_most_those_that_the_class_tells(self) -> None:

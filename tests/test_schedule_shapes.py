@@ -2,6 +2,7 @@
 the same numbers from the space to the replay."""
 
 import copy
+from statistics import fmean
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from engine_problems import MODES, assert_close, differentiate, double, make_loop, make_problem
 
 from tune_hypergrad import InputError, Schedule, check_problem, hypergradient
-from tune_hypergrad.hypergradients import hypergradient_run
+from tune_hypergrad.hypergradients import EnsembleLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.check import finite_differences
 from tune_hypergrad.regularisers import WeightDecay
 from tune_hypergrad.space import flat_values
@@ -81,6 +82,27 @@ def test_hypergradients_are_the_differences_of_a_plain_loop_replaying_the_schedu
         assert_close(result.hypergradients, expected, 1e-5)
     for mode in MODES[1:]:
         assert_close(found[mode].hypergradients, found["forward"].hypergradients, 1e-11)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("case", ["knots", "wsd", "all at once"])
+def test_an_ensembles_hypergradients_are_the_mean_differences_of_plain_loops(case, at_once):
+    problem = full_batch()
+    loop = EnsembleLoop(problem, TrainingSettings(STEPS), (0, 1, 2))
+    numbers = Schedule(CURVES[case]).to_tensors()
+    run = hypergradient_run(loop, numbers, differentiation="reverse", together=at_once)
+    with loop.running():
+        run.advance(run.length)
+    for number, (member, result) in enumerate(zip(loop.members, run.result().members, strict=True)):
+        expected = differences(lambda moved, member=member: plain_loss(problem, member, moved), numbers)
+        assert_close(result.hypergradients, expected, 1e-5)
+        for name, curve in run.curves.items():
+            own = {
+                f"{name}/{suffix}": run.by_step[name][number] @ rows for suffix, rows in curve.jacobian(STEPS).items()
+            }
+            assert_close({flat: result.hypergradients[flat] for flat in own}, own, 1e-12)
+    expected = differences(lambda moved: fmean(plain_loss(problem, member, moved) for member in loop.members), numbers)
+    assert_close(run.hypergradients, expected, 1e-5)
 
 
 def smoothed(output, target, *, smoothing=0.0):

@@ -17,6 +17,7 @@ from tiny_problem import STEPS, clusters, network, numbers, ours, penalised, tin
 from tune_hypergrad import FDS, HD, FixedSchedule, InnerRun, InputError, Schedule, hypergradient, schedule
 from tune_hypergrad.budget import GRADIENTS_PER, UNITS
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+from tune_hypergrad.randomness import fold_seed
 
 SCHEDULE = Schedule({"lr": (0.1, 0.3, 0.05), "momentum": (0.5,), "l2": (1e-3,)})
 SPACE = {"lr": schedule(tune.uniform(0, 1), windows=3), "momentum": tune.uniform(0, 0.9), "l2": 1e-3}
@@ -30,6 +31,7 @@ RUN = STEPS * (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) + VAL_GRAD
 CASES = {
     "fixed": (FixedSchedule, SCHEDULE.to_config(), {"reports": 4}),
     "inner": (InnerRun, SCHEDULE.to_config(), {"reports": 4, "differentiation": "reverse"}),
+    "inner ensemble": (InnerRun, SCHEDULE.to_config(), {"reports": 4, "differentiation": "reverse", "ensemble": 3}),
     "inner forward": (InnerRun, SCHEDULE.to_config(), {"reports": 3, "differentiation": "forward"}),
     "fds": (FDS, {}, {"space": SPACE, "reports": 3, "outer_steps": 4, "differentiation": "checkpointed_reverse"}),
     "hd": (HD, {}, {"space": ONLINE_SPACE, "reports": 4, "val_examples": 10}),
@@ -117,7 +119,11 @@ def test_restoring_at_any_report_ends_with_the_same_numbers(case, tmp_path):
         assert [repr(numbers(r)) for r in later] == [repr(numbers(r)) for r in results[begun:]], f"from report {begun}"
         # work that is done twice is counted twice: reverse mode trains again what a checkpoint leaves out
         again = later[-1]["cost/gradients"] - results[-1]["cost/gradients"]
-        assert 0 <= again <= STEPS if "reverse" in settings.get("differentiation", "") else again == 0
+        assert (
+            0 <= again <= STEPS * settings.get("ensemble", 1)
+            if "reverse" in settings.get("differentiation", "")
+            else again == 0
+        )
         assert later[0]["cost/wall_seconds"] > results[begun - 1]["cost/wall_seconds"]
 
 
@@ -189,6 +195,12 @@ def test_cost_of_an_inner_run():
     result = run_to_end(make(InnerRun, SCHEDULE.to_config(), reports=1, differentiation="reverse"))[-1]
     assert result["cost/steps"] == STEPS and result["cost/examples"] == STEPS * 8
     assert result["cost/gradients"] == pytest.approx(EVALUATION + RUN)
+
+
+def test_an_ensemble_is_charged_for_all_its_seeds():
+    result = run_to_end(make(InnerRun, SCHEDULE.to_config(), reports=1, differentiation="reverse", ensemble=3))[-1]
+    assert result["cost/steps"] == 3 * STEPS and result["cost/examples"] == 3 * STEPS * 8
+    assert result["cost/gradients"] == pytest.approx(3 * (EVALUATION + RUN))
 
 
 def test_cost_of_fds_is_that_of_its_inner_runs():
@@ -263,6 +275,60 @@ def test_inner_run_reports_the_hypergradients(reports):
     for result in results[:-1]:  # nothing is known of the run before it is over
         assert result["val_loss"] == result["untrained_val_loss"]
         assert np.isnan(result["hypergradient/lr/0"])
+
+
+@pytest.mark.parametrize("reports", [1, 5])
+def test_inner_run_reports_the_means_over_an_ensemble(reports):
+    values = {name: torch.tensor(v, dtype=torch.float64) for name, v in SCHEDULE.values.items()}
+    results = run_to_end(make(InnerRun, {**SCHEDULE.to_config(), "seed": 4}, reports=reports, ensemble=3))
+    seeds = [4, fold_seed(4, 1), fold_seed(4, 2)]
+    runs = [hypergradient(tiny_problem(), values, steps=STEPS, seed=seed) for seed in seeds]
+    for name in values:
+        mean = torch.stack([run.hypergradients[name] for run in runs]).mean(0)
+        found = [results[-1][f"hypergradient/{name}/{w}"] for w in range(len(mean))]
+        assert found == pytest.approx(mean.tolist(), rel=1e-9)
+    losses = [run.val_loss for run in runs]
+    assert results[-1]["val_loss"] == pytest.approx(np.mean(losses))
+    assert results[-1]["val_loss_std"] == pytest.approx(np.std(losses, ddof=1)) and results[-1]["val_loss_std"] > 0
+    assert results[-1]["val_accuracy"] == pytest.approx(np.mean([run.metrics["accuracy"] for run in runs]))
+    assert results[-1]["test_loss_std"] > 0
+    assert results[-1]["untrained_val_loss"] > results[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("ensemble", [0, 1.5, True])
+def test_a_number_of_seeds_that_is_none_is_refused(ensemble):
+    assert "whole number of seeds" in refusal(make, InnerRun, SCHEDULE.to_config(), ensemble=ensemble)
+
+
+@pytest.mark.parametrize("differentiation", ["reverse", "forward"])
+def test_an_ensemble_is_rejected_by_its_mean_loss(differentiation):
+    config = {"lr": {"knots": {"0": 0.1, "1": 0.3}}, "l2": 1e-3}
+    settings = {"reports": 1, "ensemble": 3, "differentiation": differentiation}
+    expected = run_to_end(make(InnerRun, config, **settings))[-1]
+    limits = {False: expected["val_loss"] + 1e-6, True: expected["val_loss"] - 1e-6}
+    for rejected, limit in limits.items():
+        result = run_to_end(make(InnerRun, config, reject_above=limit, **settings))[-1]
+        assert result["rejected"] is rejected and result["val_loss"] == expected["val_loss"]
+        assert np.isnan(result["hypergradient/lr/knots/0"]) == rejected
+    training = run_to_end(make(InnerRun, config, reject_above=-np.inf, **settings))[-1]
+    assert training["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-9) and training["rejected"]
+    assert training["cost/gradients"] == pytest.approx(3 * (STEPS * GRADIENTS_PER["step"] + 2 * EVALUATION))
+
+
+def test_an_ensemble_of_fds_is_of_runs_one_after_another():
+    results = run_to_end(make(FDS, space=SPACE, outer_steps=1, ensemble=2, confirmations=0))
+    assert len({result["val_loss"] for result in results}) == len(results) == 2
+
+
+def test_an_ensemble_that_cannot_go_together_is_restored_as_such(tmp_path):
+    config, settings = SCHEDULE.to_config(), {"reports": 5, "ensemble": 2, "differentiation": "forward"}
+    expected = run_to_end(make(InnerRun, config, **settings))
+    trial = make(InnerRun, config, **settings)
+    trial.train()
+    trial.save(str(tmp_path))
+    again = make(InnerRun, config, **settings)
+    again.restore(str(tmp_path))
+    assert numbers(run_to_end(again)[-1]) == numbers(expected[-1])
 
 
 def test_fds_follows_the_hypergradients_of_the_schedule_it_reports():

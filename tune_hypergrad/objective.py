@@ -52,6 +52,8 @@ class Objective:
 
     def __init__(self, train_loss: TrainLoss, regularisers: Sequence[Regulariser], model: nn.Module) -> None:
         self._train_loss, self._regularisers, self._model = train_loss, tuple(regularisers), model
+        # by name, since what a functional call puts in its place may not say that it is trained
+        self._first = next(name for name, p in model.named_parameters() if p.requires_grad)
         self._context = Context()
         for regulariser in self._regularisers:
             regulariser.attach(model, self._context)
@@ -106,7 +108,10 @@ class Objective:
 
     def _active(self, values: Mapping[str, Any]) -> list[tuple[Regulariser, dict[str, Tensor]]]:
         """Regularisers that have their values, and these as tensors: numbers become such as the trained weights are."""
-        like = next(p for p in self._model.parameters() if p.requires_grad)
+        if not self._regularisers:
+            return []
+        owner, _, attribute = self._first.rpartition(".")
+        like = getattr(self._model.get_submodule(owner), attribute)
         active = []
         for regulariser in self._regularisers:
             names = regulariser.hyperparameters

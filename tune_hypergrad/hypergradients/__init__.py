@@ -1,6 +1,7 @@
 """Exact hypergradients of PyTorch training: pure torch, no Ray."""
 
 from tune_hypergrad.hypergradients.check import ProblemCheck, check_problem
+from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.hypergradient import hypergradient, hypergradient_run
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.online import OnlineRun
@@ -23,6 +24,7 @@ __all__ = [
     "OPTIMIZERS",
     "OUTER_UPDATES",
     "Descent",
+    "EnsembleLoop",
     "Evaluated",
     "HypergradientResult",
     "InnerLoop",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.ensemble import EnsembleRun, RunsInTurn, advance_together, why_in_turn
+from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
@@ -23,6 +26,7 @@ from tune_hypergrad.problem import Problem
 from tune_hypergrad.space import Place, places_of, put
 
 MODES = ("auto", "forward", "reverse", "checkpointed_reverse")
+_NOT_DIFFERENTIATED = "nothing is differentiated"
 
 
 class Choice(NamedTuple):
@@ -39,7 +43,7 @@ def hypergradient(
     steps: int,
     optimizer: str | Optimizer = "sgd",
     fixed: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     horizon: int | None = None,
     differentiation: str = "auto",
     clip_gradient: float | None = None,
@@ -61,7 +65,8 @@ def hypergradient(
         optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`.
         fixed: hyperparameters without a derivative (numbers, windows of numbers, curves, or parts of a tuned curve);
             the rest take the defaults of `torch.optim` and of the train loss.
-        seed: seeds initial weights, order of examples, augmentation and dropout.
+        seed: seeds initial weights, order of examples, augmentation and dropout. Several different seeds are an
+            ensemble: as many runs, at once where that pays, whose mean hypergradient is the result.
         horizon: inner steps a hypergradient looks through: None or T exact, 1 greedy, in between truncated.
         differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory.
         clip_gradient: clamp the training gradient's elements to +- this value, as part of the step.
@@ -72,13 +77,20 @@ def hypergradient(
             `check_problem`. Without it, only the first step is searched for what has no derivative.
 
     Returns:
-        `HypergradientResult`; `.hypergradients` has the structure and shapes of `hyperparameters`.
+        `HypergradientResult`; `.hypergradients` has the structure and shapes of `hyperparameters`. Of several seeds, it
+        holds their means, and `.members` the results of each. Where one of them diverges, so does their mean loss, and
+        there are no hypergradients: they are NaN.
 
     Raises:
         InputError: a hyperparameter, module, mode or horizon that cannot work.
     """
-    settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
-    loop = InnerLoop(problem, settings)
+
+    def settings(seed: int) -> TrainingSettings:
+        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
+
+    loop = (
+        EnsembleLoop(problem, settings(0), seed) if isinstance(seed, Sequence) else InnerLoop(problem, settings(seed))
+    )
     places = _places(hyperparameters)
     flat = {place.name: 1 - place.leaf if place.complement else place.leaf for place in places}
 
@@ -96,9 +108,11 @@ def hypergradient(
     run = begin()
     with loop.running():
         while not run.done:
-            run = advance(run, run.length, begin if differentiation == "auto" else None)
-    result = run.result()
-    return replace(result, hypergradients=_nested(places, result.hypergradients))
+            if isinstance(run, EnsembleRun):
+                run = advance_together(run, run.length, begin)
+            else:
+                run = advance(run, run.length, begin if differentiation == "auto" else None)
+    return _with_nested(places, run.result())
 
 
 def _places(hyperparameters: Mapping[str, Any]) -> list[Place]:
@@ -117,6 +131,12 @@ def _places(hyperparameters: Mapping[str, Any]) -> list[Place]:
             )
         found += nested
     return found
+
+
+def _with_nested(places: list[Place], result: HypergradientResult) -> HypergradientResult:
+    """A result, and its members', with hypergradients where their hyperparameters stand."""
+    members = tuple(_with_nested(places, member) for member in result.members)
+    return replace(result, hypergradients=_nested(places, result.hypergradients), members=members)
 
 
 def _nested(places: list[Place], flat: Hyperparameters) -> dict[str, Any]:
@@ -160,9 +180,15 @@ def hypergradient_run(
     val_examples: int | None = None,
     reject_above: float = inf,
     check: bool = False,
+    together: bool | None = None,
 ) -> HypergradientRun:
     """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`, and for
-    `HypergradientRun`. With `reject_above` -inf, it is plain training, whatever the model."""
+    `HypergradientRun`. With `reject_above` -inf, it is plain training, whatever the model.
+
+    Args:
+        together: of an `EnsembleLoop`, whether its runs take their steps at once (see `advance_together`) or one run
+            begins after another; None is what is faster, and right.
+    """
     values = dict(hyperparameters)
     check_values(loop, values)
     if differentiation not in MODES:
@@ -173,9 +199,30 @@ def hypergradient_run(
         if "reverse" in differentiation and reject_above > -inf:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
     refuse_underivable(loop, values)
+    if isinstance(loop, EnsembleLoop):
+        forward = differentiation == "forward" or clip_hessian_product is not None
+        differentiated = reject_above > -inf
+        reason = _why_in_turn(loop, values, together, differentiated=differentiated, forward=forward, check=check)
+        if reason is None:
+            return _at_once(
+                loop, values, differentiation, horizon=horizon, val_examples=val_examples, reject_above=reject_above
+            )
+        if differentiation == "auto" and not forward and differentiated:
+            differentiation = _cheapest_right(loop, values, horizon, check=check).differentiation
+        begin = partial(
+            hypergradient_run,
+            hyperparameters=values,
+            horizon=horizon,
+            differentiation=differentiation,
+            clip_hessian_product=clip_hessian_product,
+            val_examples=val_examples,
+            reject_above=inf if differentiated else -inf,  # the mean decides
+            check=check,
+        )
+        return RunsInTurn(loop, values, begin, reason, reject_above=reject_above)
     if reject_above == -inf:
         run: HypergradientRun = ReverseRun(loop, values, val_examples=val_examples, reject_above=reject_above)
-        run.reason = "nothing is differentiated"
+        run.reason = _NOT_DIFFERENTIATED
         return run
     if clip_hessian_product is not None:
         choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
@@ -203,6 +250,55 @@ def hypergradient_run(
             loop, values, horizon=horizon, val_examples=val_examples, reject_above=reject_above, keep_all=keep_all
         )
     run.reason = choice.reason
+    return run
+
+
+def _why_in_turn(
+    loop: EnsembleLoop,
+    values: Hyperparameters,
+    together: bool | None,
+    *,
+    differentiated: bool,
+    forward: bool,
+    check: bool,
+) -> str | None:
+    """Why the runs of an ensemble go one after another, or None.
+
+    Raises:
+        InputError: they were to go together, and cannot.
+    """
+    if together is False:
+        return "asked for"
+    if not differentiated:
+        reason: str | None = None
+    elif forward:
+        reason = "forward mode has no other way"
+    else:
+        reason = refusal_of(loop, values, "reverse", check=check)
+    if reason is None:
+        reason = why_in_turn(loop, values, worthwhile=together is None)
+    if together and reason is not None:
+        raise InputError(f"the runs cannot go together: {reason}; leave it open whether they do")
+    return reason
+
+
+def _at_once(
+    loop: EnsembleLoop,
+    values: Hyperparameters,
+    differentiation: str,
+    *,
+    horizon: int | None,
+    val_examples: int | None,
+    reject_above: float,
+) -> EnsembleRun:
+    needed, free = state_bytes(loop) * loop.steps, free_memory(loop.device)
+    keep_all = needed <= free if differentiation == "auto" else differentiation == "reverse"
+    run = EnsembleRun(
+        loop, values, horizon=horizon, val_examples=val_examples, reject_above=reject_above, keep_all=keep_all
+    )
+    kept = f"{mebibytes(needed)} of states {'fit' if keep_all else 'are not kept'}"
+    how = f" by reverse mode; {kept}" if reject_above > -inf else f"; {_NOT_DIFFERENTIATED}"
+    run.reason = f"{len(loop.seeds)} runs at once{how}"
     return run
 
 

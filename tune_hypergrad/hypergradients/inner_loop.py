@@ -34,7 +34,7 @@ from tune_hypergrad.space import flat_values
 T = TypeVar("T")
 
 # What a draw is for; one stream each, so that none depends on how often another is used.
-_INITIALISATION, _ORDER, _AUGMENTATION, _MODEL, _VALIDATION, _VALIDATION_ORDER = range(6)
+_INITIALISATION, _ORDER, _AUGMENTATION, MODEL_STREAM, _VALIDATION, _VALIDATION_ORDER = range(6)
 
 
 class Training(NamedTuple):
@@ -156,7 +156,7 @@ class InnerLoop:
         self._complex = {name for name, p in trainable.items() if p.is_complex()}
         self._shapes = [as_real(p).shape for p in trainable.values()]
         self._sizes = [as_real(p).numel() for p in trainable.values()]
-        self._initial = self.flatten(trainable)
+        self._initial = InnerLoop.flatten(self, trainable)  # not of an ensemble
         frozen = ((n, p.detach()) for n, p in self._scope.named_parameters() if not p.requires_grad)
         self._initial_buffers = self._scope.names([*frozen, *self._scope.named_buffers()])
         self._frozen = {
@@ -315,18 +315,20 @@ class InnerLoop:
 
     def batch(self, step: int) -> Batch:
         """The training batch of `step`, a function of (seed, step) only."""
+        seed_everything(fold_seed(self.settings.seed, _AUGMENTATION, step))
+        return self.cast(self.split("train").batch(self.indices(step)))
+
+    def indices(self, step: int) -> Tensor | slice:
+        """Which training examples `step` takes, shape [batch size], or all of them."""
         split, size = self.split("train"), self.problem.batch_size
         if size == len(split):
-            indices: slice | Tensor = slice(None)
-        else:
-            epoch, position = divmod(step, len(split) // size)
-            indices = self._epoch_order("train", epoch)[position * size : (position + 1) * size]
-        seed_everything(fold_seed(self.settings.seed, _AUGMENTATION, step))
-        return self.cast(split.batch(indices))
+            return slice(None)
+        epoch, position = divmod(step, len(split) // size)
+        return self._epoch_order("train", epoch)[position * size : (position + 1) * size]
 
     def seed_model(self, step: int) -> None:
         """Seed the global generators for what a training step draws: dropout, noise, augmentation on the device."""
-        seed_everything(fold_seed(self.settings.seed, _MODEL, step))
+        seed_everything(fold_seed(self.settings.seed, MODEL_STREAM, step))
 
     def val_batch(self, number: int, size: int) -> Batch:
         """Batch `number` of the validation split, of `size` examples or all of them, in passes of a random order."""
@@ -395,8 +397,7 @@ class InnerLoop:
         buffers = self.copies(state.buffers)
 
         def differentiate(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Any, ...]:
-            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            return loss.detach(), found, present()
+            return loss.detach(), self._gradients(loss, named), present()
 
         with torch.enable_grad(), DataWrites(buffers.values()).noted() as writes:
             versions = {name: buffer._version for name, buffer in buffers.items()}
@@ -452,8 +453,13 @@ class InnerLoop:
 
     def gradient_of(self, loss: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, frozenset[int]]:
         """Gradient [P] of a loss by parameters, itself differentiable, and the positions of those that have none."""
-        found = torch.autograd.grad(loss, list(named.values()), create_graph=True, allow_unused=True)
-        return self._together(named, found)
+        return self._together(named, self._gradients(loss, named, create_graph=True))
+
+    def _gradients(
+        self, loss: Tensor, named: Mapping[str, Tensor], *, create_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of a training loss by every parameter, None for those that have none."""
+        return torch.autograd.grad(loss, list(named.values()), create_graph=create_graph, allow_unused=True)
 
     def update(
         self,
@@ -533,6 +539,10 @@ class InnerLoop:
         tangents = hessian_columns * GRADIENTS_PER["hessian_column"]
         gradients = GRADIENTS_PER["step"] + tangents
         return Cost(steps=1, examples=self.problem.batch_size, gradients=gradients, hypergradients=tangents)
+
+    def adjoint_cost(self) -> Cost:
+        """Cost of going back over one training step."""
+        return Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
 
     def eval_cost(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
         """Cost of evaluating a split, or `examples` of it, with or without its gradient."""

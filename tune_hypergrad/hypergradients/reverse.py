@@ -13,13 +13,13 @@ between which segments are trained again. The cost does not depend on how many h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from math import inf, isqrt, nan
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
@@ -29,6 +29,9 @@ from tune_hypergrad.hypergradients.partial_update import step_blocks
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
+
+StepMode = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
+"""Makes what a training step runs in, of the tensors that the step may overwrite."""
 
 _COMPARED_TOGETHER = 64
 """Steps between two comparisons on a device that has to be waited for."""
@@ -62,6 +65,7 @@ class ReverseRun(HypergradientRun):
         self._kept: dict[int, State] = {}
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
+        self._mode: StepMode = differentiable
         self.by_step: dict[str, Tensor] = {
             name: torch.zeros(loop.steps, device=loop.device, dtype=loop.dtype)
             for name in base_names(self.hyperparameters)
@@ -92,43 +96,67 @@ class ReverseRun(HypergradientRun):
         self.cost += self.loop.step_cost()
         return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step)
 
+    def assess(self) -> None:
+        """Find the final validation loss of a run that has trained, with what it goes back from."""
+        loop = self.loop
+        if self.final is not None:
+            return
+        if self.reject_above > -inf:
+            self._begin_segment(loop.steps)
+        else:
+            self.final = self._evaluate_whole(self.state)
+            self.cost += loop.eval_cost("val")
+
+    def _begin_segment(self, end: int) -> None:
+        """Take the adjoint of the validation loss at the end of a segment."""
+        evaluation = self._segment_gradient(self._state_before(end), end)
+        assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
+        self._adjoint = (
+            evaluation.gradient,
+            *(torch.zeros_like(evaluation.gradient) for _ in self.loop.optimizer.slots),
+        )
+        self._buffer_adjoint = evaluation.buffer_gradients
+
     def _go_back_one(self, step: int) -> None:
         """Carry the adjoint from after `step` to before it."""
         loop, end = self.loop, step + 1
-        if end == loop.steps and self.reject_above == -inf:
-            self.final = loop.evaluate(self.state)
-            self.cost += loop.eval_cost("val")
-            self._give_up()
-            return
-        if end == loop.steps or end % self.horizon == 0:
-            evaluation = self._segment_gradient(self._state_before(end), end)
-            assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
-            self._adjoint = (
-                evaluation.gradient,
-                *(torch.zeros_like(evaluation.gradient) for _ in loop.optimizer.slots),
-            )
-            self._buffer_adjoint = evaluation.buffer_gradients
+        if end == loop.steps:
+            self.assess()
             if self.rejected:
                 self._give_up()
                 return
+        elif end % self.horizon == 0:
+            self._begin_segment(end)
         state = self._state_before(step)
         self._kept.pop(end, None)
         h = {name: value.detach().requires_grad_() for name, value in loop.scalars(self.hyperparameters, step).items()}
-        pulled = adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint)
+        pulled = adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint, mode=self._mode)
         self._replayed.append((step, self._losses[step], pulled.loss))
         if loop.device.type == "cpu" or len(self._replayed) == _COMPARED_TOGETHER or step == 0:
             self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
-        for name, value in pulled.by_hyperparameters.items():
-            self.by_step[name][step] = value
-            if name in self.hypergradients:
-                windows = self.hypergradients[name]
-                windows[len(windows) * step // loop.steps] += value
+        self._add(step, pulled.by_hyperparameters)
+        self.cost += loop.adjoint_cost()
+
+    def _add(self, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
+        """Add what a step gives the hyperparameters."""
+        self._add_to(self.hypergradients, step, by_hyperparameters)
+
+    def _add_to(self, hypergradients: Hyperparameters, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
+        """Note a step's own derivatives, each of shape [...], and add them up into hypergradients of shape [..., N]."""
+        for name, value in by_hyperparameters.items():
+            self.by_step[name][..., step] = value
+            if name in hypergradients:
+                windows = hypergradients[name]
+                windows[..., windows.shape[-1] * step // self.loop.steps] += value
         if step == 0:
             for name, jacobian in self._jacobians().items():
                 each = self.by_step[split_name(name)[0]]
-                self.hypergradients[name] = jacobian.T.to(each) @ each
-        self.cost += Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
+                hypergradients[name] = each @ jacobian.to(each)
+
+    def _forget_hypergradients(self) -> None:
+        super()._forget_hypergradients()
+        self.by_step = {name: torch.full_like(v, nan) for name, v in self.by_step.items()}
 
     def _refuse_another_run(self) -> None:
         replayed, self._replayed = self._replayed, []
@@ -136,10 +164,9 @@ class ReverseRun(HypergradientRun):
         refuse_another_step(steps, torch.stack(first), torch.stack(again))
 
     def _give_up(self) -> None:
-        """The run diverged, or is rejected: nobody wants to know its derivative, which a diverged one has not."""
+        """Do not go back through the run, which diverged or is rejected."""
         self._kept.clear()
-        self.by_step = {name: torch.full_like(v, nan) for name, v in self.by_step.items()}
-        self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hypergradients.items()}
+        self._forget_hypergradients()
         self.position = self.length - 1
 
     def _state_before(self, step: int) -> State:
@@ -200,6 +227,8 @@ def adjoint_step(
     step: int,
     adjoint: tuple[Tensor, ...],
     buffer_adjoint: Buffers,
+    *,
+    mode: StepMode | None = None,
 ) -> Pulled:
     """One vector-Jacobian product of an inner step: a (d step / d s) and a (d step / d h).
 
@@ -210,6 +239,7 @@ def adjoint_step(
         step: which one.
         adjoint: of the weights and slots after the step, each of shape [P].
         buffer_adjoint: of the differentiated buffers after the step, by name.
+        mode: what the step runs in; None is `differentiable`.
     """
     named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
     moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
@@ -241,7 +271,7 @@ def adjoint_step(
     with torch.enable_grad():
         batch = loop.batch(step)
         buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-        return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=differentiable)
+        return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=mode or differentiable)
 
 
 def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> None:
@@ -249,17 +279,17 @@ def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> N
 
     Args:
         steps: which ones.
-        first: their losses on the way there, shape [steps].
-        again: their losses on the way back, shape [steps].
+        first: their losses on the way there, shape [steps], or [steps, S] of S runs at once.
+        again: their losses on the way back, of that shape.
 
     Raises:
         NotReplayedError: they differ.
     """
     differ = ~are_replayed(first, again)
     if bool(differ.any()):
-        position = int(differ.nonzero()[0])
+        position = tuple(differ.nonzero()[0].tolist())
         raise NotReplayedError(
-            f"training step {steps[position]} was another one when it was run again (a loss of "
+            f"training step {steps[position[0]]} was another one when it was run again (a loss of "
             f"{float(again[position]):.6g}, not {float(first[position]):.6g}): something in the data or the model "
             "draws from a generator of its own, counts calls or caches; draw from torch's, NumPy's or Python's global "
             "generators, or set differentiation='forward'"

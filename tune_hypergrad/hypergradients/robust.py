@@ -13,7 +13,8 @@ on each hyperparameter's natural scale,
   best so far;
 - a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
   and the next one is nearer to where the search came from;
-- what is called best is calm, and has been confirmed: trained with other seeds, which are the same for all candidates.
+- what is called best is calm, or better by more than chaos may hide, and has been confirmed: trained with other seeds,
+  which are the same for all candidates.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ STEP_SHARE = 0.1
 """Default step size on linear scales, as a share of the range."""
 
 _SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
-_CHAOS = 0.25  # share of training's gain that one step cannot change
+_CHAOS = 0.25  # share of training's gain by which one step along one derivative cannot change the loss
+_WILDNESS = 0.05  # what a chaotic place is worse by than its loss says, as a share of training's gain
 _REJECTED = 0.3  # share of the best's gain that a run may lose
 _MEMORY = 0.3  # weight of earlier directions
-_GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.2, 0.5, 2.0, 0.05  # of step sizes; the last two are shares of the first
+_GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.5, 0.5, 3.0, 0.05  # of step sizes; the last two are shares of the first
 _APPROACH, _SHORTER = 0.35, 0.6  # of the way to a place that was given up; of the steps after it
 _FIRST_RETREAT = 1.5  # by how much a first run that came to nothing is calmed, on logarithmic scales
 _REJECTIONS = 6  # in a row, after which there is nothing more to be found; of rounds that failed altogether likewise
@@ -61,6 +63,7 @@ _LARGEST_ENSEMBLE = 4
 _CANDIDATES = 2  # confirmed before the search ends
 _CONFIRMATION = 1 << 20  # seeds of confirmations, apart from those of outer steps
 
+_START = 0.15  # of the scale of 1 - momentum, from below
 _FLOOR = 1e-4  # of a range that begins at 0, in which a logarithm is tuned, as a share of its upper bound
 _RATES, _MOMENTA = ("lr", "weight_decay"), ("momentum", "beta1", "beta2")
 _CALMING = ("lr", "momentum")
@@ -83,10 +86,10 @@ def natural_range(name: str, limits: Range) -> Range:
 
 def natural_start(name: str, limits: Range) -> Tensor:
     """Where a search begins that knows nothing: low enough to be calm, high enough to train. Logarithms in the middle,
-    1 - momentum at a quarter of its scale from below, the rest at 0 or the nearest value in range. Shape [windows]."""
+    1 - momentum low in its range (about 0.5), the rest at 0 or the nearest value in range. Shape [windows]."""
     if limits.scale == "complement":
         bounds = limits.to_internal(torch.tensor([limits.lower, limits.upper], dtype=torch.float64))
-        return limits.project(limits.from_internal(bounds[0] + 0.25 * (bounds[1] - bounds[0])).expand(limits.windows))
+        return limits.project(limits.from_internal(bounds[0] + _START * (bounds[1] - bounds[0])).expand(limits.windows))
     return initial_values(name, limits, None)
 
 
@@ -232,8 +235,8 @@ class RobustSearch(OuterSearch):
         gradients = [self._by_internal(o.hypergradients) for o in ended if o.hypergradients is not None]
         place.calm = self._move(gradients, mean.val_loss)
         best = self._best()
-        improved = place.calm and (best is None or place.val_loss < best.val_loss)
-        if not place.calm and best is not None and place.val_loss >= best.val_loss:
+        improved = best is None or self._score(place) < self._score(best)
+        if not place.calm and best is not None and not improved:
             self._approach(best.internal)
         self._places.append(place)
         self._rejections, self._run_cost = 0, max(self._run_cost, mean.cost / len(ended))
@@ -329,9 +332,8 @@ class RobustSearch(OuterSearch):
     def _begin_confirmation(self) -> None:
         """Confirm the best places, and the start if it must not be lost."""
         standing = [place for place in self._places if not place.fallen]
-        calm = [place for place in standing if place.calm] or standing
         start = [place for place in standing if self.polish and self._is_start(place.internal)][:1]
-        best = sorted(calm, key=lambda place: place.val_loss)[:_CANDIDATES]
+        best = sorted(standing, key=self._score)[:_CANDIDATES]
         chosen = [*start, *(place for place in best if place not in start)]
         # several by all confirmations that there are to be, one by as many as can be paid for
         while len(chosen) > 1 and len(chosen) * self.confirmations > self._left:
@@ -360,9 +362,9 @@ class RobustSearch(OuterSearch):
         self._candidates = held
         if not held:  # the next best
             self._begin_confirmation()
-            standing = [place for place in self._places if place.calm and not place.fallen]
+            standing = [place for place in self._places if not place.fallen]
             if self._ended and standing:  # which there is nothing left to confirm with
-                place = min(standing, key=lambda place: place.val_loss)
+                place = min(standing, key=self._score)
                 self.incumbent = Evaluated(
                     self._values(place.internal), place.val_loss, place.outer_step, len(place.losses)
                 )
@@ -384,9 +386,13 @@ class RobustSearch(OuterSearch):
         return max(self._untrained - loss, 0.0) if isfinite(self._untrained) else 0.0
 
     def _best(self) -> _Place | None:
-        """The place with the lowest loss, of the calm ones if there are any."""
-        calm = [place for place in self._places if place.calm] or self._places
-        return min(calm, key=lambda place: place.val_loss, default=None)
+        """The place with the best score so far."""
+        return min(self._places, key=self._score, default=None)
+
+    def _score(self, place: _Place) -> float:
+        """A place's loss, and more where it is chaotic: with other seeds it may be any other."""
+        wild = 0.0 if place.calm else _WILDNESS * max(self._gain(place.val_loss), abs(place.val_loss))
+        return place.val_loss + wild
 
     def _values(self, internal: Hyperparameters) -> Hyperparameters:
         """Those within the ranges; what has not moved is, to the bit, what the search began with."""

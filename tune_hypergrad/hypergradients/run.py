@@ -40,6 +40,10 @@ class HypergradientResult:
     """Why this mode was taken."""
     cost: Cost
     """What the run spent (its seconds are for the caller to measure)."""
+    members: tuple[HypergradientResult, ...] = ()
+    """Of an ensemble, the results of its seeds, in their order: the hypergradients, losses and metrics above are their
+    means, with the standard deviation of the losses as metric `loss_std`, and the parameters and buffers are those of
+    the first. A seed's cost is its share."""
 
 
 def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
@@ -109,7 +113,8 @@ class HypergradientRun(ABC):
         horizon: inner steps a hypergradient looks through; None is T.
         val_examples: validation examples per segment's gradient, drawn anew for each; None is the whole split.
         reject_above: a run whose final validation loss is above this, or not finite, is *rejected*: reverse mode does
-            not go back through it, so that it costs one training, and its hypergradients are NaN. -inf rejects all.
+            not go back through it, so that it costs one training, and its hypergradients are NaN. -inf rejects all. Of
+            an ensemble, the mean of the final losses decides for all of its runs.
 
     Raises:
         InputError: a hyperparameter is unknown or has a wrong shape, or the horizon is out of range.
@@ -178,6 +183,15 @@ class HypergradientRun(ABC):
         """Whether the run has come to a validation loss that is not finite or above `reject_above`."""
         return self.final is not None and not (isfinite(self.final.loss) and self.final.loss <= self.reject_above)
 
+    def reject(self) -> None:
+        """Take the run for rejected, whatever its final validation loss is."""
+        self.reject_above = -inf
+        self._forget_hypergradients()
+
+    def _forget_hypergradients(self) -> None:
+        """Nobody wants to know a rejected run's, and one that diverged has none."""
+        self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hypergradients.items()}
+
     def result(self) -> HypergradientResult:
         """The outcome of a run that is done."""
         assert self.done and self.final is not None
@@ -226,16 +240,24 @@ class HypergradientRun(ABC):
 
     def _segment_gradient(self, state: State, end: int) -> Evaluation:
         """The validation loss with its gradients at the end of a segment; kept if it is the final one."""
-        evaluation = self.loop.evaluate(state, gradient=True, examples=self.val_examples, draw=end)
+        evaluation = self._evaluate_at_end(state, end)
         self.cost += self.loop.eval_cost("val", self.val_examples, gradient=True)
         if end == self.loop.steps:
             self._evaluate_final(state, evaluation)
         return evaluation
 
+    def _evaluate_at_end(self, state: State, end: int) -> Evaluation:
+        """The validation loss that a segment is differentiated by, with its gradients."""
+        return self.loop.evaluate(state, gradient=True, examples=self.val_examples, draw=end)
+
+    def _evaluate_whole(self, state: State) -> Evaluation:
+        """The whole validation split, without gradients."""
+        return self.loop.evaluate(state)
+
     def _evaluate_final(self, state: State, evaluation: Evaluation) -> None:
         if self.val_examples is not None and self.val_examples < len(self.loop.split("val")):
-            evaluation = self.loop.evaluate(state)
+            evaluation = self._evaluate_whole(state)
             self.cost += self.loop.eval_cost("val")
         self.final = Evaluation(evaluation.loss, evaluation.metrics)
-        if self.rejected:  # nobody wants to know its derivative, and there is none where it diverged
-            self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hypergradients.items()}
+        if self.rejected:
+            self._forget_hypergradients()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +15,8 @@ from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.space import flat_values
+
+T = TypeVar("T")
 
 EXAMPLES = 8
 """Training examples in a step of a check that runs by itself."""
@@ -58,6 +60,16 @@ def remember(loop: InnerLoop, hyperparameters: Iterable[str], mode: str, refusal
     _findings(loop)[(mode, *_key(loop, hyperparameters))] = _Finding(refusal, checked=True)
 
 
+def recall(
+    loop: InnerLoop, hyperparameters: Iterable[str], subject: str, find: Callable[[], T], *, anew: bool = False
+) -> T:
+    """What is known of a problem and of how it is trained; found out at the first time, or `anew`."""
+    findings, key = _findings(loop), (subject, *_key(loop, hyperparameters))
+    if anew or key not in findings:
+        findings[key] = find()
+    return findings[key]  # type: ignore[no-any-return]
+
+
 class _Finding(NamedTuple):
     refusal: str | None
     checked: bool
@@ -73,7 +85,7 @@ def _inspected(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str
 def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) -> str | None:
     settings, of_losses = loop.settings, loop.problem.loss_hyperparameters
     # the optimizer's values may be such as training diverges with, the losses' are what makes them what they are
-    first = {name: value.reshape(1) for name, value in loop.scalars(hyperparameters, 0).items()}
+    first = {name: value.reshape(1) for name, value in InnerLoop.scalars(loop, hyperparameters, 0).items()}
     usual = usual_values(loop, first)
     values = {name: v if name in of_losses else usual.get(name, v) for name, v in first.items()}
     fixed = {name: value for name, value in settings.fixed.items() if split_name(name)[0] not in values}

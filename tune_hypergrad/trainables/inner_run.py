@@ -13,10 +13,13 @@ from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.check import usual_values
+from tune_hypergrad.hypergradients.ensemble import EnsembleRun, advance_together
+from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.hypergradient import MODES, advance
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 
@@ -36,11 +39,16 @@ class InnerRunSettings(TrialSettings):
     """Clamp the Hessian products' elements to +- this value (forward mode only; no longer exact)."""
     val_examples: int | None = None
     """Validation examples per segment's gradient; None is the whole split."""
+    ensemble: int = 1
+    """Seeds that one trial trains with, at once where that pays: it reports their mean hypergradient and mean figures,
+    with the standard deviation of the losses as `val_loss_std`, and is charged for all of them. The first seed is the
+    trial's own."""
     tuned: tuple[str, ...] | None = None
     """Hyperparameters of a trial's config, or parts of curves by flat name, to differentiate by; None is all of
     them."""
     reject_above: float = inf
-    """A run whose validation loss is above this is not differentiated, and costs one training; -inf: none is."""
+    """A run whose validation loss, of an ensemble the mean, is above this is not differentiated and costs one training;
+    -inf: none is."""
     confirmed: tuple[float, ...] | None = None
     """Where a run confirms a schedule: the validation losses that others had, with which `val_loss` is averaged."""
 
@@ -48,6 +56,16 @@ class InnerRunSettings(TrialSettings):
         super().__post_init__()
         if self.differentiation not in MODES:
             raise InputError(f"unknown differentiation {self.differentiation!r}: choose one of {', '.join(MODES)}")
+        if isinstance(self.ensemble, bool) or not isinstance(self.ensemble, int) or self.ensemble < 1:
+            raise InputError(f"ensemble is {self.ensemble!r}: a trial has a whole number of seeds of at least 1")
+
+    def make_loop(self, problem: Problem, **changes: Any) -> InnerLoop:
+        """The inner loop, or that of an ensemble; `changes` are of its settings."""
+        training = self.training(**changes)
+        if self.ensemble == 1:
+            return InnerLoop(problem, training)
+        others = [fold_seed(training.seed, member) for member in range(1, self.ensemble)]
+        return EnsembleLoop(problem, training, [training.seed, *others])
 
     def make_run(
         self,
@@ -57,6 +75,7 @@ class InnerRunSettings(TrialSettings):
         *,
         reject_above: float | None = None,
         check: bool = False,
+        together: bool | None = None,
     ) -> HypergradientRun:
         """A hypergradient run of these settings; with `check`, compared with plain training first."""
         return hypergradient_run(
@@ -68,6 +87,7 @@ class InnerRunSettings(TrialSettings):
             val_examples=self.val_examples,
             reject_above=self.reject_above if reject_above is None else reject_above,
             check=check,
+            together=together,
         )
 
     def advance(self, run: HypergradientRun, units: int) -> HypergradientRun:
@@ -76,9 +96,10 @@ class InnerRunSettings(TrialSettings):
         Raises:
             NotReplayedError: a step cannot be run again, and the mode was asked for.
         """
-        again = partial(self.make_run, run.loop, run.hyperparameters, reject_above=run.reject_above)
-        begin = again if self.differentiation == "auto" else None
-        return advance(run, units, begin)
+        begin = partial(self.make_run, run.loop, run.hyperparameters, reject_above=run.reject_above)
+        if isinstance(run, EnsembleRun):
+            return advance_together(run, units, begin)
+        return advance(run, units, begin if self.differentiation == "auto" else None)
 
 
 class InnerRun(ProblemTrainable):
@@ -94,7 +115,7 @@ class InnerRun(ProblemTrainable):
     def validate(
         cls, problem: Problem, settings: InnerRunSettings, hyperparameters: dict[str, Any], *, check: bool
     ) -> None:
-        loop = InnerLoop(problem, settings.training())
+        loop = settings.make_loop(problem)
         loop.check_names({})
         if check:  # at what is sure to be tuned, since only trials know the rest
             names = loop.optimizer.hyperparameters if settings.tuned is None else base_names(settings.tuned)
@@ -114,7 +135,7 @@ class InnerRun(ProblemTrainable):
             raise InputError(f"the config has no {unknown[0]!r}: it has {', '.join(given)}")
         held = {name: v for name, v in {**settings.fixed, **hyperparameters}.items() if name not in bases}
         held |= {name: float(v) for name, v in given.items() if name not in self._values}  # parts of curves
-        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
+        self.loop = settings.make_loop(self.problem, fixed=held, device=self.device)
         self.schedule = Schedule.from_tensors(self._values, held)
         self.run = settings.make_run(self.loop, self._values)
         self._untrained: dict[str, float] = {}
@@ -163,6 +184,7 @@ class InnerRun(ProblemTrainable):
         return {"run": self.run.state_dict(), "untrained": self._untrained, "spent": tuple(vars(self._spent).values())}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.run = self.settings.make_run(self.loop, self._values, saved["run"]["differentiation"])
+        mode, together = saved["run"]["differentiation"], saved["run"].get("together")
+        self.run = self.settings.make_run(self.loop, self._values, mode, together=together)
         self.run.load_state_dict(saved["run"])
         self._untrained, self._spent = saved["untrained"], Cost(*saved["spent"])
