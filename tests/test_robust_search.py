@@ -249,6 +249,26 @@ class TestTrouble:
         assert best < second.reject_above < UNTRAINED
         assert second.reject_above - best == pytest.approx(0.3 * (UNTRAINED - best))
 
+    @pytest.mark.parametrize("salt", range(5))
+    def test_a_start_that_has_learned_next_to_nothing_is_left_whatever_the_noise(self, salt: int) -> None:
+        """Another seed changes the loss by more than training has."""
+
+        def loss(values: Mapping[str, Tensor]) -> Tensor:
+            return UNTRAINED * (1 - torch.exp(-1.5 * bowl(values)))
+
+        def run(proposal: Proposal) -> Outcome:
+            generator = torch.Generator().manual_seed(100 * salt + proposal.seed)
+            exact = Simulated(loss).run(proposal._replace(reject_above=INF))
+            value = exact.val_loss + 0.05 * float(torch.randn((), generator=generator))
+            rejected = value > proposal.reject_above
+            return exact._replace(val_loss=value, hypergradients=None if rejected else exact.hypergradients)
+
+        search = RobustSearch(RANGES, initial={"lr": double(3e-4, 3e-4, 3e-4), "momentum": double(0.0)}, trainings=60)
+        start = float(loss(search.values))
+        assert UNTRAINED - start < 0.15
+        driven(search, run)
+        assert float(loss(found(search))) < 0.6 * UNTRAINED
+
     @pytest.mark.parametrize("salt", range(3))
     @pytest.mark.parametrize("trouble", ["diverges", "cliff"])
     def test_a_start_that_comes_to_nothing_is_calmed(self, trouble: str, salt: int) -> None:

@@ -52,7 +52,7 @@ STEP_SHARE = 0.1
 _SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
 _CHAOS = 0.25  # share of training's gain by which one step along one derivative cannot change the loss
 _WILDNESS = 0.05  # what a chaotic place is worse by than its loss says, as a share of training's gain
-_REJECTED = 0.3  # share of the best's gain that a run may lose
+_REJECTED, _NOISE = 0.3, 0.1  # share of the best's gain that a run may lose; of its loss, which seeds may make of it
 _MEMORY = 0.3  # weight of earlier directions
 _GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.5, 0.5, 3.0, 0.05  # of step sizes; the last two are shares of the first
 _APPROACH, _SHORTER = 0.35, 0.6  # of the way to a place that was given up; of the steps after it
@@ -379,7 +379,9 @@ class RobustSearch(OuterSearch):
     def _limit(self) -> float:
         """The validation loss above which a run is rejected."""
         best = self._best()
-        return inf if best is None or isinf(self._untrained) else best.val_loss + _REJECTED * self._gain(best.val_loss)
+        if best is None or isinf(self._untrained):
+            return inf
+        return best.val_loss + max(_REJECTED * self._gain(best.val_loss), _NOISE * abs(best.val_loss))
 
     def _gain(self, loss: float) -> float:
         """By how much training has lowered the validation loss to this one; 0 where nobody knows."""
