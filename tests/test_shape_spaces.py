@@ -395,7 +395,9 @@ def test_a_hypergradient_search_over_inner_runs_descends_them(space):
 def test_fds_descends_them_and_its_file_replays(space, tmp_path):
     problem = tiny_problem(test=None)
     start = middle_of(space)
-    make = FDS.from_problem(problem, space=space, steps=STEPS, initial=start, outer_steps=6, confirmations=0, check=True)
+    make = FDS.from_problem(
+        problem, space=space, steps=STEPS, initial=start, outer_steps=6, confirmations=0, check=True
+    )
     trial = make(config={})
     results = [trial.train() for _ in range(5)]
     trial.save_checkpoint(str(tmp_path))
