@@ -250,7 +250,8 @@ class PaperSearch(OuterSearch):
         if best is not None and length_of(best.outer_step, self.lengths) != length_of(self.outer_step, self.lengths):
             best = None
         if isfinite(mean.val_loss) and (best is None or mean.val_loss < best.val_loss):
-            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, self.ensemble)
+            runs = sum(outcome is not None and isfinite(outcome.val_loss) for outcome in outcomes)
+            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, runs)
         self.outer_step += 1
         if mean.hypergradients is None:  # every run failed or diverged: there is nothing to follow
             self.descent.largest_step = 0.0

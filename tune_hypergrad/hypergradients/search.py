@@ -11,7 +11,7 @@ from torch import Tensor
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients.outer import Descent, OuterSearch, PaperSearch
 from tune_hypergrad.hypergradients.robust import RobustSearch
-from tune_hypergrad.space import Range
+from tune_hypergrad.space import Range, is_number
 
 RULES = ("robust", "paper")
 """Rules of outer searches, the default first: `RobustSearch` and `PaperSearch`."""
@@ -75,6 +75,8 @@ class SearchSettings:
             if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
                 raise InputError(f"lengths is {self.lengths!r}: give inner steps, whole numbers of at least 1")
             object.__setattr__(self, "lengths", lengths)
+        if self.trainings is not None and not is_number(self.trainings):
+            raise InputError(f"trainings is {self.trainings!r}: give a number of plain trainings, or None for no limit")
         foreign = _PAPERS if self.rule == "robust" else _ROBUST
         for name in foreign:
             if getattr(self, name) is not None:

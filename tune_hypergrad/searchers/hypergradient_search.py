@@ -13,7 +13,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients import Outcome, OuterSearch, Proposal, SearchSettings
+from tune_hypergrad.hypergradients import Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.randomness import fold_seed
@@ -29,6 +29,7 @@ from tune_hypergrad.space import (
     is_hyperparameter,
     tuned_values,
 )
+from tune_hypergrad.trainables.inner_run import CONFIRMATIONS
 
 _OURS = (
     "seed",
@@ -63,7 +64,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
     hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). Trials of the robust rule that
     are not worth it are not differentiated (their config has `reject_above`), and before the search ends the best
     schedules are confirmed by trials with other seeds (their config has `confirmed`). A trial that fails is left out of
-    the average; an outer step all of whose trials failed is run again.
+    the average; where all trials of an outer step failed, the robust rule runs others, and the paper's search ends.
 
     Args:
         space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
@@ -183,6 +184,11 @@ class HypergradientSearch(RestorableSearch[_Member]):
             self._started.append((self._starts.pop(0), outcomes))
             if not self._starts:
                 self._outer, outcomes = min(self._started, key=_loss_of_start)
+                if isinstance(self._outer, RobustSearch):  # what the other points cost is spent, too
+                    others = [
+                        outcome for outer, given in self._started if outer is not self._outer for outcome in given
+                    ]
+                    self._outer.spent += sum(outcome.cost for outcome in others if outcome is not None)
                 self._outer.tell(outcomes)
         else:
             self._current.tell(outcomes)
@@ -280,8 +286,9 @@ def _read_outcome(result: Mapping[str, Any], proposal: Proposal) -> Outcome | No
     if not result.get("done", True) and not differentiated:
         return None
     loss, steps = result["val_loss"], result.get("run/steps")
-    if proposal.confirmed:  # the mean over all confirmations so far
-        loss = len((*proposal.confirmed, 0)) * loss - sum(proposal.confirmed)
+    if proposal.confirmed and result.get(CONFIRMATIONS) == len(proposal.confirmed) + 1:
+        # the mean over all confirmations so far; of a trainable that does not make it, its own
+        loss = result[CONFIRMATIONS] * loss - sum(proposal.confirmed)
     cost = result["cost/gradients"] / steps if steps and "cost/gradients" in result else 1.0
     untrained = result.get("untrained_val_loss", math.inf)
     return Outcome(loss, untrained, gradients if differentiated else None, cost)
