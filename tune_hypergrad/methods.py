@@ -463,7 +463,7 @@ METHODS: dict[str, Method] = {
 FLOOR = "cosine"
 """The method that tunes nothing, which others should be better than."""
 
-BY_DEFAULT = tuple(name for name in METHODS if name not in ("centered-stn", "fds-paper"))
+BY_DEFAULT = tuple(name for name in METHODS if name != "centered-stn")
 """What `compare` compares."""
 
 

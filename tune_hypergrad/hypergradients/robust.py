@@ -38,8 +38,10 @@ from tune_hypergrad.hypergradients.outer import (
     OuterSearch,
     Proposal,
     initial_values,
+    length_of,
     mean_outcome,
 )
+from tune_hypergrad.hypergradients.sharing import Sharing
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range
 
@@ -60,6 +62,7 @@ _FIRST_RETREAT = 1.5  # by how much a first run that came to nothing is calmed, 
 _REJECTIONS = 6  # in a row, after which there is nothing more to be found; of rounds that failed altogether likewise
 _PATIENCE = 3  # outer steps without a better run, after which more seeds are averaged
 _LARGEST_ENSEMBLE = 4
+_LEAST_SHARED = 16  # windows of a hyperparameter that may move together
 _CANDIDATES = 2  # confirmed before the search ends
 _CONFIRMATION = 1 << 20  # seeds of confirmations, apart from those of outer steps
 
@@ -100,6 +103,8 @@ class _Place:
     internal: Hyperparameters
     outer_step: int
     losses: list[float] = field(default_factory=list)
+    steps: int | None = None
+    """Inner steps of the runs; None: as many as all have."""
     calm: bool = True
     confirmed: list[float] = field(default_factory=list)
     """Losses with the seeds of confirmations."""
@@ -130,6 +135,11 @@ class RobustSearch(OuterSearch):
         outer_steps: outer steps at the most, rejected ones included; None: as many as it takes.
         trainings: what the whole search may cost, in plain trainings, confirmations included; None: no limit.
         new_seeds: whether every outer step has seeds of its own; without, all have the same.
+        lengths: inner steps of successive outer steps' runs, the last one for all further ones; None: all the same.
+            What was best at another length is no measure. A schedule that is fine for a short run may be too much for a
+            long one, whose first run then retreats as the search's first one does.
+        adaptive_sharing: whether neighbouring windows, of a hyperparameter that has at least 16, move together where
+            that makes the estimated error of their hypergradient least (see `Sharing`).
         confirmations: other seeds with which the two best places, and the initial one if `polish`, are trained before
             the search ends.
         polish: whether what is found must not be worse than `initial`, by mean validation loss over the confirmations.
@@ -149,6 +159,8 @@ class RobustSearch(OuterSearch):
         outer_steps: int | None = None,
         trainings: float | None = None,
         new_seeds: bool = True,
+        lengths: Sequence[int] | None = None,
+        adaptive_sharing: bool = False,
         confirmations: int = 3,
         polish: bool = False,
     ) -> None:
@@ -158,7 +170,8 @@ class RobustSearch(OuterSearch):
                 raise InputError(f"{name!r} is not among the tuned hyperparameters: {', '.join(ranges)}")
         self.ranges = {name: r if name in step_sizes else natural_range(name, r) for name, r in ranges.items()}
         self.ensemble, self.outer_steps, self.trainings = ensemble, outer_steps, trainings
-        self.new_seeds, self.confirmations, self.polish = new_seeds, confirmations, polish
+        self.new_seeds, self.lengths, self.adaptive_sharing = new_seeds, lengths, adaptive_sharing
+        self.confirmations, self.polish = confirmations, polish
         self.outer_step, self.spent, self.rejected = 0, 0.0, 0
         self.incumbent: Evaluated | None = None
         self.start_loss = nan
@@ -200,11 +213,14 @@ class RobustSearch(OuterSearch):
             return ()
         if self._candidates:
             return tuple(
-                Proposal(self._values(c.internal), _CONFIRMATION + len(c.confirmed), -inf, tuple(c.confirmed))
+                Proposal(self._values(c.internal), _CONFIRMATION + len(c.confirmed), -inf, tuple(c.confirmed), c.steps)
                 for c in self._candidates
             )
         first = self.outer_step * max(_LARGEST_ENSEMBLE, self.ensemble) if self.new_seeds else 0
-        return tuple(Proposal(self.values, first + member, self._limit) for member in range(self.ensemble))
+        return tuple(
+            Proposal(self.values, first + member, self._limit, steps=self._steps_of_runs)
+            for member in range(self.ensemble)
+        )
 
     def tell(self, outcomes: Sequence[Outcome | None]) -> None:
         ended = [outcome for outcome in outcomes if outcome is not None]
@@ -231,7 +247,8 @@ class RobustSearch(OuterSearch):
             self._retreat()
             return
         self._untrained = mean.untrained_loss if isfinite(mean.untrained_loss) else inf
-        place = _Place(dict(self._internal), self.outer_step, [o.val_loss for o in ended])
+        losses = [outcome.val_loss for outcome in ended]
+        place = _Place(dict(self._internal), self.outer_step, losses, self._steps_of_runs)
         gradients = [self._by_internal(o.hypergradients) for o in ended if o.hypergradients is not None]
         place.calm = self._move(gradients, mean.val_loss)
         best = self._best()
@@ -254,13 +271,15 @@ class RobustSearch(OuterSearch):
         # NaN is wild, too
         wild = {name: (~(m.abs() * reach.get(name, self._first[name]) <= chaos)).any(0) for name, m in members.items()}
         means = {name: torch.where(wild[name], 0.0, m.mean(0)) for name, m in members.items()}
+        shared = self._share(means, members) if self.adaptive_sharing else {}
         sizes = torch.cat([(means[name].abs() * self._first[name])[~wild[name]] for name in self.ranges])
         typical = float(sizes.median()) if len(sizes) else inf
         self._moves += 1
-        for name, x in self._internal.items():
+        for name, x in list(self._internal.items()):
             soft = min(_SOFT * abs(loss), _TYPICAL * typical / self._first[name]) + 1e-30
             direction = means[name] / (means[name].abs() + soft)
-            direction = _smoothed(torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction))
+            direction = torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction)
+            direction = shared[name].average(direction) if name in shared else _smoothed(direction)
             agreement = direction.sign() * self._signs[name]
             change = torch.where(agreement > 0, _GROWTH, torch.where(agreement < 0, _SHRINKAGE, 1.0))
             if name in reach:  # nothing takes such a step back to where it can be followed but a smaller step
@@ -273,20 +292,31 @@ class RobustSearch(OuterSearch):
             self._internal[name] = self._projected(name, x - self._steps[name] * averaged)
         return not any(bool(w.any()) for w in wild.values())
 
+    def _share(self, means: Hyperparameters, members: Hyperparameters) -> dict[str, Sharing]:
+        """Tie windows that are better off together, in everything that is known of them; returns which these are."""
+        shared = {}
+        for name, own in members.items():
+            if split_name(name)[1] or own.shape[1] < _LEAST_SHARED:
+                continue
+            shared[name] = sharing = Sharing.equal(own.shape[1], 1).adapt(own)
+            for known in (means, self._internal, self._steps, self._directions):
+                known[name] = sharing.average(known[name])
+        return shared
+
     def _retreat(self) -> None:
         """After a run that came to nothing: nearer to where the search came from, then to its calm side."""
         self._rejections += 1
         self.rejected += 1
-        before = dict(self._internal)
-        if not self._places:
+        before, places = dict(self._internal), self._comparable
+        if not places:
             for name in filter(_is_calming, before):
                 share = self._first[name] / STEP if self.ranges[name].scale != "linear" else self._first[name]
                 self._internal[name] = self._projected(name, before[name] - _FIRST_RETREAT * share)
         elif self._rejections == 1:
-            self._approach(self._places[-1].internal)
+            self._approach(places[-1].internal)
         else:
             back = _APPROACH * (self._rejections - 1)
-            last = self._places[-1].internal
+            last = places[-1].internal
             self._internal = {
                 name: self._projected(name, x - back * self._first[name]) if _is_calming(name) else x.clone()
                 for name, x in last.items()
@@ -330,9 +360,12 @@ class RobustSearch(OuterSearch):
         return inf if self.trainings is None else self.trainings - self.spent
 
     def _begin_confirmation(self) -> None:
-        """Confirm the best places, and the start if it must not be lost."""
-        standing = [place for place in self._places if not place.fallen]
+        """Confirm the best places of the longest runs, and the start if it must not be lost."""
+        standing = self._standing
         start = [place for place in standing if self.polish and self._is_start(place.internal)][:1]
+        if self.polish and not start and standing:  # it was run, but not for as long
+            ran = [place for place in self._places if self._is_start(place.internal) and not place.fallen][:1]
+            start = [replace(place, steps=standing[0].steps) for place in ran]
         best = sorted(standing, key=self._score)[:_CANDIDATES]
         chosen = [*start, *(place for place in best if place not in start)]
         # several by all confirmations that there are to be, one by as many as can be paid for
@@ -341,6 +374,12 @@ class RobustSearch(OuterSearch):
         chosen = chosen if self._left >= 1 else []
         self._candidates = [replace(place, confirmed=[]) for place in chosen] if self.confirmations else []
         self._ended = not self._candidates
+
+    @property
+    def _standing(self) -> list[_Place]:
+        """Places of the longest runs that no confirmation was against."""
+        longest = max((place.steps or 0 for place in self._places), default=0)
+        return [place for place in self._places if (place.steps or 0) == longest and not place.fallen]
 
     def _take_confirmations(self, outcomes: Sequence[Outcome | None]) -> None:
         """Rank the candidates by confirmations alone: their own runs' losses are why they were chosen."""
@@ -362,9 +401,8 @@ class RobustSearch(OuterSearch):
         self._candidates = held
         if not held:  # the next best
             self._begin_confirmation()
-            standing = [place for place in self._places if not place.fallen]
-            if self._ended and standing:  # which there is nothing left to confirm with
-                place = min(standing, key=self._score)
+            if self._ended and self._standing:  # which there is nothing left to confirm with
+                place = min(self._standing, key=self._score)
                 self.incumbent = Evaluated(
                     self._values(place.internal), place.val_loss, place.outer_step, len(place.losses)
                 )
@@ -374,6 +412,16 @@ class RobustSearch(OuterSearch):
         self.incumbent = Evaluated(self._values(best.internal), best.confirmed_loss, best.outer_step, runs)
         if runs >= self.confirmations or len(held) * max(outcome.cost for outcome in ended) > self._left:
             self._candidates, self._ended = [], True
+
+    @property
+    def _steps_of_runs(self) -> int | None:
+        """Inner steps of the next outer step's runs."""
+        return length_of(self.outer_step, self.lengths)
+
+    @property
+    def _comparable(self) -> list[_Place]:
+        """Places whose runs were as long as the next one's."""
+        return [place for place in self._places if place.steps == self._steps_of_runs]
 
     @property
     def _limit(self) -> float:
@@ -389,7 +437,7 @@ class RobustSearch(OuterSearch):
 
     def _best(self) -> _Place | None:
         """The place with the best score so far."""
-        return min(self._places, key=self._score, default=None)
+        return min(self._comparable, key=self._score, default=None)
 
     def _score(self, place: _Place) -> float:
         """A place's loss, and more where it is chaotic: with other seeds it may be any other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ RULES = ("robust", "paper")
 """Rules of outer searches, the default first: `RobustSearch` and `PaperSearch`."""
 
 _PAPERS = {"update": "sign", "default_step": 0.1, "tolerance": 1e-3}
-_ROBUST = {"trainings": None, "confirmations": 3, "polish": False}
+_ROBUST = {"trainings": None, "confirmations": 3, "polish": False, "adaptive_sharing": False}
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class SearchSettings:
     """Outer steps at the most; None is no limit."""
     new_seeds: bool = True
     """Whether every outer step has initial weights, order and draws of its own; without, all have the same."""
+    new_splits: bool = False
+    """Whether every run draws training and validation examples anew from both, by class."""
+    lengths: Sequence[int] | None = None
+    """Inner steps of successive outer steps' runs, the last one for all further ones, such as (100, 1000): short runs
+    find the way for long ones. None: all have as many as the setting `steps` says."""
+    adaptive_sharing: bool | None = None
+    """Robust rule: whether neighbouring windows, of a hyperparameter that has at least 16, move together where that is
+    better (see `Sharing`); None is False."""
     trainings: float | None = None
     """Robust rule: what the search may cost, in plain trainings, confirmations included; None is no limit."""
     confirmations: int | None = None
@@ -64,6 +72,11 @@ class SearchSettings:
                 raise InputError(f"{name} is {count!r}: it must be a whole number of at least {least}")
         if self.trainings is not None and not is_number(self.trainings):
             raise InputError(f"trainings is {self.trainings!r}: give a number of plain trainings, or None for no limit")
+        if self.lengths is not None:
+            lengths = tuple(self.lengths)
+            if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
+                raise InputError(f"lengths is {self.lengths!r}: give inner steps, whole numbers of at least 1")
+            object.__setattr__(self, "lengths", lengths)
         foreign = _PAPERS if self.rule == "robust" else _ROBUST
         for name in foreign:
             if getattr(self, name) is not None:
@@ -91,6 +104,7 @@ class SearchSettings:
             "ensemble": self.ensemble,
             "outer_steps": self.outer_steps,
             "new_seeds": self.new_seeds,
+            "lengths": self.lengths,
         }
         if self.rule == "robust":
             own = {name: self._or(name, default) for name, default in _ROBUST.items()}

@@ -162,19 +162,20 @@ class HypergradientSearch(RestorableSearch[_Member]):
         limit = {} if proposal.reject_above == math.inf else {"reject_above": proposal.reject_above}
         confirmed = {} if proposal.confirmed is None else {"confirmed": list(proposal.confirmed)}
         seed = fold_seed(self._seed, proposal.seed)
-        return {**constants, **config, **tuned, **limit, **confirmed, "seed": seed}
+        split = {"split_seed": seed} if self._settings.new_splits else {}
+        length = {} if proposal.steps is None else {"steps": proposal.steps}
+        return {**constants, **config, **tuned, **limit, **confirmed, **split, **length, "seed": seed}
 
     def _is_of_use(self, work: _Member, result: Mapping[str, Any]) -> bool:
         try:
-            return _read_outcome(result, self._current.round()[work.index]) is not None
+            return self._read_outcome(result, work) is not None
         except InputError:
             return False
 
     def _finish(self, work: _Member, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
         """Take what a trial gave; after the round's last one, tell the search."""
         proposals = self._current.round()
-        outcome = None if error or not result else _read_outcome(result, proposals[work.index])
-        self._ended[work.index] = outcome
+        self._ended[work.index] = None if error or not result else self._read_outcome(result, work)
         if self._running or self._again or self._next_member < len(proposals):
             return
         outcomes = [self._ended.get(member) for member in range(len(proposals))]
@@ -191,6 +192,13 @@ class HypergradientSearch(RestorableSearch[_Member]):
                 self._outer.tell(outcomes)
         else:
             self._current.tell(outcomes)
+
+    def _read_outcome(self, result: Mapping[str, Any], work: _Member) -> Outcome | None:
+        outcome = _read_outcome(result, self._current.round()[work.index])
+        if outcome is None or not self._settings.lengths:
+            return outcome
+        share = result.get("run/steps", 0) / max(self._settings.lengths)  # of a training of full length
+        return outcome._replace(cost=outcome.cost * share)
 
     def _read_space(self, space: Mapping[str, Any]) -> None:
         self._ranges, self._constants = gradient_ranges(space)
