@@ -121,7 +121,10 @@ class HypergradientSearch(RestorableSearch[_Member]):
             return True
         if not has_domain(config):
             return False
-        ranges, constants = gradient_ranges(config)
+        try:
+            ranges, constants = gradient_ranges(config)
+        except InputError:
+            return False
         return ranges == self._ranges and is_same(constants, self._constants)
 
     def _check_ready(self) -> None:
