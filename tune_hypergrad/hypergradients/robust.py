@@ -360,7 +360,7 @@ class RobustSearch(OuterSearch):
         return inf if self.trainings is None else self.trainings - self.spent
 
     def _begin_confirmation(self) -> None:
-        """Confirm the best places of the longest runs, and the start if it must not be lost."""
+        """Confirm the best places, and the start if it must not be lost."""
         standing = self._standing
         start = [place for place in standing if self.polish and self._is_start(place.internal)][:1]
         if self.polish and not start and standing:  # it was run, but not for as long
@@ -374,12 +374,6 @@ class RobustSearch(OuterSearch):
         chosen = chosen if self._left >= 1 else []
         self._candidates = [replace(place, confirmed=[]) for place in chosen] if self.confirmations else []
         self._ended = not self._candidates
-
-    @property
-    def _standing(self) -> list[_Place]:
-        """Places of the longest runs that no confirmation was against."""
-        longest = max((place.steps or 0 for place in self._places), default=0)
-        return [place for place in self._places if (place.steps or 0) == longest and not place.fallen]
 
     def _take_confirmations(self, outcomes: Sequence[Outcome | None]) -> None:
         """Rank the candidates by confirmations alone: their own runs' losses are why they were chosen."""
@@ -401,8 +395,9 @@ class RobustSearch(OuterSearch):
         self._candidates = held
         if not held:  # the next best
             self._begin_confirmation()
-            if self._ended and self._standing:  # which there is nothing left to confirm with
-                place = min(self._standing, key=self._score)
+            standing = self._standing
+            if self._ended and standing:  # which there is nothing left to confirm with
+                place = min(standing, key=self._score)
                 self.incumbent = Evaluated(
                     self._values(place.internal), place.val_loss, place.outer_step, len(place.losses)
                 )
@@ -412,6 +407,12 @@ class RobustSearch(OuterSearch):
         self.incumbent = Evaluated(self._values(best.internal), best.confirmed_loss, best.outer_step, runs)
         if runs >= self.confirmations or len(held) * max(outcome.cost for outcome in ended) > self._left:
             self._candidates, self._ended = [], True
+
+    @property
+    def _standing(self) -> list[_Place]:
+        """Places that no confirmation has spoken against, of the longest runs."""
+        longest = max((place.steps or 0 for place in self._places), default=0)
+        return [place for place in self._places if not place.fallen and (place.steps or 0) == longest]
 
     @property
     def _steps_of_runs(self) -> int | None:

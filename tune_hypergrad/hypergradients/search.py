@@ -70,13 +70,13 @@ class SearchSettings:
             whole = isinstance(count, int) and not isinstance(count, bool) and count >= least
             if not whole and not (count is None and name != "ensemble"):
                 raise InputError(f"{name} is {count!r}: it must be a whole number of at least {least}")
-        if self.trainings is not None and not is_number(self.trainings):
-            raise InputError(f"trainings is {self.trainings!r}: give a number of plain trainings, or None for no limit")
         if self.lengths is not None:
             lengths = tuple(self.lengths)
             if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
                 raise InputError(f"lengths is {self.lengths!r}: give inner steps, whole numbers of at least 1")
             object.__setattr__(self, "lengths", lengths)
+        if self.trainings is not None and not is_number(self.trainings):
+            raise InputError(f"trainings is {self.trainings!r}: give a number of plain trainings, or None for no limit")
         foreign = _PAPERS if self.rule == "robust" else _ROBUST
         for name in foreign:
             if getattr(self, name) is not None:
