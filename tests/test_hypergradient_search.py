@@ -487,6 +487,8 @@ def test_metric_mode_and_space_come_from_the_tuner():
     assert search.set_search_properties("val_loss", "min", SPACE)  # the one that there is already
     assert not search.set_search_properties("val_loss", "min", {**SPACE, "momentum": tune.uniform(0, 0.8)})
     assert not search.set_search_properties("val_loss", "min", {**SPACE, "batch_size": 16})
+    # a comparison hands every method the whole space, whatever its searcher has taken of it
+    assert not search.set_search_properties("val_loss", "min", {**SPACE, "width": tune.randint(1, 5)})
 
 
 def test_a_trainable_without_hypergradients_is_refused():

@@ -528,6 +528,15 @@ class TestPolish:
         assert search.start_loss == pytest.approx(float(bowl(initial)))
         assert search.incumbent is not None and search.incumbent.val_loss < 0.5 * search.start_loss
 
+    def test_a_start_whose_run_was_shorter_is_confirmed_at_full_length(self) -> None:
+        initial = {"lr": double(0.05, 0.051, 0.05), "momentum": double(0.9)}
+        search = RobustSearch(RANGES, initial=initial, polish=True, outer_steps=4, lengths=[10, 100])
+        told = driven(search, Simulated(noise=0.1).run)
+        assert [proposals[0].steps for proposals, _ in told[:3]] == [10, 100, 100]
+        assert all(p.steps == 100 for proposals, _ in told[4:] for p in proposals)
+        start = confirmations_of(told)[_key(initial)]
+        assert len(start) == 3 and search.incumbent is not None and search.incumbent.val_loss <= sum(start) / 3
+
     def test_a_bad_seed_does_not_make_a_start_worse_than_it_is(self) -> None:
         """One loss of the start's is far above the limit, and its mean still the lowest."""
         initial = {"lr": double(0.05, 0.051, 0.05), "momentum": double(0.9)}

@@ -363,6 +363,9 @@ class RobustSearch(OuterSearch):
         """Confirm the best places, and the start if it must not be lost."""
         standing = self._standing
         start = [place for place in standing if self.polish and self._is_start(place.internal)][:1]
+        if self.polish and not start and standing:  # it was run, but not for as long
+            ran = [place for place in self._places if self._is_start(place.internal) and not place.fallen][:1]
+            start = [replace(place, steps=standing[0].steps) for place in ran]
         best = sorted(standing, key=self._score)[:_CANDIDATES]
         chosen = [*start, *(place for place in best if place not in start)]
         # several by all confirmations that there are to be, one by as many as can be paid for
