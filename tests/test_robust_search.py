@@ -281,9 +281,22 @@ class TestTrouble:
         assert search.start_loss == UNTRAINED if trouble == "cliff" else math.isnan(search.start_loss)
 
     def test_a_start_that_cannot_be_calmed_ends_the_search(self) -> None:
-        search = RobustSearch({"weight_decay": Range(1, 1e-6, 1e-2, "log")})
-        driven(search, lambda p: Outcome(NAN, UNTRAINED, None, 1.0), limit=2)
-        assert search.incumbent is None and search.outer_step == 1
+        for new_seeds, runs in ((False, 1), (True, 6)):  # another seed may have been luckier
+            search = RobustSearch({"weight_decay": Range(1, 1e-6, 1e-2, "log")}, new_seeds=new_seeds)
+            told = driven(search, lambda p: Outcome(NAN, UNTRAINED, None, 1.0), limit=7)
+            assert search.incumbent is None and search.outer_step == len(told) == search.rejected == runs
+
+    def test_one_bad_seed_does_not_end_a_search_without_anything_that_calms(self) -> None:
+        def run(proposal: Proposal) -> Outcome:
+            off = proposal.values["weight_decay"].log() - math.log(1e-3)
+            if proposal.seed == 0:
+                return Outcome(NAN, UNTRAINED, None, 1.0)
+            gradient = {"weight_decay": 0.2 * off / proposal.values["weight_decay"]}
+            return Outcome(0.5 + 0.1 * float(off**2), UNTRAINED, gradient, DIFFERENTIATED)
+
+        search = RobustSearch({"weight_decay": Range(1, 1e-6, 1e-2, "log")}, trainings=50)
+        driven(search, run)
+        assert float(found(search)["weight_decay"]) == pytest.approx(1e-3, rel=0.3)
 
     def test_a_search_that_only_diverges_ends(self) -> None:
         search = RobustSearch(RANGES)
@@ -446,7 +459,7 @@ class TestConfirmation:
         self.ranking = sorted(own, key=own.__getitem__)
         return search
 
-    @pytest.mark.parametrize("lost", [None, Outcome(NAN, UNTRAINED, None), Outcome(2.29, UNTRAINED, None)])
+    @pytest.mark.parametrize("lost", [Outcome(NAN, UNTRAINED, None), Outcome(2.29, UNTRAINED, None)])
     def test_a_candidate_that_dies_is_none_any_more(self, lost: Outcome | None) -> None:
         for seed in range(3):
 
@@ -456,6 +469,93 @@ class TestConfirmation:
             search = self.confirmed_with(outcome)
             assert _key(found(search)) == self.ranking[1] and search.incumbent is not None
             assert search.incumbent.runs == 3 and search.incumbent.val_loss == pytest.approx(0.4)
+
+    @pytest.mark.parametrize("failures", [1, 3, 5])
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_a_trial_that_fails_says_nothing_against_its_candidate(self, seed: int, failures: int) -> None:
+        tried: list[tuple[int, Proposal]] = []
+
+        def outcome(place: int, proposal: Proposal) -> Outcome | None:
+            tried.append((place, proposal))
+            here = [p for number, p in tried if number == 0 and len(p.confirmed or ()) == seed]
+            fails = place == 0 and len(proposal.confirmed or ()) == seed and len(here) <= failures
+            return None if fails else Outcome(0.4 + 0.01 * place, UNTRAINED, None)
+
+        search = self.confirmed_with(outcome)
+        assert _key(found(search)) == self.ranking[0] and search.incumbent is not None
+        assert search.incumbent.runs == 3 and search.incumbent.val_loss == pytest.approx(0.4)
+        # the other candidate is not trained again meanwhile, and each seed is the one that had been lacking
+        assert len(tried) == 6 + failures
+        assert [len(p.confirmed or ()) for place, p in tried if place == 1] == [0, 1, 2]
+
+    def test_one_whose_trials_always_fail_is_none_any_more(self) -> None:
+        tried = []
+
+        def outcome(place: int, proposal: Proposal) -> Outcome | None:
+            tried.append(place)
+            return None if place == 0 else Outcome(0.4, UNTRAINED, None)
+
+        search = self.confirmed_with(outcome)
+        assert _key(found(search)) == self.ranking[1] and search.incumbent is not None and search.incumbent.runs == 3
+        assert tried.count(0) == 6
+
+    def test_runs_are_told_above_what_loss_they_speak_against_their_candidate(self) -> None:
+        for polish in (False, True):
+            initial = {"lr": double(1e-4, 1e-4, 1e-4), "momentum": double(0.0)}
+            search = RobustSearch(RANGES, outer_steps=5, polish=polish, initial=initial)
+            limits = {True: set(), False: set()}
+            for proposals, _ in driven(search, Simulated().run):
+                for proposal in proposals:
+                    if proposal.confirmed is None:
+                        assert proposal.fall_above == INF
+                    else:
+                        limits[_key(proposal.values) == _key(initial)].add(proposal.fall_above)
+            best = min(float(bowl(place)) for place in self.places_of(search))
+            assert limits[False] == {pytest.approx(best + 0.3 * (UNTRAINED - best))}
+            assert limits[True] == ({INF} if polish else set())
+
+    def places_of(self, search: RobustSearch) -> list[Mapping[str, Tensor]]:
+        return [search._values(place.internal) for place in search._places]
+
+    @pytest.mark.parametrize("limits", [{"trainings": 60}, {}])
+    def test_where_none_stands_the_search_goes_on_from_there_calmed(self, limits: dict[str, Any]) -> None:
+        """Every run that is differentiated has luck; with other seeds nothing above a rate learns."""
+        dead, asked = 0.008, []
+
+        def run(proposal: Proposal) -> Outcome:
+            asked.append(proposal)
+            if proposal.confirmed is not None and rate(proposal.values) > dead:
+                return Outcome(UNTRAINED, UNTRAINED, None, TRAINING)
+            return Simulated().run(proposal)
+
+        search = RobustSearch(RANGES, **limits)
+        told = driven(search, run)
+        first = next(i for i, (proposals, _) in enumerate(told) if proposals[0].confirmed is not None)
+        assert any(proposals[0].confirmed is None for proposals, _ in told[first:])
+        again = next(i for i in range(first, len(told)) if told[i][0][0].confirmed is None)
+        assert told[again][0][0].reject_above == INF  # what has fallen is no measure
+        assert search.incumbent is not None and search.spent <= limits.get("trainings", INF)
+        if rate(found(search)) <= dead:
+            assert search.incumbent.runs == 3 and search.incumbent.val_loss < 1
+        else:
+            assert search.incumbent.val_loss == UNTRAINED
+
+    @pytest.mark.parametrize("loss", [NAN, UNTRAINED])
+    @pytest.mark.parametrize("limits", [{"outer_steps": 3}, {"trainings": 20}, {}])
+    def test_where_everything_falls_luck_is_not_taken_for_the_outcome(
+        self, loss: float, limits: dict[str, Any]
+    ) -> None:
+        def run(proposal: Proposal) -> Outcome:
+            return Simulated().run(proposal) if proposal.confirmed is None else Outcome(loss, UNTRAINED, None, TRAINING)
+
+        search = RobustSearch(RANGES, **limits)
+        driven(search, run)
+        assert search.incumbent is not None
+        standing = [place for place in search._places if not place.fallen]
+        if standing:  # which there was nothing left to confirm with
+            assert _key(found(search)) in {_key(search._values(place.internal)) for place in standing}
+        else:
+            assert search.incumbent.val_loss == (INF if math.isnan(loss) else loss)
 
     def test_where_all_die_the_next_best_are_confirmed(self) -> None:
         def outcome(place: int, proposal: Proposal) -> Outcome:
@@ -551,6 +651,45 @@ class TestPolish:
         driven(search, run)
         assert _key(found(search)) == _key(initial)
 
+    @pytest.mark.parametrize("others", [0.7, 0.4])
+    def test_a_start_that_could_not_be_differentiated_is_confirmed_all_the_same(self, others: float) -> None:
+        """It trains well, and its derivatives are NaN."""
+        initial = {"lr": double(0.3, 0.3, 0.3), "momentum": double(0.9)}
+
+        def run(proposal: Proposal) -> Outcome:
+            is_start = _key(proposal.values) == _key(initial)
+            if proposal.confirmed is not None:
+                return Outcome(0.5 if is_start else others, UNTRAINED, None, TRAINING)
+            if is_start:
+                nans = {name: torch.full_like(v, NAN) for name, v in proposal.values.items()}
+                return Outcome(0.5, UNTRAINED, nans, DIFFERENTIATED)
+            return Simulated().run(proposal)
+
+        search = RobustSearch(RANGES, initial=initial, polish=True, trainings=40)
+        told = driven(search, run)
+        assert search.rejected > 0 and len(confirmations_of(told)[_key(initial)]) == 3
+        assert search.start_loss == pytest.approx(0.5) and search.incumbent is not None
+        assert (_key(found(search)) == _key(initial)) == (others > 0.5)
+        assert search.incumbent.val_loss == pytest.approx(min(others, 0.5)) and search.incumbent.runs == 3
+
+    def test_a_start_is_confirmed_where_nothing_was_differentiated(self) -> None:
+        def run(proposal: Proposal) -> Outcome:
+            return Outcome(0.5, UNTRAINED, {n: torch.zeros_like(v) for n, v in proposal.values.items()}, 1.0)
+
+        search = RobustSearch(RANGES, polish=True, lengths=[10, 100])
+        told = driven(search, run)
+        assert search.incumbent is not None and search.incumbent.runs == 3 and search.incumbent.outer_step == 0
+        assert all(p.steps == 100 for proposals, _ in told for p in proposals if p.confirmed is not None)
+
+    def test_a_start_that_diverges_whatever_the_seed_is_given_up(self) -> None:
+        initial = {"lr": double(0.9, 0.9, 0.9), "momentum": double(0.9)}
+        search = RobustSearch(RANGES, initial=initial, polish=True, trainings=40)
+        driven(search, Simulated(diverges=0.5).run)
+        assert search.incumbent is not None and search.incumbent.val_loss < 1 and search.start_loss == INF
+        only = RobustSearch(RANGES, initial=initial, polish=True)
+        driven(only, lambda p: Outcome(NAN, UNTRAINED, None, 1.0), limit=8)
+        assert only.incumbent is None
+
     def test_a_start_below_the_floor_of_the_search_is_trained_as_it_is(self) -> None:
         ranges = {"lr": Range(2, 0.0, 1.0), "momentum": Range(1, 0.0, 0.99)}
         initial = {"lr": double(0.0, 0.1), "momentum": double(0.9)}
@@ -612,16 +751,43 @@ def test_saved_and_restored_at_every_tell(arguments: dict[str, Any], simulated: 
         ({"step_sizes": {"lr": 0.0}}, "'lr' needs a finite step size above 0: pass it in step_sizes"),
         ({"step_sizes": {"lr": INF}}, "'lr' needs a finite step size above 0"),
         ({"step_sizes": {"momentum": NAN}}, "'momentum' needs a finite step size above 0"),
-        ({"trainings": 9}, "trainings is 9: one outer step and its confirmation cost about 9.7; raise it, or lower"),
-        ({"trainings": 13, "ensemble": 2}, "cost about 13.4"),
-        ({"trainings": 10, "polish": True}, "cost about 12.7"),
+        (
+            {"trainings": 9, "confirmations": 3},
+            "trainings is 9: one outer step and its confirmation cost about 9.7; raise it, or lower",
+        ),
+        ({"trainings": 13, "ensemble": 2, "confirmations": 3}, "cost about 13.4"),
+        ({"trainings": 10, "polish": True, "confirmations": 3}, "cost about 12.7"),
+        ({"trainings": 3.6}, "trainings is 3.6: one outer step costs about 3.7; raise it, or lower ensemble"),
+        ({"trainings": 7, "ensemble": 2}, "one outer step costs about 7.4"),
         ({"trainings": NAN}, "trainings is nan"),
+        ({"trainings": -INF}, "trainings is -inf"),
     ],
 )
 def test_refusals(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         RobustSearch(RANGES, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "confirmations"),
+    [
+        ({}, 3),
+        ({"trainings": 9.7}, 3),
+        ({"trainings": 9.6}, 2),
+        ({"trainings": 5.7}, 1),
+        ({"trainings": 3.7}, 0),
+        ({"trainings": 9.7, "polish": True}, 2),
+        ({"trainings": 9.7, "ensemble": 2}, 1),
+        ({"trainings": 50, "confirmations": 5}, 5),
+    ],
+)
+def test_as_many_confirmations_as_can_be_paid_for(arguments: dict[str, Any], confirmations: int) -> None:
+    search = RobustSearch(RANGES, **arguments)
+    assert search.confirmations == confirmations
+    if "trainings" in arguments:
+        driven(search, Simulated().run)
+        assert search.spent <= arguments["trainings"] and search.incumbent is not None
 
 
 def test_a_range_without_bounds_needs_a_step_size() -> None:

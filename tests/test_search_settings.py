@@ -126,6 +126,23 @@ def test_windows_that_are_better_off_together_move_together(seed: int) -> None:
     assert float(tied[:14].log().mean()) > float(tied[18:].log().mean()) + 1, "one of each half's own kind"
 
 
+def test_a_wild_windows_derivative_is_not_averaged_into_its_neighbours() -> None:
+    """Windows that are tied would all be wild with one of them."""
+    gradient = torch.full((32,), -0.01, dtype=torch.float64)
+
+    def moved(wild: float) -> torch.Tensor:
+        search = RobustSearch({"lr": Range(32, 1e-4, 1.0, "log")}, adaptive_sharing=True)
+        given = gradient.clone()
+        given[20] = wild
+        lr = search.values["lr"]
+        search.tell([Outcome(1.0, 9.0, {"lr": given / lr})])
+        return torch.log(search.values["lr"] / lr)
+
+    for wild in (1e9, -1e9, math.nan, math.inf):
+        assert bool(moved(wild).isfinite().all()), wild
+        assert torch.equal(moved(wild), moved(1e12)), "how wild it is says nothing"
+
+
 def test_tied_windows_are_those_of_one_window() -> None:
     """32 windows whose derivatives say the same are one."""
     one = RobustSearch({"lr": Range(1, 1e-4, 1.0, "log")}, outer_steps=5, confirmations=0)

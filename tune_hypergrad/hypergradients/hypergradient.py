@@ -227,7 +227,7 @@ def hypergradient_run(
     if clip_hessian_product is not None:
         choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
     elif differentiation == "auto":
-        choice = _cheapest_right(loop, values, horizon, check=check)
+        choice = _cheapest_right(loop, values, horizon, check=check, may_be_rejected=reject_above < inf)
     else:
         choice = Choice(differentiation, "asked for")
     if differentiation != "auto" or clip_hessian_product is not None:
@@ -308,7 +308,14 @@ def _columns_at_once(loop: InnerLoop, values: Mapping[str, Tensor]) -> int | Non
     return None if several and refusal_of(loop, values, "reverse", check=False) else COLUMNS_AT_ONCE
 
 
-def _cheapest_right(loop: InnerLoop, values: Mapping[str, Tensor], horizon: int | None, *, check: bool) -> Choice:
+def _cheapest_right(
+    loop: InnerLoop,
+    values: Mapping[str, Tensor],
+    horizon: int | None,
+    *,
+    check: bool,
+    may_be_rejected: bool = False,
+) -> Choice:
     """The cheapest mode, or the other one where that has no right derivatives.
 
     Raises:
@@ -317,7 +324,9 @@ def _cheapest_right(loop: InnerLoop, values: Mapping[str, Tensor], horizon: int 
     refusals: dict[str, str] = {}
     windows, free = [len(v) for v in values.values()], free_memory(loop.device)
     while len(refusals) < 2:
-        choice = choose_differentiation(windows, loop.steps, horizon, state_bytes(loop), free, refusals)
+        choice = choose_differentiation(
+            windows, loop.steps, horizon, state_bytes(loop), free, refusals, may_be_rejected
+        )
         refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
         if refusal is None:
             return choice
@@ -336,6 +345,7 @@ def choose_differentiation(
     state_bytes: int,
     free_bytes: int,
     refusals: Mapping[str, str] | None = None,
+    may_be_rejected: bool = False,
 ) -> Choice:
     """The cheapest mode for hyperparameters with these numbers of windows whose memory fits.
 
@@ -346,6 +356,8 @@ def choose_differentiation(
         state_bytes: size of one inner state.
         free_bytes: memory that may be used.
         refusals: why "forward" or "reverse" cannot be taken.
+        may_be_rejected: whether the run may turn out not to be worth it, which reverse mode knows before it goes back,
+            and forward mode when all is paid for.
     """
     refusals = refusals or {}
     # a window of N is carried from its opening on: (N + 1) / 2 columns on average
@@ -361,6 +373,9 @@ def choose_differentiation(
     if "forward" in refusals:
         kept = needed <= free_bytes
         return Choice("reverse" if kept else "checkpointed_reverse", refusals["forward"])
+    if may_be_rejected:
+        kept = needed <= free_bytes
+        return Choice("reverse" if kept else "checkpointed_reverse", "a rejected run is not gone back through")
     if forward <= reverse:
         return Choice(
             "forward", f"{columns:g} columns on average: {forward:.1f} gradients a step, reverse {reverse:.1f}"

@@ -131,6 +131,8 @@ class Proposal(NamedTuple):
     """Where the values are being confirmed: the validation losses that they have had with other seeds so far."""
     steps: int | None = None
     """Inner steps of the run; None: as many as all runs have."""
+    fall_above: float = inf
+    """Of a confirmation: the validation loss above which, or where it is not finite, the values are given up."""
 
 
 class Outcome(NamedTuple):

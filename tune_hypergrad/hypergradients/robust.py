@@ -63,7 +63,7 @@ _REJECTIONS = 6  # in a row, after which there is nothing more to be found; of r
 _PATIENCE = 3  # outer steps without a better run, after which more seeds are averaged
 _LARGEST_ENSEMBLE = 4
 _LEAST_SHARED = 16  # windows of a hyperparameter that may move together
-_CANDIDATES = 2  # confirmed before the search ends
+_CANDIDATES, _CONFIRMATIONS = 2, 3  # places that are confirmed before the search ends, and seeds it is done with
 _CONFIRMATION = 1 << 20  # seeds of confirmations, apart from those of outer steps
 
 _START = 0.15  # of the scale of 1 - momentum, from below
@@ -108,8 +108,10 @@ class _Place:
     calm: bool = True
     confirmed: list[float] = field(default_factory=list)
     """Losses with the seeds of confirmations."""
+    failures: int = 0
+    """Confirmations that failed, and told nothing."""
     fallen: bool = False
-    """Whether a confirmation was lost, or came to nothing."""
+    """Whether a confirmation came to nothing, or all of them failed."""
 
     @property
     def val_loss(self) -> float:
@@ -141,12 +143,13 @@ class RobustSearch(OuterSearch):
         adaptive_sharing: whether neighbouring windows, of a hyperparameter that has at least 16, move together where
             that makes the estimated error of their hypergradient least (see `Sharing`).
         confirmations: other seeds with which the two best places, and the initial one if `polish`, are trained before
-            the search ends.
+            the search ends; None: 3, or as many as `trainings` pay for beside one outer step. Where all that was to be
+            confirmed has come to nothing, the search goes on from there with what calms training lowered.
         polish: whether what is found must not be worse than `initial`, by mean validation loss over the confirmations.
 
     Raises:
         InputError: an unknown name, initial values that do not fit, a range without bounds and step size, or
-            `trainings` that do not suffice for one outer step and its confirmation.
+            `trainings` that do not suffice for one outer step and the confirmations that were asked for.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class RobustSearch(OuterSearch):
         new_seeds: bool = True,
         lengths: Sequence[int] | None = None,
         adaptive_sharing: bool = False,
-        confirmations: int = 3,
+        confirmations: int | None = None,
         polish: bool = False,
     ) -> None:
         initial, step_sizes = initial or {}, step_sizes or {}
@@ -171,7 +174,7 @@ class RobustSearch(OuterSearch):
         self.ranges = {name: r if name in step_sizes else natural_range(name, r) for name, r in ranges.items()}
         self.ensemble, self.outer_steps, self.trainings = ensemble, outer_steps, trainings
         self.new_seeds, self.lengths, self.adaptive_sharing = new_seeds, lengths, adaptive_sharing
-        self.confirmations, self.polish = confirmations, polish
+        self.polish = polish
         self.outer_step, self.spent, self.rejected = 0, 0.0, 0
         self.incumbent: Evaluated | None = None
         self.start_loss = nan
@@ -191,11 +194,18 @@ class RobustSearch(OuterSearch):
         self._untrained = inf
         self._rejections = 0  # in a row
         self._failures = 0  # rounds in a row all of whose runs failed
+        self._falls = 0  # times that nothing was left of what was to be confirmed
         self._since_best = 0  # outer steps
         self._run_cost = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
         """The largest cost of a run that was differentiated, in trainings; before there is one, reverse mode's."""
         self._candidates: list[_Place] = []  # being confirmed
         self._ended = False
+        if trainings is not None and not trainings >= self._expected_cost:
+            raise InputError(
+                f"trainings is {trainings:g}: one outer step costs about {self._expected_cost:.3g}; raise it, or lower "
+                "ensemble"
+            )
+        self.confirmations = self._usual_confirmations if confirmations is None else confirmations
         needed = self._expected_cost + self._confirmation_cost
         if trainings is not None and not trainings >= needed:
             raise InputError(
@@ -213,8 +223,15 @@ class RobustSearch(OuterSearch):
             return ()
         if self._candidates:
             return tuple(
-                Proposal(self._values(c.internal), _CONFIRMATION + len(c.confirmed), -inf, tuple(c.confirmed), c.steps)
-                for c in self._candidates
+                Proposal(
+                    self._values(c.internal),
+                    _CONFIRMATION + len(c.confirmed),
+                    -inf,
+                    tuple(c.confirmed),
+                    c.steps,
+                    self._fall_above(c),
+                )
+                for c in self._lacking
             )
         first = self.outer_step * max(_LARGEST_ENSEMBLE, self.ensemble) if self.new_seeds else 0
         return tuple(
@@ -271,7 +288,8 @@ class RobustSearch(OuterSearch):
         # NaN is wild, too
         wild = {name: (~(m.abs() * reach.get(name, self._first[name]) <= chaos)).any(0) for name, m in members.items()}
         means = {name: torch.where(wild[name], 0.0, m.mean(0)) for name, m in members.items()}
-        shared = self._share(means, members) if self.adaptive_sharing else {}
+        followed = {name: torch.where(wild[name], 0.0, m) for name, m in members.items()}
+        shared = self._share(means, followed) if self.adaptive_sharing else {}
         sizes = torch.cat([(means[name].abs() * self._first[name])[~wild[name]] for name in self.ranges])
         typical = float(sizes.median()) if len(sizes) else inf
         self._moves += 1
@@ -323,8 +341,8 @@ class RobustSearch(OuterSearch):
             }
         if self._rejections != 1:
             self._shorten()
-        if all(torch.equal(x, before[name]) for name, x in self._internal.items()):
-            self._rejections = _REJECTIONS  # there is nowhere to go
+        if not self.new_seeds and all(torch.equal(x, before[name]) for name, x in self._internal.items()):
+            self._rejections = _REJECTIONS  # there is nowhere to go, and no other seed to try it with
 
     def _approach(self, place: Hyperparameters) -> None:
         """Go most of the way back to a place, and on with shorter steps."""
@@ -341,8 +359,25 @@ class RobustSearch(OuterSearch):
         ):
             return True
         if self.trainings is not None:
-            return self._expected_cost + self._confirmation_cost > self._left
+            return not self.affords_outer_step(self.spent)
         return self._since_best >= _PATIENCE and self.ensemble >= _LARGEST_ENSEMBLE
+
+    def affords_outer_step(self, spent: float, run_cost: float = 0.0) -> bool:
+        """Whether `trainings` pay for another outer step and the confirmation of what is found.
+
+        Args:
+            spent: trainings that have been spent.
+            run_cost: what a run may cost, in trainings, where that is known to be more than the search has met with.
+        """
+        expected = self.ensemble * max(self._run_cost, run_cost)
+        return self.trainings is None or expected + self._confirmation_cost <= self.trainings - spent
+
+    @property
+    def _usual_confirmations(self) -> int:
+        """As many as are usual, or as can be paid for beside one outer step."""
+        trainings = inf if self.trainings is None else self.trainings
+        places = _CANDIDATES + self.polish
+        return max(n for n in range(_CONFIRMATIONS + 1) if not n or self._expected_cost + n * places <= trainings)
 
     @property
     def _expected_cost(self) -> float:
@@ -362,12 +397,9 @@ class RobustSearch(OuterSearch):
     def _begin_confirmation(self) -> None:
         """Confirm the best places, and the start if it must not be lost."""
         standing = self._standing
-        start = [place for place in standing if self.polish and self._is_start(place.internal)][:1]
-        if self.polish and not start and standing:  # it was run, but not for as long
-            ran = [place for place in self._places if self._is_start(place.internal) and not place.fallen][:1]
-            start = [replace(place, steps=standing[0].steps) for place in ran]
+        start = self._start_to_confirm if self.polish else []
         best = sorted(standing, key=self._score)[:_CANDIDATES]
-        chosen = [*start, *(place for place in best if place not in start)]
+        chosen = [*start, *(place for place in best if not start or not self._is_start(place.internal))]
         # several by all confirmations that there are to be, one by as many as can be paid for
         while len(chosen) > 1 and len(chosen) * self.confirmations > self._left:
             chosen.pop()
@@ -375,38 +407,105 @@ class RobustSearch(OuterSearch):
         self._candidates = [replace(place, confirmed=[]) for place in chosen] if self.confirmations else []
         self._ended = not self._candidates
 
+    @property
+    def _start_to_confirm(self) -> list[_Place]:
+        """Where the search began, as one of the longest runs, however it was run; none where it has fallen."""
+        starts = [place for place in self._places if self._is_start(place.internal)]
+        if any(place.fallen for place in starts):
+            return []
+        longest = max((place.steps or 0 for place in self._places), default=max(self.lengths or (0,))) or None
+        ran = next((place for place in starts if place.steps == longest), starts[0] if starts else None)
+        # a run that could not be differentiated has left no place
+        place = _Place(dict(self._start), 0, [self.start_loss]) if ran is None else ran
+        return [replace(place, steps=longest)]
+
+    @property
+    def _lacking(self) -> list[_Place]:
+        """Candidates that have been confirmed least often: a trial that failed keeps its candidate back."""
+        least = min((len(c.confirmed) for c in self._candidates), default=0)
+        return [c for c in self._candidates if len(c.confirmed) == least]
+
+    def _fall_above(self, candidate: _Place) -> float:
+        """The loss above which a confirmation speaks against a candidate. The start is what others are measured by,
+        however much worse it is."""
+        return inf if self.polish and self._is_start(candidate.internal) else self._limit
+
     def _take_confirmations(self, outcomes: Sequence[Outcome | None]) -> None:
         """Rank the candidates by confirmations alone: their own runs' losses are why they were chosen."""
-        ended = [outcome for outcome in outcomes if outcome is not None]
-        if not ended:  # every run failed: once more
-            if self._failures >= _REJECTIONS:
-                self._candidates, self._ended = [], True
-            return
-        for candidate, outcome in zip(self._candidates, outcomes, strict=True):
-            candidate.confirmed.append(inf if outcome is None else outcome.val_loss)
+        lacking, fallen = self._lacking, []
+        limits = [self._fall_above(candidate) for candidate in lacking]
+        for candidate, outcome, limit in zip(lacking, outcomes, limits, strict=True):
+            if outcome is None:
+                candidate.failures += 1
+            else:
+                candidate.confirmed.append(outcome.val_loss)
+            lost = outcome is not None and not (isfinite(outcome.val_loss) and outcome.val_loss <= limit)
+            if lost or candidate.failures >= _REJECTIONS:
+                fallen.append(candidate)
         start = next((c for c in self._candidates if self.polish and self._is_start(c.internal)), None)
-        self.start_loss = self.start_loss if start is None else start.confirmed_loss
-        # the start is what others are measured by, however much worse it is
-        held = [
-            c for c in self._candidates if isfinite(c.confirmed[-1]) and (c is start or c.confirmed[-1] <= self._limit)
-        ]
-        fallen = {c.outer_step for c in self._candidates if c not in held}
-        self._places = [replace(p, fallen=True) if p.outer_step in fallen else p for p in self._places]
-        self._candidates = held
-        if not held:  # the next best
-            self._begin_confirmation()
-            standing = self._standing
-            if self._ended and standing:  # which there is nothing left to confirm with
-                place = min(standing, key=self._score)
-                self.incumbent = Evaluated(
-                    self._values(place.internal), place.val_loss, place.outer_step, len(place.losses)
-                )
-            return
-        best = min(held, key=lambda c: c.confirmed_loss)
-        runs = len(best.confirmed)
-        self.incumbent = Evaluated(self._values(best.internal), best.confirmed_loss, best.outer_step, runs)
-        if runs >= self.confirmations or len(held) * max(outcome.cost for outcome in ended) > self._left:
+        if start is not None and start.confirmed:
+            self.start_loss = start.confirmed_loss
+        if self._failures >= _REJECTIONS and len(lacking) == len(self._candidates):  # whatever is trained
+            self._choose()
             self._candidates, self._ended = [], True
+            return
+        self._let_fall(fallen)
+        if not self._candidates:
+            self._begin_confirmation()  # of the next best
+            if self._ended:
+                self._go_on()
+            self._choose()
+            return
+        self._choose()
+        costs = [outcome.cost for outcome in outcomes if outcome is not None]
+        lacking = self._lacking
+        if len(lacking[0].confirmed) >= self.confirmations or (costs and len(lacking) * max(costs) > self._left):
+            self._candidates, self._ended = [], True
+
+    def _let_fall(self, fallen: list[_Place]) -> None:
+        """Give candidates up, with what is known of them."""
+        by_step = {c.outer_step: c.confirmed for c in fallen}
+        known = {place.outer_step for place in self._places}
+        unknown = [replace(c, fallen=True) for c in fallen if c.outer_step not in known]
+        self._places = unknown + [
+            replace(p, fallen=True, confirmed=list(by_step[p.outer_step])) if p.outer_step in by_step else p
+            for p in self._places
+        ]
+        self._candidates = [c for c in self._candidates if c.outer_step not in by_step]
+
+    def _go_on(self) -> None:
+        """Where all that was to be confirmed has fallen: on from the best of it, with what calms training lowered."""
+        self._falls += 1
+        fallen = [p for p in self._places if p.fallen and p.steps == self._steps_of_runs and isfinite(p.val_loss)]
+        if not fallen or self._falls >= _REJECTIONS:
+            return
+        place = min(fallen, key=self._score).internal
+        lowered = {
+            name: self._projected(name, x - self._falls * self._first[name]) if _is_calming(name) else x.clone()
+            for name, x in place.items()
+        }
+        self._rejections = self._since_best = 0
+        if self._is_over() or all(torch.equal(x, place[name]) for name, x in lowered.items()):
+            return
+        self._internal, self._ended = lowered, False
+        self._shorten()
+
+    def _choose(self) -> None:
+        """Take for the incumbent the best of what has been confirmed most often; where nothing has, the best place that
+        stands, by its own runs, else the best that has fallen, by what its confirmations told."""
+        most = max((len(c.confirmed) for c in self._candidates), default=0)
+        fallen = [place for place in self._places if place.fallen and isfinite(place.val_loss)]
+        if most:
+            place = min((c for c in self._candidates if len(c.confirmed) == most), key=lambda c: c.confirmed_loss)
+        elif self._standing:
+            place = min(self._standing, key=self._score)
+        elif fallen:
+            place = min(fallen, key=lambda p: p.confirmed_loss)
+        else:
+            return
+        confirmed = most > 0 or place.fallen
+        loss, runs = (place.confirmed_loss, len(place.confirmed)) if confirmed else (place.val_loss, len(place.losses))
+        self.incumbent = Evaluated(self._values(place.internal), loss, place.outer_step, runs)
 
     @property
     def _standing(self) -> list[_Place]:
@@ -421,8 +520,8 @@ class RobustSearch(OuterSearch):
 
     @property
     def _comparable(self) -> list[_Place]:
-        """Places whose runs were as long as the next one's."""
-        return [place for place in self._places if place.steps == self._steps_of_runs]
+        """Places whose runs were as long as the next one's, and that no confirmation has spoken against."""
+        return [place for place in self._places if not place.fallen and place.steps == self._steps_of_runs]
 
     @property
     def _limit(self) -> float:
@@ -508,6 +607,7 @@ _SCALARS = (
     "_untrained",
     "_rejections",
     "_failures",
+    "_falls",
     "_since_best",
     "_run_cost",
     "_ended",

@@ -17,7 +17,7 @@ RULES = ("robust", "paper")
 """Rules of outer searches, the default first: `RobustSearch` and `PaperSearch`."""
 
 _PAPERS = {"update": "sign", "default_step": 0.1, "tolerance": 1e-3}
-_ROBUST = {"trainings": None, "confirmations": 3, "polish": False, "adaptive_sharing": False}
+_ROBUST = {"trainings": None, "confirmations": None, "polish": False, "adaptive_sharing": False}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class SearchSettings:
     trainings: float | None = None
     """Robust rule: what the search may cost, in plain trainings, confirmations included; None is no limit."""
     confirmations: int | None = None
-    """Robust rule: other seeds with which the best schedules are trained before the search ends; None is 3."""
+    """Robust rule: other seeds with which the best schedules are trained before the search ends; None is 3, or what
+    `trainings` pay for."""
     polish: bool | None = None
     """Robust rule: whether the outcome must not be worse than where it began, by validation; None is False."""
     update: str | None = None

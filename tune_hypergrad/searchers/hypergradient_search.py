@@ -36,6 +36,7 @@ _OURS = (
     "tuned",
     "reject_above",
     "confirmed",
+    "fall_above",
     TRIAL_INDEX,
 )  # what we, and wrappers, put into configs beside the space's
 
@@ -63,15 +64,17 @@ class HypergradientSearch(RestorableSearch[_Member]):
     Each outer step runs `ensemble` trials that differ in their seed only, and follows the average of their
     hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). Trials of the robust rule that
     are not worth it are not differentiated (their config has `reject_above`), and before the search ends the best
-    schedules are confirmed by trials with other seeds (their config has `confirmed`). A trial that fails is left out of
-    the average; where all trials of an outer step failed, the robust rule runs others, and the paper's search ends.
+    schedules are confirmed by trials with other seeds (their config has `confirmed` and, where a loss can speak against
+    a schedule, `fall_above`). A trial that fails is left out of the average; where all trials of an outer step failed,
+    the robust rule runs others, and the paper's search ends. One that fails to confirm is run again.
 
     Args:
         space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
         metric: what Ray ranks trials by. The descent itself always follows `val_loss`, whose derivative it is given.
         mode: "min" or "max", for `metric`.
         points_to_evaluate: configs to run first; the descent begins from the best of them, and by the robust rule its
-            outcome is not worse, by validation, than this. What a point leaves out begins where the rule does. None
+            outcome is not worse, by validation, than this. Points for which `trainings` do not suffice are left
+            out. What a point leaves out begins where the rule does. None
             begins from there in everything.
         seed: the trials' seeds are drawn from it.
         **settings: fields of `SearchSettings`: `rule`, `ensemble`, `outer_steps`, `trainings` and others.
@@ -163,7 +166,10 @@ class HypergradientSearch(RestorableSearch[_Member]):
         # without constants among them, all of a config's hyperparameters are tuned
         tuned = {"tuned": list(proposal.values)} if self._constants else {}
         limit = {} if proposal.reject_above == math.inf else {"reject_above": proposal.reject_above}
-        confirmed = {} if proposal.confirmed is None else {"confirmed": list(proposal.confirmed)}
+        confirmed: dict[str, Any] = {}
+        if proposal.confirmed is not None:
+            confirmed = {"confirmed": list(proposal.confirmed)}
+            confirmed |= {"fall_above": proposal.fall_above} if math.isfinite(proposal.fall_above) else {}
         seed = fold_seed(self._seed, proposal.seed)
         split = {"split_seed": seed} if self._settings.new_splits else {}
         length = {} if proposal.steps is None else {"steps": proposal.steps}
@@ -185,6 +191,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
         self._ended, self._next_member = {}, 0
         if self._starts:
             self._started.append((self._starts.pop(0), outcomes))
+            if not self._affords_point():
+                self._starts = []
             if not self._starts:
                 self._outer, outcomes = min(self._started, key=_loss_of_start)
                 if isinstance(self._outer, RobustSearch):  # what the other points cost is spent, too
@@ -195,6 +203,14 @@ class HypergradientSearch(RestorableSearch[_Member]):
                 self._outer.tell(outcomes)
         else:
             self._current.tell(outcomes)
+
+    def _affords_point(self) -> bool:
+        """Whether there is another point to evaluate, and what is left pays for its runs and the search's end."""
+        following = self._starts[0] if self._starts else None
+        if not isinstance(following, RobustSearch):
+            return following is not None
+        costs = [outcome.cost for _, given in self._started for outcome in given if outcome is not None]
+        return following.affords_outer_step(sum(costs), max(costs, default=0.0))
 
     def _read_outcome(self, result: Mapping[str, Any], work: _Member) -> Outcome | None:
         outcome = _read_outcome(result, self._current.round()[work.index])
@@ -286,7 +302,8 @@ def _read_outcome(result: Mapping[str, Any], proposal: Proposal) -> Outcome | No
         name: torch.tensor([result[key] for key in of_name], dtype=torch.float64) for name, of_name in keys.items()
     }
     differentiated = any(bool(g.isfinite().any()) for g in gradients.values())
-    if not result.get("done", True) and not differentiated:
+    # Ray calls a trial done, too, that somebody has stopped: its last result tells of untrained weights
+    if not differentiated and (not result.get("done", True) or result.get("run/step") == 0):
         return None
     loss, steps = result["val_loss"], result.get("run/steps")
     if proposal.confirmed and result.get(CONFIRMATIONS) == len(proposal.confirmed) + 1:

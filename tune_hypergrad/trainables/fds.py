@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -99,6 +99,10 @@ class DescentSettings(SpaceSettings):
         )
 
 
+_OF_INNER_RUNS = ("reject_above", "confirmed", "fall_above", "split_seed", "tuned")
+"""Settings of `InnerRun` that a search gives a value for every run."""
+
+
 @dataclass(frozen=True)
 class FDSSettings(SpaceSettings, SearchSettings, InnerRunSettings):
     """Settings of `FDS`."""
@@ -109,6 +113,11 @@ class FDSSettings(SpaceSettings, SearchSettings, InnerRunSettings):
     def __post_init__(self) -> None:
         InnerRunSettings.__post_init__(self)
         SearchSettings.__post_init__(self)
+        for name in _OF_INNER_RUNS:
+            if getattr(self, name) != getattr(InnerRunSettings, name):
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}: FDS settles it for every run itself; leave it out"
+                )
         self.begin_search({})
 
     def begin_search(self, config: Mapping[str, Any]) -> OuterSearch:
@@ -133,8 +142,11 @@ class FDS(ProblemTrainable):
 
     @classmethod
     def validate(cls, problem: Problem, settings: FDSSettings, hyperparameters: dict[str, Any], *, check: bool) -> None:
-        loop = InnerLoop(problem, settings.training(fixed=settings.held(settings.fixed, hyperparameters)))
-        settings.make_run(loop, settings.begin_search(hyperparameters).values, check=check)
+        training = settings.training(fixed=settings.held(settings.fixed, hyperparameters))
+        values = settings.begin_search(hyperparameters).values
+        settings.make_run(InnerLoop(problem, training), values, check=check)
+        if settings.lengths:  # what fits the shortest run fits all
+            settings.make_run(InnerLoop(problem, replace(training, steps=min(settings.lengths))), values)
 
     def begin(self, settings: FDSSettings, hyperparameters: dict[str, Any]) -> None:
         self.settings = settings
@@ -142,6 +154,7 @@ class FDS(ProblemTrainable):
         self.search = settings.begin_search(hyperparameters)
         self._outcomes: list[Outcome] = []  # of this round's runs
         self._figures: list[dict[str, float]] = []  # likewise
+        self._means: dict[int, dict[str, float]] = {}  # of each outer step's runs, by its number
         self._earlier = Cost()  # the cost of completed runs
         self._completed = 0  # runs
         self._judged = settings.steps  # inner steps of the last of them
@@ -205,7 +218,7 @@ class FDS(ProblemTrainable):
 
     def _finish_run(self) -> None:
         """Take a run's outcome; after the round's last one, tell the search."""
-        run = self.run
+        run, proposal = self.run, self.proposal
         assert run.final is not None
         figures = {**evaluation_results("val", run.final), **self.evaluate_test(self.loop, run.state)}
         self._record(figures, run.hypergradients)
@@ -215,23 +228,27 @@ class FDS(ProblemTrainable):
         self._figures.append(figures)
         self._earlier += run.cost
         self._completed, self._judged = self._completed + 1, self.loop.steps
-        if len(self._outcomes) == len(self._round):
+        # one lost run makes the robust rule take the outer step back, whatever the others would have given
+        lost = gradients is None and proposal.confirmed is None and isinstance(self.search, RobustSearch)
+        if lost or len(self._outcomes) == len(self._round):
             self._finish_round()
         if not self.search.finished:
             self.run = self._next_run()
 
     def _finish_round(self) -> None:
         before = self.search.incumbent
-        self.search.tell(self._outcomes)
+        if self._round[0].confirmed is None:
+            self._means[self.search.outer_step] = _mean(self._figures)
+        self.search.tell([*self._outcomes, *[None] * (len(self._round) - len(self._outcomes))])
         incumbent = self.search.incumbent
         if incumbent is not None and incumbent is not before:
             same = [
                 figures
-                for figures, proposal in zip(self._figures, self._round, strict=True)
+                for figures, proposal in zip(self._figures, self._round, strict=False)  # those that were run
                 if all(torch.equal(v, incumbent.values[name]) for name, v in proposal.values.items())
             ]
-            # of several runs, the mean; with the loss that the search ranks by
-            mean = {name: fmean(figures[name] for figures in same) for name in same[0]}
+            # where all that was confirmed fell, another place than this round's; with the loss that the search ranks by
+            mean = _mean(same) if same else self._means[incumbent.outer_step]
             schedule = self._schedule(incumbent.values).to_scalars()
             self._best = _incumbent_results({**mean, "val_loss": incumbent.val_loss, **schedule})
         if not self.search.finished:
@@ -259,6 +276,7 @@ class FDS(ProblemTrainable):
             "run": self.run.state_dict(),
             "outcomes": [tuple(outcome) for outcome in self._outcomes],
             "figures": [dict(figures) for figures in self._figures],
+            "means": {outer_step: dict(mean) for outer_step, mean in self._means.items()},
             "earlier": tuple(vars(self._earlier).values()),
             "completed": (self._completed, self._judged),
             "results": (self._untrained, self._results, self._best),
@@ -268,6 +286,7 @@ class FDS(ProblemTrainable):
         self.search.load_state_dict(saved["search"])
         self._outcomes = [Outcome(*outcome) for outcome in saved["outcomes"]]
         self._figures = [dict(figures) for figures in saved["figures"]]
+        self._means = {outer_step: dict(mean) for outer_step, mean in saved["means"].items()}
         self._round = self.search.round() or self._round
         if not self.search.finished:
             self.run = self._next_run()
@@ -280,6 +299,11 @@ class FDS(ProblemTrainable):
             self.run.load_state_dict(saved["run"])
         self._earlier, (self._completed, self._judged) = Cost(*saved["earlier"]), saved["completed"]
         self._untrained, self._results, self._best = (dict(results) for results in saved["results"])
+
+
+def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over runs, by name."""
+    return {name: fmean(of_one[name] for of_one in figures) for name in figures[0]}
 
 
 def _incumbent_results(last: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from math import inf, nan
+from math import inf, isfinite, nan
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, eval
 
 CONFIRMATIONS = "run/confirmations"
 """Of a result: over how many trainings, made to confirm a schedule, its `val_loss` is the mean; 0 for others."""
+FALLEN = "run/fallen"
+"""Of a result: whether a training made to confirm a schedule speaks against it, by its own validation loss."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class InnerRunSettings(TrialSettings):
     """Draws training and validation examples anew from both, by class; None leaves them as the problem has them."""
     confirmed: tuple[float, ...] | None = None
     """Where a run confirms a schedule: the validation losses that others had, with which `val_loss` is averaged."""
+    fall_above: float = inf
+    """Where a run confirms a schedule: the validation loss of its own above which it speaks against it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,8 +164,9 @@ class InnerRun(ProblemTrainable):
         confirmed = self.settings.confirmed
         return {
             **figures,
-            "rejected": run.rejected,
+            "rejected": run.rejected and confirmed is None,
             CONFIRMATIONS: 0 if confirmed is None else len(confirmed) + 1,
+            FALLEN: confirmed is not None and self._has_fallen,
             **self.schedule.to_scalars(),
             **hypergradient_scalars(
                 run.hypergradients if run.done else {k: v * nan for k, v in run.hypergradients.items()}
@@ -171,6 +176,12 @@ class InnerRun(ProblemTrainable):
             "differentiation": run.differentiation,
             "done": run.done,
         }
+
+    @property
+    def _has_fallen(self) -> bool:
+        """Whether the run has come to a validation loss that is not finite or above `fall_above`."""
+        final = self.run.final
+        return final is not None and not (isfinite(final.loss) and final.loss <= self.settings.fall_above)
 
     def _evaluate_untrained(self) -> dict[str, float]:
         state = self.loop.initial_state()
