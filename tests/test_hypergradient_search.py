@@ -295,17 +295,62 @@ def test_what_is_lost_of_a_confirmation_is_run_again(tmp_path):
     assert again._outer.incumbent.runs == 3
 
 
-def test_a_candidate_whose_confirmation_fails_is_out():
-    _, configs = confirmed_by(by_seed)
+def test_a_confirmation_that_fails_is_run_again():
+    expected, configs = confirmed_by(by_seed)
     best = min(config["momentum"] for config in configs)
     for failing in range(3):
+        failed = []
 
-        def respond(config, losses, failing=failing):
-            fails = len(config["confirmed"]) == failing and config["momentum"] == best
-            return None if fails else confirming(config, losses)
+        def respond(config, losses, failing=failing, failed=failed):
+            if len(config["confirmed"]) == failing and config["momentum"] == best and not failed:
+                return failed.append(config)
+            return confirming(config, losses)
 
-        search, _ = confirmed_by(by_seed, respond=respond)
-        assert search.incumbent.values["momentum"] != (best,) and search._outer.incumbent.runs == 3
+        search, others = confirmed_by(by_seed, respond=respond)
+        assert search.incumbent == expected.incumbent and search._outer.incumbent.runs == 3
+        assert len(others) == 7 and others.count(failed[0]) == 2
+
+
+def test_confirmations_are_told_above_what_loss_they_speak_against_their_schedule():
+    _, configs = confirmed_by(by_seed)
+    (limit,) = {config["fall_above"] for config in configs}
+    assert 0.1 < limit < 5
+    start = {"lr": {"0": 0.5, "1": 0.5}, "momentum": 0.3}
+    told = []
+    drive(HypergradientSearch(SPACE, points_to_evaluate=[start], outer_steps=4), lambda c: told.append(c) or bowl(c))
+    for config in told:
+        falls = "confirmed" in config and values_of(config) != start  # by the start others are measured
+        assert ("fall_above" in config) == falls and config.get("fall_above", 1) < 5
+    again = HypergradientSearch(SPACE, points_to_evaluate=[configs[0]])  # an earlier trial's config
+    assert "fall_above" not in again.suggest("a")
+
+
+def test_a_trial_that_was_stopped_before_its_end_has_no_outcome():
+    """Ray calls it done, and its last result tells of untrained weights."""
+    search, configs = HypergradientSearch(SPACE, ensemble=2), []
+    for trial_id, config in ensemble_of(search, 2).items():
+        nan = {key: math.nan for key in bowl(config) if key.startswith("hypergradient")}
+        stopped = {**bowl(config), **nan, "val_loss": 5.0, "done": True, "run/step": 0, "run/steps": 12}
+        search.on_trial_complete(trial_id, stopped if not configs else {**bowl(config), "run/step": 12})
+        configs.append(config)
+    assert search._outer.rejected == 0 and search._outer.start_loss == bowl(configs[1])["val_loss"]
+
+
+@pytest.mark.parametrize(("trainings", "points"), [(20, 2), (24, 3), (60, 6), (None, 6)])
+def test_points_that_cannot_be_paid_for_are_left_out(trainings, points):
+    """A point and the confirmation of what is found from it cost 4 and 9 trainings."""
+    given = [{"momentum": 0.1 * (6 - count)} for count in range(6)]
+    search, cost = HypergradientSearch(SPACE, trainings=trainings, outer_steps=9, points_to_evaluate=given), []
+
+    def respond(config):
+        cost.append(1 if "confirmed" in config else 4)
+        return {**bowl(config), "cost/gradients": 12 * cost[-1], "run/steps": 12}
+
+    configs = drive(search, respond)
+    run = [config["momentum"] for config in configs if config["momentum"] in [point["momentum"] for point in given]]
+    assert list(dict.fromkeys(run)) == [point["momentum"] for point in given[:points]]
+    assert search._outer.spent == sum(cost) <= (trainings or 999)
+    assert search.incumbent is not None and search._outer.incumbent.runs >= 1 and 1 in cost
 
 
 def test_a_round_of_confirmations_all_of_whose_trials_fail_is_run_again():
@@ -519,7 +564,7 @@ def test_domains_without_a_derivative_are_refused_by_name(domain):
         ({"update": "sign"}, "update belongs to rule='paper'"),
         ({"rule": "sign"}, "unknown rule 'sign'"),
         ({"outer_step": 3}, "did you mean 'outer_steps'"),
-        ({"trainings": 9}, "trainings is 9"),
+        ({"trainings": 9, "confirmations": 3}, "trainings is 9"),
         ({"step_sizes": {"lrr": 0.1}}, "'lrr'"),
     ],
 )

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Descent, InnerLoop, OnlineRun, hypergradient_run
+from tune_hypergrad.hypergradients.hypergradient import choose_differentiation
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
 from tune_hypergrad.space import Range
@@ -387,6 +388,22 @@ class TestRejected:
         assert all(bool(gradient.isnan().all()) for gradient in plain.hypergradients.values())
         assert plain.cost.gradients == pytest.approx(self.steps + run.loop.eval_cost("val").gradients)
         assert plain.cost.hypergradients == 0
+
+    def test_what_may_be_rejected_is_differentiated_by_reverse_mode(self) -> None:
+        """Forward mode, which is cheaper for one number, has paid for all before it knows the loss."""
+        values = {"lr": double(0.05)}
+        modes = {}
+        for limit in (inf, 1e9, 0.0):
+            run = hypergradient_run(make_loop(random_problem(), self.steps), values, reject_above=limit)
+            modes[limit] = run.differentiation
+            assert (run.reason == "a rejected run is not gone back through") == (limit < inf)
+        assert modes == {inf: "forward", 1e9: "reverse", 0.0: "reverse"}
+        asked = hypergradient_run(make_loop(steps=4), values, differentiation="forward", reject_above=0.0)
+        assert asked.differentiation == "forward"
+        none_free = choose_differentiation([1], 16, None, 100, 0, may_be_rejected=True)
+        assert none_free.differentiation == "checkpointed_reverse"
+        refused = choose_differentiation([1], 16, None, 1, 99, {"reverse": "it cannot"}, may_be_rejected=True)
+        assert refused == ("forward", "it cannot")
 
     def test_plain_training_asks_for_no_derivative_of_the_model(self) -> None:
         """What cannot be differentiated twice can still be trained to confirm a schedule."""

@@ -404,6 +404,57 @@ def test_the_best_of_fds_is_the_best_of_what_is_confirmed():
     assert last["gain"] == pytest.approx(results[0]["val_loss"] - last["best_val_loss"])
 
 
+@pytest.mark.parametrize("fall_above", [None, 0.0, 99.0])
+def test_inner_run_says_whether_it_speaks_against_what_it_confirms(fall_above):
+    given = {} if fall_above is None else {"fall_above": fall_above}
+    config = {**SCHEDULE.to_config(), "confirmed": [0.1], "reject_above": -np.inf, **given}
+    for result in run_to_end(make(InnerRun, config, reports=3)):
+        over = result["run/step"] == STEPS
+        assert result["run/fallen"] is (fall_above == 0.0 and over) and result["rejected"] is False
+    # 0.1 and another loss are on average below that
+    own = run_to_end(make(InnerRun, {**config, "confirmed": []}))[-1]["val_loss"]
+    limit = {"fall_above": 0.6 * own + 0.04}
+    result = run_to_end(make(InnerRun, {**config, **limit}))[-1]
+    assert result["val_loss"] == pytest.approx((0.1 + own) / 2) and result["run/fallen"] is (own > 0.1)
+    # a run that confirms nothing has nothing to speak against
+    assert run_to_end(make(InnerRun, SCHEDULE.to_config(), fall_above=0.0))[-1]["run/fallen"] is False
+    lost = run_to_end(make(InnerRun, {"lr": 1e30, "l2": 1.0, "confirmed": [], "reject_above": -np.inf}))[-1]
+    assert lost["run/fallen"] is True and lost["rejected"] is False
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_where_all_that_fds_confirms_falls_the_best_is_an_earlier_place(restored, tmp_path):
+    def begin():
+        return make(FDS, space=SPACE, initial=START, polish=False, outer_steps=4, trainings=4 * 4.7 + 6)
+
+    trial, results = begin(), []
+    while not results or not results[-1]["done"]:
+        if trial.search._candidates:
+            if restored:
+                trial.save(str(tmp_path))
+                trial = begin()
+                trial.restore(str(tmp_path))
+            trial.search._fall_above = lambda candidate: 0.0
+        results.append(trial.train())
+    assert trial.search.outer_step == 4 and sum(place.fallen for place in trial.search._places) >= 2
+    step = trial.search.incumbent.outer_step
+    own = next(r for r in results if r["outer_step"] == step + 1)
+    assert results[-1]["best_schedule/momentum"] == own["schedule/momentum"]
+    assert trial.found.values["momentum"] == (own["schedule/momentum"],)
+
+
+def test_once_a_run_is_lost_fds_does_not_make_the_others_of_its_round():
+    """It diverges at the start, which is given up after the first of three runs."""
+    settings = {"space": {"lr": tune.loguniform(1e-3, 1e30), "l2": 1.0}, "initial": {"lr": 1e29}, "ensemble": 3}
+    trial = make(FDS, **settings, outer_steps=2, differentiation="reverse")
+    result = trial.train()
+    assert result["rejected"] == 1 and result["outer_step"] == 1 and result["run/completed"] == 1
+    result = trial.train()
+    assert result["rejected"] == 2 and result["run/completed"] == 2
+    ensemble = make(FDS, space=SPACE, initial=START, ensemble=3, outer_steps=1, confirmations=0)
+    assert run_to_end(ensemble)[-1]["run/completed"] == 3
+
+
 def test_fds_polishes_what_it_is_given():
     trial = make(FDS, space=SPACE, initial=START, outer_steps=4)
     results = run_to_end(trial)
@@ -520,11 +571,18 @@ def test_entries_that_are_no_numbers_are_refused_by_name():
         (FDS, {"space": SPACE, "update": "newton", "rule": "paper"}, "'newton'"),
         (FDS, {"space": SPACE, "update": "sign"}, "update belongs to rule='paper'"),
         (FDS, {"space": SPACE, "rule": "signs"}, "unknown rule 'signs'"),
-        (FDS, {"space": SPACE, "trainings": 9}, "trainings is 9"),
+        (FDS, {"space": SPACE, "trainings": 9, "confirmations": 3}, "trainings is 9"),
         (FDS, {"space": SPACE, "step_sizes": {"lrr": 0.1}}, "'lrr' is not among"),
         (FDS, {"space": SPACE, "initial": {"l2": 0.1}}, "'l2'"),
         (FDS, {"space": {"lr": schedule(tune.uniform(0, 1), windows=STEPS + 1)}}, "shape [13]"),
         (FDS, {"space": SPACE, "horizon": 99}, "horizon is 99"),
+        (FDS, {"space": SPACE, "lengths": (2, STEPS)}, "shape [3]"),
+        (FDS, {"space": SPACE, "lengths": (4, STEPS), "horizon": 5}, "horizon is 5"),
+        (FDS, {"space": SPACE, "reject_above": 1.0}, "reject_above is 1.0: FDS settles it for every run itself"),
+        (FDS, {"space": SPACE, "fall_above": 1.0}, "fall_above is 1.0"),
+        (FDS, {"space": SPACE, "confirmed": (0.3,)}, "confirmed is (0.3,)"),
+        (FDS, {"space": SPACE, "split_seed": 3}, "split_seed is 3"),
+        (FDS, {"space": SPACE, "tuned": ("lr",)}, "tuned is ('lr',)"),
         (HD, {"space": SPACE}, "3 windows"),
         (HD, {"space": ONLINE_SPACE, "horizon": 0}, "horizon is 0"),
     ],
