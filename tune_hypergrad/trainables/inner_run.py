@@ -27,6 +27,9 @@ from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, eval
 CONFIRMATIONS = "run/confirmations"
 """Of a result: over how many trainings, made to confirm a schedule, its `val_loss` is the mean; 0 for others."""
 
+FALLEN = "run/fallen"
+"""Of a result: whether it is a confirmation that speaks against its schedule."""
+
 
 @dataclass(frozen=True)
 class InnerRunSettings(TrialSettings):
