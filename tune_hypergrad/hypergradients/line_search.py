@@ -2,20 +2,20 @@
 
 After the method of adaptive inexact descent, MAID (Salehi, Mukherjee, Roberts & Ehrhardt 2025, "An adaptively inexact
 first-order method for bilevel optimization with application to hyperparameter learning"). There the lower problem is
-solved to an accuracy, from which bounds on the errors of loss and hypergradient follow. Here an inner run is what it is,
-and the errors are those of a mean over seeds: standard errors, which are measured, and get smaller with more seeds. On
-the natural scale of each hyperparameter, in units of its first step size, so that no unit matters, with the mean
+solved to an accuracy, from which bounds on the errors of loss and hypergradient follow. Here a run is what it is, and
+the errors are those of means over seeds: standard errors, which are measured, and smaller with more seeds. On the
+natural scale of each hyperparameter, in units of its first step size, so that no unit matters, with the mean
 hypergradient z of error e at the place x:
 
 - *descent direction* (MAID's Algorithm 3.1): e <= (1 - eta) |z|, else the number of seeds is doubled at the same place;
 - *inexact sufficient decrease* (its condition psi(alpha) <= 0): the trial x - alpha z is accepted where
 
-      F(x - alpha z) - F(x) + error <= -eta alpha |z|^2,
+      F(x - alpha z) - F(x) + error <= -eta alpha |z|^2.
 
-  F being means over the same seeds at both places, so that the error is that of the mean of their differences. Where the
+  F are means over the same seeds at both places, and the error is that of the mean of their differences. Where the
   range ends, z (x - trial) stands for alpha |z|^2;
-- alpha grows after a trial that was accepted (MAID's rho above 1) and shrinks after one that was clearly rejected; where
-  the condition fails by less than twice the error, or three times in a row, the accuracy is raised instead (its nu below
+- alpha grows after a trial that was accepted (MAID's rho above 1), and shrinks after one that was clearly rejected;
+  where the condition fails by less than twice the error, or three times in a row, the accuracy is raised (its nu below
   1), and it is lowered after a step for which half as many seeds would have done (its nu above 1).
 
 An accepted trial's hypergradients are the next direction, which is then tried with seeds that had no part in it: what
@@ -95,9 +95,9 @@ class _Noise:
 class LineSearch(OuterSearch):
     """Outer search by inexact line search; the module tells how it goes.
 
-    A step that is accepted costs a differentiated run and a plain one for each seed, a trial that is rejected a plain one
-    for each (by forward mode a differentiated one). The search also ends where no step of a hundredth of the first step
-    sizes is accepted with eight seeds.
+    A step that is accepted costs a differentiated run and a plain one for each seed, a trial that is rejected a plain
+    one for each (by forward mode a differentiated one). The search also ends where no step that moves any element by a
+    hundredth of its first step size is accepted with eight seeds.
 
     Args:
         ranges: what is tuned, by name; moved on the scale of `natural_range`, but for those with a step size.
@@ -108,8 +108,8 @@ class LineSearch(OuterSearch):
         ensemble: seeds at the beginning, and at the least; up to eight (or `ensemble`, if larger) where noise asks.
         outer_steps: trials at the most, rejected ones included; None: as many as it takes.
         trainings: what the whole search may cost, in plain trainings; None: no limit.
-        new_seeds: whether every line search has seeds of its own; without, all have the same, and an accepted step needs
-            no plain runs.
+        new_seeds: whether every line search has seeds of its own; without, all have the same, and an accepted step
+            needs no plain runs.
 
     Raises:
         InputError: an unknown name, initial values that do not fit, a range without bounds and step size, or
@@ -146,8 +146,8 @@ class LineSearch(OuterSearch):
         needed = ensemble * self._differentiated_cost + self._trial_cost(ensemble)
         if trainings is not None and trainings < needed:
             raise InputError(
-                f"trainings is {trainings:g}: a first run and one outer step cost about {needed:.3g}; raise it, or lower "
-                "ensemble"
+                f"trainings is {trainings:g}: a first run and one outer step cost about {needed:.3g}; raise it, or "
+                "lower ensemble"
             )
 
     @property
@@ -269,9 +269,7 @@ class LineSearch(OuterSearch):
         """Make the place the incumbent where it is the best, or was the incumbent with fewer seeds."""
         place, best = self._place, self.incumbent
         if best is None or best.outer_step == place.outer_step or place.val_loss < best.val_loss:
-            self.incumbent = Evaluated(
-                self._values(place.point), place.val_loss, place.outer_step, len(place.losses)
-            )
+            self.incumbent = Evaluated(self._values(place.point), place.val_loss, place.outer_step, len(place.losses))
 
     def _choose(self) -> None:
         """What comes next at a place whose loss is known: more seeds, a trial, or the end."""
@@ -327,7 +325,7 @@ class LineSearch(OuterSearch):
         return runs * (self._differentiated_cost + self.new_seeds * self._plain_cost)
 
     def _direction(self) -> tuple[Tensor, float]:
-        """Mean hypergradient by the point, 0 for elements that their bounds let go nowhere, and its error. Shape [P]."""
+        """Mean hypergradient by the point, shape [P], 0 for elements that their bounds hold; and its error."""
         place = self._place
         if not place.gradients:
             return torch.zeros_like(place.point), 0.0

@@ -130,7 +130,9 @@ def beginning(
         for name, r in natural.items()
     }
     internal = {name: natural[name].to_internal(values) for name, values in starts.items()}
-    return Beginning(natural, internal, {name: _first_step(name, r, step_sizes.get(name)) for name, r in natural.items()})
+    return Beginning(
+        natural, internal, {name: _first_step(name, r, step_sizes.get(name)) for name, r in natural.items()}
+    )
 
 
 def _first_step(name: str, limits: Range, given: float | None) -> float:
