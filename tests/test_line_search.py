@@ -149,12 +149,14 @@ class TestUnits:
                 return float((a**2).sum() + 3 * (b**2).sum()), {"a": 2 * a, "b": 6 * b / unit}
 
             path = []
-            for _ in range(40):
+            while not search.finished:
                 path += [[*p.values["a"].tolist(), float(p.values["b"]) / unit] for p in search.round()]
                 step(search, train)
             return path
 
-        for ours, theirs in zip(visited(1.0), visited(1e4), strict=True):
+        paths = visited(1.0), visited(1e4)
+        assert len(paths[0]) > 10
+        for ours, theirs in zip(*paths, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-9)
 
     def test_scales_are_the_natural_ones(self) -> None:
@@ -174,7 +176,7 @@ class TestNoise:
         while not search.finished:
             sizes.append(search.ensemble)
             step(search, other)
-        assert abs(math.log(found(search) / 0.3)) < 0.35  # one seed's best lr is 0.3 away, and the start 3.4
+        assert abs(math.log(found(search) / 0.3)) < 0.5  # one seed's best lr is 0.3 away, and the start 3.4
         assert sizes[:4] == [1] * 4 and max(sizes) == 8
 
     def test_a_decrease_within_the_error_asks_for_more_seeds_at_the_same_place(self) -> None:
@@ -222,7 +224,7 @@ class TestNoise:
 
     def test_a_rejected_trial_is_not_differentiated(self) -> None:
         search, train = LineSearch(RATE), bowl()
-        for _ in range(40):
+        while not search.finished:
             before, trial = search.rejected, search.round()
             outcomes = step(search, train)
             if search.rejected > before:
@@ -241,16 +243,17 @@ def test_a_cliff_is_not_gone_over(behind: float) -> None:
 
     search = finish(LineSearch({"h": Range(1, -1.0, 1.0)}), train)
     assert search.finished and search.incumbent is not None
-    assert 0.4 < found(search, "h") < 0.49 and math.isfinite(search.incumbent.val_loss)
+    assert 0.4 < found(search, "h") < 0.45 and search.incumbent.val_loss < 2.6
 
 
-def test_a_step_that_diverges_with_other_seeds_is_taken_back() -> None:
+@pytest.mark.parametrize("loss", [NAN, 4.9])
+def test_a_step_that_dies_with_other_seeds_is_taken_back(loss: float) -> None:
     search = LineSearch(RATE)
     step(search, bowl())
     begun = search.incumbent
     step(search, bowl())
     assert search.round()[0].reject_above == -INF
-    search.tell([Outcome(NAN, 5.0, None)])
+    search.tell([Outcome(loss, 5.0, None)])
     assert search.incumbent is begun and search.rejected == 1
     (again,) = search.round()
     assert begun is not None and torch.equal(again.values["lr"], begun.values["lr"])
@@ -435,19 +438,22 @@ class TestSettings:
 class TestRuns:
     def test_a_real_training_gets_better(self) -> None:
         """Runs of the engine, with seeds of their own."""
-        search = LineSearch({"lr": Range(3, 1e-4, 1.0, "log")}, outer_steps=8)
+        problem, seed = tiny_problem(), 5
+        search = LineSearch({"lr": Range(2, 1e-4, 1.0, "log"), "momentum": Range(1, 0.0, 0.95)}, outer_steps=6)
+
+        def run(proposal: Proposal) -> Outcome:
+            loop = make_loop(problem, STEPS, seed=fold_seed(seed, proposal.seed))
+            result = differentiate(loop, proposal.values, "reverse", reject_above=proposal.reject_above)
+            is_known = all(bool(g.isfinite().all()) for g in result.hypergradients.values())
+            assert is_known == (result.val_loss <= proposal.reject_above)
+            cost = result.cost.gradients / STEPS
+            return Outcome(result.val_loss, 1.1, result.hypergradients if is_known else None, cost)
+
         while not search.finished:
-            outcomes: list[Outcome | None] = []
-            for proposal in search.round():
-                loop = make_loop(seed=fold_seed(3, proposal.seed), steps=6)
-                result = differentiate(loop, proposal.values, "reverse", reject_above=proposal.reject_above)
-                known = all(bool(g.isfinite().all()) for g in result.hypergradients.values())
-                assert known == (result.val_loss <= proposal.reject_above)
-                cost = result.cost.gradients / 6
-                outcomes.append(Outcome(result.val_loss, 1.2, result.hypergradients if known else None, cost))
-            search.tell(outcomes)
-        assert search.incumbent is not None and search.incumbent.outer_step > 0
-        assert search.incumbent.val_loss < search.start_loss
+            search.tell([run(proposal) for proposal in search.round()])
+        assert search.incumbent is not None and search.start_loss > 0.9
+        fresh = [run(Proposal(search.incumbent.values, 10_000 + s, -INF)).val_loss for s in range(5)]
+        assert max(fresh) < 0.6
 
     def test_fds_by_line_search(self) -> None:
         space = {"lr": schedule(tune.loguniform(1e-4, 1.0), windows=2)}

@@ -46,6 +46,7 @@ _GROWTH, _SHRINKAGE = 1.5, 0.5  # of alpha
 _LARGEST, _SMALLEST = 3.0, 0.01  # steps of any element, in first step sizes: at the most; below which there is no step
 _RESTART = 0.1  # likewise, with more seeds after steps had become too small
 _CHAOS = 0.25  # share of training's gain by which one first step along one derivative cannot change the loss
+_LOST = 0.5  # share of training's gain by which no seed may be worse than the incumbent, noise aside
 _BACKTRACKS = 3  # in a row, after which the accuracy is raised
 _LARGEST_ENSEMBLE = 8
 _MEMORY = 0.5  # weight of earlier measurements of noise
@@ -136,7 +137,7 @@ class LineSearch(OuterSearch):
         """Validation loss of the place the search began at."""
         self._place = _Place(torch.cat([internal[name] / self._first[name] for name in self.ranges]), 0)
         self._previous: _Place | None = None
-        self._trial = self._place.point
+        self._trial, self._untrained = self._place.point, inf
         self._alpha = inf
         self._phase, self._seeds, self._next_seed = _MEASURE, list(range(ensemble)), ensemble
         self._rejections = self._failures = 0  # in a row
@@ -179,15 +180,17 @@ class LineSearch(OuterSearch):
     def _take_measurement(self, told: Mapping[int, Outcome]) -> None:
         """More runs at the place: they make its loss and its hypergradient more accurate."""
         place, first = self._place, self.incumbent is None
-        if not all(isfinite(outcome.val_loss) for outcome in told.values()):
+        losses = [outcome.val_loss for outcome in told.values()]
+        if not all(map(isfinite, losses)) or (self._previous is not None and max(losses) > self._lost):
             self._take_back()
             return
+        self._untrained = fmean(outcome.untrained_loss for outcome in told.values())
         place.losses |= {seed: outcome.val_loss for seed, outcome in told.items()}
         if self._phase == _MEASURE:
             self._take_gradients(place, list(told.values()))
         elif len(told) == 1 and isfinite(place.accepted_loss):  # two seeds at one place
             self._change_noise.measure((place.val_loss - place.accepted_loss) ** 2, 1)
-        self._propose_incumbent()
+        self._make_incumbent()
         if first:
             self.start_loss = place.val_loss
         self._choose()
@@ -228,11 +231,11 @@ class LineSearch(OuterSearch):
             self._begin(_CHECK, self.ensemble)
             return
         self._place.losses = dict(list(losses.items())[: self.ensemble])
-        self._propose_incumbent()
+        self._make_incumbent()
         self._choose()
 
     def _take_back(self) -> None:
-        """Seeds that had no part in a step diverge where it led: go back, and shorten it."""
+        """Seeds that had no part in a step diverge or die where it led: go back, and shorten it."""
         if self.incumbent is not None and self.incumbent.outer_step == self._place.outer_step:
             self.incumbent = replace(self.incumbent, val_loss=inf)
         self.rejected += 1
@@ -265,11 +268,19 @@ class LineSearch(OuterSearch):
             stacked = torch.stack(place.gradients)
             self._gradient_noise.measure(float(((stacked - stacked.mean(0)) ** 2).sum()), len(stacked) - 1)
 
-    def _propose_incumbent(self) -> None:
-        """Make the place the incumbent where it is the best, or was the incumbent with fewer seeds."""
-        place, best = self._place, self.incumbent
-        if best is None or best.outer_step == place.outer_step or place.val_loss < best.val_loss:
-            self.incumbent = Evaluated(self._values(place.point), place.val_loss, place.outer_step, len(place.losses))
+    def _make_incumbent(self) -> None:
+        """Make the place the incumbent: every step is known to have lowered the loss, and losses of other places, with
+        other seeds, tell less."""
+        place = self._place
+        self.incumbent = Evaluated(self._values(place.point), place.val_loss, place.outer_step, len(place.losses))
+
+    @property
+    def _lost(self) -> float:
+        """The validation loss of a run that lost much of what training gains, as one that has died."""
+        if self.incumbent is None or not isfinite(self._untrained):
+            return inf
+        gain = max(self._untrained - self.incumbent.val_loss, 0.0)
+        return self.incumbent.val_loss + _LOST * gain + 2 * self._change_noise.error(1)
 
     def _choose(self) -> None:
         """What comes next at a place whose loss is known: more seeds, a trial, or the end."""
@@ -339,12 +350,10 @@ class LineSearch(OuterSearch):
         return -_ETA * float(direction @ (self._place.point - self._trial))
 
     def _limits(self) -> dict[int, float]:
-        """By seed: the loss above which a trial's run is not differentiated. A run by itself strays from the mean; of
-        those of an accepted trial the best one at least is below."""
+        """By seed: the loss above which a trial's run is not differentiated. If a trial of several is accepted, the best
+        of them is below."""
         losses = self._place.losses
-        runs = len(losses)
-        stray = self._change_noise.error(1) * (sqrt(1 - 1 / runs) - sqrt(1 / runs))
-        bound = self._bound() + stray
+        bound = self._bound() - (self._change_noise.error(1) if len(losses) == 1 else 0.0)
         return {seed: loss + bound for seed, loss in losses.items()}
 
     def _values(self, point: Tensor) -> Hyperparameters:
@@ -391,6 +400,7 @@ _STATE = (
     "start_loss",
     "ensemble",
     "_trial",
+    "_untrained",
     "_alpha",
     "_phase",
     "_seeds",
