@@ -186,8 +186,8 @@ class TestNoise:
         search.tell([Outcome(loss, 2.0, {"h": double(0.2)}, GRADIENT) for loss in (0.5, 1.2)])  # -0.15 +- 0.35
         more = search.round()
         assert search.ensemble == 4 and [p.seed for p in more] == [2, 3]
-        assert all(torch.equal(p.values["h"], start["h"]) and p.reject_above == INF for p in more)
-        search.tell([Outcome(1.0, 2.0, {"h": double(0.2)}, GRADIENT) for _ in more])
+        assert all(torch.equal(p.values["h"], start["h"]) and p.reject_above == -INF for p in more)
+        search.tell([Outcome(1.0, 2.0, None) for _ in more])
         assert [p.seed for p in search.round()] == [0, 1, 2, 3]
 
     def test_a_direction_that_is_mostly_error_asks_for_more_seeds(self) -> None:

@@ -46,7 +46,7 @@ _GROWTH, _SHRINKAGE = 1.5, 0.5  # of alpha
 _LARGEST, _SMALLEST = 3.0, 0.01  # steps of any element, in first step sizes: at the most; below which there is no step
 _RESTART = 0.1  # likewise, with more seeds after steps had become too small
 _CHAOS = 0.25  # share of training's gain by which one first step along one derivative cannot change the loss
-_LOST = 0.5  # share of training's gain by which no seed may be worse than the incumbent, noise aside
+_WORSE = 0.1  # share of training's gain by which a place may be worse than the last one, if noise is not larger
 _BACKTRACKS = 3  # in a row, after which the accuracy is raised
 _LARGEST_ENSEMBLE = 8
 _MEMORY = 0.5  # weight of earlier measurements of noise
@@ -180,16 +180,17 @@ class LineSearch(OuterSearch):
     def _take_measurement(self, told: Mapping[int, Outcome]) -> None:
         """More runs at the place: they make its loss and its hypergradient more accurate."""
         place, first = self._place, self.incumbent is None
-        losses = [outcome.val_loss for outcome in told.values()]
-        if not all(map(isfinite, losses)) or (self._previous is not None and max(losses) > self._lost):
-            self._take_back()
+        losses = {seed: outcome.val_loss for seed, outcome in told.items()}
+        has_diverged = not all(map(isfinite, losses.values()))
+        if has_diverged or fmean(losses.values()) > self._highest(len(losses)):
+            self._take_back(has_diverged=has_diverged)
             return
+        if len(losses) == 1 and not place.losses and isfinite(place.accepted_loss):  # two seeds at one place
+            self._change_noise.measure((fmean(losses.values()) - place.accepted_loss) ** 2, 1)
         self._untrained = fmean(outcome.untrained_loss for outcome in told.values())
-        place.losses |= {seed: outcome.val_loss for seed, outcome in told.items()}
+        place.losses |= losses
         if self._phase == _MEASURE:
             self._take_gradients(place, list(told.values()))
-        elif len(told) == 1 and isfinite(place.accepted_loss):  # two seeds at one place
-            self._change_noise.measure((place.val_loss - place.accepted_loss) ** 2, 1)
         self._make_incumbent()
         if first:
             self.start_loss = place.val_loss
@@ -209,7 +210,7 @@ class LineSearch(OuterSearch):
             self._accept(told, is_easy=self._rejections == 0 and change + sqrt(2) * error <= bound)
             return
         self.rejected += 1
-        if change - error <= bound and self._raise_accuracy():
+        if change - error <= bound and self._raise_accuracy(_CHECK):
             return
         self._rejections += 1
         self._alpha *= _SHRINKAGE
@@ -234,9 +235,9 @@ class LineSearch(OuterSearch):
         self._make_incumbent()
         self._choose()
 
-    def _take_back(self) -> None:
-        """Seeds that had no part in a step diverge or die where it led: go back, and shorten it."""
-        if self.incumbent is not None and self.incumbent.outer_step == self._place.outer_step:
+    def _take_back(self, *, has_diverged: bool) -> None:
+        """Seeds that had no part in a step say that it was none: go back, and shorten it."""
+        if has_diverged and self.incumbent is not None and self.incumbent.outer_step == self._place.outer_step:
             self.incumbent = replace(self.incumbent, val_loss=inf)
         self.rejected += 1
         if self._previous is None:
@@ -274,13 +275,14 @@ class LineSearch(OuterSearch):
         place = self._place
         self.incumbent = Evaluated(self._values(place.point), place.val_loss, place.outer_step, len(place.losses))
 
-    @property
-    def _lost(self) -> float:
-        """The validation loss of a run that lost much of what training gains, as one that has died."""
-        if self.incumbent is None or not isfinite(self._untrained):
+    def _highest(self, runs: int) -> float:
+        """The mean loss of runs at the place, with seeds that did not choose it, above which it is worse than the last
+        one."""
+        if self._previous is None or not isfinite(self._untrained):
             return inf
-        gain = max(self._untrained - self.incumbent.val_loss, 0.0)
-        return self.incumbent.val_loss + _LOST * gain + 2 * self._change_noise.error(1)
+        before = self._previous.val_loss
+        gain = max(self._untrained - before, 0.0)
+        return before + max(_WORSE * gain, 2 * self._change_noise.error(runs))
 
     def _choose(self) -> None:
         """What comes next at a place whose loss is known: more seeds, a trial, or the end."""
@@ -304,15 +306,16 @@ class LineSearch(OuterSearch):
         if not self._is_affordable():
             self._phase = _END
 
-    def _raise_accuracy(self) -> bool:
-        """Ask for as many seeds more at the same place; False where there may be no more of them."""
+    def _raise_accuracy(self, phase: str = _MEASURE) -> bool:
+        """Ask for as many seeds more at the same place, plain runs where it is losses that have to be more accurate;
+        False where there may be no more of them."""
         more = min(2 * self.ensemble, self._most) - self.ensemble
-        cost = more * self._differentiated_cost + self._trial_cost(self.ensemble + more)
-        if more == 0 or not self._leaves(cost):
+        per_run = self._differentiated_cost if phase == _MEASURE else self._plain_cost
+        if more == 0 or not self._leaves(more * per_run + self._trial_cost(self.ensemble + more)):
             return False
         self.ensemble += more
         self._rejections = 0
-        self._begin(_MEASURE, more)
+        self._begin(phase, more)
         return True
 
     def _begin(self, phase: str, runs: int) -> None:
@@ -350,8 +353,8 @@ class LineSearch(OuterSearch):
         return -_ETA * float(direction @ (self._place.point - self._trial))
 
     def _limits(self) -> dict[int, float]:
-        """By seed: the loss above which a trial's run is not differentiated. If a trial of several is accepted, the best
-        of them is below."""
+        """By seed: the loss above which a trial's run is not differentiated. Of an accepted trial's runs, the best
+        is below."""
         losses = self._place.losses
         bound = self._bound() - (self._change_noise.error(1) if len(losses) == 1 else 0.0)
         return {seed: loss + bound for seed, loss in losses.items()}
