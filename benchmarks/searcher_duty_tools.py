@@ -104,8 +104,8 @@ _ALL = (
     Column(
         "HypergradientSearch",
         _OURS,
-        {"outer_steps": 4, "seed": 0},
-        {"outer_steps": None, "default_step": 1e-3, "tolerance": 1e-30},
+        {"outer_steps": 4, "confirmations": 0, "seed": 0},
+        {"outer_steps": None, "trainings": 1e9},
         ends=True,
     ),
     Column("TuneBOHB", "ray.tune.search.bohb", {"seed": 0}, model=True, needs_bohb_scheduler=True, ours=False),

@@ -113,7 +113,7 @@ space, trials = {name: tune.uniform(0, 1) for name in "abcd"}, 150
 known = {"space": space, "metric": "val_loss", "mode": "min", "seed": 0}
 searchers = [
     RandomSearch(**known), BOSearch(**known), HyperBandSearch(max_budget=9, **known), BOHBSearch(max_budget=9, **known),
-    HypergradientSearch(ensemble=3, tolerance=1e-12, **known),
+    HypergradientSearch(ensemble=3, trainings=1e9, **known),
 ]
 for searcher in searchers:
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""FDS as one trial in a Tuner: a learning-rate schedule and a momentum, learned from zero; the best one is saved.
+"""FDS as one trial in a Tuner: a learning-rate schedule and a momentum, found by gradients; the best is saved.
 
 python examples/fds_in_ray.py [FOLDER]
 """

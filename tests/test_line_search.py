@@ -13,10 +13,11 @@ from engine_problems import Values, differentiate, double, make_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import tune
+from test_hypergradient_search import drive
 from test_runs import assert_same_state, through_a_file
 from tiny_problem import STEPS, numbers, tiny_problem
 
-from tune_hypergrad import FDS, schedule
+from tune_hypergrad import FDS, HypergradientSearch, schedule
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import LineSearch, Outcome, Proposal, SearchSettings
@@ -361,6 +362,8 @@ class TestCost:
         with pytest.raises(InputError, match=f"a first run and one outer step cost about {needed}; raise it, or lower"):
             LineSearch(RATE, ensemble=ensemble, trainings=needed - 0.1)
         LineSearch(RATE, ensemble=ensemble, trainings=needed + 0.1)
+        with pytest.raises(InputError, match="trainings is nan"):
+            LineSearch(RATE, ensemble=ensemble, trainings=NAN)
 
 
 def known(state: Any) -> Any:
@@ -409,6 +412,7 @@ class TestSettings:
         [
             ({"confirmations": 2}, "confirmations belongs to rule='robust': drop it, or set the rule"),
             ({"polish": True}, "polish belongs to rule='robust': drop it, or set the rule"),
+            ({"lengths": (5, 10)}, "lengths belongs to rule='robust' or 'paper': drop it, or set the rule"),
             ({"tolerance": 0.1}, "tolerance belongs to rule='paper': drop it, or set the rule"),
             (
                 {"rule": "paper", "trainings": 9.0},
@@ -454,6 +458,21 @@ class TestRuns:
         assert search.incumbent is not None and search.start_loss > 0.9
         fresh = [run(Proposal(search.incumbent.values, 10_000 + s, -INF)).val_loss for s in range(5)]
         assert max(fresh) < 0.6
+
+    def test_trials_by_line_search(self) -> None:
+        search = HypergradientSearch({"lr": tune.loguniform(1e-4, 1.0)}, rule="line-search", outer_steps=8)
+
+        def trial(config: dict[str, Any]) -> dict[str, Any]:
+            proposal = Proposal({"lr": double(config["lr"])}, config["seed"] % 97, config.get("reject_above", INF))
+            told = outcome(bowl(), proposal)
+            gradient = NAN if told.hypergradients is None else float(told.hypergradients["lr"])
+            cost = {"run/steps": 10, "cost/gradients": 10 * told.cost, "untrained_val_loss": 5.0}
+            return {"val_loss": told.val_loss, "hypergradient/lr/0": gradient, "done": True, **cost}
+
+        configs = drive(search, trial)
+        assert len(configs) > 8 and {config.get("reject_above") for config in configs} >= {None, -INF}
+        assert search.incumbent is not None
+        assert search.incumbent.values["lr"][0] == pytest.approx(0.03, rel=0.05)
 
     def test_fds_by_line_search(self) -> None:
         space = {"lr": schedule(tune.loguniform(1e-4, 1.0), windows=2)}

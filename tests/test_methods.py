@@ -46,6 +46,8 @@ def regularised(**settings):
     return Task(problem, **{"space": space, "steps": EPOCH, "fixed": {"momentum": 0.5}, **settings})
 
 
+BY_RUNS = ("fds", "fds-paper")
+BY_GRADIENTS = (*BY_RUNS, "hd")
 TASKS = {"tiny": tiny, "regularised": regularised}
 
 
@@ -87,7 +89,7 @@ def test_what_a_method_suggests_first_runs(name, make):
     for unit in ("steps", "examples", "gradients", "device_seconds", "wall_seconds"):
         assert result[f"cost/{unit}"] > 0
     assert 0 <= result["cost/hypergradients"] + result["cost/evaluations"] <= result["cost/gradients"]
-    assert (result["cost/hypergradients"] > 0) == (name in ("fds", "hd", *SELF_TUNING))
+    assert (result["cost/hypergradients"] > 0) == (name in (*BY_GRADIENTS, *SELF_TUNING))
     assert 0 < result["run/step"] <= result["run/steps"]
     tunable = method.tunable(task)
     assert set(tunable) <= set(task.space) and set(tunable) <= set(found.values)
@@ -98,17 +100,18 @@ def test_what_a_method_suggests_first_runs(name, make):
 def test_seeds_draw_differently(name):
     task = regularised(space={**regularised().space, "momentum": tune.uniform(0, 0.9)}, fixed={})
     searchers = [METHODS[name].searcher(replace(task, seed=seed)) for seed in (1, 2)]
-    draws = [[repr(searcher.suggest(f"t{index}")) for index in range(3)] for searcher in searchers]
-    assert draws[0] != draws[1] and len(set(draws[0])) == 3
+    count = 1 if name in BY_RUNS else 3  # what comes next depends on what the first one gives
+    draws = [[repr(searcher.suggest(f"t{index}")) for index in range(count)] for searcher in searchers]
+    assert draws[0] != draws[1] and len(set(draws[0])) == count
 
 
-@pytest.mark.parametrize("name", ["fds", "hd", *SELF_TUNING])
+@pytest.mark.parametrize("name", ["hd", *SELF_TUNING])
 def test_gradient_methods_run_one_trial_at_a_time(name):
     assert METHODS[name].concurrent == 1
 
 
-@pytest.mark.parametrize("name", ["rs", "bo", "hb", "bohb", "cosine"])
-def test_black_box_methods_run_as_many_as_there_are_places(name):
+@pytest.mark.parametrize("name", [*BY_RUNS, "rs", "bo", "hb", "bohb", "cosine"])
+def test_methods_of_many_trials_run_as_many_as_there_are_places(name):
     assert METHODS[name].concurrent is None
 
 
@@ -130,26 +133,49 @@ def test_what_a_method_cannot_tune(name):
     cannot = set(task.space) - set(METHODS[name].tunable(task))
     if name == "cosine":
         assert cannot == set(task.space)
-    elif name in ("fds", "hd"):
+    elif name in BY_GRADIENTS:
         assert cannot == set(task.problem.underivable_hyperparameters) and without_derivative
     else:
         assert not cannot
-    if name not in ("fds", "hd", "cosine"):
+    if name not in (*BY_GRADIENTS, "cosine"):
         return
     for key in cannot:
         assert key not in suggestion(METHODS[name], task), "nor does it suggest any"
 
 
-@pytest.mark.parametrize("name", ["fds", "hd"])
-def test_descents_begin_at_zero_and_then_anywhere(name):
+def test_hypergradient_descent_begins_at_zero_and_then_anywhere():
     task = tiny(space={**SPACE, "momentum": 0.25})
-    searcher = METHODS[name].searcher(task)
+    searcher = METHODS["hd"].searcher(task)
     first, second = searcher.suggest("a"), searcher.suggest("b")
-    zero = {"fds": {"0": 0.0, "1": 0.0, "2": 0.0}, "hd": 0.0}[name]
-    assert (first["lr"], first["momentum"], first["l2"]) == (zero, 0.25, pytest.approx(1e-3))
-    assert second["lr"] != zero and second["momentum"] == 0.25 and 1e-5 <= second["l2"] <= 1e-1
-    result = METHODS[name].trainable(task)(config=dict(first)).train()
+    assert (first["lr"], first["momentum"], first["l2"]) == (0.0, 0.25, pytest.approx(1e-3))
+    assert second["lr"] != 0 and second["momentum"] == 0.25 and 1e-5 <= second["l2"] <= 1e-1
+    result = METHODS["hd"].trainable(task)(config=dict(first)).train()
     assert np.isfinite(result["val_loss"])
+
+
+def test_fds_begins_where_training_learns_and_the_papers_rule_at_zero():
+    task = tiny(space={**SPACE, "momentum": 0.25})
+    first, papers = (METHODS[name].searcher(task).suggest("a") for name in BY_RUNS)
+    assert list(first["lr"].values()) == pytest.approx([0.01] * 3) and first["l2"] == pytest.approx(1e-3)
+    assert set(papers["lr"].values()) == {0.0} and papers["l2"] == pytest.approx(1e-5), "the bound nearest to zero"
+
+
+def test_fds_spends_what_there_is_and_confirms_what_it_can_pay_for():
+    searches = {n: METHODS["fds"].searcher(tiny(trainings=n)) for n in (2.0, 5.0, 9.0, 40.0, None)}
+    settings = {n: (s._settings.trainings, s._settings.confirmations) for n, s in searches.items()}
+    assert settings == {2.0: (None, None), 5.0: (5.0, 0), 9.0: (9.0, 2), 40.0: (40.0, 3), None: (None, None)}
+
+
+def test_methods_begin_at_a_start():
+    start = {"lr": {"0": 0.2, "1": 0.1, "2": 0.3}, "momentum": 0.5, "l2": 1e-4}
+    task = tiny(start=start)
+    first = METHODS["fds"].searcher(task).suggest("a")
+    assert {name: first[name] for name in start} == {
+        "lr": {key: pytest.approx(value) for key, value in start["lr"].items()},
+        "momentum": pytest.approx(0.5),
+        "l2": pytest.approx(1e-4),
+    }
+    assert METHODS["hd"].searcher(task).suggest("a")["lr"] == pytest.approx(0.2), "the mean over the run"
 
 
 def test_hypergradient_descent_has_one_value_and_fds_a_schedule():
@@ -158,10 +184,10 @@ def test_hypergradient_descent_has_one_value_and_fds_a_schedule():
     assert suggestion(METHODS["hd"], task)["lr"] == 0.0
 
 
-@pytest.mark.parametrize("name", ["fds", "hd"])
+@pytest.mark.parametrize("name", ["fds", "fds-paper", "hd"])
 def test_descents_with_nothing_to_derive_by_are_refused(name):
     task = regularised(space={"cutout_length": tune.randint(0, 5)})
-    assert "nothing to tune" in refusal(METHODS[name].trainable, task)
+    assert "nothing to tune" in refusal(METHODS[name].searcher, task)
 
 
 @pytest.mark.parametrize("name", SELF_TUNING)

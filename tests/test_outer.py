@@ -14,7 +14,8 @@ from test_runs import assert_same_state, through_a_file
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import Descent, OuterLoop
+from tune_hypergrad.hypergradients import Descent, Outcome, PaperSearch
+from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.space import Range
 
 NAN, INF = math.nan, math.inf
@@ -168,127 +169,160 @@ def test_an_element_at_its_bound_does_not_move() -> None:
     assert descent.largest_step == 0.0
 
 
-def quadratic(values: Values) -> tuple[float, Values]:
+def run_of(loss: float = 0.5, *gradients: float, untrained: float = 1.0, cost: float = 3.7) -> Outcome:
+    """A run of one hyperparameter "h" with these hypergradients, or that was not differentiated."""
+    return Outcome(loss, untrained, {"h": double(*gradients)} if gradients else None, cost)
+
+
+def quadratic(values: Values, noise: float = 0.0) -> Outcome:
     """A loss of 1 at 0, 0 at 0.35."""
     distance = values["h"] - 0.35
-    return float((distance**2).sum()) / 0.1225, {"h": 2 * distance}
+    return Outcome(float((distance**2).sum()) / 0.1225 + noise, 1.0, {"h": 2 * distance + noise})
 
 
-class TestOuterLoop:
-    def tell(self, outer: OuterLoop, loss: float, gradient: float = 1.0, untrained: float = 1.0) -> bool:
-        return outer.tell(loss, {"h": double(gradient)}, untrained)
+class TestMeanOutcome:
+    def test_is_a_mean_of_everything_but_the_costs(self) -> None:
+        mean = mean_outcome([run_of(0.5, 1.0, 2.0, untrained=2.0), run_of(0.7, 3.0, -2.0, untrained=3.0, cost=1.0)])
+        assert (mean.val_loss, mean.untrained_loss, mean.cost) == pytest.approx((0.6, 2.5, 4.7))
+        assert mean.hypergradients is not None and mean.hypergradients["h"].tolist() == [2, 0]
 
-    def value(self, outer: OuterLoop) -> float:
-        return float(outer.values["h"])
+    @pytest.mark.parametrize("nothing", [NAN, INF, -INF])
+    def test_elements_that_are_not_finite_are_left_out(self, nothing: float) -> None:
+        runs = [run_of(0.5, 1.0, nothing), run_of(0.5, nothing, nothing), run_of(0.5, 3.0, nothing)]
+        found = mean_outcome(runs).hypergradients
+        assert found is not None and float(found["h"][0]) == 2 and math.isnan(found["h"][1])
 
-    @pytest.mark.parametrize(("loss", "gradient"), [(NAN, 1.0), (INF, 1.0), (0.5, 0.0), (0.5, NAN), (0.8, 1.0)])
-    def test_a_setback_returns_to_the_incumbent_with_half_the_step(self, loss: float, gradient: float) -> None:
-        outer = OuterLoop(descent_of())
-        assert not self.tell(outer, 0.5, -1.0)
-        assert self.value(outer) == pytest.approx(0.1)
-        assert self.tell(outer, loss, gradient)
-        assert self.value(outer) == pytest.approx(0.05)
-        assert self.tell(outer, loss, gradient)
-        assert self.value(outer) == pytest.approx(0.025)
-        assert outer.setbacks == 2 and outer.outer_step == 3
-        assert outer.incumbent is not None and outer.incumbent.val_loss == 0.5
+    def test_failed_runs_count_for_nothing(self) -> None:
+        assert mean_outcome([None, run_of(0.5, 1.0), None]) == run_of(0.5, 1.0)
 
-    def test_a_little_worse_is_no_setback(self) -> None:
-        """The incumbent gained 0.5 over the untrained model; giving back up to half of it is exploration."""
-        outer = OuterLoop(descent_of())
-        self.tell(outer, 0.5)
-        assert not self.tell(outer, 0.75)
-        assert self.tell(outer, 0.7501)
+    @pytest.mark.parametrize("loss", [NAN, INF])
+    def test_half_of_those_that_ended_must_not_have_diverged(self, loss: float) -> None:
+        fine, lost = run_of(0.5, 1.0), run_of(loss, NAN)
+        assert mean_outcome([fine, fine, lost]).val_loss == 0.5
+        for runs in ([fine, lost], [fine, lost, None], [lost, lost]):
+            mean = mean_outcome(runs)
+            assert math.isnan(mean.val_loss) and mean.hypergradients is None
+            assert mean.cost == pytest.approx(7.4)  # what diverged has cost as much
 
-    def test_the_incumbent_is_the_best_not_the_last(self) -> None:
-        outer = OuterLoop(descent_of())
-        for loss in (0.9, 0.5, 0.6, 0.55):
-            self.tell(outer, loss, -1.0)
-        assert outer.incumbent is not None
-        assert (outer.incumbent.val_loss, outer.incumbent.outer_step) == (0.5, 1)
-        assert float(outer.incumbent.values["h"]) == pytest.approx(0.1)
+    def test_of_nothing(self) -> None:
+        for runs in ([], [None, None]):
+            mean = mean_outcome(runs)
+            assert math.isnan(mean.val_loss) and mean.hypergradients is None and mean.cost == 0
 
-    def test_runs_without_improvement_end_in_a_setback(self) -> None:
-        outer = OuterLoop(descent_of(), patience=2)
-        assert not self.tell(outer, 0.5, -1.0)
-        assert not self.tell(outer, 0.6, -1.0)
-        assert self.value(outer) == pytest.approx(0.2)
-        assert self.tell(outer, 0.51, -1.0)
-        assert self.value(outer) == pytest.approx(0.05)
-        assert not self.tell(outer, 0.4, -1.0) and not self.tell(outer, 0.45, -1.0)
+    def test_runs_that_were_not_differentiated_have_a_loss(self) -> None:
+        mean = mean_outcome([run_of(0.5), run_of(0.7)])
+        assert mean.val_loss == pytest.approx(0.6) and mean.hypergradients is None
 
-    def test_a_first_run_that_diverges_ends_the_search(self) -> None:
-        outer = OuterLoop(descent_of())
-        assert not outer.converged
-        assert self.tell(outer, NAN, NAN)
-        assert outer.incumbent is None and outer.outer_step == 1
-        assert outer.converged
+
+class TestPaperSearch:
+    def told(self, search: PaperSearch, *outcomes: Outcome | None) -> float:
+        """The value after a round."""
+        search.tell(outcomes)
+        return float(search.values["h"][0])
+
+    def test_every_round_is_followed_by_a_step_whatever_it_gave(self) -> None:
+        search = PaperSearch(descent_of())
+        assert self.told(search, run_of(0.5, -1.0)) == pytest.approx(0.1)
+        assert self.told(search, run_of(0.9, -1.0)) == pytest.approx(0.2)  # worse, and not taken back
+        assert self.told(search, run_of(0.4, 1.0)) == pytest.approx(0.15)
+        assert self.told(search, run_of(0.6, 1.0)) == pytest.approx(0.10)
+        assert search.incumbent is not None and search.outer_step == 4
+        assert (search.incumbent.val_loss, search.incumbent.outer_step, search.incumbent.runs) == (0.4, 2, 1)
+        assert float(search.incumbent.values["h"]) == pytest.approx(0.2)
+
+    def test_nothing_is_rejected_and_nothing_confirmed(self) -> None:
+        search = PaperSearch(descent_of(), outer_steps=4)
+        while proposals := search.round():
+            assert all(p.reject_above == INF and p.confirmed is None for p in proposals)
+            search.tell([quadratic(p.values) for p in proposals])
+        assert search.outer_step == 4
+
+    def test_an_ensembles_hypergradients_are_averaged(self) -> None:
+        search = PaperSearch(descent_of(update="sgd"), ensemble=3)
+        assert [proposal.values["h"].tolist() for proposal in search.round()] == [[0], [0], [0]]
+        assert self.told(search, run_of(0.3, -1.0), run_of(0.6, -2.0), run_of(0.3, -6.0)) == pytest.approx(0.3)
+        assert search.incumbent is not None and search.incumbent.val_loss == pytest.approx(0.4)
+        assert search.incumbent.runs == 3
+        assert self.told(search, run_of(0.1, -1.0), None, run_of(NAN, NAN)) == pytest.approx(
+            0.3
+        )  # of two, one diverged
+        assert search.finished
+
+    def test_a_failed_member_is_left_out(self) -> None:
+        search = PaperSearch(descent_of(update="sgd"), ensemble=3)
+        assert self.told(search, None, run_of(0.3, -1.0), None) == pytest.approx(0.1)
+        assert not search.finished and search.incumbent is not None and search.incumbent.runs == 1
+
+    def test_seeds_are_new_in_every_round_or_the_same(self) -> None:
+        def seeds(new_seeds: bool) -> list[list[int]]:
+            search, found = PaperSearch(descent_of(), ensemble=2, outer_steps=3, new_seeds=new_seeds), []
+            while proposals := search.round():
+                assert search.round() == proposals  # until it is told
+                found.append([proposal.seed for proposal in proposals])
+                search.tell([run_of(0.5, -1.0)] * 2)
+            return found
+
+        assert seeds(True) == [[0, 1], [2, 3], [4, 5]]
+        assert seeds(False) == [[0, 1], [0, 1], [0, 1]]
+
+    @pytest.mark.parametrize("lost", [None, run_of(NAN, NAN), run_of(INF, 1.0)], ids=["failed", "NaN", "infinite"])
+    def test_a_round_that_comes_to_nothing_ends_the_search(self, lost: Outcome | None) -> None:
+        for before in (0, 1):
+            search = PaperSearch(descent_of())
+            for _ in range(before):
+                search.tell([run_of(0.5, -1.0)])
+            assert not search.finished
+            search.tell([lost])
+            assert search.finished and search.round() == () and search.outer_step == before + 1
+            assert (search.incumbent is None) == (before == 0)
 
     def test_a_search_with_nothing_to_follow_ends(self) -> None:
-        outer = OuterLoop(descent_of())
-        assert self.tell(outer, 0.5, 0.0)
-        assert outer.incumbent is not None and outer.converged
+        search = PaperSearch(descent_of())
+        search.tell([run_of(0.5, 0.0)])
+        assert search.finished and search.incumbent is not None
 
-    def test_some_elements_that_are_not_finite_are_no_setback(self) -> None:
-        outer = OuterLoop(descent_of(2))
-        assert not outer.tell(0.5, {"h": double(NAN, 1.0)}, 1.0)
-        assert outer.values["h"].tolist() == pytest.approx([0.0, -0.1])
-
-    def test_steps_after_a_setback_stay_halved(self) -> None:
-        outer = OuterLoop(descent_of())
-        self.tell(outer, 0.5, -1.0)
-        self.tell(outer, NAN)
-        assert not self.tell(outer, 0.4, -1.0)
-        assert self.value(outer) == pytest.approx(0.1)
+    def test_some_elements_that_are_not_finite_stay(self) -> None:
+        search = PaperSearch(descent_of(2))
+        search.tell([run_of(0.5, NAN, 1.0)])
+        assert search.values["h"].tolist() == pytest.approx([0.0, -0.1]) and not search.finished
 
     @pytest.mark.parametrize("update", ["sign", "adam"])
     def test_converges_on_a_quadratic(self, update: str) -> None:
-        outer = OuterLoop(descent_of(update=update), tolerance=1e-3)
-        for _ in range(60):
-            outer.tell(*quadratic(outer.values), 1.0)
-            if outer.converged:
-                break
-        assert outer.converged
-        assert outer.incumbent is not None
-        assert float(outer.incumbent.values["h"]) == pytest.approx(0.35, abs=0.01)
-
-    def test_a_cliff_is_left_behind(self) -> None:
-        """A loss that falls towards a cliff: the search creeps up to it and never stays behind it."""
-
-        def run(values: Values) -> tuple[float, Values]:
-            h = float(values["h"])
-            return (1 - h, {"h": double(-1.0)}) if h < 0.47 else (2.3, {"h": double(0.0)})
-
-        outer = OuterLoop(descent_of(), tolerance=1e-4)
-        for _ in range(40):
-            outer.tell(*run(outer.values), 1.0)
-        assert outer.converged and outer.incumbent is not None
-        assert 0.46 < float(outer.incumbent.values["h"]) < 0.47
+        search = PaperSearch(descent_of(update=update), tolerance=1e-3, outer_steps=60)
+        while proposals := search.round():
+            search.tell([quadratic(p.values) for p in proposals])
+        assert search.incumbent is not None
+        assert float(search.incumbent.values["h"]) == pytest.approx(0.35, abs=0.01)
+        assert (search.outer_step < 60) == (update == "sign")  # whose step sizes shrink
 
     @pytest.mark.parametrize("update", ["sign", "sgd", "adam"])
     def test_saved_at_every_step(self, update: str) -> None:
-        def losses(step: int, values: Values) -> tuple[float, Values]:
-            return (NAN, {"h": double(NAN, NAN)}) if step % 4 == 2 else quadratic(values)
+        def fresh() -> PaperSearch:
+            return PaperSearch(descent_of(2, update=update), ensemble=2, outer_steps=8)
 
-        def finish(outer: OuterLoop) -> dict[str, Any]:
-            while outer.outer_step < 10:
-                outer.tell(*losses(outer.outer_step, outer.values), 2.0)
-            return outer.state_dict()
+        def step(search: PaperSearch) -> None:
+            runs: list[Outcome | None] = [quadratic(p.values, noise=0.01 * (p.seed % 3)) for p in search.round()]
+            search.tell([None, *runs[1:]] if search.outer_step % 4 == 2 else runs)
 
-        def fresh() -> OuterLoop:
-            return OuterLoop(descent_of(2, update=update))
+        def finish(search: PaperSearch) -> tuple[Any, ...]:
+            proposals = []
+            while not search.finished:
+                proposals.append([tuple(proposal) for proposal in search.round()])
+                step(search)
+            return proposals, search.state_dict()
 
-        expected = finish(fresh())
-        outer = fresh()
-        for step in range(10):
-            saved = outer.state_dict()
+        expected, final = finish(fresh())
+        search = fresh()
+        for begun in range(9):
+            saved = search.state_dict()
             before = through_a_file(saved)
             for state in (through_a_file(saved), saved):
                 resumed = fresh()
                 resumed.load_state_dict(state)
-                assert_same_state(finish(resumed), expected)
+                assert_same_state(finish(resumed), (expected[begun:], final))
             assert_same_state(saved, before)
-            outer.tell(*losses(step, outer.values), 2.0)
+            if begun < 8:
+                step(search)
 
 
 def test_values_are_double_precision_whatever_the_hypergradients() -> None:

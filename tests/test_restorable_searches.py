@@ -20,9 +20,9 @@ SEARCHES = {
     "bo": partial(BOSearch, SPACE, **METRIC, seed=0),
     "hb": partial(HyperBandSearch, SPACE, **METRIC, max_budget=9, brackets=1, seed=0),
     "bohb": partial(BOHBSearch, SPACE, **METRIC, max_budget=9, brackets=1, seed=0),
-    "hypergradient": partial(HypergradientSearch, SPACE, **METRIC, ensemble=2, outer_steps=5, tolerance=1e-9),
+    "hypergradient": partial(HypergradientSearch, SPACE, **METRIC, ensemble=2, outer_steps=4, confirmations=1),
 }
-TRIALS = {"rs": 8, "bo": 8, "hb": 9 + 3 + 1, "bohb": 9 + 3 + 1, "hypergradient": 10}
+TRIALS = {"rs": 8, "bo": 8, "hb": 9 + 3 + 1, "bohb": 9 + 3 + 1, "hypergradient": 4 * 2 + 2}
 KINDS = ("rs", "bohb", "hypergradient")
 """Between them they have all that differs in a restore."""
 WAITING = ("hb", "bohb", "hypergradient")  # these come to an end of their own, for which they need every result
@@ -87,7 +87,7 @@ def assert_complete(kind, search):
     search = innermost(search)
     assert not search._running and not search._again
     if kind == "hypergradient":
-        assert search._outer.outer_step == 5 and not search._outer.setbacks
+        assert search._outer.outer_step == 4 and not search._outer.rejected
     else:
         runs = search.result().get_all_runs()
         assert len(runs) == TRIALS[kind] and all(run.loss is not None for run in runs)

@@ -33,10 +33,10 @@ INNER = {
     "bo": partial(BOSearch, SPACE, **GIVEN),
     "hb": partial(HyperBandSearch, SPACE, **GIVEN, max_budget=4, eta=2, brackets=2),
     "bohb": partial(BOHBSearch, SPACE, **GIVEN, max_budget=4, eta=2, brackets=2),
-    "hypergradient": partial(HypergradientSearch, SPACE, **GIVEN, ensemble=2, outer_steps=4, tolerance=1e-9),
+    "hypergradient": partial(HypergradientSearch, SPACE, **GIVEN, ensemble=2, outer_steps=3, confirmations=1),
     "queue": partial(QueueSearch, [{"x": i / 8} for i in range(8)]),
 }
-WORK = {"rs": 9, "bo": 9, "hb": 4 + 2 + 1 + 2 + 1, "bohb": 4 + 2 + 1 + 2 + 1, "hypergradient": 8, "queue": 8}
+WORK = {"rs": 9, "bo": 9, "hb": 4 + 2 + 1 + 2 + 1, "bohb": 4 + 2 + 1 + 2 + 1, "hypergradient": 3 * 2 + 2, "queue": 8}
 WRAPPED = {
     "alone": (lambda search: search, 1),
     "limited": (lambda search: ConcurrencyLimiter(search, 2), 1),
@@ -276,7 +276,7 @@ class Simulation:
         if self.kind not in ("rs", "bo"):  # of as many trials as there are to be, one may have been passed over
             assert not base._running and not base._again
         if self.kind == "hypergradient":
-            assert base._outer.outer_step == 4
+            assert base._outer.outer_step == 3 and base._outer.finished
         elif self.kind == "queue":
             assert not base.queue and {x for x, *_ in self.runs} == {i / 8 for i in range(8)}
         else:

@@ -7,7 +7,7 @@ import io
 import random
 import subprocess
 import sys
-from math import isqrt
+from math import inf, isqrt
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Descent, InnerLoop, OnlineRun, hypergradient_run
 from tune_hypergrad.hypergradients.reverse import ReverseRun
-from tune_hypergrad.hypergradients.run import HypergradientResult
+from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
 from tune_hypergrad.space import Range
 
 VALUES = {"lr": double(0.05, 0.02, 0.03), "beta1": double(0.8, 0.9)}
@@ -322,6 +322,129 @@ class TestMemory:
         )
         assert kept.cost.steps == 16
         assert 16 < recomputed.cost.steps <= 32
+
+
+class TestRejected:
+    """`reject_above`: a run that is not worth it is not differentiated, and otherwise nothing is changed."""
+
+    steps = 16
+
+    def run_of(self, mode: str, limit: float, problem: Any = None, **arguments: Any) -> HypergradientRun:
+        loop = make_loop(problem or random_problem(), self.steps, "adam")
+        return hypergradient_run(loop, VALUES, differentiation=mode, reject_above=limit, **arguments)
+
+    def finished(self, run: HypergradientRun) -> HypergradientRun:
+        with run.loop.running():
+            run.advance(run.length)
+        assert run.done
+        return run
+
+    @pytest.mark.parametrize("horizon", [None, 3])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_an_accepted_run_is_the_same_to_the_bit(self, mode: str, horizon: int | None) -> None:
+        problem = random_problem()
+        free = self.finished(self.run_of(mode, inf, problem, horizon=horizon))
+        assert not free.rejected and free.final is not None
+        for limit in (free.final.loss, 2 * free.final.loss):  # up to the loss itself
+            accepted = self.finished(self.run_of(mode, limit, problem, horizon=horizon))
+            assert not accepted.rejected
+            assert_same_bits(accepted.result(), free.result())
+            assert accepted.cost == free.cost
+
+    @pytest.mark.parametrize("val_examples", [None, 3])
+    @pytest.mark.parametrize("horizon", [None, 3])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_rejected_one_has_the_loss_and_no_derivatives(
+        self, mode: str, horizon: int | None, val_examples: int | None
+    ) -> None:
+        problem, arguments = random_problem(), {"horizon": horizon, "val_examples": val_examples}
+        free = self.finished(self.run_of(mode, inf, problem, **arguments)).result()
+        rejected = self.finished(self.run_of(mode, np.nextafter(free.val_loss, 0), problem, **arguments))
+        result = rejected.result()
+        assert rejected.rejected and result.val_loss == free.val_loss and result.metrics == free.metrics
+        for name, gradient in result.hypergradients.items():
+            assert gradient.shape == free.hypergradients[name].shape and bool(gradient.isnan().all())
+        for name, trained in result.params.items():
+            assert torch.equal(trained, free.params[name])
+
+    @pytest.mark.parametrize("mode", ["reverse", "checkpointed_reverse"])
+    def test_it_costs_one_training_and_its_evaluation(self, mode: str) -> None:
+        # as many validation examples as two batches: a run's share that gets the smaller the longer it is
+        rejected = self.finished(self.run_of(mode, 0.0))
+        assert rejected.cost.steps == self.steps and not rejected._kept  # type: ignore[attr-defined]
+        evaluation = rejected.loop.eval_cost("val", gradient=True).gradients
+        assert rejected.cost.gradients == pytest.approx(self.steps + evaluation)
+        assert rejected.cost.gradients <= 1.2 * self.steps
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_minus_infinity_is_plain_training(self, mode: str) -> None:
+        problem = random_problem()
+        free = self.finished(self.run_of(mode, inf, problem)).result()
+        run = self.run_of(mode, -inf, problem)
+        plain = self.finished(run).result()
+        assert run.rejected and plain.val_loss == pytest.approx(free.val_loss, rel=1e-9)
+        assert plain.val_loss == free.val_loss or mode == "forward"  # whose tangents are added up in another order
+        assert all(bool(gradient.isnan().all()) for gradient in plain.hypergradients.values())
+        assert plain.cost.gradients == pytest.approx(self.steps + run.loop.eval_cost("val").gradients)
+        assert plain.cost.hypergradients == 0
+
+    def test_plain_training_asks_for_no_derivative_of_the_model(self) -> None:
+        """What cannot be differentiated twice can still be trained to confirm a schedule."""
+
+        class Once(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return 2 * x
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: Any, gradient: Tensor) -> Any:
+                return 2 * gradient
+
+        class Model(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return Once.apply(super().forward(x))
+
+        loop = make_loop(make_problem(lambda: Model(4, 3)), 4)
+        run = self.finished(hypergradient_run(loop, {"lr": double(0.1)}, reject_above=-inf))
+        assert run.final is not None and run.final.loss < 5
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_run_that_diverged_is_rejected_without_a_limit(self, mode: str) -> None:
+        loop = make_loop(make_problem(batch_size=12), 4, fixed={"weight_decay": 1e200})
+        values = {"lr": double(1e200)}
+        run = self.finished(hypergradient_run(loop, values, differentiation=mode))
+        assert run.rejected and bool(run.hypergradients["lr"].isnan().all())
+
+    @pytest.mark.parametrize("limit", [-inf, 0.0, inf])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_saved_at_every_position(self, mode: str, limit: float) -> None:
+        problem = random_problem()
+        whole = self.finished(self.run_of(mode, limit, problem)).result()
+        run = self.run_of(mode, limit, problem)
+        while True:
+            resumed = self.run_of(run.differentiation, limit, problem)
+            resumed.load_state_dict(through_a_file(run.state_dict()))
+            result = self.finished(resumed).result()
+            assert result.val_loss == whole.val_loss and result.hypergradients.keys() == whole.hypergradients.keys()
+            for name, gradient in result.hypergradients.items():
+                assert torch.equal(gradient.nan_to_num(7.0), whole.hypergradients[name].nan_to_num(7.0))
+            if run.done:
+                break
+            with run.loop.running():
+                run.advance(3)
+
+    def test_plain_training_is_resumed_whatever_the_mode_was_that_was_asked_for(self) -> None:
+        """Clipped Hessian products are for forward mode only, and plain training has none."""
+        problem, clipped = random_problem(), {"clip_hessian_product": 0.1}
+        run = self.run_of("auto", -inf, problem, **clipped)
+        with run.loop.running():
+            run.advance(5)
+        resumed = self.run_of(run.differentiation, -inf, problem, **clipped)
+        resumed.load_state_dict(through_a_file(run.state_dict()))
+        assert self.finished(resumed).result().val_loss == self.finished(run).result().val_loss
+        with pytest.raises(InputError, match="defined for forward mode only"):
+            self.run_of("reverse", inf, problem, **clipped)
 
 
 @pytest.mark.parametrize("mode", MODES)

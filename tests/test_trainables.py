@@ -21,6 +21,8 @@ from tune_hypergrad.randomness import fold_seed
 
 SCHEDULE = Schedule({"lr": (0.1, 0.3, 0.05), "momentum": (0.5,), "l2": (1e-3,)})
 SPACE = {"lr": schedule(tune.uniform(0, 1), windows=3), "momentum": tune.uniform(0, 0.9), "l2": 1e-3}
+START = {"lr": [0.3, 0.2, 0.1], "momentum": 0.7}
+"""From where on a few steps train."""
 ONLINE_SPACE = {"lr": tune.uniform(0, 1), "momentum": 0.5}
 
 EVALUATION = 24 / 8 * GRADIENTS_PER["evaluation"]
@@ -204,10 +206,23 @@ def test_an_ensemble_is_charged_for_all_its_seeds():
 
 
 def test_cost_of_fds_is_that_of_its_inner_runs():
-    trial = make(FDS, space=SPACE, outer_steps=3, differentiation="reverse")
+    trial = make(FDS, space=SPACE, outer_steps=3, differentiation="reverse", rule="paper")
     for count, result in enumerate(run_to_end(trial), start=1):
         assert result["cost/steps"] == count * STEPS
         assert result["cost/gradients"] == pytest.approx(EVALUATION + count * RUN)
+
+
+def test_runs_of_fds_that_confirm_cost_a_training():
+    settings = {"initial": START, "polish": False, "differentiation": "reverse", "confirmations": 2}
+    trial = make(FDS, space=SPACE, outer_steps=3, **settings)
+    results = run_to_end(trial)
+    assert len(results) == 3 + 2 * 2 and not results[-1]["rejected"]
+    for count, result in enumerate(results, start=1):
+        confirming = max(0, count - 3)
+        expected = EVALUATION + min(count, 3) * RUN + confirming * (STEPS + EVALUATION)
+        assert result["cost/gradients"] == pytest.approx(expected)
+        assert np.isnan(result["hypergradient/lr/0"]) == (confirming > 0)
+    assert trial.search.spent == pytest.approx((results[-1]["cost/gradients"] - EVALUATION) / STEPS)
 
 
 def test_cost_of_hypergradient_descent():
@@ -331,27 +346,32 @@ def test_an_ensemble_that_cannot_go_together_is_restored_as_such(tmp_path):
     assert numbers(run_to_end(again)[-1]) == numbers(expected[-1])
 
 
-def test_fds_follows_the_hypergradients_of_the_schedule_it_reports():
-    for result in run_to_end(make(FDS, space=SPACE, outer_steps=3, seed=2)):
+@pytest.mark.parametrize("rule", ["robust", "paper"])
+def test_fds_follows_the_hypergradients_of_the_schedule_it_reports(rule):
+    settings = {"outer_steps": 3, "seed": 2, "rule": rule}
+    settings |= {"confirmations": 0, "initial": START} if rule == "robust" else {}
+    for outer_step, result in enumerate(run_to_end(make(FDS, space=SPACE, **settings))):
         values = {
             "lr": torch.tensor([result[f"schedule/lr/{w}"] for w in range(3)], dtype=torch.float64),
             "momentum": torch.tensor([result["schedule/momentum"]], dtype=torch.float64),
         }
-        expected = hypergradient(tiny_problem(), values, steps=STEPS, seed=2, fixed={"l2": 1e-3})
+        # every outer step has seeds of its own; the robust rule numbers them by the largest ensemble
+        seed = fold_seed(2, outer_step * (4 if rule == "robust" else 1))
+        expected = hypergradient(tiny_problem(), values, steps=STEPS, seed=seed, fixed={"l2": 1e-3})
         assert result["val_loss"] == expected.val_loss
         for name, gradient in expected.hypergradients.items():
             assert [result[f"hypergradient/{name}/{w}"] for w in range(len(gradient))] == gradient.tolist()
 
 
 def test_fds_improves_from_zero_learning_rates():
-    results = run_to_end(make(FDS, space=SPACE, outer_steps=6))
+    results = run_to_end(make(FDS, space=SPACE, outer_steps=6, rule="paper"))
     assert all(results[0][f"schedule/lr/{w}"] == 0 for w in range(3))
     assert results[-1]["best_val_loss"] < 0.7 * results[0]["val_loss"]
     assert [r["outer_step"] for r in results] == [1, 2, 3, 4, 5, 6]
 
 
 def test_fds_counts_the_runs_that_it_has_completed():
-    results = run_to_end(make(FDS, space=SPACE, reports=2, outer_steps=2, differentiation="reverse"))
+    results = run_to_end(make(FDS, space=SPACE, reports=2, outer_steps=2, differentiation="reverse", rule="paper"))
     untrained = [result["run/step"] == 0 for result in results]
     completed = [result["run/completed"] for result in results]
     assert untrained == [not count for count in completed] and sorted(set(completed)) == [0, 1, 2]
@@ -359,7 +379,7 @@ def test_fds_counts_the_runs_that_it_has_completed():
 
 def test_the_best_of_fds_is_its_best_run_not_its_last():
     # steps of most of the range overshoot, so that runs are worse than ones before them
-    results = run_to_end(make(FDS, space={"lr": tune.uniform(0, 40)}, initial={"lr": 0.5}, outer_steps=8))
+    results = run_to_end(make(FDS, space={"lr": tune.uniform(0, 40)}, initial={"lr": 0.5}, outer_steps=8, rule="paper"))
     losses = [r["val_loss"] for r in results]
     assert losses[-1] != min(losses) or any(b > a for a, b in pairwise(losses))
     for count in range(1, len(results) + 1):
@@ -367,7 +387,48 @@ def test_the_best_of_fds_is_its_best_run_not_its_last():
         last = results[count - 1]
         assert last["best_val_loss"] == best["val_loss"] == min(losses[:count])
         assert last["best_schedule/lr"] == best["schedule/lr"] and last["best_test_loss"] == best["test_loss"]
-    assert results[-1]["setbacks"] > 0
+
+
+def test_the_best_of_fds_is_the_best_of_what_is_confirmed():
+    results = run_to_end(make(FDS, space=SPACE, outer_steps=4, initial=START, polish=False))
+    last, confirming = results[-1], results[4:]
+    assert len(confirming) == 6 and {r["outer_step"] for r in confirming} == {4}
+    losses = {}
+    for result in confirming:
+        key = tuple(value for name, value in result.items() if name.startswith("schedule/"))
+        losses.setdefault(key, []).append(result["val_loss"])
+    assert {len(of_one) for of_one in losses.values()} == {3}
+    best = min(losses, key=lambda key: np.mean(losses[key]))
+    assert last["best_val_loss"] == pytest.approx(np.mean(losses[best]))
+    assert tuple(value for name, value in last.items() if name.startswith("best_schedule/")) == best
+    assert last["gain"] == pytest.approx(results[0]["val_loss"] - last["best_val_loss"])
+
+
+def test_fds_polishes_what_it_is_given():
+    trial = make(FDS, space=SPACE, initial=START, outer_steps=4)
+    results = run_to_end(trial)
+    assert len(results) == 4 + 3 * 3 or len(results) == 4 + 3 * 2  # the start may be one of the two best
+    own = [r["val_loss"] for r in results[4:] if [r[f"schedule/lr/{w}"] for w in range(3)] == START["lr"]]
+    assert len(own) == 3 and trial.search.start_loss == pytest.approx(np.mean(own))
+    assert results[-1]["best_val_loss"] <= np.mean(own) and results[-1]["gain"] >= 0
+    unasked = make(FDS, space=SPACE, initial=START, outer_steps=4, polish=False)
+    assert len(run_to_end(unasked)) == 4 + 3 * 2
+
+
+def test_fds_keeps_to_its_budget_and_says_what_it_rejected():
+    # learning rates of which the upper ones are far too high
+    space = {"lr": tune.loguniform(1e-2, 1e4), "l2": 1e-2}
+    results = run_to_end(make(FDS, space=space, trainings=25, initial={"lr": 2.0}, step_sizes={"lr": 3.0}))
+    assert results[-1]["cost/gradients"] <= 25 * STEPS + EVALUATION and results[-1]["rejected"] > 0
+    assert np.isfinite(results[-1]["best_val_loss"]) and results[-1]["gain"] >= 0
+
+
+def test_a_search_all_of_whose_runs_diverge_ends_without_an_incumbent():
+    settings = {"space": {"l2": tune.uniform(0.5, 1)}, "fixed": {"lr": 1e30}}
+    trial = make(FDS, **settings)
+    results = run_to_end(trial)
+    assert trial.search.incumbent is None and trial.found is None and results[-1]["rejected"] == len(results)
+    assert not np.isfinite(results[-1]["val_loss"]) and np.isnan(results[-1]["gain"])
 
 
 def test_fds_begins_where_its_settings_or_its_config_say():
@@ -375,22 +436,26 @@ def test_fds_begins_where_its_settings_or_its_config_say():
         return make(FDS, config, space=SPACE, **settings).train()
 
     given = first({}, initial={"lr": [0.1, 0.2, 0.3]})
-    assert [given[f"schedule/lr/{w}"] for w in range(3)] == [0.1, 0.2, 0.3] and given["schedule/momentum"] == 0
+    assert [given[f"schedule/lr/{w}"] for w in range(3)] == [0.1, 0.2, 0.3]
+    assert 0 < given["schedule/momentum"] < 0.9
+    assert first({}, initial={"lr": [0.1, 0.2, 0.3]}, rule="paper")["schedule/momentum"] == 0
     by_config = first({"momentum": 0.5, "lr": {"0": 0.3, "1": 0.2, "2": 0.1}}, initial={"lr": [0.1, 0.2, 0.3]})
     assert [by_config[f"schedule/lr/{w}"] for w in range(3)] == [0.3, 0.2, 0.1]
     assert by_config["schedule/momentum"] == 0.5
 
 
 def test_what_a_config_adds_is_held_constant():
-    held = make(FDS, {"weight_decay": 0.1}, space=SPACE, initial={"lr": [0.2] * 3}).train()
+    held = make(FDS, {"weight_decay": 0.1}, space=SPACE, initial={"lr": [0.2] * 3, "momentum": 0}).train()
     values = {"lr": torch.full((3,), 0.2, dtype=torch.float64), "momentum": torch.zeros(1, dtype=torch.float64)}
-    expected = hypergradient(tiny_problem(), values, steps=STEPS, fixed={"l2": 1e-3, "weight_decay": 0.1})
+    expected = hypergradient(
+        tiny_problem(), values, steps=STEPS, fixed={"l2": 1e-3, "weight_decay": 0.1}, seed=fold_seed(0, 0)
+    )
     assert held["val_loss"] == expected.val_loss
     assert held["schedule/weight_decay"] == 0.1 and not [k for k in held if "hypergradient/weight_decay" in k]
 
 
 def test_fds_ends_when_converged():
-    results = run_to_end(make(FDS, space={"lr": tune.uniform(0, 1)}, tolerance=0.03))
+    results = run_to_end(make(FDS, space={"lr": tune.uniform(0, 1)}, tolerance=0.03, rule="paper"))
     assert results[-1]["done"] and results[-1]["best_val_loss"] < results[0]["val_loss"]
 
 
@@ -452,7 +517,11 @@ def test_entries_that_are_no_numbers_are_refused_by_name():
         (FDS, {"space": {"width": tune.uniform(1, 9)}}, "argument of the model factory"),
         (FDS, {"space": {"lrr": tune.uniform(0, 1)}}, "'lrr'"),
         (FDS, {"space": SPACE, "outer_steps": 0}, "outer_steps is 0"),
-        (FDS, {"space": SPACE, "update": "newton"}, "'newton'"),
+        (FDS, {"space": SPACE, "update": "newton", "rule": "paper"}, "'newton'"),
+        (FDS, {"space": SPACE, "update": "sign"}, "update belongs to rule='paper'"),
+        (FDS, {"space": SPACE, "rule": "signs"}, "unknown rule 'signs'"),
+        (FDS, {"space": SPACE, "trainings": 9}, "trainings is 9"),
+        (FDS, {"space": SPACE, "step_sizes": {"lrr": 0.1}}, "'lrr' is not among"),
         (FDS, {"space": SPACE, "initial": {"l2": 0.1}}, "'l2'"),
         (FDS, {"space": {"lr": schedule(tune.uniform(0, 1), windows=STEPS + 1)}}, "shape [13]"),
         (FDS, {"space": SPACE, "horizon": 99}, "horizon is 99"),

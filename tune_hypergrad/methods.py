@@ -279,12 +279,13 @@ def _constants(task: Task) -> dict[str, Any]:
 
 
 def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searcher]:
-    """Begin from zero; where budget is left when that has ended, begin again from random points."""
+    """Begin at the task's start, of a schedule the mean over the run, or from zero; where budget is left when that has
+    ended, begin again from random points."""
 
     def of_task(task: Task) -> Searcher:
         tuned = space(task)
         origin = Descent(gradient_ranges(tuned)[0]).values
-        point = in_form_of(tuned, origin)
+        point = {**in_form_of(tuned, origin), **_in_form(tuned, _start_of(task, tuned))}
         return RandomSearch(tuned, metric="val_loss", mode="min", seed=task.seed, points_to_evaluate=[point])
 
     return of_task
@@ -463,7 +464,7 @@ METHODS: dict[str, Method] = {
 FLOOR = "cosine"
 """The method that tunes nothing, which others should be better than."""
 
-BY_DEFAULT = tuple(name for name in METHODS if name not in ("centered-stn", "fds-paper"))
+BY_DEFAULT = tuple(name for name in METHODS if name != "centered-stn")
 """What `compare` compares."""
 
 

@@ -196,7 +196,7 @@ def hypergradient_run(
     if clip_hessian_product is not None:
         if not clip_hessian_product > 0:
             raise InputError(f"clip_hessian_product is {clip_hessian_product!r}: give a positive number, or None")
-        if "reverse" in differentiation:
+        if "reverse" in differentiation and reject_above > -inf:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
     refuse_underivable(loop, values)
     if isinstance(loop, EnsembleLoop):

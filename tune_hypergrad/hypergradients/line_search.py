@@ -128,7 +128,7 @@ class LineSearch(OuterSearch):
         trainings: float | None = None,
         new_seeds: bool = True,
     ) -> None:
-        self.ranges, internal, self._first = beginning(ranges, initial, step_sizes)
+        self.ranges, _, internal, self._first = beginning(ranges, initial, step_sizes)
         self.ensemble, self._least, self._most = ensemble, ensemble, max(ensemble, _LARGEST_ENSEMBLE)
         self.outer_steps, self.trainings, self.new_seeds = outer_steps, trainings, new_seeds
         self.outer_step, self.spent, self.rejected = 0, 0.0, 0
@@ -145,7 +145,7 @@ class LineSearch(OuterSearch):
         self._differentiated_cost = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
         self._plain_cost = 1.0  # both of a run, in trainings, at the most so far
         needed = ensemble * self._differentiated_cost + self._trial_cost(ensemble)
-        if trainings is not None and trainings < needed:
+        if trainings is not None and not trainings >= needed:
             raise InputError(
                 f"trainings is {trainings:g}: a first run and one outer step cost about {needed:.3g}; raise it, or "
                 "lower ensemble"

@@ -129,6 +129,8 @@ class Proposal(NamedTuple):
     """A run whose validation loss is above this, or not finite, need not be differentiated; -inf: none of this kind."""
     confirmed: tuple[float, ...] | None = None
     """Where the values are being confirmed: the validation losses that they have had with other seeds so far."""
+    steps: int | None = None
+    """Inner steps of the run; None: as many as all runs have."""
 
 
 class Outcome(NamedTuple):
@@ -156,6 +158,11 @@ class Evaluated:
     """In which outer step they were first run, from 0."""
     runs: int = 1
     """How many there were, each with a seed of its own."""
+
+
+def length_of(outer_step: int, lengths: Sequence[int] | None) -> int | None:
+    """Inner steps of an outer step's runs: of the last length, where there are no more; None where all are the same."""
+    return None if not lengths else lengths[min(outer_step, len(lengths) - 1)]
 
 
 class OuterSearch(ABC):
@@ -205,6 +212,8 @@ class PaperSearch(OuterSearch):
         ensemble: runs in a round, with different seeds; their hypergradients are averaged.
         outer_steps: rounds at the most; None goes on until converged.
         new_seeds: whether every round has seeds of its own.
+        lengths: inner steps of successive outer steps' runs, the last one for all further ones; None: all the same. A
+            shorter run is no match for a longer one: with the length the search for the incumbent begins anew.
         tolerance: the search has converged when every step size is at most this share of its range, those of elements
             that no longer move (at a bound, or without a hypergradient) aside.
     """
@@ -216,10 +225,11 @@ class PaperSearch(OuterSearch):
         ensemble: int = 1,
         outer_steps: int | None = None,
         new_seeds: bool = True,
+        lengths: Sequence[int] | None = None,
         tolerance: float = 1e-3,
     ) -> None:
         self.descent, self.ensemble, self.outer_steps = descent, ensemble, outer_steps
-        self.new_seeds, self.tolerance = new_seeds, tolerance
+        self.new_seeds, self.lengths, self.tolerance = new_seeds, lengths, tolerance
         self.outer_step, self.incumbent = 0, None
 
     @property
@@ -231,12 +241,17 @@ class PaperSearch(OuterSearch):
         if over or self.descent.largest_step <= self.tolerance:
             return ()
         first = self.outer_step * self.ensemble if self.new_seeds else 0
-        return tuple(Proposal(self.values, first + member) for member in range(self.ensemble))
+        steps = length_of(self.outer_step, self.lengths)
+        return tuple(Proposal(self.values, first + member, steps=steps) for member in range(self.ensemble))
 
     def tell(self, outcomes: Sequence[Outcome | None]) -> None:
         mean = mean_outcome(outcomes)
-        if isfinite(mean.val_loss) and (self.incumbent is None or mean.val_loss < self.incumbent.val_loss):
-            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, self.ensemble)
+        best = self.incumbent
+        if best is not None and length_of(best.outer_step, self.lengths) != length_of(self.outer_step, self.lengths):
+            best = None
+        if isfinite(mean.val_loss) and (best is None or mean.val_loss < best.val_loss):
+            runs = sum(outcome is not None and isfinite(outcome.val_loss) for outcome in outcomes)
+            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, runs)
         self.outer_step += 1
         if mean.hypergradients is None:  # every run failed or diverged: there is nothing to follow
             self.descent.largest_step = 0.0

@@ -7,12 +7,14 @@ on each hyperparameter's natural scale,
 - a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss or half of
   what is typical of all derivatives, so that what would change little moves little. Directions of neighbouring windows
   and of successive outer steps, each with seeds of its own, are averaged;
-- a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*.
-  It is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, and where the
-  loss is no better either, the next run is nearer to the best so far;
+- a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*. It
+  is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, others wait
+  until their steps, halved, are small enough, and where the loss is no better either, the next run is nearer to the
+  best so far;
 - a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
   and the next one is nearer to where the search came from;
-- what is called best is calm, and has been confirmed: trained with other seeds, which are the same for all candidates.
+- what is called best is calm, or better by more than chaos may hide, and has been confirmed: trained with other seeds,
+  which are the same for all candidates.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from math import inf, isfinite, log, nan
+from math import inf, isfinite, isinf, isnan, log, nan
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -36,8 +38,10 @@ from tune_hypergrad.hypergradients.outer import (
     OuterSearch,
     Proposal,
     initial_values,
+    length_of,
     mean_outcome,
 )
+from tune_hypergrad.hypergradients.sharing import Sharing
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range
 
@@ -50,14 +54,15 @@ STEP_SHARE = 0.1
 _SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
 _CHAOS = 0.25  # share of training's gain by which one step along one derivative cannot change the loss
 _WILDNESS = 0.05  # what a chaotic place is worse by than its loss says, as a share of training's gain
-_REJECTED = 0.3  # share of the best's gain that a run may lose
+_REJECTED, _NOISE = 0.3, 0.1  # share of the best's gain that a run may lose; of its loss, which seeds may make of it
 _MEMORY = 0.3  # weight of earlier directions
 _GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.5, 0.5, 3.0, 0.05  # of step sizes; the last two are shares of the first
 _APPROACH, _SHORTER = 0.35, 0.6  # of the way to a place that was given up; of the steps after it
 _FIRST_RETREAT = 1.5  # by how much a first run that came to nothing is calmed, on logarithmic scales
-_REJECTIONS = 6  # in a row, after which there is nothing more to be found
+_REJECTIONS = 6  # in a row, after which there is nothing more to be found; of rounds that failed altogether likewise
 _PATIENCE = 3  # outer steps without a better run, after which more seeds are averaged
 _LARGEST_ENSEMBLE = 4
+_LEAST_SHARED = 16  # windows of a hyperparameter that may move together
 _CANDIDATES = 2  # confirmed before the search ends
 _CONFIRMATION = 1 << 20  # seeds of confirmations, apart from those of outer steps
 
@@ -96,8 +101,10 @@ class Beginning(NamedTuple):
 
     ranges: dict[str, Range]
     """On the scales that are searched."""
+    values: Hyperparameters
+    """The first values, each of shape [N]."""
     internal: Hyperparameters
-    """Internal values of the first place, each of shape [N]."""
+    """The nearest ones within these ranges, on the internal scales."""
     first_steps: dict[str, float]
     """First step sizes on the internal scales."""
 
@@ -123,16 +130,13 @@ def beginning(
         if name not in ranges:
             raise InputError(f"{name!r} is not among the tuned hyperparameters: {', '.join(ranges)}")
     natural = {name: r if name in step_sizes else natural_range(name, r) for name, r in ranges.items()}
-    starts = {
-        name: natural_start(name, r)
-        if name not in initial
-        else r.project(initial_values(name, ranges[name], initial[name]))
+    values = {
+        name: initial_values(name, ranges[name], initial[name]) if name in initial else natural_start(name, r)
         for name, r in natural.items()
     }
-    internal = {name: natural[name].to_internal(values) for name, values in starts.items()}
-    return Beginning(
-        natural, internal, {name: _first_step(name, r, step_sizes.get(name)) for name, r in natural.items()}
-    )
+    internal = {n: natural[n].to_internal(natural[n].project(v)) for n, v in values.items()}
+    first_steps = {name: _first_step(name, r, step_sizes.get(name)) for name, r in natural.items()}
+    return Beginning(natural, values, internal, first_steps)
 
 
 def _first_step(name: str, limits: Range, given: float | None) -> float:
@@ -143,16 +147,20 @@ def _first_step(name: str, limits: Range, given: float | None) -> float:
     return step
 
 
-@dataclass
+@dataclass(eq=False)
 class _Place:
     """Hyperparameters on their internal scales, and what runs with them gave."""
 
     internal: Hyperparameters
     outer_step: int
     losses: list[float] = field(default_factory=list)
+    steps: int | None = None
+    """Inner steps of the runs; None: as many as all have."""
     calm: bool = True
     confirmed: list[float] = field(default_factory=list)
     """Losses with the seeds of confirmations."""
+    fallen: bool = False
+    """Whether a confirmation was lost, or came to nothing."""
 
     @property
     def val_loss(self) -> float:
@@ -178,6 +186,11 @@ class RobustSearch(OuterSearch):
         outer_steps: outer steps at the most, rejected ones included; None: as many as it takes.
         trainings: what the whole search may cost, in plain trainings, confirmations included; None: no limit.
         new_seeds: whether every outer step has seeds of its own; without, all have the same.
+        lengths: inner steps of successive outer steps' runs, the last one for all further ones; None: all the same.
+            What was best at another length is no measure. A schedule that is fine for a short run may be too much for a
+            long one, whose first run then retreats as the search's first one does.
+        adaptive_sharing: whether neighbouring windows, of a hyperparameter that has at least 16, move together where
+            that makes the estimated error of their hypergradient least (see `Sharing`).
         confirmations: other seeds with which the two best places, and the initial one if `polish`, are trained before
             the search ends.
         polish: whether what is found must not be worse than `initial`, by mean validation loss over the confirmations.
@@ -197,12 +210,16 @@ class RobustSearch(OuterSearch):
         outer_steps: int | None = None,
         trainings: float | None = None,
         new_seeds: bool = True,
+        lengths: Sequence[int] | None = None,
+        adaptive_sharing: bool = False,
         confirmations: int = 3,
         polish: bool = False,
     ) -> None:
-        self.ranges, self._internal, self._first = beginning(ranges, initial, step_sizes)
+        self.ranges, self._start_values, self._internal, self._first = beginning(ranges, initial, step_sizes)
+        self._start = dict(self._internal)
         self.ensemble, self.outer_steps, self.trainings = ensemble, outer_steps, trainings
-        self.new_seeds, self.confirmations, self.polish = new_seeds, confirmations, polish
+        self.new_seeds, self.lengths, self.adaptive_sharing = new_seeds, lengths, adaptive_sharing
+        self.confirmations, self.polish = confirmations, polish
         self.outer_step, self.spent, self.rejected = 0, 0.0, 0
         self.incumbent: Evaluated | None = None
         self.start_loss = nan
@@ -214,12 +231,14 @@ class RobustSearch(OuterSearch):
         self._places: list[_Place] = []  # that were differentiated, in their order
         self._untrained = inf
         self._rejections = 0  # in a row
+        self._failures = 0  # rounds in a row all of whose runs failed
         self._since_best = 0  # outer steps
-        self._round_cost = 0.0  # of the last round that was differentiated
+        self._run_cost = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
+        """The largest cost of a run that was differentiated, in trainings; before there is one, reverse mode's."""
         self._candidates: list[_Place] = []  # being confirmed
         self._ended = False
-        if trainings is not None and trainings < self._expected_cost + self._confirmation_cost:
-            needed = self._expected_cost + self._confirmation_cost
+        needed = self._expected_cost + self._confirmation_cost
+        if trainings is not None and not trainings >= needed:
             raise InputError(
                 f"trainings is {trainings:g}: one outer step and its confirmation cost about {needed:.3g}; raise it, "
                 "or lower confirmations or ensemble"
@@ -235,14 +254,19 @@ class RobustSearch(OuterSearch):
             return ()
         if self._candidates:
             return tuple(
-                Proposal(self._values(c.internal), _CONFIRMATION + len(c.confirmed), -inf, tuple(c.confirmed))
+                Proposal(self._values(c.internal), _CONFIRMATION + len(c.confirmed), -inf, tuple(c.confirmed), c.steps)
                 for c in self._candidates
             )
-        first = self.outer_step * _LARGEST_ENSEMBLE if self.new_seeds else 0
-        return tuple(Proposal(self.values, first + member, self._limit) for member in range(self.ensemble))
+        first = self.outer_step * max(_LARGEST_ENSEMBLE, self.ensemble) if self.new_seeds else 0
+        return tuple(
+            Proposal(self.values, first + member, self._limit, steps=self._steps_of_runs)
+            for member in range(self.ensemble)
+        )
 
     def tell(self, outcomes: Sequence[Outcome | None]) -> None:
-        self.spent += sum(outcome.cost for outcome in outcomes if outcome is not None)
+        ended = [outcome for outcome in outcomes if outcome is not None]
+        self.spent += sum(outcome.cost for outcome in ended)
+        self._failures = 0 if ended else self._failures + 1
         if self._candidates:
             self._take_confirmations(outcomes)
             return
@@ -258,42 +282,49 @@ class RobustSearch(OuterSearch):
         lost = any(not isfinite(o.val_loss) or o.val_loss > limit or o.hypergradients is None for o in ended)
         if not ended:
             return  # every run failed: once more
+        if isnan(self.start_loss) and not self._places and not self._rejections:
+            self.start_loss = mean.val_loss
         if lost or mean.hypergradients is None or not _is_followable(mean.hypergradients):
             self._retreat()
             return
-        self._untrained = mean.untrained_loss
-        place = _Place(dict(self._internal), self.outer_step, [o.val_loss for o in ended])
+        self._untrained = mean.untrained_loss if isfinite(mean.untrained_loss) else inf
+        losses = [outcome.val_loss for outcome in ended]
+        place = _Place(dict(self._internal), self.outer_step, losses, self._steps_of_runs)
         gradients = [self._by_internal(o.hypergradients) for o in ended if o.hypergradients is not None]
         place.calm = self._move(gradients, mean.val_loss)
         best = self._best()
         improved = best is None or self._score(place) < self._score(best)
         if not place.calm and best is not None and not improved:
             self._approach(best.internal)
-        if not self._places:
-            self.start_loss = place.val_loss
         self._places.append(place)
-        self._rejections, self._round_cost = 0, mean.cost
+        self._rejections, self._run_cost = 0, max(self._run_cost, mean.cost / len(ended))
         self._since_best = 0 if improved else self._since_best + 1
         if improved or self.incumbent is None:
             self.incumbent = Evaluated(self._values(place.internal), place.val_loss, self.outer_step, len(place.losses))
         if self._since_best >= _PATIENCE and self.ensemble < _LARGEST_ENSEMBLE:
-            self.ensemble, self._since_best = 2 * self.ensemble, 0
+            self.ensemble, self._since_best = min(2 * self.ensemble, _LARGEST_ENSEMBLE), 0
 
     def _move(self, gradients: list[Hyperparameters], loss: float) -> bool:
         """Take a step along the members' derivatives on the internal scales; returns whether none was chaotic."""
-        chaos = _CHAOS * max(self._untrained - loss, abs(loss))
-        members = {name: torch.stack([g[name] for g in gradients]).nan_to_num(nan=inf) for name in self.ranges}
-        wild = {name: (m.abs() * self._first[name] > chaos).any(0) for name, m in members.items()}
+        chaos = _CHAOS * max(self._gain(loss), abs(loss))
+        members = {name: torch.stack([g[name] for g in gradients]) for name in self.ranges}
+        reach = {name: self._steps[name].clamp(max=self._first[name]) for name in self.ranges if not _is_calming(name)}
+        # NaN is wild, too
+        wild = {name: (~(m.abs() * reach.get(name, self._first[name]) <= chaos)).any(0) for name, m in members.items()}
         means = {name: torch.where(wild[name], 0.0, m.mean(0)) for name, m in members.items()}
+        shared = self._share(means, members) if self.adaptive_sharing else {}
         sizes = torch.cat([(means[name].abs() * self._first[name])[~wild[name]] for name in self.ranges])
         typical = float(sizes.median()) if len(sizes) else inf
         self._moves += 1
-        for name, x in self._internal.items():
+        for name, x in list(self._internal.items()):
             soft = min(_SOFT * abs(loss), _TYPICAL * typical / self._first[name]) + 1e-30
             direction = means[name] / (means[name].abs() + soft)
-            direction = _smoothed(torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction))
+            direction = torch.where(wild[name], 1.0 if _is_calming(name) else 0.0, direction)
+            direction = shared[name].average(direction) if name in shared else _smoothed(direction)
             agreement = direction.sign() * self._signs[name]
             change = torch.where(agreement > 0, _GROWTH, torch.where(agreement < 0, _SHRINKAGE, 1.0))
+            if name in reach:  # nothing takes such a step back to where it can be followed but a smaller step
+                change = torch.where(wild[name], _SHRINKAGE, change)
             steps = self._steps[name] * change
             self._steps[name] = steps.clamp(_SMALLEST * self._first[name], _LARGEST * self._first[name])
             self._signs[name] = torch.where(direction == 0, self._signs[name], direction.sign())
@@ -302,20 +333,31 @@ class RobustSearch(OuterSearch):
             self._internal[name] = self._projected(name, x - self._steps[name] * averaged)
         return not any(bool(w.any()) for w in wild.values())
 
+    def _share(self, means: Hyperparameters, members: Hyperparameters) -> dict[str, Sharing]:
+        """Tie windows that are better off together, in everything that is known of them; returns which these are."""
+        shared = {}
+        for name, own in members.items():
+            if split_name(name)[1] or own.shape[1] < _LEAST_SHARED:
+                continue
+            shared[name] = sharing = Sharing.equal(own.shape[1], 1).adapt(own)
+            for known in (means, self._internal, self._steps, self._directions):
+                known[name] = sharing.average(known[name])
+        return shared
+
     def _retreat(self) -> None:
         """After a run that came to nothing: nearer to where the search came from, then to its calm side."""
         self._rejections += 1
         self.rejected += 1
-        before = dict(self._internal)
-        if not self._places:
+        before, places = dict(self._internal), self._comparable
+        if not places:
             for name in filter(_is_calming, before):
                 share = self._first[name] / STEP if self.ranges[name].scale != "linear" else self._first[name]
                 self._internal[name] = self._projected(name, before[name] - _FIRST_RETREAT * share)
         elif self._rejections == 1:
-            self._approach(self._places[-1].internal)
+            self._approach(places[-1].internal)
         else:
             back = _APPROACH * (self._rejections - 1)
-            last = self._places[-1].internal
+            last = places[-1].internal
             self._internal = {
                 name: self._projected(name, x - back * self._first[name]) if _is_calming(name) else x.clone()
                 for name, x in last.items()
@@ -335,75 +377,137 @@ class RobustSearch(OuterSearch):
             self._steps[name] = (_SHORTER * steps).clamp(min=_SMALLEST * self._first[name])
 
     def _is_over(self) -> bool:
-        if self._rejections >= _REJECTIONS or (self.outer_steps is not None and self.outer_step >= self.outer_steps):
+        if max(self._rejections, self._failures) >= _REJECTIONS or (
+            self.outer_steps is not None and self.outer_step >= self.outer_steps
+        ):
             return True
         if self.trainings is not None:
-            return self.spent + self._expected_cost + self._confirmation_cost > self.trainings
+            return self._expected_cost + self._confirmation_cost > self._left
         return self._since_best >= _PATIENCE and self.ensemble >= _LARGEST_ENSEMBLE
 
     @property
     def _expected_cost(self) -> float:
         """Of an outer step that is not rejected, in trainings."""
-        per_run = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
-        return max(self.ensemble * per_run, self._round_cost)
+        return self.ensemble * self._run_cost
 
     @property
     def _confirmation_cost(self) -> float:
         """Of the end of the search, in trainings."""
         return float(self.confirmations * (_CANDIDATES + self.polish))
 
+    @property
+    def _left(self) -> float:
+        """Trainings that may still be spent."""
+        return inf if self.trainings is None else self.trainings - self.spent
+
     def _begin_confirmation(self) -> None:
-        chosen = sorted(self._places, key=self._score)[:_CANDIDATES]
-        if self.polish and self._places and self._places[0] not in chosen:
-            chosen.insert(0, self._places[0])
-        left = inf if self.trainings is None else self.trainings - self.spent
-        while chosen and len(chosen) * self.confirmations > left:
+        """Confirm the best places, and the start if it must not be lost."""
+        standing = self._standing
+        start = [place for place in standing if self.polish and self._is_start(place.internal)][:1]
+        if self.polish and not start and standing:  # it was run, but not for as long
+            ran = [place for place in self._places if self._is_start(place.internal) and not place.fallen][:1]
+            start = [replace(place, steps=standing[0].steps) for place in ran]
+        best = sorted(standing, key=self._score)[:_CANDIDATES]
+        chosen = [*start, *(place for place in best if place not in start)]
+        # several by all confirmations that there are to be, one by as many as can be paid for
+        while len(chosen) > 1 and len(chosen) * self.confirmations > self._left:
             chosen.pop()
+        chosen = chosen if self._left >= 1 else []
         self._candidates = [replace(place, confirmed=[]) for place in chosen] if self.confirmations else []
         self._ended = not self._candidates
 
     def _take_confirmations(self, outcomes: Sequence[Outcome | None]) -> None:
         """Rank the candidates by confirmations alone: their own runs' losses are why they were chosen."""
+        ended = [outcome for outcome in outcomes if outcome is not None]
+        if not ended:  # every run failed: once more
+            if self._failures >= _REJECTIONS:
+                self._candidates, self._ended = [], True
+            return
         for candidate, outcome in zip(self._candidates, outcomes, strict=True):
             candidate.confirmed.append(inf if outcome is None else outcome.val_loss)
-        start = next((c for c in self._candidates if self.polish and c.outer_step == self._places[0].outer_step), None)
+        start = next((c for c in self._candidates if self.polish and self._is_start(c.internal)), None)
         self.start_loss = self.start_loss if start is None else start.confirmed_loss
-        self._candidates = [c for c in self._candidates if c.confirmed[-1] <= self._limit]
-        best = min(self._candidates, key=lambda c: c.confirmed_loss, default=None)
-        if best is not None:
-            runs = len(best.confirmed)
-            self.incumbent = Evaluated(self._values(best.internal), best.confirmed_loss, best.outer_step, runs)
-        if best is None or len(best.confirmed) >= self.confirmations:
+        # the start is what others are measured by, however much worse it is
+        held = [
+            c for c in self._candidates if isfinite(c.confirmed[-1]) and (c is start or c.confirmed[-1] <= self._limit)
+        ]
+        fallen = {c.outer_step for c in self._candidates if c not in held}
+        self._places = [replace(p, fallen=True) if p.outer_step in fallen else p for p in self._places]
+        self._candidates = held
+        if not held:  # the next best
+            self._begin_confirmation()
+            standing = self._standing
+            if self._ended and standing:  # which there is nothing left to confirm with
+                place = min(standing, key=self._score)
+                self.incumbent = Evaluated(
+                    self._values(place.internal), place.val_loss, place.outer_step, len(place.losses)
+                )
+            return
+        best = min(held, key=lambda c: c.confirmed_loss)
+        runs = len(best.confirmed)
+        self.incumbent = Evaluated(self._values(best.internal), best.confirmed_loss, best.outer_step, runs)
+        if runs >= self.confirmations or len(held) * max(outcome.cost for outcome in ended) > self._left:
             self._candidates, self._ended = [], True
+
+    @property
+    def _standing(self) -> list[_Place]:
+        """Places that no confirmation has spoken against, of the longest runs."""
+        longest = max((place.steps or 0 for place in self._places), default=0)
+        return [place for place in self._places if not place.fallen and (place.steps or 0) == longest]
+
+    @property
+    def _steps_of_runs(self) -> int | None:
+        """Inner steps of the next outer step's runs."""
+        return length_of(self.outer_step, self.lengths)
+
+    @property
+    def _comparable(self) -> list[_Place]:
+        """Places whose runs were as long as the next one's."""
+        return [place for place in self._places if place.steps == self._steps_of_runs]
 
     @property
     def _limit(self) -> float:
         """The validation loss above which a run is rejected."""
         best = self._best()
-        return inf if best is None else best.val_loss + _REJECTED * max(self._untrained - best.val_loss, 0.0)
+        if best is None or isinf(self._untrained):
+            return inf
+        return best.val_loss + max(_REJECTED * self._gain(best.val_loss), _NOISE * abs(best.val_loss))
+
+    def _gain(self, loss: float) -> float:
+        """By how much training has lowered the validation loss to this one; 0 where nobody knows."""
+        return max(self._untrained - loss, 0.0) if isfinite(self._untrained) else 0.0
 
     def _best(self) -> _Place | None:
         """The place with the best score so far."""
-        return min(self._places, key=self._score, default=None)
+        return min(self._comparable, key=self._score, default=None)
 
     def _score(self, place: _Place) -> float:
         """A place's loss, and more where it is chaotic: with other seeds it may be any other."""
-        wild = 0.0 if place.calm else _WILDNESS * max(self._untrained - place.val_loss, abs(place.val_loss))
+        wild = 0.0 if place.calm else _WILDNESS * max(self._gain(place.val_loss), abs(place.val_loss))
         return place.val_loss + wild
 
     def _values(self, internal: Hyperparameters) -> Hyperparameters:
-        return {n: self.ranges[n].project(self.ranges[n].from_internal(x)) for n, x in internal.items()}
+        """Those within the ranges; what has not moved is, to the bit, what the search began with."""
+        return {
+            name: torch.where(x == self._start[name], self._start_values[name], self._within(name, x))
+            for name, x in internal.items()
+        }
+
+    def _within(self, name: str, internal: Tensor) -> Tensor:
+        return self.ranges[name].project(self.ranges[name].from_internal(internal))
+
+    def _is_start(self, internal: Hyperparameters) -> bool:
+        return all(torch.equal(x, self._start[name]) for name, x in internal.items())
 
     def _projected(self, name: str, internal: Tensor) -> Tensor:
-        limits = self.ranges[name]
-        return limits.to_internal(limits.project(limits.from_internal(internal)))
+        return self.ranges[name].to_internal(self._within(name, internal))
 
     def _by_internal(self, hypergradients: Hyperparameters) -> Hyperparameters:
         """Derivatives by the internal values: float64 on the CPU."""
-        values = self._values(self._internal)
         return {
-            name: hypergradients[name].to(device="cpu", dtype=torch.float64) * self.ranges[name].slope(values[name])
-            for name in self.ranges
+            name: hypergradients[name].to(device="cpu", dtype=torch.float64)
+            * self.ranges[name].slope(self._within(name, x))
+            for name, x in self._internal.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -435,8 +539,9 @@ _SCALARS = (
     "_moves",
     "_untrained",
     "_rejections",
+    "_failures",
     "_since_best",
-    "_round_cost",
+    "_run_cost",
     "_ended",
 )
 

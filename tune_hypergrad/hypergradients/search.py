@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,12 @@ from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients.line_search import LineSearch
 from tune_hypergrad.hypergradients.outer import Descent, OuterSearch, PaperSearch
 from tune_hypergrad.hypergradients.robust import RobustSearch
-from tune_hypergrad.space import Range
+from tune_hypergrad.space import Range, is_number
 
 _OWN: dict[str, dict[str, Any]] = {
-    "robust": {"trainings": None, "confirmations": 3, "polish": False},
+    "robust": {"lengths": None, "trainings": None, "confirmations": 3, "polish": False, "adaptive_sharing": False},
     "line-search": {"trainings": None},
-    "paper": {"update": "sign", "default_step": 0.1, "tolerance": 1e-3},
+    "paper": {"lengths": None, "update": "sign", "default_step": 0.1, "tolerance": 1e-3},
 }
 """By rule, the settings that not all rules have, with their defaults."""
 
@@ -45,6 +45,14 @@ class SearchSettings:
     """Outer steps (of line searches: trials) at the most; None is no limit."""
     new_seeds: bool = True
     """Whether every outer step has initial weights, order and draws of its own; without, all have the same."""
+    new_splits: bool = False
+    """Whether every run draws training and validation examples anew from both, by class."""
+    lengths: Sequence[int] | None = None
+    """Robust and paper's rule: inner steps of successive outer steps' runs, the last one for all further ones, such as
+    (100, 1000): short runs find the way for long ones. None: all have as many as the setting `steps` says."""
+    adaptive_sharing: bool | None = None
+    """Robust rule: whether neighbouring windows, of a hyperparameter that has at least 16, move together where that is
+    better (see `Sharing`); None is False."""
     trainings: float | None = None
     """Robust rule and line searches: what the search may cost, in plain trainings, confirmations included; None is no
     limit."""
@@ -69,6 +77,13 @@ class SearchSettings:
             whole = isinstance(count, int) and not isinstance(count, bool) and count >= least
             if not whole and not (count is None and name != "ensemble"):
                 raise InputError(f"{name} is {count!r}: it must be a whole number of at least {least}")
+        if self.lengths is not None:
+            lengths = tuple(self.lengths)
+            if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
+                raise InputError(f"lengths is {self.lengths!r}: give inner steps, whole numbers of at least 1")
+            object.__setattr__(self, "lengths", lengths)
+        if self.trainings is not None and not is_number(self.trainings):
+            raise InputError(f"trainings is {self.trainings!r}: give a number of plain trainings, or None for no limit")
         for name in dict.fromkeys(name for settings in _OWN.values() for name in settings):
             if getattr(self, name) is not None and name not in _OWN[self.rule]:
                 others = " or ".join(repr(rule) for rule, settings in _OWN.items() if name in settings)
@@ -105,6 +120,6 @@ class SearchSettings:
         if self.rule == "robust":
             own["polish"] = own["polish"] if polish is None else polish
             return RobustSearch(ranges, initial=initial, step_sizes=self.step_sizes, **shared, **own)
-        tolerance = own.pop("tolerance")
-        descent = Descent(ranges, initial=initial, step_sizes=self.step_sizes, **own)
-        return PaperSearch(descent, tolerance=tolerance, **shared)
+        steps = {name: own.pop(name) for name in ("update", "default_step")}
+        descent = Descent(ranges, initial=initial, step_sizes=self.step_sizes, **steps)
+        return PaperSearch(descent, **shared, **own)

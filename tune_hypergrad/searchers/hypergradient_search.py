@@ -13,7 +13,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients import Outcome, OuterSearch, Proposal, SearchSettings
+from tune_hypergrad.hypergradients import Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.randomness import fold_seed
@@ -29,6 +29,7 @@ from tune_hypergrad.space import (
     is_hyperparameter,
     tuned_values,
 )
+from tune_hypergrad.trainables.inner_run import CONFIRMATIONS
 
 _OURS = (
     "seed",
@@ -63,7 +64,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
     hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). Trials of the robust rule that
     are not worth it are not differentiated (their config has `reject_above`), and before the search ends the best
     schedules are confirmed by trials with other seeds (their config has `confirmed`). A trial that fails is left out of
-    the average; an outer step all of whose trials failed is run again.
+    the average; where all trials of an outer step failed, the robust rule runs others, and the paper's search ends.
 
     Args:
         space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
@@ -120,7 +121,10 @@ class HypergradientSearch(RestorableSearch[_Member]):
             return True
         if not has_domain(config):
             return False
-        ranges, constants = gradient_ranges(config)
+        try:
+            ranges, constants = gradient_ranges(config)
+        except InputError:  # more than this search was given
+            return False
         return ranges == self._ranges and is_same(constants, self._constants)
 
     def _check_ready(self) -> None:
@@ -161,19 +165,20 @@ class HypergradientSearch(RestorableSearch[_Member]):
         limit = {} if proposal.reject_above == math.inf else {"reject_above": proposal.reject_above}
         confirmed = {} if proposal.confirmed is None else {"confirmed": list(proposal.confirmed)}
         seed = fold_seed(self._seed, proposal.seed)
-        return {**constants, **config, **tuned, **limit, **confirmed, "seed": seed}
+        split = {"split_seed": seed} if self._settings.new_splits else {}
+        length = {} if proposal.steps is None else {"steps": proposal.steps}
+        return {**constants, **config, **tuned, **limit, **confirmed, **split, **length, "seed": seed}
 
     def _is_of_use(self, work: _Member, result: Mapping[str, Any]) -> bool:
         try:
-            return _read_outcome(result, self._current.round()[work.index]) is not None
+            return self._read_outcome(result, work) is not None
         except InputError:
             return False
 
     def _finish(self, work: _Member, trial_id: str, result: Mapping[str, Any], error: bool) -> None:
         """Take what a trial gave; after the round's last one, tell the search."""
         proposals = self._current.round()
-        outcome = None if error or not result else _read_outcome(result, proposals[work.index])
-        self._ended[work.index] = outcome
+        self._ended[work.index] = None if error or not result else self._read_outcome(result, work)
         if self._running or self._again or self._next_member < len(proposals):
             return
         outcomes = [self._ended.get(member) for member in range(len(proposals))]
@@ -182,9 +187,21 @@ class HypergradientSearch(RestorableSearch[_Member]):
             self._started.append((self._starts.pop(0), outcomes))
             if not self._starts:
                 self._outer, outcomes = min(self._started, key=_loss_of_start)
+                if isinstance(self._outer, RobustSearch):  # what the other points cost is spent, too
+                    others = [
+                        outcome for outer, given in self._started if outer is not self._outer for outcome in given
+                    ]
+                    self._outer.spent += sum(outcome.cost for outcome in others if outcome is not None)
                 self._outer.tell(outcomes)
         else:
             self._current.tell(outcomes)
+
+    def _read_outcome(self, result: Mapping[str, Any], work: _Member) -> Outcome | None:
+        outcome = _read_outcome(result, self._current.round()[work.index])
+        if outcome is None or not self._settings.lengths:
+            return outcome
+        share = result.get("run/steps", 0) / max(self._settings.lengths)  # of a training of full length
+        return outcome._replace(cost=outcome.cost * share)
 
     def _read_space(self, space: Mapping[str, Any]) -> None:
         self._ranges, self._constants = gradient_ranges(space)
@@ -272,8 +289,9 @@ def _read_outcome(result: Mapping[str, Any], proposal: Proposal) -> Outcome | No
     if not result.get("done", True) and not differentiated:
         return None
     loss, steps = result["val_loss"], result.get("run/steps")
-    if proposal.confirmed:  # the mean over all confirmations so far
-        loss = len((*proposal.confirmed, 0)) * loss - sum(proposal.confirmed)
+    if proposal.confirmed and result.get(CONFIRMATIONS) == len(proposal.confirmed) + 1:
+        # the mean over all confirmations so far; of a trainable that does not make it, its own
+        loss = result[CONFIRMATIONS] * loss - sum(proposal.confirmed)
     cost = result["cost/gradients"] / steps if steps and "cost/gradients" in result else 1.0
     untrained = result.get("untrained_val_loss", math.inf)
     return Outcome(loss, untrained, gradients if differentiated else None, cost)

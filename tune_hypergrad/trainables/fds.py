@@ -26,6 +26,7 @@ from tune_hypergrad.hypergradients import (
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.problems.splits import split_anew
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import Range, gradient_ranges, tuned_values
@@ -144,6 +145,7 @@ class FDS(ProblemTrainable):
         self._figures: list[dict[str, float]] = []  # likewise
         self._earlier = Cost()  # the cost of completed runs
         self._completed = 0  # runs
+        self._judged = settings.steps  # inner steps of the last of them
         self._untrained: dict[str, float] = {}
         self._results: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
@@ -153,10 +155,11 @@ class FDS(ProblemTrainable):
     def _next_run(self) -> HypergradientRun:
         """The run of the round's next proposal; the last one's again where the search has ended."""
         proposal = self.proposal
-        training = self.settings.training(
-            fixed=self._held, device=self.device, seed=fold_seed(self.settings.seed, proposal.seed)
-        )
-        self.loop = InnerLoop(self.problem, training)
+        seed = fold_seed(self.settings.seed, proposal.seed)
+        steps = self.settings.steps if proposal.steps is None else proposal.steps
+        training = self.settings.training(fixed=self._held, device=self.device, seed=seed, steps=steps)
+        problem = split_anew(self.problem, seed) if self.settings.new_splits else self.problem
+        self.loop = InnerLoop(problem, training)
         return self.settings.make_run(self.loop, proposal.values, reject_above=proposal.reject_above)
 
     @property
@@ -175,7 +178,7 @@ class FDS(ProblemTrainable):
         return {
             **self._results,
             **self._best,
-            **run_position(self.loop.steps if self._completed else 0, self.loop.steps, self._completed),
+            **run_position(self._judged if self._completed else 0, self._judged, self._completed),
             "outer_step": self.search.outer_step,
             "rejected": rejected,
             "gain": self._gain,
@@ -208,11 +211,11 @@ class FDS(ProblemTrainable):
         figures = {**evaluation_results("val", run.final), **self.evaluate_test(self.loop, run.state)}
         self._record(figures, run.hypergradients)
         gradients = None if run.rejected else {name: g.cpu().double() for name, g in run.hypergradients.items()}
-        cost = run.cost.gradients / self.loop.steps
+        cost = run.cost.gradients / max(self.settings.lengths or (self.settings.steps,))
         self._outcomes.append(Outcome(run.final.loss, self._untrained["val_loss"], gradients, cost))
         self._figures.append(figures)
         self._earlier += run.cost
-        self._completed += 1
+        self._completed, self._judged = self._completed + 1, self.loop.steps
         if len(self._outcomes) == len(self._round):
             self._finish_round()
         if not self.search.finished:
@@ -258,7 +261,7 @@ class FDS(ProblemTrainable):
             "outcomes": [tuple(outcome) for outcome in self._outcomes],
             "figures": [dict(figures) for figures in self._figures],
             "earlier": tuple(vars(self._earlier).values()),
-            "completed": self._completed,
+            "completed": (self._completed, self._judged),
             "results": (self._untrained, self._results, self._best),
         }
 
@@ -276,7 +279,7 @@ class FDS(ProblemTrainable):
                 reject_above=self.proposal.reject_above,
             )
             self.run.load_state_dict(saved["run"])
-        self._earlier, self._completed = Cost(*saved["earlier"]), saved["completed"]
+        self._earlier, (self._completed, self._judged) = Cost(*saved["earlier"]), saved["completed"]
         self._untrained, self._results, self._best = (dict(results) for results in saved["results"])
 
 

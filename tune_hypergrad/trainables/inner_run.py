@@ -19,6 +19,7 @@ from tune_hypergrad.hypergradients.hypergradient import MODES, advance
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.problems.splits import split_anew
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
@@ -49,6 +50,8 @@ class InnerRunSettings(TrialSettings):
     reject_above: float = inf
     """A run whose validation loss, of an ensemble the mean, is above this is not differentiated and costs one training;
     -inf: none is."""
+    split_seed: int | None = None
+    """Draws training and validation examples anew from both, by class; None leaves them as the problem has them."""
     confirmed: tuple[float, ...] | None = None
     """Where a run confirms a schedule: the validation losses that others had, with which `val_loss` is averaged."""
 
@@ -62,6 +65,8 @@ class InnerRunSettings(TrialSettings):
     def make_loop(self, problem: Problem, **changes: Any) -> InnerLoop:
         """The inner loop, or that of an ensemble; `changes` are of its settings."""
         training = self.training(**changes)
+        if self.split_seed is not None:
+            problem = split_anew(problem, self.split_seed)
         if self.ensemble == 1:
             return InnerLoop(problem, training)
         others = [fold_seed(training.seed, member) for member in range(1, self.ensemble)]
