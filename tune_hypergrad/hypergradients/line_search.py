@@ -16,10 +16,15 @@ hypergradient z of error e at the place x:
   range ends, z (x - trial) stands for alpha |z|^2;
 - alpha grows after a trial that was accepted (MAID's rho above 1), and shrinks after one that was clearly rejected;
   where the condition fails by less than twice the error, or three times in a row, the accuracy is raised (its nu below
-  1), and it is lowered after a step for which half as many seeds would have done (its nu above 1).
+  1): the losses' alone, by plain runs, or that of both. It is lowered after a step for which half as many seeds would
+  have done (its nu above 1).
 
 An accepted trial's hypergradients are the next direction, which is then tried with seeds that had no part in it: what
-is good for the seeds it was found with only is not accepted.
+is good for the seeds it was found with only is not accepted. These seeds are first run at the new place, and where they
+say that it is worse than the last one, by more than their error, the step is taken back.
+
+MAID bounds errors; standard errors are no bounds, and with one seed there is none: then the error is that of earlier
+measurements, of which the first is how different the losses of an accepted trial and of a run with another seed are.
 """
 
 from __future__ import annotations
@@ -96,8 +101,9 @@ class _Noise:
 class LineSearch(OuterSearch):
     """Outer search by inexact line search; the module tells how it goes.
 
-    A step that is accepted costs a differentiated run and a plain one for each seed, a trial that is rejected a plain
-    one for each (by forward mode a differentiated one). The search also ends where no step that moves any element by a
+    A step that is accepted costs a differentiated run and a plain one for each seed; a trial that is rejected costs a
+    plain one for each, but for those of several seeds that are better by themselves, and by forward mode, which cannot
+    stop early. The search also ends where no step that moves any element by a
     hundredth of its first step size is accepted with eight seeds.
 
     Args:
