@@ -223,6 +223,36 @@ class TestNoise:
             step(search, bowl())
         assert used[0] == used[1] != used[2] == used[3] != used[4]
 
+    def test_with_one_seed_the_error_is_how_much_another_seed_differed(self) -> None:
+        search = LineSearch({"h": Range(1, -10.0, 10.0)}, step_sizes={"h": 1.0})
+        for loss in (3.0, 2.0, 2.2):
+            search.tell([Outcome(loss, 5.0, {"h": double(0.5)}, GRADIENT)])
+        (trial,) = search.round()
+        assert float(trial.values["h"]) == pytest.approx(-2.5)
+        assert trial.reject_above == pytest.approx(2.2 - 0.1 * 0.5 * 1.5 - 0.2)
+
+    @pytest.mark.parametrize("wild", [1e6, INF])
+    def test_a_chaotic_derivative_is_cut(self, wild: float) -> None:
+        """To a quarter of what training gained, 4, by one step."""
+        search = LineSearch({"h": Range(3, -10.0, 10.0)}, step_sizes={"h": 1.0})
+        search.tell([Outcome(1.0, 5.0, {"h": double(wild, 0.5, NAN)}, GRADIENT)])
+        (trial,) = search.round()
+        assert trial.values["h"].tolist() == pytest.approx([-1.0, -0.5, 0.0])
+        assert trial.reject_above == pytest.approx(1 - 0.1 * 1.25)
+
+    def test_without_new_seeds_all_have_the_first_ones(self) -> None:
+        def train(proposal: Proposal) -> tuple[float, Values]:
+            loss, gradients = bowl(noise=0.5)(proposal)
+            return (NAN if proposal.seed == 1 and float(proposal.values["lr"]) > 0.02 else loss), gradients
+
+        search, sizes = LineSearch(RATE, new_seeds=False), set()
+        while not search.finished:
+            seeds = {p.seed for p in search.round()} | set(search.state_dict()["place"]["losses"])
+            assert seeds == set(range(len(seeds)))
+            sizes.add(len(seeds))
+            step(search, train)
+        assert {1, 2, 4} <= sizes <= {1, 2, 4, 8}
+
     def test_a_rejected_trial_is_not_differentiated(self) -> None:
         search, train = LineSearch(RATE), bowl()
         while not search.finished:
@@ -349,6 +379,13 @@ class TestCost:
             told += 1
             assert search.spent <= search.trainings + 1e-9
         assert search.incumbent is not None
+
+    def test_accuracy_that_leaves_nothing_for_a_trial_is_not_paid_for(self) -> None:
+        search = LineSearch(RATE, trainings=13.0)
+        step(search, bowl())
+        for _ in range(4):
+            assert not search.finished and search.ensemble == 1
+            search.tell([Outcome(4.0, 5.0, None)])
 
     def test_outer_steps_are_trials(self) -> None:
         search = finish(LineSearch(RATE, outer_steps=3), bowl(best=0.5))

@@ -325,9 +325,11 @@ class LineSearch(OuterSearch):
         return True
 
     def _begin(self, phase: str, runs: int) -> None:
-        """A round at the place with seeds that had no part in anything so far."""
-        self._phase, self._seeds = phase, list(range(self._next_seed, self._next_seed + runs))
-        self._next_seed += runs
+        """A round at the place with seeds that had no part in anything so far; without `new_seeds`, the first ones that
+        the place has not had."""
+        first = self._next_seed if self.new_seeds else max(self._place.losses, default=-1) + 1
+        self._phase, self._seeds = phase, list(range(first, first + runs))
+        self._next_seed = first + runs
         if not self._is_affordable():
             self._phase = _END
 
