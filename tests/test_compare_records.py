@@ -3,10 +3,12 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from comparisons import GRID, STARTED, HandMade, write_comparison
 
 from tune_hypergrad.budget import UNITS
+from tune_hypergrad.comparison import records
 from tune_hypergrad.comparison.records import RETRAINING, SCHEDULES_FOLDER, Comparison, larger_is_better, measure_label
 from tune_hypergrad.comparison.tables import notes
 from tune_hypergrad.errors import InputError
@@ -273,3 +275,43 @@ def test_trials_that_ended_and_were_forgotten_are_told_of(tmp_path):
     comparison = made.resume(["id-rs-0-0"]).comparison
     assert list(comparison.trials["status"]) == ["completed", "forgotten"]
     assert list(comparison.accounts["trials"]) == [1] == list(comparison.accounts["results"])
+
+
+class TestConfirmations:
+    """A search that confirms its schedules: means over more trainings go first, and what falls counts no longer."""
+
+    def incumbents(self, *rows: tuple[float, int, bool, float]) -> list[tuple[float, float]]:
+        """(lr, cost when it became the incumbent), for rows of (lr, confirmations, whether it fell, loss)."""
+        frame = pd.DataFrame(
+            {
+                "schedule/lr": [lr for lr, *_ in rows],
+                "run/confirmations": [count for _, count, _, _ in rows],
+                "run/fallen": [fallen for _, _, fallen, _ in rows],
+                "val_loss": [loss for *_, loss in rows],
+                "spent/gradients": [float(spent) for spent in range(1, len(rows) + 1)],
+            }
+        )
+        found = records._incumbents_among(frame)
+        return list(zip(found["schedule/lr"], found["spent/gradients"], strict=True))
+
+    def test_more_confirmations_go_first(self) -> None:
+        rows = ((0.1, 0, False, 0.30), (0.2, 0, False, 0.20), (0.1, 1, False, 0.31), (0.2, 1, False, 0.33))
+        assert self.incumbents(*rows) == [(0.1, 1), (0.2, 2), (0.1, 3)]
+
+    def test_what_falls_makes_way_for_the_best_that_stands(self) -> None:
+        rows = ((0.1, 0, False, 0.30), (0.2, 0, False, 0.20), (0.2, 1, False, 0.25), (0.2, 2, True, 2.3))
+        assert self.incumbents(*rows) == [(0.1, 1), (0.2, 2), (0.2, 3), (0.1, 4)]
+
+    def test_one_that_fell_at_its_last_confirmation_does_not_come_back(self) -> None:
+        rows = (
+            (0.1, 0, False, 0.30),
+            (0.2, 0, False, 0.31),
+            *((0.1, n, False, 0.3) for n in (1, 2)),
+            *((0.2, n, False, 0.5) for n in (1, 2)),
+            (0.1, 3, True, 0.49),
+            (0.2, 3, False, 0.5),
+        )
+        assert self.incumbents(*rows)[-1] == (0.2, 8)
+
+    def test_without_any_the_lowest_loss_is_the_incumbent(self) -> None:
+        assert self.incumbents((0.1, 0, False, 0.3), (0.2, 0, False, 0.4), (0.3, 0, False, 0.1)) == [(0.1, 1), (0.3, 3)]

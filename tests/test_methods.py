@@ -160,10 +160,10 @@ def test_fds_begins_where_training_learns_and_the_papers_rule_at_zero():
     assert set(papers["lr"].values()) == {0.0} and papers["l2"] == pytest.approx(1e-5), "the bound nearest to zero"
 
 
-def test_fds_spends_what_there_is_and_confirms_what_it_can_pay_for():
+def test_fds_spends_what_there_is_where_that_is_an_outer_step():
     searches = {n: METHODS["fds"].searcher(tiny(trainings=n)) for n in (2.0, 5.0, 9.0, 40.0, None)}
-    settings = {n: (s._settings.trainings, s._settings.confirmations) for n, s in searches.items()}
-    assert settings == {2.0: (None, None), 5.0: (5.0, 0), 9.0: (9.0, 2), 40.0: (40.0, 3), None: (None, None)}
+    trainings = {n: search._settings.trainings for n, search in searches.items()}
+    assert trainings == {2.0: None, 5.0: 5.0, 9.0: 9.0, 40.0: 40.0, None: None}
 
 
 def test_methods_begin_at_a_start():

@@ -93,6 +93,18 @@ class Simulated:
         return Outcome(value, UNTRAINED, None if rejected else noisy, TRAINING if rejected else DIFFERENTIATED)
 
 
+@dataclass(frozen=True)
+class Unlucky(Simulated):
+    """Training that confirms nothing above a mean learning rate."""
+
+    alive: float = INF
+
+    def run(self, proposal: Proposal) -> Outcome:
+        if proposal.confirmed is not None and rate(proposal.values) > self.alive:
+            return Outcome(UNTRAINED, UNTRAINED, None, TRAINING)
+        return super().run(proposal)
+
+
 Told = list[tuple[tuple[Proposal, ...], list[Outcome | None]]]
 
 
@@ -372,6 +384,8 @@ class TestBudget:
         ensemble=st.integers(1, 3),
         confirmations=st.integers(0, 3),
         failing=st.sampled_from([0, 5, 3]),
+        alive=st.sampled_from([INF, 0.1, 0.005]),
+        polish=st.booleans(),
     )
     def test_is_never_exceeded(
         self,
@@ -383,12 +397,15 @@ class TestBudget:
         ensemble: int,
         confirmations: int,
         failing: int,
+        alive: float,
+        polish: bool,
     ) -> None:
-        simulated = Simulated(noise=noise, salt=salt, edge=edge, cliff=cliff)
+        simulated = Unlucky(noise=noise, salt=salt, edge=edge, cliff=cliff, alive=alive)
+        given: dict[str, Any] = {"ensemble": ensemble, "confirmations": confirmations, "polish": polish}
         try:
-            search = RobustSearch(RANGES, trainings=trainings, ensemble=ensemble, confirmations=confirmations)
+            search = RobustSearch(RANGES, trainings=trainings, **given)
         except InputError:
-            assert trainings < ensemble * DIFFERENTIATED + 2 * confirmations
+            assert trainings < ensemble * DIFFERENTIATED + (2 + polish) * confirmations
             return
         count = 0
 
@@ -704,8 +721,14 @@ class TestPolish:
         ({"outer_steps": 6, "ensemble": 2, "new_seeds": False}, Simulated(noise=0.02, edge=0.05)),
         ({"trainings": 40, "polish": True, "initial": {"lr": double(0.1, 0.2, 0.05)}}, Simulated(noise=0.05)),
         ({"initial": {"lr": double(0.9, 0.9, 0.9)}, "trainings": 30}, Simulated(noise=0.05, diverges=0.3)),
+        (
+            {"initial": {"lr": double(0.9, 0.9, 0.9)}, "trainings": 40, "polish": True},
+            Simulated(noise=0.05, diverges=0.3),
+        ),
+        ({"outer_steps": 9}, Unlucky(noise=0.02, alive=0.01)),
+        ({}, Unlucky(noise=0.02, alive=0.004)),
     ],
-    ids=["cliff", "ensemble", "polish", "divergence"],
+    ids=["cliff", "ensemble", "polish", "divergence", "polished divergence", "falls", "falls without a limit"],
 )
 def test_saved_and_restored_at_every_tell(arguments: dict[str, Any], simulated: Simulated) -> None:
     """A search that goes on from a file asks for the same runs, to the bit."""
@@ -714,8 +737,13 @@ def test_saved_and_restored_at_every_tell(arguments: dict[str, Any], simulated: 
         return RobustSearch(RANGES, **arguments)
 
     def step(search: RobustSearch) -> None:
-        outcomes = [simulated.run(proposal) for proposal in search.round()]
-        search.tell([None] * len(outcomes) if search.outer_step == 2 and not search.rejected else outcomes)
+        outcomes: list[Outcome | None] = [simulated.run(proposal) for proposal in search.round()]
+        if search.outer_step == 2 and not search.rejected:
+            outcomes = [None] * len(outcomes)
+        confirming = [candidate for candidate in search._candidates if len(candidate.confirmed) == 1]
+        if confirming and not any(candidate.failures for candidate in confirming):
+            outcomes[-1] = None
+        search.tell(outcomes)
         states.append(search.state_dict())
 
     states: list[dict[str, Any]] = []
@@ -724,7 +752,7 @@ def test_saved_and_restored_at_every_tell(arguments: dict[str, Any], simulated: 
     while not search.finished:
         asked.append([tuple(proposal) for proposal in search.round()])
         step(search)
-        assert len(asked) < 60
+        assert len(asked) < 120
     final = through_a_file(states[-1])
     for begun, state in enumerate([start, *states][: len(asked)]):
         before = through_a_file(state)
@@ -808,7 +836,7 @@ def test_a_range_without_bounds_needs_a_step_size() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "robus"}, "unknown rule 'robus': choose one of robust, paper; did you mean 'robust'"),
+        ({"rule": "robus"}, "unknown rule 'robus': choose one of robust, line-search, paper; did you mean 'robust'"),
         ({"update": "sign"}, "update belongs to rule='paper': drop it, or set the rule"),
         ({"rule": "paper", "trainings": 40}, "trainings belongs to rule='robust'"),
         ({"rule": "paper", "polish": False}, "polish belongs to rule='robust'"),

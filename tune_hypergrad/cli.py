@@ -236,6 +236,8 @@ def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None, na
         checked_space_name(name)
     if tuned is None:
         tuned = Tuned.ALL if problem.regulariser_hyperparameters else Tuned.OPTIMIZER
+    if name is not None and tuned == Tuned.REGULARISATION:
+        raise InputError(f"--space {name} is a space for the optimizer, which --tune {tuned} leaves alone: drop one")
     space = {} if tuned == Tuned.REGULARISATION else SPACES[name](optimizer, windows)
     return space if tuned == Tuned.OPTIMIZER else {**space, **regularisation_space(problem)}
 

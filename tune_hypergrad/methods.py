@@ -34,7 +34,7 @@ from tune_hypergrad.space import (
 )
 from tune_hypergrad.trainables import HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun
 
-_LEAST_TRAININGS, _TRAININGS_PER_CONFIRMATION = 4.0, 2  # of an outer step; two candidates are confirmed
+_LEAST_TRAININGS = 4.0  # that an outer step costs
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
 
 
@@ -230,12 +230,10 @@ def _inner_runs(task: Task) -> Trainable:
 
 
 def _by_hypergradients(task: Task) -> Searcher:
-    """One trial for every run of the robust search, with as many confirmations as the budget has room for."""
-    tuned, settings = _derivable(task), SearchSettings()
-    if task.trainings is not None and task.trainings >= _LEAST_TRAININGS:
-        room = int((task.trainings - _LEAST_TRAININGS) / _TRAININGS_PER_CONFIRMATION)
-        settings = SearchSettings(trainings=task.trainings, confirmations=min(3, room))
-    return _hypergradient_search(task, tuned, settings)
+    """One trial for every run of the robust search, which confirms what it finds as far as the budget has room."""
+    affordable = task.trainings is not None and task.trainings >= _LEAST_TRAININGS
+    settings = SearchSettings(trainings=task.trainings if affordable else None)
+    return _hypergradient_search(task, _derivable(task), settings)
 
 
 def _by_the_papers_rule(task: Task) -> Searcher:
@@ -358,9 +356,15 @@ def _start_of(task: Task, names: Collection[str]) -> dict[str, Any]:
 def _in_form(space: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as a point of a space without schedules, which may have complements."""
     return {
-        name: in_form_of(space, {name: [value]})[name] if is_hyperparameter(value) else value
-        for name, value in values.items()
+        name: _entry_of(space, name, value) if is_hyperparameter(value) else value for name, value in values.items()
     }
+
+
+def _entry_of(space: Mapping[str, Any], name: str, value: float) -> Any:
+    """A value, or the nearest one in range, in the form of the space; the mean of a schedule may be out of range."""
+    with suppress(InputError):  # whole numbers and choices
+        value = float(gradient_ranges({name: space[name]})[0][name].project(torch.tensor(value, dtype=torch.float64)))
+    return in_form_of(space, {name: [value]})[name]
 
 
 def _on_edge(domain: Any, value: float) -> bool:

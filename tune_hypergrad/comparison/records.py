@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from tune_hypergrad.comparison.troubles import Trouble, find_troubles
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.inner_run import CONFIRMATIONS
+from tune_hypergrad.trainables.inner_run import CONFIRMATIONS, FALLEN
 
 SETTINGS_FILE = "settings.json"
 """In a comparison's folder: what was compared, and how."""
@@ -355,7 +354,7 @@ class Comparison:
                 return of_start
             if len(of_start):
                 own = pd.concat([of_start, own]).sort_values(unit, kind="stable")
-        return own[_are_better(own)]
+        return _incumbents_among(own.reset_index(drop=True))
 
     @cached_property
     def start_results(self) -> pd.DataFrame:
@@ -460,15 +459,34 @@ class Comparison:
         return [Account(method, seed) for method in self.methods for seed in self.settings["seeds"]]
 
 
-def _are_better(results: pd.DataFrame) -> list[bool]:
-    """Which of some results, in their order, are better than all before: the mean over more trainings that confirm a
-    schedule goes before one over fewer, then the lower validation loss does."""
-    confirmations = results.get(CONFIRMATIONS, pd.Series(0, results.index)).fillna(0)
-    better, best = [], (-1.0, math.inf)
-    for count, loss in zip(confirmations, results["val_loss"], strict=True):
-        better.append(count > best[0] or (count == best[0] and loss < best[1]))
-        best = (count, loss) if better[-1] else best
-    return better
+def _incumbents_among(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows, among an account's results in their order, at which the incumbent became another one.
+
+    The mean over more trainings that confirm a schedule goes before one over fewer, then the lower validation loss
+    does. A schedule that falls in a confirmation counts no longer: then the best of the others is the incumbent again,
+    at the cost spent by then.
+    """
+    if CONFIRMATIONS not in results or not results[CONFIRMATIONS].fillna(0).any():
+        best_before = results["val_loss"].cummin().shift()
+        return results[best_before.isna() | (results["val_loss"] < best_before)]
+    counts = results[CONFIRMATIONS].fillna(0)
+    fallen = results.get(FALLEN, pd.Series(False, results.index)).fillna(False).astype(bool)
+    schedules = results.filter(regex=f"^schedule/|^{SCHEDULE_COLUMN}$").astype(str).agg("|".join, axis=1)
+    standing: dict[str, tuple[float, float, int]] = {}  # by schedule: confirmations, negative; loss; row
+    changes: list[tuple[int, int]] = []  # rows: of an incumbent, and at which it became that
+    for row, (schedule, count) in enumerate(zip(schedules, counts, strict=True)):
+        known, now = standing.get(schedule), (-count, float(results["val_loss"].iloc[row]), row)
+        if fallen.iloc[row]:
+            standing.pop(schedule, None)
+        elif known is None or count > -known[0] or (count == 0 == known[0] and now < known):
+            standing[schedule] = now
+        best = min(standing.values(), default=None)
+        if best is not None and (not changes or changes[-1][0] != best[2]):
+            changes.append((best[2], row))
+    spent = [column for column in results if str(column).startswith("spent/")]
+    incumbents = results.iloc[[best for best, _ in changes]].reset_index(drop=True)
+    incumbents[spent] = results.iloc[[row for _, row in changes]][spent].to_numpy()
+    return incumbents
 
 
 def schedule_of(row: Mapping[str, Any] | pd.Series, folder: Path) -> Schedule:

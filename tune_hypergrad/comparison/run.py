@@ -180,7 +180,7 @@ def _plan(
         space = {name: entry for name, entry in named.items() if name not in held}
     # searches never see the test split
     limit = budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch)
-    trainings = limit.amount / steps if limit.unit in ("gradients", "steps") else None
+    trainings = limit.amount / steps if limit.unit == "gradients" else None
     task = Task(problem.replace(test=None), space, steps, optimizer, trainings=trainings, **of_task)
     begin = None if start is None else complete_start(start, task)
     if begin is not None:

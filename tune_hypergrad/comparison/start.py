@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray.tune.search.sample import Domain, Integer
+from ray.tune.search.sample import Domain, Float, Integer, LogUniform
 
 from tune_hypergrad.curves import KNOTS, ONE_MINUS
 from tune_hypergrad.errors import InputError, did_you_mean
@@ -149,6 +149,8 @@ def _checked(name: str, value: Any, place: Place) -> Any:
     near = _nearest(domain, leaf)
     if isinstance(leaf, float) and isinstance(near, float) and math.isclose(leaf, near, rel_tol=_ROUNDING):
         return near
+    if leaf == 0 and _is_logarithmic(domain) and not place.complement:
+        return near  # none at all, of which there is no logarithm
     if not _is_valid(domain, leaf):
         shown = f"{value:g}" if isinstance(value, float) else repr(value)
         inside = f"1 - {domain.domain_str}" if place.complement else domain.domain_str
@@ -156,6 +158,10 @@ def _checked(name: str, value: Any, place: Place) -> Any:
             f"start has {name!r} at {shown}, outside the search space's {inside}: change it, or widen the space"
         )
     return near
+
+
+def _is_logarithmic(domain: Any) -> bool:
+    return isinstance(domain, Float) and isinstance(domain.get_sampler(), LogUniform)
 
 
 def _is_valid(domain: Any, value: Any) -> bool:

@@ -4,6 +4,7 @@ from tune_hypergrad.hypergradients.check import ProblemCheck, check_problem
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.hypergradient import hypergradient, hypergradient_run
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.line_search import LineSearch
 from tune_hypergrad.hypergradients.online import OnlineRun
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.outer import (
@@ -28,6 +29,7 @@ __all__ = [
     "Evaluated",
     "HypergradientResult",
     "InnerLoop",
+    "LineSearch",
     "OnlineRun",
     "Optimizer",
     "Outcome",

@@ -24,7 +24,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite, isinf, isnan, log, nan
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,57 @@ def natural_start(name: str, limits: Range) -> Tensor:
         bounds = limits.to_internal(torch.tensor([limits.lower, limits.upper], dtype=torch.float64))
         return limits.project(limits.from_internal(bounds[0] + _START * (bounds[1] - bounds[0])).expand(limits.windows))
     return initial_values(name, limits, None)
+
+
+class Beginning(NamedTuple):
+    """What a search on natural scales begins with, by name."""
+
+    ranges: dict[str, Range]
+    """On the scales that are searched."""
+    values: Hyperparameters
+    """The first values, each of shape [N]."""
+    internal: Hyperparameters
+    """The nearest ones within these ranges, on the internal scales."""
+    first_steps: dict[str, float]
+    """First step sizes on the internal scales."""
+
+
+def beginning(
+    ranges: Mapping[str, Range],
+    initial: Mapping[str, Tensor] | None = None,
+    step_sizes: Mapping[str, float] | None = None,
+) -> Beginning:
+    """Where a search on natural scales begins.
+
+    Args:
+        ranges: what is tuned, by name; taken to the scale of `natural_range`, but for those with a step size.
+        initial: values to begin with, each of shape [N]; those missing begin at `natural_start`.
+        step_sizes: first step sizes by name, on the range's own scale; others are log(2) of a logarithm, log(1.5) of
+            that of 1 - momentum, a tenth of the range on linear scales.
+
+    Raises:
+        InputError: an unknown name, initial values that do not fit, or a range without bounds and step size.
+    """
+    initial, step_sizes = initial or {}, step_sizes or {}
+    for name in (*initial, *step_sizes):
+        if name not in ranges:
+            raise InputError(f"{name!r} is not among the tuned hyperparameters: {', '.join(ranges)}")
+    natural = {name: r if name in step_sizes else natural_range(name, r) for name, r in ranges.items()}
+    values = {
+        name: initial_values(name, ranges[name], initial[name]) if name in initial else natural_start(name, r)
+        for name, r in natural.items()
+    }
+    internal = {n: natural[n].to_internal(natural[n].project(v)) for n, v in values.items()}
+    first_steps = {name: _first_step(name, r, step_sizes.get(name)) for name, r in natural.items()}
+    return Beginning(natural, values, internal, first_steps)
+
+
+def _first_step(name: str, limits: Range, given: float | None) -> float:
+    defaults = {"log": STEP, "complement": STEP_OF_COMPLEMENT, "linear": STEP_SHARE * limits.internal_width}
+    step = defaults[limits.scale] if given is None else given
+    if not 0 < step < inf:
+        raise InputError(f"hyperparameter {name!r} needs a finite step size above 0: pass it in step_sizes")
+    return step
 
 
 @dataclass(eq=False)
@@ -167,11 +218,8 @@ class RobustSearch(OuterSearch):
         confirmations: int | None = None,
         polish: bool = False,
     ) -> None:
-        initial, step_sizes = initial or {}, step_sizes or {}
-        for name in (*initial, *step_sizes):
-            if name not in ranges:
-                raise InputError(f"{name!r} is not among the tuned hyperparameters: {', '.join(ranges)}")
-        self.ranges = {name: r if name in step_sizes else natural_range(name, r) for name, r in ranges.items()}
+        self.ranges, self._start_values, self._internal, self._first = beginning(ranges, initial, step_sizes)
+        self._start = dict(self._internal)
         self.ensemble, self.outer_steps, self.trainings = ensemble, outer_steps, trainings
         self.new_seeds, self.lengths, self.adaptive_sharing = new_seeds, lengths, adaptive_sharing
         self.polish = polish
@@ -179,13 +227,6 @@ class RobustSearch(OuterSearch):
         self.incumbent: Evaluated | None = None
         self.start_loss = nan
         """Validation loss of the place the search began at: its own run's, then, with `polish`, its confirmations'."""
-        starts = {
-            name: initial_values(name, ranges[name], initial[name]) if name in initial else natural_start(name, r)
-            for name, r in self.ranges.items()
-        }
-        self._internal = {n: self.ranges[n].to_internal(self.ranges[n].project(v)) for n, v in starts.items()}
-        self._start, self._start_values = dict(self._internal), starts
-        self._first = {name: self._first_step(name, step_sizes.get(name)) for name in self.ranges}
         self._steps = {n: torch.full_like(x, self._first[n]) for n, x in self._internal.items()}
         self._directions = {n: torch.zeros_like(x) for n, x in self._internal.items()}
         self._signs = {n: torch.zeros_like(x) for n, x in self._internal.items()}
@@ -215,7 +256,7 @@ class RobustSearch(OuterSearch):
 
     @property
     def values(self) -> Hyperparameters:
-        place = self._candidates[0].internal if self._candidates else self._internal
+        place = self._lacking[0].internal if self._candidates else self._internal
         return self._values(place)
 
     def round(self) -> tuple[Proposal, ...]:
@@ -567,15 +608,6 @@ class RobustSearch(OuterSearch):
             * self.ranges[name].slope(self._within(name, x))
             for name, x in self._internal.items()
         }
-
-    def _first_step(self, name: str, given: float | None) -> float:
-        limits = self.ranges[name]
-        defaults = {"log": STEP, "complement": STEP_OF_COMPLEMENT, "linear": STEP_SHARE * limits.internal_width}
-        default = defaults[limits.scale]
-        step = default if given is None else given
-        if not 0 < step < inf:
-            raise InputError(f"hyperparameter {name!r} needs a finite step size above 0: pass it in step_sizes")
-        return step
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -9,15 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.hypergradients.line_search import LineSearch
 from tune_hypergrad.hypergradients.outer import Descent, OuterSearch, PaperSearch
 from tune_hypergrad.hypergradients.robust import RobustSearch
 from tune_hypergrad.space import Range, is_number
 
-RULES = ("robust", "paper")
-"""Rules of outer searches, the default first: `RobustSearch` and `PaperSearch`."""
+_OWN: dict[str, dict[str, Any]] = {
+    "robust": {"lengths": None, "trainings": None, "confirmations": None, "polish": False, "adaptive_sharing": False},
+    "line-search": {"trainings": None},
+    "paper": {"lengths": None, "update": "sign", "default_step": 0.1, "tolerance": 1e-3},
+}
+"""By rule, the settings that not all rules have, with their defaults."""
 
-_PAPERS = {"update": "sign", "default_step": 0.1, "tolerance": 1e-3}
-_ROBUST = {"trainings": None, "confirmations": None, "polish": False, "adaptive_sharing": False}
+RULES = tuple(_OWN)
+"""Rules of outer searches, the default first: `RobustSearch`, `LineSearch` and `PaperSearch`."""
 
 
 @dataclass(frozen=True)
@@ -25,30 +30,32 @@ class SearchSettings:
     """How hyperparameters are searched by hypergradients.
 
     Raises:
-        InputError: a setting that cannot work, or that belongs to the other rule.
+        InputError: a setting that cannot work, or that belongs to another rule.
     """
 
     rule: str = "robust"
-    """"robust" (see `RobustSearch`), or "paper": sign steps from zero (Micaelli & Storkey 2021, Appendix G)."""
+    """"robust" (see `RobustSearch`), "line-search": steps that are known to lower the loss (see `LineSearch`), or
+    "paper": sign steps from zero (Micaelli & Storkey 2021, Appendix G)."""
     step_sizes: Mapping[str, float] = field(default_factory=dict)
     """First outer step sizes by name, on the scale of the domain; those missing are the rule's own."""
     ensemble: int = 1
     """Runs of an outer step, with different seeds, whose hypergradients are averaged. The robust rule takes more where
-    nothing gets better."""
+    nothing gets better, line searches where noise hides whether anything does."""
     outer_steps: int | None = None
-    """Outer steps at the most; None is no limit."""
+    """Outer steps (of line searches: trials) at the most; None is no limit."""
     new_seeds: bool = True
     """Whether every outer step has initial weights, order and draws of its own; without, all have the same."""
     new_splits: bool = False
     """Whether every run draws training and validation examples anew from both, by class."""
     lengths: Sequence[int] | None = None
-    """Inner steps of successive outer steps' runs, the last one for all further ones, such as (100, 1000): short runs
-    find the way for long ones. None: all have as many as the setting `steps` says."""
+    """Robust and paper's rule: inner steps of successive outer steps' runs, the last one for all further ones, such as
+    (100, 1000): short runs find the way for long ones. None: all have as many as the setting `steps` says."""
     adaptive_sharing: bool | None = None
     """Robust rule: whether neighbouring windows, of a hyperparameter that has at least 16, move together where that is
     better (see `Sharing`); None is False."""
     trainings: float | None = None
-    """Robust rule: what the search may cost, in plain trainings, confirmations included; None is no limit."""
+    """Robust rule and line searches: what the search may cost, in plain trainings, confirmations included; None is no
+    limit."""
     confirmations: int | None = None
     """Robust rule: other seeds with which the best schedules are trained before the search ends; None is 3, or what
     `trainings` pay for."""
@@ -78,11 +85,10 @@ class SearchSettings:
             object.__setattr__(self, "lengths", lengths)
         if self.trainings is not None and not is_number(self.trainings):
             raise InputError(f"trainings is {self.trainings!r}: give a number of plain trainings, or None for no limit")
-        foreign = _PAPERS if self.rule == "robust" else _ROBUST
-        for name in foreign:
-            if getattr(self, name) is not None:
-                other = "paper" if self.rule == "robust" else "robust"
-                raise InputError(f"{name} belongs to rule={other!r}: drop it, or set the rule")
+        for name in dict.fromkeys(name for settings in _OWN.values() for name in settings):
+            if getattr(self, name) is not None and name not in _OWN[self.rule]:
+                others = " or ".join(repr(rule) for rule, settings in _OWN.items() if name in settings)
+                raise InputError(f"{name} belongs to rule={others}: drop it, or set the rule")
 
     def search(
         self,
@@ -105,16 +111,16 @@ class SearchSettings:
             "ensemble": self.ensemble,
             "outer_steps": self.outer_steps,
             "new_seeds": self.new_seeds,
-            "lengths": self.lengths,
         }
+        own = {
+            name: default if getattr(self, name) is None else getattr(self, name)
+            for name, default in _OWN[self.rule].items()
+        }
+        if self.rule == "line-search":
+            return LineSearch(ranges, initial=initial, step_sizes=self.step_sizes, **shared, **own)
         if self.rule == "robust":
-            own = {name: self._or(name, default) for name, default in _ROBUST.items()}
             own["polish"] = own["polish"] if polish is None else polish
             return RobustSearch(ranges, initial=initial, step_sizes=self.step_sizes, **shared, **own)
-        steps = {name: self._or(name, _PAPERS[name]) for name in ("update", "default_step")}
+        steps = {name: own.pop(name) for name in ("update", "default_step")}
         descent = Descent(ranges, initial=initial, step_sizes=self.step_sizes, **steps)
-        return PaperSearch(descent, tolerance=self._or("tolerance", _PAPERS["tolerance"]), **shared)
-
-    def _or(self, name: str, default: Any) -> Any:
-        given = getattr(self, name)
-        return default if given is None else given
+        return PaperSearch(descent, **shared, **own)

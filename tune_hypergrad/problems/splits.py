@@ -46,21 +46,24 @@ def with_val(problem: Problem) -> Problem:
 
 
 def split_anew(problem: Problem, seed: int) -> Problem:
-    """The problem with other examples to validate on: as many, drawn from both splits, each class in its share.
+    """The problem with other examples to validate on: as many, drawn from both splits, each class in its share where
+    targets are classes, int64 of shape [n].
 
     Args:
-        problem: its splits are tensors; the last one of each is int64, shape [n].
+        problem: its splits are tensors.
         seed: not negative.
 
     Raises:
-        InputError: a split is a `Dataset`, whose classes are not known.
+        InputError: a split is a `Dataset`, whose examples are not known.
     """
     joined, val = with_val(problem).train, problem.val
     assert isinstance(joined, Split) and isinstance(val, Split)
     if joined.tensors is None:
-        raise InputError("examples of a Dataset cannot be split anew by class: give the problem tensors")
-    labels = joined.tensors[-1]
-    parts = stratified_split(labels.cpu().numpy(), len(val), fold_seed(seed))
+        raise InputError("examples of a Dataset cannot be split anew: give the problem tensors")
+    targets = joined.tensors[-1]
+    are_classes = targets.ndim == 1 and not targets.is_floating_point()
+    labels = targets.cpu().numpy() if are_classes else np.zeros(len(targets), dtype=np.int64)
+    parts = stratified_split(labels, len(val), fold_seed(seed))
     train, held_out = (tuple(t[torch.from_numpy(part).to(t.device)] for t in joined.tensors) for part in parts)
     again = problem.replace(train=train, val=held_out)
     again.findings = problem.findings  # which are of the model, the losses and the kind of data

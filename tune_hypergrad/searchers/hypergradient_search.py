@@ -13,7 +13,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients import Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
+from tune_hypergrad.hypergradients import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.randomness import fold_seed
@@ -195,7 +195,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
                 self._starts = []
             if not self._starts:
                 self._outer, outcomes = min(self._started, key=_loss_of_start)
-                if isinstance(self._outer, RobustSearch):  # what the other points cost is spent, too
+                if isinstance(self._outer, RobustSearch | LineSearch):  # what the other points cost is spent, too
                     others = [
                         outcome for outer, given in self._started if outer is not self._outer for outcome in given
                     ]

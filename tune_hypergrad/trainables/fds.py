@@ -16,6 +16,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import (
     Descent,
     InnerLoop,
+    LineSearch,
     Outcome,
     OuterSearch,
     Proposal,
@@ -186,7 +187,7 @@ class FDS(ProblemTrainable):
             self.run = self.settings.advance(self.run, -(-self.run.length // self.settings.reports))
             if self.run.done:
                 self._finish_run()
-        rejected = self.search.rejected if isinstance(self.search, RobustSearch) else 0
+        rejected = self.search.rejected if isinstance(self.search, RobustSearch | LineSearch) else 0
         return {
             **self._results,
             **self._best,
@@ -201,7 +202,7 @@ class FDS(ProblemTrainable):
     @property
     def _gain(self) -> float:
         incumbent = self.search.incumbent
-        if incumbent is None or not isinstance(self.search, RobustSearch):
+        if incumbent is None or not isinstance(self.search, RobustSearch | LineSearch):
             return float("nan")
         return self.search.start_loss - incumbent.val_loss
 
