@@ -668,6 +668,28 @@ class TestPolish:
         driven(search, run)
         assert _key(found(search)) == _key(initial)
 
+    @pytest.mark.parametrize("limits", [{"outer_steps": 6}, {"outer_steps": 6, "trainings": 60}])
+    @pytest.mark.parametrize("dying", [2, 3])
+    def test_where_all_but_the_start_die_the_next_best_are_measured_by_it(
+        self, dying: int, limits: dict[str, Any]
+    ) -> None:
+        own: dict[tuple[float, ...], float] = {}
+
+        def run(proposal: Proposal) -> Outcome:
+            if proposal.confirmed is None:
+                own[_key(proposal.values)] = float(bowl(proposal.values))
+                return Simulated().run(proposal)
+            place = sorted(own, key=own.__getitem__).index(_key(proposal.values))
+            dies = place < dying and len(proposal.confirmed) == 1
+            return Outcome(UNTRAINED if dies else float(bowl(proposal.values)), UNTRAINED, None, TRAINING)
+
+        search = RobustSearch(RANGES, polish=True, **limits)
+        told = driven(search, run)
+        first = _key(told[0][0][0].values)
+        assert _key(found(search)) == sorted(own, key=own.__getitem__)[dying] != first
+        assert search.incumbent is not None and search.incumbent.runs == 3
+        assert len(confirmations_of(told)[first]) == 3
+
     @pytest.mark.parametrize("others", [0.7, 0.4])
     def test_a_start_that_could_not_be_differentiated_is_confirmed_all_the_same(self, others: float) -> None:
         """It trains well, and its derivatives are NaN."""

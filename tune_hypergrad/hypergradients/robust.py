@@ -194,8 +194,9 @@ class RobustSearch(OuterSearch):
         adaptive_sharing: whether neighbouring windows, of a hyperparameter that has at least 16, move together where
             that makes the estimated error of their hypergradient least (see `Sharing`).
         confirmations: other seeds with which the two best places, and the initial one if `polish`, are trained before
-            the search ends; None: 3, or as many as `trainings` pay for beside one outer step. Where all that was to be
-            confirmed has come to nothing, the search goes on from there with what calms training lowered.
+            the search ends; None: 3, or as many as `trainings` pay for beside one outer step. What comes
+            to nothing there is replaced by the next best; where all has, the search goes on from there with what calms
+            training lowered.
         polish: whether what is found must not be worse than `initial`, by mean validation loss over the confirmations.
 
     Raises:
@@ -497,11 +498,20 @@ class RobustSearch(OuterSearch):
                 self._go_on()
             self._choose()
             return
+        if start is not None and fallen and self._candidates == [start]:
+            self._candidates += self._next_best(start)
         self._choose()
         costs = [outcome.cost for outcome in outcomes if outcome is not None]
         lacking = self._lacking
         if len(lacking[0].confirmed) >= self.confirmations or (costs and len(lacking) * max(costs) > self._left):
             self._candidates, self._ended = [], True
+
+    def _next_best(self, start: _Place) -> list[_Place]:
+        """Candidates in place of those that fell beside the start, as many as can be confirmed as often as it."""
+        left = self._left - (self.confirmations - len(start.confirmed))
+        count = _CANDIDATES if isinf(left) else min(_CANDIDATES, int(left / max(self.confirmations, 1)))
+        others = [place for place in self._standing if not self._is_start(place.internal)]
+        return [replace(place, confirmed=[]) for place in sorted(others, key=self._score)[: max(count, 0)]]
 
     def _let_fall(self, fallen: list[_Place]) -> None:
         """Give candidates up, with what is known of them."""
