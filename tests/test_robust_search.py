@@ -748,9 +748,9 @@ class TestPolish:
             Simulated(noise=0.05, diverges=0.3),
         ),
         ({"outer_steps": 9}, Unlucky(noise=0.02, alive=0.01)),
-        ({}, Unlucky(noise=0.02, alive=0.004)),
+        ({"ensemble": 4, "outer_steps": 20}, Unlucky(alive=0.004)),
     ],
-    ids=["cliff", "ensemble", "polish", "divergence", "polished divergence", "falls", "falls without a limit"],
+    ids=["cliff", "ensemble", "polish", "divergence", "polished divergence", "falls", "going on"],
 )
 def test_saved_and_restored_at_every_tell(arguments: dict[str, Any], simulated: Simulated) -> None:
     """A search that goes on from a file asks for the same runs, to the bit."""
@@ -789,6 +789,8 @@ def test_saved_and_restored_at_every_tell(arguments: dict[str, Any], simulated: 
             assert repr(resumed.state_dict()) == repr(final)  # NaN equals itself
         assert repr(state) == repr(through_a_file(state))
     assert len(final["places"]) > 1
+    if isinstance(simulated, Unlucky):
+        assert any(place["fallen"] for place in final["places"])
 
 
 @pytest.mark.parametrize(
