@@ -398,3 +398,11 @@ def test_the_same_training_is_told(tmp_path):
     assert "Every incumbent was trained again for 100 steps, however long the run was that found it." in text
     with pytest.raises(InputError, match="same_training='yes'"):
         Retraining(same_training="yes")
+
+
+def test_no_weight_decay_is_the_least_there_is():
+    task = Task(
+        tiny_problem(test=None), {"lr": tune.loguniform(1e-4, 1), "weight_decay": tune.loguniform(1e-6, 1e-2)}, 4
+    )
+    start = complete_start({"lr": 0.1, "weight_decay": 0.0}, task)
+    assert start.point["weight_decay"] == pytest.approx(1e-6) and start.exact["weight_decay"] == 0.0

@@ -149,8 +149,8 @@ def _checked(name: str, value: Any, place: Place) -> Any:
     near = _nearest(domain, leaf)
     if isinstance(leaf, float) and isinstance(near, float) and math.isclose(leaf, near, rel_tol=_ROUNDING):
         return near
-    if leaf == 0 and _is_logarithmic(domain) and not place.complement:
-        return near  # none at all, of which there is no logarithm
+    if leaf == 0 and name != "lr" and _is_logarithmic(domain) and not place.complement:
+        return near  # no penalty at all, of which there is no logarithm; no training is no start
     if not _is_valid(domain, leaf):
         shown = f"{value:g}" if isinstance(value, float) else repr(value)
         inside = f"1 - {domain.domain_str}" if place.complement else domain.domain_str
