@@ -285,6 +285,8 @@ class TestConfirmations:
         frame = pd.DataFrame(
             {
                 "schedule/lr": [lr for lr, *_ in rows],
+                "schedule/other/0": [np.nan for _ in rows],  # of another method
+                records.SCHEDULE_COLUMN: pd.Series([None] * len(rows), dtype="str"),
                 "run/confirmations": [count for _, count, _, _ in rows],
                 "run/fallen": [fallen for _, _, fallen, _ in rows],
                 "val_loss": [loss for *_, loss in rows],

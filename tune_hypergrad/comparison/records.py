@@ -471,7 +471,8 @@ def _incumbents_among(results: pd.DataFrame) -> pd.DataFrame:
         return results[best_before.isna() | (results["val_loss"] < best_before)]
     counts = results[CONFIRMATIONS].fillna(0)
     fallen = results.get(FALLEN, pd.Series(False, results.index)).fillna(False).astype(bool)
-    schedules = results.filter(regex=f"^schedule/|^{SCHEDULE_COLUMN}$").astype(str).agg("|".join, axis=1)
+    of_schedules = results.filter(regex=f"^schedule/|^{SCHEDULE_COLUMN}$")
+    schedules = ["|".join(map(str, values)) for values in of_schedules.itertuples(index=False)]
     standing: dict[str, tuple[float, float, int]] = {}  # by schedule: confirmations, negative; loss; row
     changes: list[tuple[int, int]] = []  # rows: of an incumbent, and at which it became that
     for row, (schedule, count) in enumerate(zip(schedules, counts, strict=True)):
