@@ -99,8 +99,11 @@ def test_all_methods_spend_one_budget_and_the_test_split_is_read_at_the_end(ray_
     )
     check(comparison)
     assert comparison.methods == list(BY_DEFAULT) and len(comparison.accounts) == len(BY_DEFAULT)
-    assert set(comparison.accounts["reason"]) == {"budget spent"}
-    assert (comparison.accounts["share"] >= 1).all() and (comparison.accounts["share"] < 1.2).all()
+    accounts = comparison.accounts.set_index("method")
+    own_ends = accounts.loc[["fds", "fds-paper"]]  # when what is left does not pay for another outer step, or converged
+    assert set(accounts.drop(own_ends.index)["reason"]) == {"budget spent"}
+    assert set(own_ends["reason"]) <= {"budget spent", "search ended"} and (own_ends["share"] > 0.3).all()
+    assert (accounts.drop(own_ends.index)["share"] >= 1).all() and (accounts["share"] < 1.2).all()
     assert not any("test" in column for column in comparison.results), "a search has read the test split"
     finals = comparison.retrained[comparison.retrained["share"] == 1].groupby(["method", "seed"]).size()
     assert (finals == 2).all() and len(finals) == len(BY_DEFAULT)
