@@ -309,7 +309,8 @@ def test_a_comparison_from_end_to_end(ray_session, capsys, tmp_path):
     assert status == 0, err
     assert all(name in shown for name in ("fds", "hb", "cosine", "report.html"))
     comparison = Comparison(out)
-    assert comparison.methods == ["fds", "hb", "cosine"] and set(comparison.accounts["reason"]) == {"budget spent"}
+    assert comparison.methods == ["fds", "hb", "cosine"]
+    assert set(comparison.accounts["reason"]) <= {"budget spent", "search ended"}
     epochs = comparison.results[comparison.results["method"] == "hb"].groupby("budget")["cost/steps"].max()
     assert epochs.to_dict() == pytest.approx({1 / 3: round(17 / 3), 1: 17})
     # finished already: resuming writes the report again

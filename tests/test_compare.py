@@ -355,7 +355,7 @@ def test_a_killed_driver_is_resumed_to_a_consistent_end(ray_session, tmp_path, t
     assert driver(ray_session, out, resume=True).wait(timeout=240) == 0
     comparison = Comparison(out)
     check(comparison)
-    assert set(comparison.accounts["reason"]) == {"budget spent"}
+    assert set(comparison.accounts["reason"]) <= {"budget spent", "search ended"}
     assert comparison.retrained.groupby("method").size().min() >= 1
     assert not comparison.retrained[["method", "seed", "share", "training_seed"]].duplicated().any()
 
