@@ -132,5 +132,5 @@ def test_a_search_outlives_its_driver(ray_session, tmp_path):
         str(tmp_path / "search"), trainable=trainable, param_space=SPACE, resume_unfinished=True, restart_errored=True
     )
     grid = restored.fit()
-    assert not grid.errors and len(grid) == 8
+    assert not grid.errors and len(grid) == len(expected)
     assert evaluations_of(grid) == expected
