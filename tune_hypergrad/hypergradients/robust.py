@@ -7,8 +7,8 @@ on each hyperparameter's natural scale,
 - a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss or half of
   what is typical of all derivatives, so that what would change little moves little. Directions of neighbouring windows
   and of successive outer steps, each with seeds of its own, are averaged;
-- a derivative by which one step would change the loss by more than a quarter of what training gains is *chaotic*. It
-  is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, others wait
+- a derivative by which one step would change the loss by more than all that training gains, or more than a quarter of
+  it where there are several windows, is *chaotic*. It is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, others wait
   until their steps, halved, are small enough, and where the loss is no better either, the next run is nearer to the
   best so far;
 - a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
@@ -52,7 +52,7 @@ STEP_SHARE = 0.1
 """Default step size on linear scales, as a share of the range."""
 
 _SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
-_CHAOS = 0.25  # share of training's gain by which one step along one derivative cannot change the loss
+_CHAOS, _CHAOS_ALONE = 0.25, 1.0  # shares of training's gain that no step of a window, or a single value, changes
 _WILDNESS = 0.05  # what a chaotic place is worse by than its loss says, as a share of training's gain
 _REJECTED, _NOISE = 0.3, 0.1  # share of the best's gain that a run may lose; of its loss, which seeds may make of it
 _MEMORY = 0.3  # weight of earlier directions
@@ -324,11 +324,14 @@ class RobustSearch(OuterSearch):
 
     def _move(self, gradients: list[Hyperparameters], loss: float) -> bool:
         """Take a step along the members' derivatives on the internal scales; returns whether none was chaotic."""
-        chaos = _CHAOS * max(self._gain(loss), abs(loss))
+        most = max(self._gain(loss), abs(loss))
+        chaos = {n: (_CHAOS_ALONE if r.windows == 1 else _CHAOS) * most for n, r in self.ranges.items()}
         members = {name: torch.stack([g[name] for g in gradients]) for name in self.ranges}
         reach = {name: self._steps[name].clamp(max=self._first[name]) for name in self.ranges if not _is_calming(name)}
         # NaN is wild, too
-        wild = {name: (~(m.abs() * reach.get(name, self._first[name]) <= chaos)).any(0) for name, m in members.items()}
+        wild = {
+            name: (~(m.abs() * reach.get(name, self._first[name]) <= chaos[name])).any(0) for name, m in members.items()
+        }
         means = {name: torch.where(wild[name], 0.0, m.mean(0)) for name, m in members.items()}
         followed = {name: torch.where(wild[name], 0.0, m) for name, m in members.items()}
         shared = self._share(means, followed) if self.adaptive_sharing else {}
