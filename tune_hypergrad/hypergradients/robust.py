@@ -52,7 +52,7 @@ STEP_SHARE = 0.1
 """Default step size on linear scales, as a share of the range."""
 
 _SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
-_CHAOS, _CHAOS_ALONE = 0.25, 1.0  # shares of training's gain that no step of a window, or a sole value, changes
+_CHAOS, _CHAOS_ALONE = 0.25, 1.0  # shares of training's gain that no step of a window, or sole value, changes
 _WILDNESS = 0.05  # what a chaotic place is worse by than its loss says, as a share of training's gain
 _REJECTED, _NOISE = 0.3, 0.1  # share of the best's gain that a run may lose; of its loss, which seeds may make of it
 _MEMORY = 0.3  # weight of earlier directions
