@@ -8,9 +8,9 @@ on each hyperparameter's natural scale,
   what is typical of all derivatives, so that what would change little moves little. Directions of neighbouring windows
   and of successive outer steps, each with seeds of its own, are averaged;
 - a derivative by which one step would change the loss by more than all that training gains, or more than a quarter of
-  it where there are several windows, is *chaotic*. It is not followed: what calms training when it is lowered (learning rates, momentum) is lowered there, others wait
-  until their steps, halved, are small enough, and where the loss is no better either, the next run is nearer to the
-  best so far;
+  it where there are several windows, is *chaotic*. It is not followed: what calms training when it is lowered (learning
+  rates, momentum) is lowered there, others wait until their steps, halved, are small enough, and where the loss is no
+  better either, the next run is nearer to the best so far;
 - a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
   and the next one is nearer to where the search came from;
 - what is called best is calm, or better by more than chaos may hide, and has been confirmed: trained with other seeds,
