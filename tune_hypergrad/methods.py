@@ -242,6 +242,12 @@ def _by_the_papers_rule(task: Task) -> Searcher:
 
 
 def _hypergradient_search(task: Task, tuned: Mapping[str, Any], settings: SearchSettings) -> Searcher:
+    for name, limits in gradient_ranges(tuned)[0].items():
+        if limits.windows > task.steps:
+            raise InputError(
+                f"hyperparameter {name!r} has {limits.windows} windows, and a training run {task.steps} inner steps: "
+                "use fewer windows, or train longer"
+            )
     start = {name: value for name, value in (task.start or {}).items() if name in tuned}
     return HypergradientSearch(
         tuned,
