@@ -67,7 +67,7 @@ class Named(Dataset[Any]):
         ({"train": (X[:0], Y[:0])}, "train data is empty"),
         ({"val": (X, Y[:5])}, "val data: the tensors' lengths differ"),
         ({"train": (X / 0, Y)}, "train data: tensor 0 has NaN or infinite values"),
-        ({"train": [1, 2]}, "train data must be a tuple"),
+        ({"train": (1, 2)}, "train data must be tensors"),
         ({"val": 3}, "val data is a int"),
         ({"batch_size": 25}, "batch_size 25 is above the training split's 24 examples"),
         ({"batch_size": 0}, "batch_size is 0"),
@@ -83,7 +83,7 @@ def test_refused_when_made(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": lambda: nn.Linear(7, 3)}, "the model's forward on a train batch of shape .* fails: RuntimeError"),
+        ({"model": lambda: nn.Linear(7, 3)}, "the model's forward on a train batch of shapes .* fails: RuntimeError"),
         ({"model": lambda: 3}, "model.. gave a int"),
         ({"loss": lambda output, target: output}, "must give a scalar"),
         ({"train_loss": exploding}, "train_loss on a train batch fails: ValueError: boom$"),

@@ -110,7 +110,7 @@ def test_parameters_can_be_multiplied_with_their_responses(kind):
     for name, parameter in layer.named_parameters():
         mask = (torch.rand_like(parameter) < 0.5).double()
         with network.perturbation.set_to(inputs):
-            output = network.call((x,), {name: mask})
+            output = network.call(lambda model: model(x), {name: mask})
         torch.testing.assert_close(output, functional_call(layer, {**at, name: at[name] * mask}, x))
 
 

@@ -95,7 +95,7 @@ WITHIN = {
 
 
 def elsewhere(model, *inputs):
-    return used_elsewhere(model, responding_layers(model), inputs)
+    return used_elsewhere(model, responding_layers(model), lambda model: model(*inputs))
 
 
 @pytest.mark.parametrize("use", ELSEWHERE.values(), ids=ELSEWHERE)

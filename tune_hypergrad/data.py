@@ -1,24 +1,27 @@
-"""One data split: random access to batches of a tuple of tensors or of a torch `Dataset`."""
+"""One data split: random access to batches of tensors or of a `Dataset`."""
 
 from __future__ import annotations
 
 import copy
 import random
 import warnings
-from collections.abc import Sized
+from collections.abc import Callable, Mapping, Sized
 from types import FunctionType, ModuleType
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.batches import Batch
+from tune_hypergrad.errors import InputError, in_one_line
 
-Batch = tuple[Any, ...]
-"""What one batch is: the model's positional inputs, then the target; every leaf has the batch dimension first."""
+Source = Any
+"""Examples: tensors or arrays whose first dimension is the examples' (one, a tuple or list of them, or a dict of them),
+or a map-style data set, torch's or of Hugging Face's `datasets`."""
 
 
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
@@ -26,34 +29,39 @@ _DEPTH, _FEW = 4, 100  # how deep, and in how long collections, state is looked 
 
 
 class Split:
-    """Examples by index, as `(*inputs, target)` batches.
+    """Examples by index, as batches of any form.
 
     Args:
-        source: a tuple of tensors of equal first dimension, or a map-style `Dataset` of tuples.
+        source: the examples; those of tensors make batches of the same form.
         name: how error messages call this split ("train", "val", "test").
+        collate_fn: makes a batch of a list of a data set's items; None is torch's `default_collate`.
 
     Raises:
-        InputError: the split is empty, its tensors disagree in length, or hold values that are not finite.
+        InputError: the split is empty, its tensors disagree in length, or its inputs hold values that are not finite.
 
     Tensors pickle as NumPy arrays, which Ray shares between processes of a node without a copy.
     """
 
-    def __init__(self, source: Dataset[Any] | tuple[Tensor, ...], name: str) -> None:
+    def __init__(self, source: Source, name: str, collate_fn: Callable[[list[Any]], Batch] | None = None) -> None:
         if type(source) is TensorDataset:  # a subclass may do more than hand its tensors out
             source = source.tensors
         self.name = name
-        self.tensors: tuple[Tensor, ...] | None = None
+        self.collate_fn = collate_fn
+        self.tensors: Any = None
+        """The tensors, in the form in which they were given; None of a data set."""
         self.dataset: Dataset[Any] | None = None
-        if isinstance(source, tuple | list):
-            self.tensors = _checked_tensors(tuple(source), name)
-            self._length = len(self.tensors[0])
+        if isinstance(source, tuple | Mapping | Tensor | np.ndarray) or (collate_fn is None and _are_columns(source)):
+            if collate_fn is not None:
+                raise InputError(f"{name} data is tensors, which collate_fn is not for: give a Dataset, or drop it")
+            self.tensors = _checked_tensors(source, name)
+            self._length = len(tree_leaves(self.tensors)[0])
         elif isinstance(source, Sized) and hasattr(source, "__getitem__"):
-            self.dataset = cast("Dataset[Any]", source)
+            self.dataset = cast("Dataset[Any]", _in_torch_format(source))
             self._length = len(source)
         else:
             raise InputError(
-                f"{name} data is a {type(source).__name__}: pass a tuple of tensors (inputs, targets) or a "
-                "torch Dataset with __len__ and __getitem__"
+                f"{name} data is a {type(source).__name__}: pass tensors, such as a tuple (inputs, targets), a torch "
+                "Dataset with __len__ and __getitem__, or a DataLoader of one"
             )
         if self._length == 0:
             raise InputError(f"{name} data is empty: it needs at least one example")
@@ -62,18 +70,22 @@ class Split:
         return self._length
 
     def batch(self, indices: Tensor | slice) -> Batch:
-        """The examples at `indices` (int64, shape [b], or a slice), collated: leaves of shape [b, ...].
+        """The examples at `indices` (int64, shape [b], or a slice), collated.
 
-        A `Dataset` that augments at random draws from the global generators; seed them before the call.
+        A data set that augments at random draws from the global generators; seed them before the call.
         """
         if self.tensors is not None:
-            return tuple(tensor[indices] for tensor in self.tensors)
+            return tree_map(lambda tensor: tensor[indices], self.tensors)
         assert self.dataset is not None
         positions = range(self._length)[indices] if isinstance(indices, slice) else indices.tolist()
-        items = default_collate([self.dataset[position] for position in positions])
-        if not isinstance(items, list | tuple) or len(items) < 2:
-            raise InputError(f"{self.name} data must yield (input, target) tuples, not {type(items).__name__}")
-        return tuple(items)
+        batch = (self.collate_fn or _collate)([self.dataset[position] for position in positions])
+        return tuple(batch) if type(batch) is list else batch
+
+    def head(self, examples: int) -> Split:
+        """The first so many examples."""
+        if self.dataset is not None:
+            return Split(Subset(self.dataset, range(examples)), self.name, self.collate_fn)
+        return Split(tree_map(lambda tensor: tensor[:examples], self.tensors), self.name)
 
     def independent(self) -> Split:
         """This split with a data set that keeps its counters and generators to itself, but shares its examples."""
@@ -96,24 +108,54 @@ class Split:
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if self.tensors is not None:
-            state["tensors"] = [(_as_array(tensor), tensor.dtype, tuple(tensor.shape)) for tensor in self.tensors]
+            leaves, structure = tree_flatten(self.tensors)
+            packed = [(_as_array(tensor), tensor.dtype, tuple(tensor.shape)) for tensor in leaves]
+            state["tensors"] = packed, structure
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if state["tensors"] is not None:
-            self.tensors = tuple(_as_tensor(*packed) for packed in state["tensors"])
+            packed, structure = state["tensors"]
+            self.tensors = tree_unflatten([_as_tensor(*each) for each in packed], structure)
 
 
 def cast_batch(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """The batch on `device`, floating tensors as `dtype`, in dicts and tuples too; what is no tensor stays as it is."""
+    """The batch on `device`, floating tensors as `dtype`, wherever in the tree they are. What is no tensor stays as it
+    is, or goes there by its own method `to`."""
 
     def cast_leaf(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else leaf.dtype)
+        if isinstance(leaf, Tensor):
+            return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else leaf.dtype)
+        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
-    return tree_map(cast_leaf, batch)  # type: ignore[no-any-return]
+    def cast_sequence(sequence: PackedSequence) -> PackedSequence:
+        kind = dtype if sequence.data.is_floating_point() else sequence.data.dtype
+        return sequence.to(device, kind)  # type: ignore[arg-type]
+
+    def cast_tree(tree: Any) -> Any:  # lengths of sequences stay on the CPU, which no map over leaves knows
+        return cast_sequence(tree) if isinstance(tree, PackedSequence) else cast_leaf(tree)
+
+    return tree_map(cast_tree, batch, is_leaf=lambda tree: isinstance(tree, PackedSequence))
+
+
+def _collate(items: list[Any]) -> Batch:
+    try:
+        return default_collate(items)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"examples cannot be put together to a batch ({in_one_line(error)}): give the problem collate_fn=..., "
+            "which pads them or packs them"
+        ) from error
+
+
+def _in_torch_format(source: Any) -> Any:
+    """A data set of Hugging Face's, whose items are lists and numbers unless told otherwise, with tensors as items."""
+    formatted = getattr(source, "with_format", None)
+    known = getattr(source, "format", None)
+    if callable(formatted) and isinstance(known, Mapping) and known.get("type") is None:
+        return formatted("torch")
+    return source
 
 
 def _with_own_state(value: Any, depth: int, copies: dict[int, Any]) -> Any:
@@ -146,18 +188,40 @@ def _copied_state(value: Any, depth: int, copies: dict[int, Any]) -> Any:
     return found
 
 
-def _checked_tensors(tensors: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:
-    if len(tensors) < 2 or not all(isinstance(tensor, Tensor) and tensor.ndim > 0 for tensor in tensors):
-        raise InputError(f"{name} data must be a tuple (inputs, ..., targets) of at least two tensors")
-    lengths = [len(tensor) for tensor in tensors]
+def _checked_tensors(source: Any, name: str) -> Any:
+    """The tensors, detached, in the form in which they were given.
+
+    What is last of several, the target by default, may be missing in places, as NaN: that is the loss's affair.
+    """
+    if isinstance(source, list):
+        source = tuple(source)
+    leaves, structure = tree_flatten(tree_map(_tensor, source))
+    if not leaves or not all(isinstance(tensor, Tensor) and tensor.ndim > 0 for tensor in leaves):
+        raise InputError(
+            f"{name} data must be tensors whose first dimension is the examples', such as a tuple (inputs, targets)"
+        )
+    lengths = [len(tensor) for tensor in leaves]
     if len(set(lengths)) > 1:
         raise InputError(f"{name} data: the tensors' lengths differ ({', '.join(map(str, lengths))})")
-    for position, tensor in enumerate(tensors):
+    are_inputs = len(leaves) - 1 if isinstance(source, tuple) and len(leaves) > 1 else len(leaves)
+    for position, tensor in enumerate(leaves):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             row = int((~torch.isfinite(tensor)).flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else -1
             where = f" (first in example {row})" if row >= 0 else ""
-            raise InputError(f"{name} data: tensor {position} has NaN or infinite values{where}: clean or drop them")
-    return tuple(tensor.detach() for tensor in tensors)
+            what = f"{name} data: tensor {position} has NaN or infinite values{where}"
+            if position < are_inputs and not isinstance(source, Mapping):
+                raise InputError(f"{what}: clean or drop them")
+            warnings.warn(f"{what}: the loss has to leave them out", stacklevel=4)
+    return tree_unflatten([tensor.detach() for tensor in leaves], structure)
+
+
+def _are_columns(source: Any) -> bool:
+    """Whether a list is of tensors, inputs and targets, and not of examples."""
+    return isinstance(source, list) and bool(source) and all(isinstance(each, Tensor | np.ndarray) for each in source)
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tune_hypergrad.data import Batch
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.regularisers import Context, Regulariser, Strength
 
@@ -34,9 +34,9 @@ class Objective:
     """A training loss and the regularisers of one model, and how a training step goes through them.
 
     ```python
-    *inputs, target = objective.transform(batch, values)
-    prediction = objective.predict(lambda factors: model(*inputs), parameters, values)
-    loss = objective.loss(prediction, target, lambda: parameters, values)
+    batch = objective.transform(batch, values)
+    prediction = objective.predict(lambda factors: problem.predict(model, batch), parameters, values)
+    loss = objective.loss(prediction, problem.target(batch), lambda: parameters, values)
     ```
 
     Regularisers that lack a value for one of their hyperparameters do nothing, and draw no random numbers.

@@ -5,25 +5,25 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from math import isnan, nan
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, default_collate
 
-from tune_hypergrad.data import Batch, Split, cast_batch
+from tune_hypergrad.batches import Batch, Forward, as_tree, call_model, default_loss, target_of
+from tune_hypergrad.data import Source, Split, cast_batch
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.figures import QuotientsOf, as_mean, detached, is_accumulating, is_of_whole_split, part_of
 from tune_hypergrad.objective import Objective, Parameters, strengths
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 from tune_hypergrad.regularisers import Regulariser, Strength
-
-Source = Dataset[Any] | tuple[Tensor, ...] | Split
+from tune_hypergrad.sampling import own_sampler
 
 
 @dataclass(eq=False)
@@ -39,17 +39,19 @@ class Problem:
     model: Callable[..., nn.Module]
     """Makes a freshly initialised model; its keyword arguments are hyperparameters that black-box methods can tune."""
 
-    train: Source
-    """Training split: a tuple of tensors `(inputs, targets)` or a torch `Dataset` of such pairs."""
+    train: Source | Split | DataLoader[Any]
+    """Training split: tensors or arrays, such as a tuple `(inputs, targets)` or a dict; a torch `Dataset`; or a
+    `DataLoader`, whose data set, collate function, batch size, sampler and `drop_last` are taken over."""
 
-    val: Source
+    val: Source | Split | DataLoader[Any]
     """Validation split: what hypergradients differentiate and incumbents are chosen by."""
 
-    test: Source | None = None
+    test: Source | Split | DataLoader[Any] | None = None
     """Test split: reported, never used to choose anything."""
 
-    loss: Callable[..., Tensor] = F.cross_entropy
-    """`loss(output, target)`, a mean over the batch: the validation loss, and the training loss by default."""
+    loss: Callable[..., Tensor] = default_loss
+    """`loss(output, target)`, a mean over the batch: the validation loss, and the training loss by default. Unless
+    given it is the output's own `loss` where it has one, and else the cross entropy."""
 
     train_loss: Callable[..., Tensor] | None = None
     """`train_loss(output, target, *, name=default, ...)`: its keyword-only arguments are tunable hyperparameters, save
@@ -70,12 +72,31 @@ class Problem:
     name: str = "problem"
     """How reports call this problem."""
 
+    collate_fn: Callable[[list[Any]], Batch] | None = None
+    """Makes a batch, any tree of tensors, of a list of a data set's items; None is torch's `default_collate`."""
+
+    forward: Forward = call_model
+    """`forward(model, batch)`: the model's output. Unless given, `model(*inputs)` of a tuple `(*inputs, target)`,
+    `model(**batch)` of a mapping, as far as the model takes it, and else `model(batch)`."""
+
+    target: Callable[[Batch], Any] = target_of
+    """What losses and metrics judge the output against. Unless given, a tuple's last element, and else the batch."""
+
+    drop_last: bool = True
+    """Whether the last batch of a pass is left out where it is incomplete."""
+
+    sampler: Collection[int] | None = None
+    """Gives the order of a pass over the training split, such as torch's `WeightedRandomSampler`: it draws from torch's
+    global generator or its own `generator`, and both are seeded. None is a new random order in every pass."""
+
     def __post_init__(self) -> None:
         self._is_checked = False
         self.findings: dict[Any, Any] = {}  # what has been found out of this problem's derivatives
-        self.train = _split(self.train, "train")
-        self.val = _split(self.val, "val")
-        self.test = None if self.test is None else _split(self.test, "test")
+        if isinstance(self.train, DataLoader):
+            self._take_over(self.train)
+        self.train = _split(self.train, "train", self.collate_fn)
+        self.val = _split(self.val, "val", self.collate_fn)
+        self.test = None if self.test is None else _split(self.test, "test", self.collate_fn)
         if not callable(self.model):
             raise InputError("model must be a function that makes a fresh nn.Module, such as `lambda: Net()`")
         if isinstance(self.model, nn.Module):
@@ -85,16 +106,50 @@ class Problem:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise InputError(f"{which} is {size!r}: it must be a whole number of at least 1")
         self._check_regularisers()
-        if self.batch_size > len(self.train):
+        if self.batch_size > self.examples_per_epoch:
             raise InputError(
-                f"batch_size {self.batch_size} is above the training split's {len(self.train)} examples: "
+                f"batch_size {self.batch_size} is above the training split's {self.examples_per_epoch} examples: "
                 "lower it, or give the same number for full-batch steps"
             )
 
+    def _take_over(self, loader: DataLoader[Any]) -> None:
+        """How a training loader makes batches, where nothing else has been said."""
+        if loader.batch_size is None:
+            raise InputError(
+                "the train DataLoader has no batch_size, so that its batches are the data set's or a batch_sampler's: "
+                "give it batch_size and sampler, or the problem the data set and collate_fn"
+            )
+        defaults = {each.name: each.default for each in fields(type(self))}
+        own = {"batch_size": loader.batch_size, "drop_last": loader.drop_last, "sampler": own_sampler(loader)}
+        for name, value in own.items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Examples in one pass over the training split, an incomplete last batch among them."""
+        return len(self.train if self.sampler is None else self.sampler)
+
     @property
     def steps_per_epoch(self) -> int:
-        """Inner steps in one pass over the training split (an incomplete last batch is dropped)."""
-        return len(self.train) // self.batch_size  # type: ignore[arg-type]
+        """Inner steps in one pass over the training split."""
+        whole, rest = divmod(self.examples_per_epoch, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def place(self, step: int) -> tuple[int, slice]:
+        """In which pass over the training split a step is, from 0, and what of the pass's order it takes."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        begin = position * self.batch_size
+        return epoch, slice(begin, min(begin + self.batch_size, self.examples_per_epoch))
+
+    def batch_length(self, step: int) -> int:
+        """Examples in a step's batch."""
+        _, chosen = self.place(step)
+        return int(chosen.stop - chosen.start)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's output for a batch, a tree of tensors."""
+        return as_tree(self.forward(model, batch))
 
     def compute_train_loss(
         self, output: Tensor, target: Tensor, params: Parameters, hyperparameters: Mapping[str, Any]
@@ -216,11 +271,11 @@ class Problem:
         size = min(len(split), self.batch_size if split.name == "train" else self.eval_batch_size)
         batch = _attempt(f"reading {split.name} data", split.batch, slice(0, size))
         batch = cast_batch(batch, reference.device, reference.dtype.to_real())
-        inputs, target = batch[:-1], batch[-1]
-        shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in inputs)
         model.train(split.name == "train")
         with QuotientsOf() as quotients:
-            output = _attempt(f"the model's forward on a {split.name} batch of shape {shapes}", model, *inputs)
+            where = f"a {split.name} batch of {_shapes(batch)}"
+            output = _attempt(f"the model's forward on {where}", self.predict, model, batch)
+            target = _attempt(f"target of {where}", self.target, batch)
             value = _attempt(f"loss on a {split.name} batch", self._loss_of_check, output, target)
         loss = as_mean(value)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
@@ -261,13 +316,13 @@ class Problem:
         split: Split = self.train  # type: ignore[assignment]
         batch = _attempt("reading train data", split.batch, slice(0, self.batch_size))
         batch = cast_batch(batch, reference.device, reference.dtype.to_real())
-        *inputs, target = _attempt("a regulariser on a train batch", objective.transform, batch, values)
+        batch = _attempt("a regulariser on a train batch", objective.transform, batch, values)
+        target = self.target(batch)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        shapes = ", ".join(str(tuple(getattr(leaf, "shape", ()))) for leaf in inputs)
         prediction = _attempt(
-            f"the model's forward on a train batch of shape {shapes}",
+            f"the model's forward on a train batch of {_shapes(batch)}",
             objective.predict,
-            lambda factors: model(*inputs),
+            lambda factors: self.predict(model, batch),
             named,
             values,
         )
@@ -327,8 +382,21 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int | float) and float(value).is_integer()
 
 
-def _split(source: Source, name: str) -> Split:
-    return source if isinstance(source, Split) else Split(source, name)
+def _split(source: Any, name: str, collate_fn: Callable[[list[Any]], Batch] | None) -> Split:
+    if isinstance(source, Split):
+        return source
+    if isinstance(source, DataLoader):
+        # the loader's own, unless it is what every loader has
+        own = None if source.collate_fn is default_collate else source.collate_fn
+        return Split(source.dataset, name, collate_fn or own)
+    return Split(source, name, collate_fn)
+
+
+def _shapes(batch: Batch) -> str:
+    """What a batch's tensors look like, for a message."""
+    named = batch.items() if isinstance(batch, Mapping) else ((None, leaf) for leaf in tree_leaves(batch))
+    shapes = [(name, tuple(getattr(leaf, "shape", ()))) for name, leaf in named]
+    return "shapes " + ", ".join(f"{shape}" if name is None else f"{name} {shape}" for name, shape in shapes)
 
 
 def _measured(metric: Any, output: Any, target: Any) -> Any:
@@ -352,7 +420,7 @@ def _broadcasts(loss: Callable[..., Any], value: Tensor, output: Any, target: An
     return not torch.allclose(paired, value, rtol=1e-3)
 
 
-def _attempt(what: str, function: Callable[..., Any], *arguments: Batch | Any) -> Any:
+def _attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except InputError:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
-from tune_hypergrad.data import Batch, Split
+from tune_hypergrad.batches import Batch
+from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
@@ -313,9 +313,8 @@ def _reduced(problem: Problem, examples: int | None) -> Problem:
     """The problem with small batches and a part of the validation split, of which metrics may have no value."""
     split: Split = problem.val  # type: ignore[assignment]
     size = min(len(split), examples or _VAL_EXAMPLES)
-    val: Any = tuple(t[:size] for t in split.tensors) if split.tensors else Subset(split.dataset, range(size))  # type: ignore[arg-type]
     batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
-    return problem.replace(val=val, test=None, metrics={}, batch_size=batch_size, eval_batch_size=size)
+    return problem.replace(val=split.head(size), test=None, metrics={}, batch_size=batch_size, eval_batch_size=size)
 
 
 def _or_infinite(error: float) -> float:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.data import Batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import MODEL_STREAM, InnerLoop, TrainingSettings, as_real
@@ -95,10 +95,10 @@ class EnsembleLoop(InnerLoop):
         split = self.split("train")
         if split.tensors is None:
             batches = [member.batch(step) for member in self.members]
-            return tree_map(lambda *leaves: torch.stack(leaves), *batches)  # type: ignore[no-any-return]
+            return tree_map(lambda *leaves: torch.stack(leaves), *batches)
         chosen = [member.indices(step) for member in self.members]
         if isinstance(chosen[0], slice):
-            return tuple(tensor.expand(len(chosen), *tensor.shape) for tensor in split.tensors)
+            return tree_map(lambda tensor: tensor.expand(len(chosen), *tensor.shape), split.tensors)
         return split.batch(torch.stack(chosen))  # type: ignore[arg-type]
 
     def seed_model(self, step: int) -> None:
@@ -123,7 +123,7 @@ class EnsembleLoop(InnerLoop):
             named: the trainable parameters by name, [S, ...].
             buffers: buffers and frozen parameters by name, [S, ...]; they may be overwritten.
             h: the tuned hyperparameters' values in force, each of shape [S].
-            batch: inputs and, last, target: [S, b, ...].
+            batch: the training batches, of leaves [S, b, ...].
             step: seeds what the step draws.
             body: takes the derivatives; weights and regularisers are no longer in place.
             mode: what to run the losses in; made of the tensors that the step may overwrite.

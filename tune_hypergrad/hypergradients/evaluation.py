@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
-from tune_hypergrad.data import Batch, Split
+from tune_hypergrad.batches import Batch
+from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.figures import (
     Measure,
@@ -47,6 +48,15 @@ _Comparison = tuple[str, tuple[Part, int], list[tuple[Part, int]]]
 """A measure's name, its part of the figure from some examples and their number, and the same from two parts of them."""
 _Single = tuple[Batch, Any]
 """A batch of one example, and its output where that can be put together with others."""
+
+
+class _Chosen(NamedTuple):
+    """Some examples of a split."""
+
+    indices: Tensor | slice
+    batch: Batch
+    examples: int
+    """How many there are."""
 
 
 class Evaluable(Protocol):
@@ -175,8 +185,7 @@ class _Pass:
             metric.reset()  # type: ignore[attr-defined]
         self._loop.seed_evaluation()
         for chosen in self._batches:
-            batch = self._read(chosen)
-            no_means: set[str] = self._within(partial(self._judge, batch, unknown))
+            no_means: set[str] = self._within(partial(self._judge, self._read(chosen), unknown))
             if no_means:
                 return no_means
         return set()
@@ -201,21 +210,23 @@ class _Pass:
         of_buffers = {name: self._by_leaf[name] for name in self._loop.differentiated(self._tensors)}
         return Evaluation(figures[LOSS], metrics, self._loop.flatten(self._by_leaf), of_buffers)
 
-    def _read(self, chosen: Tensor | slice) -> Batch:
-        return self._loop.cast(self._split.batch(chosen))
+    def _read(self, chosen: Tensor | slice) -> _Chosen:
+        batch = self._loop.cast(self._split.batch(chosen))
+        return _Chosen(chosen, batch, _length(chosen, len(self._split)))
 
     def _within(self, body: Callable[[], Any]) -> Any:
         # copies, since a model may count its calls
         buffers = self._loop.copies({name: self._tensors[name] for name in self._buffers})
         return self._loop.within({**self._tensors, **buffers}, body, training=False)
 
-    def _judge(self, batch: Batch, unknown: Set[str]) -> set[str]:
+    def _judge(self, chosen: _Chosen, unknown: Set[str]) -> set[str]:
         """Everything that one batch adds; returns those of the `unknown` measures that are no means of it."""
-        target, examples, quotients = batch[-1], _length(batch), QuotientsOf()
+        _, batch, examples = chosen
+        target, quotients = self._loop.problem.target(batch), QuotientsOf()
         now = LOSS not in self._whole
         with _recording(now and bool(self._leaves)):
             with quotients:
-                output = self._loop.model(*batch[:-1])
+                output = self._predict(batch)
             if now:
                 part = self._measure(LOSS, output, target, quotients)
                 if self._leaves:
@@ -231,7 +242,10 @@ class _Pass:
                 metric.update(output, target)  # type: ignore[attr-defined]
             if self._whole:
                 self._keep(output, target, examples)
-            return self._no_means(batch, output, unknown)
+            return self._no_means(chosen, output, target, unknown)
+
+    def _predict(self, batch: Batch) -> Any:
+        return self._loop.problem.predict(self._loop.model, batch)
 
     def _measure(self, name: str, output: Any, target: Any, quotients: QuotientsOf) -> Part:
         with quotients:
@@ -252,18 +266,18 @@ class _Pass:
             if gradient is not None:
                 total.add_(gradient, alpha=factor)
 
-    def _no_means(self, batch: Batch, output: Any, unknown: Set[str]) -> set[str]:
+    def _no_means(self, chosen: _Chosen, output: Any, target: Any, unknown: Set[str]) -> set[str]:
         """Those of the `unknown` measures whose figures are not what two parts of a batch make together."""
         names = [name for name in self._parts if name in unknown - self._declared]
-        together = can_be_cut((output, batch[-1]), _length(batch))
+        together = can_be_cut((output, target), chosen.examples)
         previous, self._single = self._single, None
         if not names or not _is_finite(output):
             return set()
         precision = torch.finfo(self._loop.dtype).eps
-        if _length(batch) > 1:
-            comparisons = self._with_parts(names, batch, output, together)
+        if chosen.examples > 1:
+            comparisons = self._with_parts(names, chosen, output, together)
         else:
-            self._single = (batch, output if together else ())
+            self._single = (chosen.batch, output if together else ())
             comparisons = self._with_previous(names, previous, self._single)
         found = set()
         for name, whole, parts in comparisons:
@@ -281,17 +295,22 @@ class _Pass:
             )
         return found
 
-    def _with_parts(self, names: list[str], batch: Batch, output: Any, together: bool) -> Iterator[_Comparison]:
+    def _with_parts(self, names: list[str], chosen: _Chosen, output: Any, together: bool) -> Iterator[_Comparison]:
         """Some measures of a batch, and of two parts of it."""
-        examples = _length(batch)
-        middle = max(1, examples // 3)
+        middle = max(1, chosen.examples // 3)
         parts = []
-        for begin, end in (0, middle), (middle, examples):
-            inputs, quotients = cut(batch, begin, end), QuotientsOf()
-            own = cut(output, begin, end) if together else self._output(inputs, quotients)
-            parts.append((own, inputs[-1], quotients, end - begin))
+        for begin, end in (0, middle), (middle, chosen.examples):
+            batch, quotients = self._part(chosen, begin, end), QuotientsOf()
+            own = cut(output, begin, end) if together else self._output(batch, quotients)
+            parts.append((own, self._loop.problem.target(batch), quotients, end - begin))
         for name in names:
             yield name, self._parts[name][-1], [(self._attempt(name, *part), size) for *part, size in parts]
+
+    def _part(self, chosen: _Chosen, begin: int, end: int) -> Batch:
+        """Some examples of a batch, read anew where it cannot be cut, as one that is packed, padded or a graph."""
+        if can_be_cut(chosen.batch, chosen.examples):
+            return cut(chosen.batch, begin, end)
+        return self._read(_part_of(chosen.indices, begin, end, len(self._split))).batch
 
     def _with_previous(self, names: list[str], previous: _Single | None, single: _Single) -> Iterator[_Comparison]:
         """Some measures of two batches of one example as one batch, if they can be that, and of each."""
@@ -302,11 +321,12 @@ class _Pass:
         if not tree_leaves(output):
             output = self._output(batch, quotients)
         for name in names:
-            yield name, (self._attempt(name, output, batch[-1], quotients), 2), self._parts[name][-2:]
+            part = self._attempt(name, output, self._loop.problem.target(batch), quotients)
+            yield name, (part, 2), self._parts[name][-2:]
 
     def _output(self, batch: Batch, quotients: QuotientsOf) -> Any:
         with quotients:  # not detached: another tensor would not be known for a cross entropy
-            return self._loop.model(*batch[:-1])
+            return self._predict(batch)
 
     def _attempt(self, name: str, output: Any, target: Any, quotients: QuotientsOf) -> Part:
         """A measure's value for a part of a batch; NaN where it has none, such as a ranking of one class."""
@@ -353,13 +373,13 @@ class _Pass:
         self._loop.seed_evaluation()
         begin = 0
         for chosen in self._batches:
-            batch = self._read(chosen)
-            end = begin + _length(batch)
+            _, batch, examples = self._read(chosen)
+            end = begin + examples
             own = [cotangent[begin:end] for cotangent in cotangents]
 
             def differentiate(batch: Batch = batch, own: list[Tensor] = own) -> Sequence[Tensor | None]:
                 with _recording(True):
-                    leaves = tree_leaves(self._loop.model(*batch[:-1]))
+                    leaves = tree_leaves(self._predict(batch))
                     return self._differentiate([leaf for leaf in leaves if leaf.is_floating_point()], own)
 
             self._accumulate(self._within(differentiate), 1.0)
@@ -385,8 +405,16 @@ def _called(name: str) -> str:
     return "the loss" if name == LOSS else f"metric {name!r}"
 
 
-def _length(batch: Batch) -> int:
-    return next(len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim)
+def _length(chosen: Tensor | slice, examples: int) -> int:
+    return len(range(examples)[chosen]) if isinstance(chosen, slice) else len(chosen)
+
+
+def _part_of(chosen: Tensor | slice, begin: int, end: int, examples: int) -> Tensor | slice:
+    """Those from `begin` to before `end` of some indices into so many examples."""
+    if isinstance(chosen, Tensor):
+        return chosen[begin:end]
+    part = range(examples)[chosen][begin:end]
+    return slice(part.start, part.stop)
 
 
 def _is_finite(tree: Any) -> bool:

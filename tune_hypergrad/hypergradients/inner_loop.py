@@ -14,9 +14,10 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.curves import SUFFIXES, Curve, base_names, curves_of, forms_of, refuse_incomplete, split_name
-from tune_hypergrad.data import Batch, Split, cast_batch
+from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
@@ -29,6 +30,7 @@ from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything
+from tune_hypergrad.sampling import epoch_order
 from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
@@ -320,11 +322,10 @@ class InnerLoop:
 
     def indices(self, step: int) -> Tensor | slice:
         """Which training examples `step` takes, shape [batch size], or all of them."""
-        split, size = self.split("train"), self.problem.batch_size
-        if size == len(split):
+        if self.problem.sampler is None and self.problem.batch_size == len(self.split("train")):
             return slice(None)
-        epoch, position = divmod(step, len(split) // size)
-        return self._epoch_order("train", epoch)[position * size : (position + 1) * size]
+        epoch, chosen = self.problem.place(step)
+        return self._epoch_order("train", epoch)[chosen]
 
     def seed_model(self, step: int) -> None:
         """Seed the global generators for what a training step draws: dropout, noise, augmentation on the device."""
@@ -369,14 +370,15 @@ class InnerLoop:
             named: the trainable parameters by name.
             buffers: buffers and frozen parameters by name; they may be overwritten.
             h: the tuned hyperparameters' values in force, 0-dim, by name.
-            batch: inputs and, last, target.
+            batch: the training batch.
             step: seeds what the step draws.
             body: takes the derivatives, while weights and regularisers are in place.
             mode: what to run it all in; made of the tensors that the step may overwrite.
         """
         self.seed_model(step)
         values = {**self.held_at(step), **h}
-        *inputs, target = self.objective.transform(batch, values)
+        batch = self.objective.transform(batch, values)
+        target = self.problem.target(batch)
         of_model = {name: p for name, p in named.items() if self._scope.path(name) != f"losses.{name}"}
         factors = self.objective.weight_factors(of_model, values)
         used = {**named, **{name: named[name] * factor for name, factor in factors.items()}}
@@ -386,7 +388,7 @@ class InnerLoop:
 
         def at_loss() -> T:
             with self.objective.acting(values) as activations, mode(buffers.values()):
-                prediction = Prediction(self.model(*inputs), activations)
+                prediction = Prediction(self.problem.predict(self.model, batch), activations)
                 return body(self.objective.loss(prediction, target, lambda: of_model, values), present)
 
         return self.within({**buffers, **used}, at_loss, training=True)
@@ -589,8 +591,8 @@ class InnerLoop:
         known = self._orders.get(which)
         if known is None or known[0] != epoch:
             stream = _ORDER if which == "train" else _VALIDATION_ORDER
-            generator = torch.Generator().manual_seed(fold_seed(self.settings.seed, stream, epoch))
-            order = torch.randperm(len(self.split(which)), generator=generator)
+            sampler = self.problem.sampler if which == "train" else None
+            order = epoch_order(len(self.split(which)), sampler, fold_seed(self.settings.seed, stream, epoch))
             known = self._orders[which] = epoch, order.to(self.device)
         return known[1]
 

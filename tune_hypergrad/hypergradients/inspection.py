@@ -139,7 +139,13 @@ class _Inspection:
 
     def _data_versions(self) -> list[int]:
         splits = (self._loop.train, self._loop.val)
-        return [tensor._version for split in splits if split and split.tensors for tensor in split.tensors]
+        return [
+            tensor._version
+            for split in splits
+            if split
+            for tensor in tree_leaves(split.tensors)
+            if isinstance(tensor, Tensor)
+        ]
 
     def _writer_of_weights(self) -> str:
         """The module that is the first to change a weight of its own."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 
-from tune_hypergrad.data import Batch
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.figures import as_mean
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.state import Hyperparameters
@@ -64,10 +64,12 @@ def plain_val_loss(
         _set(optimizer, {**loop.optimizer.hyperparameters, **values})
         optimizer.zero_grad()
         loop.seed_model(step)
-        *inputs, target = objective.transform(batch, values)
+        batch = objective.transform(batch, values)
+        target = problem.target(batch)
         changed = {name: named[name] * factor for name, factor in objective.weight_factors(named, values).items()}
         with mode, objective.acting(values) as activations:
-            output = functional_call(model, changed, tuple(inputs)) if changed else model(*inputs)
+            with _reparametrize_module(model, changed):
+                output = problem.predict(model, batch)
             prediction = Prediction(output, activations)
             objective.loss(prediction, target, lambda: named, values).backward()
         if loop.settings.clip_gradient is not None:
@@ -76,9 +78,9 @@ def plain_val_loss(
     trained.eval()
     loop.seed_evaluation()
     split = loop.split("val")
-    *inputs, target = loop.cast(split.batch(slice(0, len(split))))
+    batch = loop.cast(split.batch(slice(0, len(split))))
     with mode, torch.no_grad():
-        return float(as_mean(problem.loss(model(*inputs), target)))
+        return float(as_mean(problem.loss(problem.predict(model, batch), problem.target(batch))))
 
 
 def _with_state_of(model: nn.Module, other: nn.Module) -> nn.Module:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import ConcatDataset, TensorDataset
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import ConcatDataset, Dataset
 
 from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError
@@ -40,9 +44,22 @@ def with_val(problem: Problem) -> Problem:
     train, val = problem.train, problem.val
     assert isinstance(train, Split) and isinstance(val, Split)
     if train.tensors is not None and val.tensors is not None:
-        return problem.replace(train=tuple(torch.cat(pair) for pair in zip(train.tensors, val.tensors, strict=True)))
-    parts = [TensorDataset(*s.tensors) if s.tensors is not None else s.dataset for s in (train, val)]
-    return problem.replace(train=ConcatDataset(parts))  # type: ignore[arg-type]
+        return problem.replace(train=tree_map(lambda *pair: torch.cat(pair), train.tensors, val.tensors))
+    parts = [_Examples(s) if s.tensors is not None else s.dataset for s in (train, val)]
+    return problem.replace(train=Split(ConcatDataset(parts), "train", train.collate_fn))  # type: ignore[arg-type]
+
+
+class _Examples(Dataset[Any]):
+    """The examples of a split of tensors, one at a time."""
+
+    def __init__(self, split: Split) -> None:
+        self._tensors, self._length = split.tensors, len(split)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, position: int) -> Any:
+        return tree_map(lambda tensor: tensor[position], self._tensors)
 
 
 def split_anew(problem: Problem, seed: int) -> Problem:
@@ -60,11 +77,13 @@ def split_anew(problem: Problem, seed: int) -> Problem:
     assert isinstance(joined, Split) and isinstance(val, Split)
     if joined.tensors is None:
         raise InputError("examples of a Dataset cannot be split anew: give the problem tensors")
-    targets = joined.tensors[-1]
-    are_classes = targets.ndim == 1 and not targets.is_floating_point()
-    labels = targets.cpu().numpy() if are_classes else np.zeros(len(targets), dtype=np.int64)
+    targets = problem.target(joined.tensors)
+    are_classes = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+    labels = targets.cpu().numpy() if are_classes else np.zeros(len(joined), dtype=np.int64)
     parts = stratified_split(labels, len(val), fold_seed(seed))
-    train, held_out = (tuple(t[torch.from_numpy(part).to(t.device)] for t in joined.tensors) for part in parts)
+    train, held_out = (
+        tree_map(lambda t, part=part: t[torch.from_numpy(part).to(t.device)], joined.tensors) for part in parts
+    )
     again = problem.replace(train=train, val=held_out)
     again.findings = problem.findings  # which are of the model, the losses and the kind of data
     return again

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_hypergrad.data import Batch
+from tune_hypergrad.batches import Batch, first_input, with_first_input
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.regularisers.base import Regulariser, Strength, Values
 
@@ -49,7 +49,7 @@ class Affine(Regulariser):
         return {name: strength for name, strength in known.items() if name is not None}
 
     def transform(self, batch: Batch, values: Values) -> Batch:
-        x = images(batch[0], self)
+        x = images(first_input(batch), self)
         rotation, translation, scale, shear = (
             torch.zeros(len(x), dtype=precision(x), device=x.device) if name is None else strengths(values[name], x)
             for name in (self.rotation, self.translation, self.scale, self.shear)
@@ -58,7 +58,7 @@ class Affine(Regulariser):
         draws = 2 * torch.rand(5, len(x), dtype=precision(x), device=x.device) - 1
         shift = draws[:2] * translation * translation.new_tensor([[x.shape[3]], [x.shape[2]]])
         maps = _sampling_maps(draws[2] * rotation, shift, (draws[3] * scale.log1p()).exp(), draws[4] * shear)
-        return (_resampled(x, maps), *batch[1:])
+        return with_first_input(batch, _resampled(x, maps))
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Crop(Regulariser):
         return {self.padding: Strength(neutral=0.0, lower=0.0, upper=inf, usual=(0.0, 4.0), whole=True)}
 
     def transform(self, batch: Batch, values: Values) -> Batch:
-        x = images(batch[0], self)
+        x = images(first_input(batch), self)
         padding = strengths(values[self.padding], x).round()
         draws = torch.rand(2, len(x), dtype=precision(x), device=x.device)
         # a product with a draw just below 1 can round up
         shifts = torch.minimum((draws * (2 * padding + 1)).floor() - padding, padding).long()
-        return (_shifted(x, shifts[0], shifts[1]), *batch[1:])
+        return with_first_input(batch, _shifted(x, shifts[0], shifts[1]))
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class Flip(Regulariser):
         return {self.probability: Strength(neutral=0.0, lower=0.0, upper=1.0, usual=(0.0, 0.5))}
 
     def transform(self, batch: Batch, values: Values) -> Batch:
-        x = images(batch[0], self)
+        x = images(first_input(batch), self)
         probability = strengths(values[self.probability], x)
         flipped = torch.rand(len(x), dtype=probability.dtype, device=x.device) < probability
-        return (torch.where(flipped[:, None, None, None], x.flip(-1), x), *batch[1:])
+        return with_first_input(batch, torch.where(flipped[:, None, None, None], x.flip(-1), x))
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,13 @@ class Cutout(Regulariser):
         }
 
     def transform(self, batch: Batch, values: Values) -> Batch:
-        x = images(batch[0], self)
+        x = images(first_input(batch), self)
         length = strengths(values[self.length], x).round().long()
         holes = strengths(values[self.holes], x).round()
         there = torch.arange(self.max_holes, device=x.device) < holes[:, None]
         rows, columns = (self._covered(size, length, x.device) for size in x.shape[2:])
         cut = ((rows & there[:, :, None])[:, :, :, None] & columns[:, :, None, :]).any(1, keepdim=True)
-        return (x.masked_fill(cut, 0), *batch[1:])
+        return with_first_input(batch, x.masked_fill(cut, 0))
 
     def _covered(self, size: int, length: Tensor, device: torch.device) -> Tensor:
         """Which of an axis's pixels random holes of sides [examples] cover: shape [examples, max_holes, size]."""

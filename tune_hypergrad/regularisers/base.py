@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from tune_hypergrad.data import Batch
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.errors import InputError, did_you_mean
 
 Values = Mapping[str, Tensor]

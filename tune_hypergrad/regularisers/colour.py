@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tune_hypergrad.data import Batch
+from tune_hypergrad.batches import Batch, first_input, with_first_input
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.regularisers.augmentation import images, strengths
 from tune_hypergrad.regularisers.base import Regulariser, Strength, Values
@@ -53,14 +53,14 @@ class _Colour(Regulariser):
         return {self.strength: self.bounds}
 
     def transform(self, batch: Batch, values: Values) -> Batch:
-        x = images(batch[0], self)
+        x = images(first_input(batch), self)
         self._check_channels(x.shape[1])
         strength = strengths(values[self.strength], x)[:, None, None, None]
         draws = torch.rand(len(x), 1, 1, 1, dtype=strength.dtype, device=x.device)
         mean, std = (strength.new_tensor(by_channel)[:, None, None] for by_channel in self._statistics)
         changed = self._changed(x.to(strength.dtype) * std + mean, strength, draws).clamp(0, 1)
         # there and back again is not exact
-        return (torch.where(strength == 0, x, ((changed - mean) / std).to(x.dtype)), *batch[1:])
+        return with_first_input(batch, torch.where(strength == 0, x, ((changed - mean) / std).to(x.dtype)))
 
     @property
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_hypergrad.data import Batch
+from tune_hypergrad.batches import Batch, first_input, is_pair, with_first_input
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.regularisers.base import Regulariser, Strength, Values, as_factor
 
@@ -35,8 +35,8 @@ class InputNoise(_OfDeviation):
     """Name of the hyperparameter: the noise's standard deviation."""
 
     def transform(self, batch: Batch, values: Values) -> Batch:
-        x = _floating(batch[0], self)
-        return (x + as_factor(values[self.deviation], x) * torch.randn_like(x), *batch[1:])
+        x = _floating(first_input(batch), self)
+        return with_first_input(batch, x + as_factor(values[self.deviation], x) * torch.randn_like(x))
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class InputScaling(_OfDeviation):
     """Name of the hyperparameter: the standard deviation of the factor's logarithm."""
 
     def transform(self, batch: Batch, values: Values) -> Batch:
-        x = _floating(batch[0], self)
+        x = _floating(first_input(batch), self)
         draws = torch.randn(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device)
-        return (x * (as_factor(values[self.deviation], x) * draws).exp(), *batch[1:])
+        return with_first_input(batch, x * (as_factor(values[self.deviation], x) * draws).exp())
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Mixup(Regulariser):
         return {self.strength: Strength(neutral=0.0, lower=0.0, upper=inf, usual=(0.0, 1.0))}
 
     def transform(self, batch: Batch, values: Values) -> Batch:
+        if not is_pair(batch) or len(batch) < 2:
+            raise InputError(
+                f"Mixup mixes inputs and targets, of batches (input, ..., target), not of a {type(batch).__name__}"
+            )
         x, target = _floating(batch[0], self), batch[-1]
         if not target.is_floating_point():
             if self.classes is None:

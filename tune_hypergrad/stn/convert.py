@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -54,15 +54,15 @@ class SelfTuningNetwork(nn.Module):
             module.training = False
         return self
 
-    def call(self, inputs: Sequence[Any], factors: Mapping[str, Tensor]) -> Any:
+    def call(self, predict: Callable[[nn.Module], Any], factors: Mapping[str, Tensor]) -> Any:
         """The model's output with some weights, and their responses, multiplied by factors of their shapes.
 
         Args:
-            inputs: the model's positional arguments.
+            predict: gives the output of the model that it is handed.
             factors: by the plain model's names.
         """
         with self.multiplied(factors):
-            return self.model(*inputs)
+            return predict(self.model)
 
     @contextmanager
     def multiplied(self, factors: Mapping[str, Tensor]) -> Iterator[None]:

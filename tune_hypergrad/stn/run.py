@@ -22,7 +22,7 @@ from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.stn.buffers import load_buffers
-from tune_hypergrad.stn.convert import responding_layers, self_tuning
+from tune_hypergrad.stn.convert import SelfTuningNetwork, responding_layers, self_tuning
 from tune_hypergrad.stn.hyperparameters import TunedHyperparameter, TunedHyperparameters
 from tune_hypergrad.stn.steps import VARIANTS, response_inputs, training_gradients, validation_gradients
 from tune_hypergrad.stn.uses import used_elsewhere
@@ -173,17 +173,18 @@ class SelfTuningRun:
         Raises:
             InputError: what is reported would not be what is trained, or a derivative not that of what is trained.
         """
-        *x, target = self.loop.batch(0)
+        batch, problem = self.loop.batch(0), self.loop.problem
         inputs = torch.randn(
-            self.loop.problem.batch_size, len(self.tuned), dtype=self.network.dtype, device=self.loop.device
+            problem.batch_length(0), len(self.tuned), dtype=self.network.dtype, device=self.loop.device
         )
 
         def predict(model: nn.Module) -> Any:
-            return model(*copy.deepcopy(x))  # a model may write to its inputs
+            inner = model.model if isinstance(model, SelfTuningNetwork) else model
+            return problem.predict(inner, copy.deepcopy(batch))  # a model may write to its inputs
 
         def predict_and_judge(model: nn.Module) -> Any:
             output = predict(model)
-            return output, as_mean(self.loop.problem.loss(output, target))
+            return output, as_mean(problem.loss(output, problem.target(batch)))
 
         refuse_unlike_reported(self.network, self.loop.model, predict_and_judge, inputs[0])
         refuse_gradients_lost(self.network, predict_and_judge, inputs)
@@ -281,7 +282,8 @@ class SelfTuningRun:
         with self.loop.running():
             batch = self.loop.batch(0)
             self.loop.seed_model(0)
-            return used_elsewhere(self.loop.model, responding_layers(self.loop.model), batch[:-1])
+            model, problem = self.loop.model, self.loop.problem
+            return used_elsewhere(model, responding_layers(model), lambda copied: problem.predict(copied, batch))
 
     def _train(self) -> None:
         loop, step = self.loop, self.position
@@ -289,10 +291,18 @@ class SelfTuningRun:
         self._path[step] = torch.tensor([*self.values.values(), *held.values()], dtype=torch.float64)
         self.network.train()
         batch = loop.batch(step)
-        perturbations = self._perturbations(_TRAINING_PERTURBATION, step, loop.problem.batch_size)
+        perturbations = self._perturbations(_TRAINING_PERTURBATION, step, loop.problem.batch_length(step))
         loop.seed_model(step)
         gradients = training_gradients(
-            self.network, self.tuned, self.variant, loop.objective, batch, perturbations, held
+            self.network,
+            self.tuned,
+            self.variant,
+            loop.objective,
+            batch,
+            perturbations,
+            held,
+            forward=loop.problem.predict,
+            target=loop.problem.target,
         )
         # weight decay pulls weights to zero, not their responses
         undecayed = {"weight_decay": 0.0} if "weight_decay" in loop.optimizer.hyperparameters else {}
@@ -312,7 +322,7 @@ class SelfTuningRun:
         gradients_spent = GRADIENTS_PER["delta_stn_step" if self.variant.linearised else "stn_step"]
         self.cost += Cost(
             steps=1,
-            examples=loop.problem.batch_size,
+            examples=loop.problem.batch_length(step),
             gradients=gradients_spent,
             hypergradients=gradients_spent - GRADIENTS_PER["step"],
         )
@@ -331,6 +341,8 @@ class SelfTuningRun:
             self._perturbations(_VALIDATION_PERTURBATION, self.val_steps, size),
             entropy_weight=settings.entropy_weight,
             linearised=settings.linearised_validation,
+            forward=loop.problem.predict,
+            target=loop.problem.target,
         )
         with torch.no_grad():
             before = (torch.cat([self.tuned.unconstrained, self.tuned.log_scales]), *self._hyper_slots)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tune_hypergrad.data import Batch
+from tune_hypergrad.batches import Batch, Forward, call_model, target_of
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.objective import Objective, Parameters
 from tune_hypergrad.stn.backward import gradients
@@ -69,6 +69,9 @@ def training_gradients(
     batch: Batch,
     perturbations: Tensor,
     fixed: Mapping[str, float] | None = None,
+    *,
+    forward: Forward = call_model,
+    target: Callable[[Batch], Any] = target_of,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gradients of a training step.
 
@@ -77,9 +80,11 @@ def training_gradients(
         tuned: hyperparameters; they are constants here.
         variant: the method.
         objective: the regularised training loss; its regularisers are attached to the network.
-        batch: inputs and, last, target, of `examples` examples each.
+        batch: of `examples` examples.
         perturbations: shape [examples, n].
         fixed: values of hyperparameters that are not tuned.
+        forward: gives a model's output for a batch.
+        target: what of a batch the loss takes.
 
     Returns:
         By general parameters and by response parameters; those without influence are left out.
@@ -94,7 +99,8 @@ def training_gradients(
         shared = response_inputs(network, tuned, variant, tuned.shared(perturbations))
         perturbed = {**(fixed or {}), **tuned.values(perturbations)}
         current = {**(fixed or {}), **tuned.values()}
-    at_shared, step = partial(network.parameters_at, shared), partial(_gradients_of_pass, network, objective, batch)
+    at_shared = partial(network.parameters_at, shared)
+    step = partial(_gradients_of_pass, network, objective, batch, forward, target)
     if not variant.linearised:
         together, buffers = step(perturbed, at_shared, {**general, **responses}, network.perturbation.set_to(inputs))
         put_buffers(buffers)
@@ -117,6 +123,8 @@ def validation_gradients(
     *,
     entropy_weight: float,
     linearised: bool = False,
+    forward: Forward = call_model,
+    target: Callable[[Batch], Any] = target_of,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of a validation step: of the loss minus the weighted entropy of the perturbations.
 
@@ -125,10 +133,12 @@ def validation_gradients(
         tuned: hyperparameters.
         variant: the method.
         loss: validation loss of (output, target), shape [].
-        batch: inputs and, last, target, of `examples` examples each.
+        batch: of `examples` examples.
         perturbations: shape [examples, n], differentiable by the scales.
         entropy_weight: how much a wide perturbation is worth.
         linearised: whether the prediction is linearised in the response, as in Delta-STN's training step.
+        forward: gives a model's output for a batch.
+        target: what of a batch the loss takes.
 
     Returns:
         The validation loss, and the gradients by `tuned.unconstrained` and `tuned.log_scales`, of shapes [], [n], [n].
@@ -136,11 +146,10 @@ def validation_gradients(
     Raises:
         InputError: the loss does not depend on the hyperparameters, or takes a loss in a linearised prediction's place.
     """
-    *x, target = batch
     inputs = response_inputs(network, tuned, variant, perturbations)
     perturbed = linearising(network, inputs) if linearised else network.perturbation.set_to(inputs)
     with kept_buffers(network.model), perturbed:
-        value = _loss(network.perturbation, lambda output: loss(output, target), network(*x))
+        value = _loss(network.perturbation, lambda output: loss(output, target(batch)), forward(network.model, batch))
         objective = value - entropy_weight * tuned.entropy()
         by_hyperparameters, by_scales = gradients([objective], (tuned.unconstrained, tuned.log_scales))
     if by_hyperparameters is None or by_scales is None:
@@ -155,6 +164,8 @@ def _gradients_of_pass(
     network: SelfTuningNetwork,
     objective: Objective,
     batch: Batch,
+    forward: Forward,
+    target: Callable[[Batch], Any],
     values: Mapping[str, Any],
     at: Parameters,
     parameters: Mapping[str, Tensor],
@@ -168,7 +179,9 @@ def _gradients_of_pass(
     Args:
         network: keeps its buffers.
         objective: the regularised training loss.
-        batch: inputs and, last, target.
+        batch: the training batch.
+        forward: gives a model's output for a batch.
+        target: what of a batch the loss takes.
         values: the hyperparameters' values.
         at: the parameters that penalties are of.
         parameters: what to take gradients by.
@@ -178,13 +191,13 @@ def _gradients_of_pass(
 
     def call(factors: dict[str, Tensor]) -> Any:
         used.update(factors)
-        return network.call(x, factors)
+        return network.call(lambda model: forward(model, batch), factors)
 
-    *x, target = objective.transform(batch, values)
+    batch = objective.transform(batch, values)
     with kept_buffers(network.model), perturbed, objective.acting(values):
         prediction = objective.predict(call, network.general_parameters(), values)
         buffers = copied_buffers(network.model)
-        loss = _loss(network.perturbation, lambda given: objective.loss(given, target, at, values), prediction)
+        loss = _loss(network.perturbation, lambda given: objective.loss(given, target(batch), at, values), prediction)
         with network.multiplied(used):
             return _gradients_by_name(loss, parameters), buffers
 

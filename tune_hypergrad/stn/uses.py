@@ -23,18 +23,18 @@ _READ_OR_WRITE = ("data_ptr", "__set__", "__setitem__")
 
 
 def used_elsewhere(
-    model: nn.Module, layers: Mapping[str, Sequence[nn.Module]], inputs: Sequence[Any]
+    model: nn.Module, layers: Mapping[str, Sequence[nn.Module]], predict: Callable[[nn.Module], Any]
 ) -> tuple[str, ...]:
     """Names of the layers of which the model uses a parameter elsewhere than in the layer's own forward.
 
     Of parameters that layers share, one use elsewhere counts for all of them. Shapes and kinds of tensors are no uses.
-    A copy of the model runs on the inputs, in training and in evaluation mode; random numbers are drawn from the
+    A copy of the model predicts, in training and in evaluation mode; random numbers are drawn from the
     global generators.
 
     Args:
         model: any module; modules in evaluation mode stay there if the model itself is in training mode.
         layers: the modules, first the layer itself, whose parameters a layer's own forward uses, by the layer's name.
-        inputs: the model's positional arguments.
+        predict: runs a model on some inputs.
     """
     # in one copy, so that modules of the layers stay those of the model
     model, layers = copy.deepcopy((model, dict(layers)))
@@ -46,8 +46,8 @@ def used_elsewhere(
     if not model.training:
         model.train()
     with torch.enable_grad(), uses:
-        model(*inputs)
-        model.eval()(*inputs)
+        predict(model)
+        predict(model.eval())
     return tuple(name for name in layers if own[name] & uses.found)
 
 
