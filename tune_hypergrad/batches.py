@@ -90,12 +90,13 @@ def _taken(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return taken
 
 
-def _arguments(kind: type[nn.Module]) -> frozenset[str] | None:
+def _arguments(kind: type[nn.Module]) -> tuple[str, ...] | None:
     """Names of what a model's `forward` takes by name; None for anything."""
     parameters = inspect.signature(kind.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)) - {"self"}
+    by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return tuple(name for name in by_name if name != "self")
 
 
 def first_input(batch: Batch) -> Any:

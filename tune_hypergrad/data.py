@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, cast
 
@@ -108,16 +109,13 @@ class Split:
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if self.tensors is not None:
-            leaves, structure = tree_flatten(self.tensors)
-            packed = [(_as_array(tensor), tensor.dtype, tuple(tensor.shape)) for tensor in leaves]
-            state["tensors"] = packed, structure
+            state["tensors"] = tree_map(_Packed.of, self.tensors)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if state["tensors"] is not None:
-            packed, structure = state["tensors"]
-            self.tensors = tree_unflatten([_as_tensor(*each) for each in packed], structure)
+            self.tensors = tree_map(_Packed.tensor, state["tensors"])
 
 
 def cast_batch(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
@@ -224,13 +222,23 @@ def _tensor(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
-def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    # bytes, because NumPy has no bfloat16
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """A tensor as bytes, since NumPy has no bfloat16."""
 
+    array: np.ndarray[Any, Any]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
-def _as_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    with warnings.catch_warnings():
-        # Ray's shared memory is read-only; data is never written to
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array).view(dtype).view(shape)
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Packed:
+        """The tensor, packed."""
+        array = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return cls(array, tensor.dtype, tuple(tensor.shape))
+
+    def tensor(self) -> Tensor:
+        """The tensor, which shares the bytes."""
+        with warnings.catch_warnings():
+            # Ray's shared memory is read-only; data is never written to
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(self.array).view(self.dtype).view(self.shape)
