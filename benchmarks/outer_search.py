@@ -13,10 +13,11 @@ Problems (the inner optimizer's hyperparameters are tuned, the learning rate in 
 
 Contenders: `robust` (`RobustSearch`), `paper` (`PaperSearch`: sign steps from zero on linear scales), `polish`
 (`robust` from a customary cosine schedule, whose outcome must not be worse by validation) and `grid`: cosine and step
-schedules with momentum 0.9 and 0.95 over six peaks, each trained with three seeds. The table has the best of them by
-validation loss, and the best by test accuracy, which no one could have chosen. What a search found is trained with
-`--tests` fresh seeds as it was found, and with half as many with gradient clipping turned on (off, with `--clip`); only
-then is the test split read. Every line that is done is kept, and the same command goes on.
+schedules over six peaks with momentum 0.9 and 0.95 (SGD), or over seven peaks (Adam), each trained with three seeds.
+The table has the best of them by validation loss, and the best by test accuracy, which no one could have chosen. What a
+search found is trained with `--tests` fresh seeds as it was found, and with half as many with gradient clipping turned
+on (off, with `--clip`); only then is the test split read. Every line that is done is kept, and the same command goes
+on.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def hand_made(optimizer: str) -> dict[str, dict[str, list[float]]]:
     cosine = [(1 + math.cos(math.pi * (window + 0.5) / 100)) / 2 for window in range(100)]
     steps = [1.0] * 5 + [0.1] * 3 + [0.01] * 2
     sgd = optimizer == "sgd"
-    peaks = (0.02, 0.035, 0.05, 0.07, 0.1, 0.2) if sgd else (3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    peaks = (0.02, 0.035, 0.05, 0.07, 0.1, 0.2) if sgd else (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     found = {}
     for shape, factors in (("cosine", cosine), ("step", steps)):
         for peak in peaks:

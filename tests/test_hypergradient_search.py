@@ -12,9 +12,13 @@ from ray.tune.utils import flatten_dict
 from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import HypergradientSearch, InnerRun, InputError, Schedule, schedule
+from tune_hypergrad.hypergradients import Outcome, RobustSearch
 
 SPACE = {"lr": schedule(tune.uniform(0, 1), windows=2), "momentum": tune.uniform(0, 0.9)}
 TARGET = {"lr": (0.65, 0.3), "momentum": (0.45,)}
+START = {"lr": {"0": 0.01, "1": 0.01}}
+LADDER = 3
+"""Trials of the robust rule's first round, where nothing is given to begin with."""
 
 
 def bowl(config, slope=0.0):
@@ -45,6 +49,18 @@ def ensemble_of(search, count, start=0):
     return {f"trial{i}": search.suggest(f"trial{i}") for i in range(start, start + count)}
 
 
+def started(**settings):
+    """A search that takes an outer step at once: it is told where to begin."""
+    return HypergradientSearch(SPACE, points_to_evaluate=[START], polish=False, **settings)
+
+
+def rung(config, **figures):
+    """The result of `InnerRun` in a trial of the ladder."""
+    nan = {key: math.nan for key in bowl(config) if key.startswith("hypergradient")}
+    known = {"rejected": False, "run/step": 12, "run/steps": 12, "cost/gradients": 12.0}
+    return {**bowl(config), **nan, **known, **figures}
+
+
 def values_of(config):
     return {name: config[name] for name in SPACE}
 
@@ -73,8 +89,9 @@ def test_signs_are_descended_to_the_optimum():
 def test_outer_steps_limit_the_search():
     assert len(drive(HypergradientSearch(SPACE, rule="paper", outer_steps=4))) == 4
     assert len(drive(HypergradientSearch(SPACE, rule="paper", outer_steps=4, ensemble=3))) == 12
-    assert len(drive(HypergradientSearch(SPACE, outer_steps=4, confirmations=0))) == 4
-    assert len(drive(HypergradientSearch(SPACE, outer_steps=4))) == 4 + 2 * 3
+    assert len(drive(started(outer_steps=4, confirmations=0))) == 4
+    assert len(drive(HypergradientSearch(SPACE, outer_steps=4, confirmations=0))) == LADDER + 4
+    assert len(drive(HypergradientSearch(SPACE, outer_steps=4))) == LADDER + 4 + 2 * 3
 
 
 def test_the_incumbent_is_the_best_run():
@@ -92,7 +109,7 @@ def test_the_incumbent_is_the_best_run():
 
 
 def test_members_differ_in_their_seed_only_and_the_rest_waits():
-    search = HypergradientSearch(SPACE, ensemble=3)
+    search = started(ensemble=3)
     configs = list(ensemble_of(search, 3).values())
     assert len({config["seed"] for config in configs}) == 3
     assert len({repr(values_of(config)) for config in configs}) == 1
@@ -106,17 +123,85 @@ def test_members_differ_in_their_seed_only_and_the_rest_waits():
     assert following["seed"] not in {config["seed"] for config in configs}
 
 
+def test_the_ladder_is_a_round_of_trainings_with_one_seed_that_run_at_once():
+    search = HypergradientSearch(SPACE, trainings=40)
+    trials = ensemble_of(search, LADDER)
+    configs = list(trials.values())
+    assert len({config["seed"] for config in configs}) == len({config["momentum"] for config in configs}) == 1
+    for config, rate in zip(configs, (0.01, 0.04, 0.16), strict=True):
+        assert config["lr"] == {"0": pytest.approx(rate), "1": pytest.approx(rate)}
+        assert config["reject_above"] == -math.inf and "confirmed" not in config
+    # trained little, but for the last one
+    results = {trial_id: rung(config, untrained_val_loss=0.63) for trial_id, config in trials.items()}
+    for trial_id in ("trial2", "trial0", "trial1"):
+        assert search.suggest("another") is None
+        search.on_trial_complete(trial_id, results[trial_id])
+    outer, losses = search._outer, [bowl(config)["val_loss"] for config in configs]
+    assert (outer.spent, outer.outer_step, outer.rejected) == (LADDER, 0, 0)
+    assert losses[2] == min(losses) == outer.incumbent.val_loss and outer.start_loss == losses[0]
+    assert search.incumbent == Schedule.from_config(values_of(configs[2]))
+    by_hand = RobustSearch(outer.ranges, trainings=40)
+    by_hand.tell([Outcome(loss, 0.63, None) for loss in losses])
+    first = search.suggest("first")
+    assert first["lr"]["0"] > 0.02 and first.get("reject_above", math.inf) > 0
+    assert {name: v.tolist() for name, v in by_hand.values.items()} == {
+        "lr": list(first["lr"].values()),
+        "momentum": [first["momentum"]],
+    }
+    assert search.suggest("another") is None
+
+
+def test_a_rung_that_failed_or_was_stopped_has_no_outcome():
+    search = HypergradientSearch(SPACE)
+    trials = ensemble_of(search, LADDER)
+    search.on_trial_complete("trial0", error=True)
+    search.on_trial_complete("trial1", rung(trials["trial1"], val_loss=0.1, **{"run/step": 0}))
+    search.on_trial_complete("trial2", rung(trials["trial2"]))
+    assert search._outer.spent == 1 and math.isnan(search._outer.start_loss)
+    assert search.incumbent == Schedule.from_config(values_of(trials["trial2"]))
+
+
+def test_a_ladder_of_which_all_fails_is_climbed_with_another_seed_and_one_that_diverges_lower():
+    search = HypergradientSearch(SPACE)
+    failed = ensemble_of(search, LADDER)
+    for trial_id in failed:
+        search.on_trial_complete(trial_id, error=True)
+    again = ensemble_of(search, LADDER)
+    assert [values_of(config) for config in again.values()] == [values_of(config) for config in failed.values()]
+    assert {config["seed"] for config in again.values()}.isdisjoint(config["seed"] for config in failed.values())
+    for trial_id, config in again.items():
+        search.on_trial_complete(trial_id, rung(config, val_loss=math.nan))
+    below = [config["lr"]["0"] for config in ensemble_of(search, LADDER).values()]
+    assert below == pytest.approx([0.01 / 4, 0.01 / 16, 0.01 / 64])
+
+
+def test_a_rung_and_the_outer_step_that_begins_at_it_are_confirmed_as_one():
+    """The lowest rung is the best, and everything else learns nothing."""
+    tried = []
+
+    def respond(config):
+        tried.append(config)
+        learns = config["lr"]["0"] < 0.0101
+        return {**bowl(config, slope=-3), "val_loss": 0.4 if learns else 4.9}
+
+    search = HypergradientSearch(SPACE, outer_steps=2)
+    drive(search, respond)
+    start, confirming = values_of(tried[0]), tried[LADDER + 2 :]
+    assert values_of(tried[LADDER]) == start != values_of(tried[LADDER + 1])
+    assert [values_of(config) for config in confirming] == [start] * 3
+    assert len({config["seed"] for config in confirming}) == 3 and search.incumbent == Schedule.from_config(start)
+
+
 def test_all_outer_steps_have_the_same_seeds_where_that_is_asked_for():
     configs = drive(HypergradientSearch(SPACE, outer_steps=4, new_seeds=False, confirmations=0))
-    assert len(configs) == 4 and len({config["seed"] for config in configs}) == 1
+    assert len(configs) == LADDER + 4 and len({config["seed"] for config in configs}) == 1
 
 
 def test_seeds_come_from_the_seed():
-    seeds = [
-        tuple(c["seed"] for c in ensemble_of(HypergradientSearch(SPACE, ensemble=2, seed=s), 2).values())
-        for s in (0, 0, 1)
-    ]
+    seeds = [tuple(c["seed"] for c in ensemble_of(started(ensemble=2, seed=s), 2).values()) for s in (0, 0, 1)]
     assert seeds[0] == seeds[1] and not set(seeds[0]) & set(seeds[2])
+    rungs = [HypergradientSearch(SPACE, seed=s).suggest("a")["seed"] for s in (0, 0, 1)]
+    assert rungs[0] == rungs[1] != rungs[2]
 
 
 def test_an_ensembles_hypergradients_are_averaged():
@@ -195,7 +280,7 @@ def test_by_the_papers_rule_a_step_follows_unless_half_of_an_outer_step_is_lost(
 
 @pytest.mark.parametrize("outcomes", [("ok", "diverged", "ok"), ("diverged", "diverged", "failed")])
 def test_by_the_robust_rule_an_outer_step_of_which_a_run_diverged_is_taken_back(outcomes):
-    search = HypergradientSearch(SPACE, ensemble=3)
+    search = started(ensemble=3)
     first = one_outer_step(search, ("ok", "ok", "ok"))
     second = one_outer_step(search, outcomes, start=3)
     third = values_of(search.suggest("next"))
@@ -204,7 +289,7 @@ def test_by_the_robust_rule_an_outer_step_of_which_a_run_diverged_is_taken_back(
 
 
 def test_by_the_robust_rule_an_outer_step_that_failed_altogether_is_run_with_other_seeds():
-    search = HypergradientSearch(SPACE, ensemble=2)
+    search = started(ensemble=2)
     seeds = set()
     first = one_outer_step(search, ("failed", "failed"))
     for start in (2, 4):
@@ -217,8 +302,11 @@ def test_by_the_robust_rule_an_outer_step_that_failed_altogether_is_run_with_oth
 
 
 def test_a_search_all_of_whose_trials_fail_ends():
-    for rule, most in (("robust", 6), ("paper", 1)):
-        search = HypergradientSearch(SPACE, rule=rule)
+    for search, most in (
+        (started(), 6),
+        (HypergradientSearch(SPACE), 6 * LADDER),
+        (HypergradientSearch(SPACE, rule="paper"), 1),
+    ):
         for count in range(most):
             assert isinstance(search.suggest(f"trial{count}"), dict)
             search.on_trial_complete(f"trial{count}", error=True)
@@ -327,7 +415,7 @@ def test_confirmations_are_told_above_what_loss_they_speak_against_their_schedul
 
 def test_a_trial_that_was_stopped_before_its_end_has_no_outcome():
     """Ray calls it done, and its last result tells of untrained weights."""
-    search, configs = HypergradientSearch(SPACE, ensemble=2), []
+    search, configs = started(ensemble=2), []
     for trial_id, config in ensemble_of(search, 2).items():
         nan = {key: math.nan for key in bowl(config) if key.startswith("hypergradient")}
         stopped = {**bowl(config), **nan, "val_loss": 5.0, "done": True, "run/step": 0, "run/steps": 12}
@@ -340,7 +428,8 @@ def test_a_trial_that_was_stopped_before_its_end_has_no_outcome():
 def test_points_that_cannot_be_paid_for_are_left_out(trainings, points):
     """A point and the confirmation of what is found from it cost 4 and 9 trainings."""
     given = [{"momentum": 0.1 * (6 - count)} for count in range(6)]
-    search, cost = HypergradientSearch(SPACE, trainings=trainings, outer_steps=9, points_to_evaluate=given), []
+    settings = {"trainings": trainings, "outer_steps": 9, "confirmations": 3}
+    search, cost = HypergradientSearch(SPACE, points_to_evaluate=given, **settings), []
 
     def respond(config):
         cost.append(1 if "confirmed" in config else 4)
@@ -365,7 +454,7 @@ def test_a_round_of_confirmations_all_of_whose_trials_fail_is_run_again():
 
 
 def test_trials_are_told_above_what_loss_they_need_not_be_differentiated():
-    search = HypergradientSearch(SPACE)
+    search = started()
     first = search.suggest("a")
     assert "reject_above" not in first
     search.on_trial_complete("a", bowl(first))
@@ -403,7 +492,7 @@ def test_the_outcome_is_not_worse_than_the_best_point():
 
 
 def test_trials_of_others_are_ignored():
-    search = HypergradientSearch(SPACE)
+    search = started()
     search.suggest("mine")
     search.on_trial_complete("another's", {"val_loss": 1.0})
     assert search.suggest("next") is None
@@ -419,6 +508,22 @@ def test_the_search_begins_at_the_best_point():
     # the points together are the first outer step; the next leaves the best of them against its hypergradients
     assert configs[3] == {"lr": {"0": pytest.approx(0.7), "1": pytest.approx(0.3)}, "momentum": pytest.approx(0.41)}
     assert len(configs) == 4 and search.incumbent == Schedule.from_config(configs[3])
+
+
+@pytest.mark.parametrize(("rate", "diverged"), [(0.12, 0), (0.003, 2), (0.003, 3)])
+def test_a_point_that_leaves_all_out_is_as_good_as_the_best_rung_of_its_ladder(rate, diverged):
+    """A point at 0.12 is better than the rungs are on average, one at 0.003 worse than any."""
+    point = {"lr": {"0": rate, "1": rate}}
+    search = HypergradientSearch(SPACE, points_to_evaluate=[point, {}])
+    search.on_trial_complete("point", bowl(search.suggest("point")))
+    trials = ensemble_of(search, LADDER)
+    for number, (trial_id, config) in enumerate(trials.items(), start=1):
+        lost = {"val_loss": math.nan} if number > LADDER - diverged else {}
+        search.on_trial_complete(trial_id, rung(config, **lost))
+    best = trials[f"trial{LADDER - diverged - 1}"] if diverged < LADDER else point
+    lr = search.incumbent.values["lr"]
+    assert lr == tuple(best["lr"].values()) and search._outer.polish == (diverged == LADDER)
+    assert search._outer.spent == 1 + LADDER
 
 
 def test_every_point_is_run_by_a_whole_ensemble_and_one_that_diverges_is_passed_over():
@@ -454,9 +559,11 @@ def test_points_are_checked(points, words):
 
 
 def test_an_earlier_trials_config_can_be_a_point():
-    config = HypergradientSearch({**SPACE, "batch_size": 16}).suggest("a")
-    again = HypergradientSearch({**SPACE, "batch_size": 16}, points_to_evaluate=[{**config, "__trial_index__": 1}])
-    assert again.suggest("b") == config
+    for points in ([START], []):
+        config = HypergradientSearch({**SPACE, "batch_size": 16}, points_to_evaluate=points).suggest("a")
+        again = HypergradientSearch({**SPACE, "batch_size": 16}, points_to_evaluate=[{**config, "__trial_index__": 1}])
+        assert ("reject_above" in config) == (not points)  # a rung of the ladder is not differentiated, a point is
+        assert again.suggest("b") == {name: value for name, value in config.items() if name != "reject_above"}
 
 
 class Augmentation:
@@ -488,13 +595,20 @@ def test_constants_of_all_kinds_are_saved(tmp_path):
     assert config["data"]["transform"](510) == 2 and config["data"]["kind"] is Augmentation
 
 
-@pytest.mark.parametrize("rule", ["robust", "paper"])
+@pytest.mark.parametrize(
+    ("rule", "points", "trials"),
+    [
+        ("robust", [{"momentum": 0.2}, {}], 2 + LADDER + 5 * 2 + 2 * 3),
+        ("robust", [], LADDER + 5 * 2 + 2 * 3),
+        ("robust", [{"momentum": 0.2}, START], 12 + 3 * 3),
+        ("paper", [{"momentum": 0.2}, {}], 12),
+    ],
+)
 @pytest.mark.parametrize("ended", [*range(1, 8), 13, 16])
-def test_saving_and_restoring_continues_identically(ended, rule, tmp_path):
-    """Wherever a search of ensembles of two, begun from two points, is interrupted: one trial running or none."""
+def test_saving_and_restoring_continues_identically(ended, rule, points, trials, tmp_path):
+    """Wherever a search of ensembles of two is interrupted: one trial running or none."""
 
     def new():
-        points = [{"momentum": 0.2}, {}]
         return HypergradientSearch(SPACE, rule=rule, ensemble=2, outer_steps=5, points_to_evaluate=points)
 
     def go_on(search, running, first, stop_after=None):
@@ -513,7 +627,7 @@ def test_saving_and_restoring_continues_identically(ended, rule, tmp_path):
         return ends, index
 
     undisturbed, _ = go_on(new(), {}, 0)
-    assert len(undisturbed) == 12 if rule == "paper" else len(undisturbed) in (12 + 2 * 3, 12 + 3 * 3)
+    assert len(undisturbed) == trials
     search, running = new(), {}
     before, index = go_on(search, running, 0, stop_after=ended)
     search.save(str(tmp_path / "search.pkl"))
@@ -664,7 +778,7 @@ def test_a_wrong_trainable_is_named_under_a_tuner(ray_session, tmp_path):
     tuner = tune.Tuner(
         without_hypergradients,
         param_space=SPACE,
-        tune_config=TuneConfig(search_alg=HypergradientSearch(), metric="val_loss", mode="min", num_samples=2),
+        tune_config=TuneConfig(search_alg=HypergradientSearch(), metric="val_loss", mode="min", num_samples=LADDER + 1),
         run_config=RunConfig(storage_path=str(tmp_path), verbose=0),
     )
     with pytest.raises(Exception, match="HypergradientSearch needs a trainable that reports hypergradients"):

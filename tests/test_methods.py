@@ -1,7 +1,7 @@
 """Every method on small problems: what it can tune, where it begins, and that what it suggests runs."""
 
 from dataclasses import replace
-from math import cos, pi
+from math import cos, inf, pi
 
 import numpy as np
 import pytest
@@ -89,7 +89,9 @@ def test_what_a_method_suggests_first_runs(name, make):
     for unit in ("steps", "examples", "gradients", "device_seconds", "wall_seconds"):
         assert result[f"cost/{unit}"] > 0
     assert 0 <= result["cost/hypergradients"] + result["cost/evaluations"] <= result["cost/gradients"]
-    assert (result["cost/hypergradients"] > 0) == (name in (*BY_GRADIENTS, *SELF_TUNING))
+    is_rung = name == "fds"  # of plain trainings over the learning rate
+    assert (config.get("reject_above") == -inf) == is_rung
+    assert (result["cost/hypergradients"] > 0) == (name in (*BY_GRADIENTS, *SELF_TUNING) and not is_rung)
     assert 0 < result["run/step"] <= result["run/steps"]
     tunable = method.tunable(task)
     assert set(tunable) <= set(task.space) and set(tunable) <= set(found.values)
@@ -100,7 +102,7 @@ def test_what_a_method_suggests_first_runs(name, make):
 def test_seeds_draw_differently(name):
     task = regularised(space={**regularised().space, "momentum": tune.uniform(0, 0.9)}, fixed={})
     searchers = [METHODS[name].searcher(replace(task, seed=seed)) for seed in (1, 2)]
-    count = 1 if name in BY_RUNS else 3  # what comes next depends on what the first one gives
+    count = 1 if name == "fds-paper" else 3  # what comes next depends on what the first one gives
     draws = [[repr(searcher.suggest(f"t{index}")) for index in range(count)] for searcher in searchers]
     assert draws[0] != draws[1] and len(set(draws[0])) == count
 
@@ -164,6 +166,22 @@ def test_fds_spends_what_there_is_where_that_is_an_outer_step():
     searches = {n: METHODS["fds"].searcher(tiny(trainings=n)) for n in (2.0, 5.0, 9.0, 40.0, None)}
     trainings = {n: search._settings.trainings for n, search in searches.items()}
     assert trainings == {2.0: None, 5.0: 5.0, 9.0: 9.0, 40.0: 40.0, None: None}
+
+
+@pytest.mark.parametrize("make", TASKS.values(), ids=TASKS)
+def test_fds_differentiates_after_three_trainings(make):
+    task = make()
+    searcher, trainable = METHODS["fds"].searcher(task), METHODS["fds"].trainable(task)
+    searcher.set_search_properties("val_loss", "min", dict(task.space))
+    costs = []
+    for trial_id in "abcd":
+        trial = trainable(config=dict(searcher.suggest(trial_id)))
+        result = trial.train()
+        while not result["done"]:
+            result = trial.train()
+        searcher.on_trial_complete(trial_id, result)
+        costs.append(result["cost/hypergradients"])
+    assert costs[:3] == [0] * 3 and costs[3] > 0 and searcher.incumbent is not None
 
 
 def test_methods_begin_at_a_start():

@@ -214,6 +214,7 @@ def test_every_rule_has_values_within_reach_and_takes_runs():
         rule = make(windows, sizes)
         first = as_lists(rule.values)
         assert {key: len(each) for key, each in first.items()} == windows, name
+        assert len(rule.round()) == 1, name  # of which the row tells
         moved = as_lists(after(rule, [row({}, {k: [-1.0] * n for k, n in windows.items()}, 1.0)]).values)
         assert moved["lr"] != first["lr"] and all(v >= 0 for each in moved.values() for v in each), name
 

@@ -19,7 +19,11 @@ SPACE = {"lr": tune.uniform(0, 1)}
 CASES = {
     "fixed": (FixedSchedule, {"lr": 0.1}, {}),
     "inner": (InnerRun, {"lr": 0.1}, {}),
-    "fds": (FDS, {}, {"space": SPACE, "outer_steps": 2, "confirmations": 0}),
+    "fds": (
+        FDS,
+        {},
+        {"space": SPACE, "initial": {"lr": 0.01}, "polish": False, "outer_steps": 2, "confirmations": 0},
+    ),
     "hd": (HD, {}, {"space": SPACE}),
     "stn": (STN, {}, {"space": {"l2": tune.uniform(0, 1)}, "fixed": {"lr": 0.1}}),
 }

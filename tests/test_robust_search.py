@@ -27,6 +27,8 @@ TRAINING, DIFFERENTIATED = 1.0, 3.7
 
 RANGES = {"lr": Range(3, 1e-4, 1.0, "log"), "momentum": Range(1, 0.0, 0.99)}
 BEST_LR, BEST_MOMENTUM = 0.05, 0.9
+START = {"lr": torch.full((3,), 0.01, dtype=torch.float64)}
+"""With which a search begins by an outer step."""
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -164,7 +166,7 @@ class TestFinding:
         def loss(values: Mapping[str, Tensor]) -> Tensor:
             return 0.3 + 0.1 * (values["lr"].log() - targets).square().mean()
 
-        search = RobustSearch({"lr": Range(5, 1e-4, 1.0, "log")})
+        search = RobustSearch({"lr": Range(5, 1e-4, 1.0, "log")}, initial={"lr": double(*[0.01] * 5)})
         driven(search, Simulated(loss).run)
         assert (found(search)["lr"].log() - targets).tolist() == pytest.approx([0] * 5, abs=0.1)
 
@@ -215,6 +217,89 @@ TROUBLED = {
 }
 
 
+class TestLadder:
+    """Plain trainings over the learning rate, before the first outer step."""
+
+    @pytest.mark.parametrize(
+        ("losses", "best", "begun"),
+        [
+            ((0.5, 0.4, 0.6), 0.04, 0.01),
+            ((0.9, 0.5, 0.4), 0.16, 0.04),  # 0.01 has learned less than three quarters of what 0.16 has
+            ((2.2, 1.5, 0.4), 0.16, 0.16),
+            ((1.5, NAN, UNTRAINED), 0.01, 0.01),
+            ((0.87, 0.4, 0.9), 0.04, 0.01),
+        ],
+    )
+    def test_the_first_outer_step_is_at_the_lowest_rung_that_learned_most_of_it(
+        self, losses: tuple[float, ...], best: float, begun: float
+    ) -> None:
+        search = RobustSearch(RANGES, trainings=40)
+        rungs = search.round()
+        assert all(p.reject_above == -INF and p.confirmed is None for p in rungs) and len({p.seed for p in rungs}) == 1
+        search.tell([Outcome(loss, UNTRAINED, None, TRAINING) for loss in losses])
+        assert search.spent == 3 and search.outer_step == 0 and search.start_loss == losses[0]
+        assert rate(found(search)) == pytest.approx(best) and search.incumbent is not None
+        assert search.incumbent.val_loss == min(loss for loss in losses if loss < UNTRAINED)
+        (first,) = search.round()
+        assert first.values["lr"].tolist() == pytest.approx([begun] * 3)
+        assert first.reject_above == INF  # nothing has been differentiated yet
+
+    def test_a_rung_stays_the_incumbent_until_an_outer_step_finds_better(self) -> None:
+        search = RobustSearch(RANGES, trainings=40)
+        search.tell([Outcome(loss, UNTRAINED, None, TRAINING) for loss in (0.5, 0.4, 0.6)])
+        # a single run may have been lucky: what is calm need not be as good
+        for loss, incumbent in ((0.5, 0.4), (0.47, 0.47), (0.3, 0.3)):
+            (proposal,) = search.round()
+            gradients = {name: -0.01 / v for name, v in proposal.values.items()}
+            search.tell([Outcome(loss, UNTRAINED, gradients, DIFFERENTIATED)])
+            assert search.incumbent is not None and search.incumbent.val_loss == incumbent
+        (proposal,) = search.round()
+        assert proposal.reject_above == pytest.approx(0.3 + 0.3 * (UNTRAINED - 0.3))
+
+    @pytest.mark.parametrize("trouble", ["diverges", "cliff"])
+    def test_goes_down_where_nothing_is_learned_above(self, trouble: str) -> None:
+        search = RobustSearch(RANGES, trainings=40)
+        simulated = replace(Simulated(), **{trouble: 0.005})
+        told = driven(search, simulated.run)
+        rates = [[rate(p.values) for p in proposals] for proposals, _ in told[:3]]
+        assert rates[1] == pytest.approx([0.0025, 0.01 / 16, 0.01 / 64]) and rates[2] == pytest.approx([0.0025])
+        assert rate(found(search)) < 0.005
+
+    def test_a_first_outer_step_that_comes_to_nothing_is_calmed_not_taken_to_the_best_rung(self) -> None:
+        search = RobustSearch(RANGES, trainings=40)
+        search.tell([Simulated().run(p) for p in search.round()])
+        (first,) = search.round()
+        search.tell([Outcome(NAN, UNTRAINED, None, TRAINING)])
+        (second,) = search.round()
+        assert rate(second.values) < rate(first.values)
+
+    @pytest.mark.parametrize(
+        ("ranges", "arguments", "rungs"),
+        [
+            (RANGES, {"initial": {"momentum": double(0.9)}}, 1),  # whoever knows something knows better
+            (RANGES, {"polish": True}, 1),  # of the start
+            (RANGES, {"trainings": 6.6}, 1),
+            (RANGES, {"trainings": 6.7}, 3),
+            (RANGES, {"trainings": 8.6, "confirmations": 1}, 1),
+            (RANGES, {"trainings": 8.7, "confirmations": 1}, 3),
+            ({"lr": Range(1, 1e-4, 0.02, "log")}, {}, 3),
+            ({"weight_decay": Range(1, 1e-6, 1e-2, "log")}, {}, 1),
+            ({"lr": Range(1, 0.0, 1.0)}, {"step_sizes": {"lr": 0.1}}, 1),
+            ({"lr/cosine/peak": Range(1, 1e-4, 1.0, "log"), "lr/cosine/warm_up": Range(1, 0.0, 0.5)}, {}, 3),
+        ],
+    )
+    def test_is_climbed_where_nothing_is_known(
+        self, ranges: Mapping[str, Range], arguments: dict[str, Any], rungs: int
+    ) -> None:
+        proposals = RobustSearch(ranges, **arguments).round()
+        assert len(proposals) == rungs
+
+    def test_a_rung_that_failed_is_left_out(self) -> None:
+        search = RobustSearch(RANGES, trainings=40)
+        search.tell([None, None, Simulated().run(search.round()[2])])
+        assert rate(found(search)) == pytest.approx(0.16) and math.isnan(search.start_loss)
+
+
 class TestTrouble:
     @pytest.mark.parametrize("salt", range(6))
     @pytest.mark.parametrize("case", TROUBLED)
@@ -252,7 +337,7 @@ class TestTrouble:
             assert not outcome.val_loss <= proposal.reject_above < UNTRAINED
 
     def test_a_loss_a_little_above_the_best_is_not_rejected(self) -> None:
-        search = RobustSearch(RANGES)
+        search = RobustSearch(RANGES, initial=START)
         (first,) = search.round()
         assert first.reject_above == INF
         search.tell([Simulated().run(first)])
@@ -312,7 +397,7 @@ class TestTrouble:
 
     def test_a_search_that_only_diverges_ends(self) -> None:
         search = RobustSearch(RANGES)
-        driven(search, lambda p: Outcome(NAN, UNTRAINED, None, 1.0), limit=7)
+        driven(search, lambda p: Outcome(NAN, UNTRAINED, None, 1.0), limit=9)  # two ladders among them
         assert search.incumbent is None and search.finished
 
     @pytest.mark.parametrize("arguments", [{}, {"trainings": 40}, {"ensemble": 2}])
@@ -320,8 +405,8 @@ class TestTrouble:
         search = RobustSearch(RANGES, **arguments)
         told = driven(search, lambda p: None, limit=7)
         assert search.incumbent is None and search.spent == 0
-        seeds = [p.seed for proposals, _ in told for p in proposals]
-        assert len(set(seeds)) == len(seeds)  # it may have been the seed's fault
+        seeds = [{p.seed for p in proposals} for proposals, _ in told]
+        assert len(set().union(*seeds)) == sum(map(len, seeds))  # it may have been the seed's fault
 
     @pytest.mark.parametrize("failing", [0, 1, 2, 5, 12])
     def test_one_run_that_fails_is_made_up_for(self, failing: int) -> None:
@@ -364,7 +449,7 @@ class TestTrouble:
         assert search.rejected > 0 and rate(found(search)) < 0.24
 
     def test_a_calming_direction_is_taken_where_derivatives_are_chaotic(self) -> None:
-        search = RobustSearch(RANGES)
+        search = RobustSearch(RANGES, initial=START)
         (proposal,) = search.round()
         gradients = {"lr": double(-1e9, -1e9, -1e9), "momentum": double(-1e9)}  # which say: upwards
         search.tell([Outcome(0.5, UNTRAINED, gradients, DIFFERENTIATED)])
@@ -424,21 +509,21 @@ class TestBudget:
         assert search.spent <= 60 and len(told) >= 8
 
     def test_outer_steps_are_a_limit(self) -> None:
-        search = RobustSearch(RANGES, outer_steps=4, confirmations=2)
+        search = RobustSearch(RANGES, outer_steps=4, confirmations=2, initial=START)
         told = driven(search, Simulated().run)
         assert search.outer_step == 4 and len(told) == 4 + 2
         assert [proposals[0].confirmed is None for proposals, _ in told] == [True] * 4 + [False] * 2
 
     def test_more_seeds_are_averaged_where_nothing_gets_better(self) -> None:
         for ensemble, sizes in ((1, [1, 2, 4]), (3, [3, 4]), (6, [6])):
-            search = RobustSearch(RANGES, ensemble=ensemble)
+            search = RobustSearch(RANGES, ensemble=ensemble, initial=START)
             told = driven(search, lambda p: Outcome(0.5, UNTRAINED, {"lr": double(1, 1, 1), "momentum": double(1)}))
             rounds = [[p.seed for p in proposals] for proposals, _ in told if proposals[0].confirmed is None]
             assert list(dict.fromkeys(map(len, rounds))) == sizes
             assert len({seed for seeds in rounds for seed in seeds}) == sum(map(len, rounds))  # all of them new
 
     def test_the_same_seeds_where_that_is_asked_for(self) -> None:
-        search = RobustSearch(RANGES, new_seeds=False, outer_steps=4, ensemble=2, confirmations=2)
+        search = RobustSearch(RANGES, new_seeds=False, outer_steps=4, ensemble=2, confirmations=2, initial=START)
         told = driven(search, Simulated().run)
         assert [[p.seed for p in proposals] for proposals, _ in told[:4]] == [[0, 1]] * 4
         assert {p.seed for proposals, _ in told[4:] for p in proposals}.isdisjoint({0, 1})
@@ -545,7 +630,7 @@ class TestConfirmation:
             dies = rate(proposal.values) > dead if proposal.confirmed is not None else not confirming and len(asked) > 4
             return Outcome(UNTRAINED, UNTRAINED, None, TRAINING) if dies else Simulated().run(proposal)
 
-        search = RobustSearch(RANGES, **limits)
+        search = RobustSearch(RANGES, initial=START, **limits)
         told = driven(search, run)
         first = next(i for i, (proposals, _) in enumerate(told) if proposals[0].confirmed is not None)
         assert any(proposals[0].confirmed is None for proposals, _ in told[first:])
@@ -607,7 +692,7 @@ class TestConfirmation:
         assert search.finished and search.incumbent is not None and search.incumbent.runs == 1
 
     def test_none_are_asked_for(self) -> None:
-        search = RobustSearch(RANGES, outer_steps=5, confirmations=0)
+        search = RobustSearch(RANGES, outer_steps=5, confirmations=0, initial=START)
         told = driven(search, Simulated(noise=0.05).run)
         best = min((o[0].val_loss, i) for i, (_, o) in enumerate(told) if o[0] is not None)
         assert search.incumbent is not None
@@ -717,7 +802,8 @@ class TestPolish:
 
         search = RobustSearch(RANGES, polish=True, lengths=[10, 100])
         told = driven(search, run)
-        assert search.incumbent is not None and search.incumbent.runs == 3 and search.incumbent.outer_step == 0
+        assert search.incumbent is not None and search.incumbent.runs == 3
+        assert _key(found(search)) == _key(told[0][0][0].values)
         assert all(p.steps == 100 for proposals, _ in told for p in proposals if p.confirmed is not None)
 
     def test_a_start_that_diverges_whatever_the_seed_is_given_up(self) -> None:
@@ -825,11 +911,13 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
     ("arguments", "confirmations"),
     [
         ({}, 3),
-        ({"trainings": 9.7}, 3),
-        ({"trainings": 9.6}, 2),
+        ({"trainings": 30}, 3),
+        ({"trainings": 29}, 2),
+        ({"trainings": 19}, 1),
         ({"trainings": 5.7}, 1),
         ({"trainings": 3.7}, 0),
-        ({"trainings": 9.7, "polish": True}, 2),
+        ({"trainings": 6.7, "polish": True}, 1),
+        ({"trainings": 6.6, "polish": True}, 0),
         ({"trainings": 9.7, "ensemble": 2}, 1),
         ({"trainings": 50, "confirmations": 5}, 5),
     ],
@@ -922,15 +1010,18 @@ class TestScales:
 
     def test_where_a_search_begins(self) -> None:
         ranges = {"lr": LINEAR, "momentum": WIDE, "beta1": Range(1, 0.5, 0.99, "complement"), "h": Range(2, 0.3, 1.0)}
-        (proposal,) = RobustSearch({**ranges, "l2": Range(1, -1.0, 1.0)}).round()
+        proposal, *others = RobustSearch({**ranges, "l2": Range(1, -1.0, 1.0)}).round()
         assert proposal.values["lr"].tolist() == pytest.approx([0.01, 0.01])  # of (1e-4, 1)
         assert proposal.values["momentum"].tolist() == pytest.approx([1 - 0.01**0.15])
         assert 1 - float(proposal.values["beta1"]) == pytest.approx(0.5**0.85 * 0.01**0.15)
         assert proposal.values["h"].tolist() == [0.3, 0.3] and proposal.values["l2"].tolist() == [0]
+        for other, factor in zip(others, (4, 16), strict=True):
+            assert other.values["lr"].tolist() == pytest.approx([0.01 * factor] * 2)
+            assert all(torch.equal(other.values[name], v) for name, v in proposal.values.items() if name != "lr")
 
     def test_first_steps_are_at_most_those_that_the_class_tells(self) -> None:
         ranges = {"lr": Range(1, 1e-4, 1.0, "log"), "momentum": WIDE, "l2": Range(1, -1.0, 1.0)}
-        search = RobustSearch(ranges)
+        search = RobustSearch(ranges, initial={"lr": double(0.01)})
         (before,) = search.round()
         slopes = {"lr": before.values["lr"], "momentum": 1 - before.values["momentum"], "l2": double(1.0)}
         search.tell([Outcome(0.5, UNTRAINED, {name: -0.2 / own for name, own in slopes.items()}, 3.7)])

@@ -24,6 +24,13 @@ from tune_hypergrad.space import Range
 
 LR = {"lr": Range(1, 1e-4, 1.0, "log")}
 SPACE = {"lr": schedule(tune.loguniform(1e-3, 1), windows=3), "momentum": tune.uniform(0, 0.9)}
+GIVEN: dict[str, Any] = {"initial": {"lr": [0.03] * 3}, "polish": False}
+"""With which FDS begins by an outer step."""
+
+
+def start(windows: int = 1) -> dict[str, torch.Tensor]:
+    """With which a search begins by an outer step."""
+    return {"lr": torch.full((windows,), 0.01, dtype=torch.float64)}
 
 
 def run_to_end(trial: Any) -> list[dict[str, Any]]:
@@ -70,7 +77,7 @@ def test_the_rule_makes_the_search() -> None:
 def test_short_runs_go_before_long_ones_and_are_no_match_for_them(rule: str) -> None:
     """Short runs are best at 0.1 with a loss of 0.5, long ones at 0.05 with one of 1: one of these is the incumbent."""
     confirmations = {"confirmations": 0} if rule == "robust" else {}
-    search = SearchSettings(rule=rule, lengths=(10, 10, 100), outer_steps=12, **confirmations).search(LR)
+    search = SearchSettings(rule=rule, lengths=(10, 10, 100), outer_steps=12, **confirmations).search(LR, start())
     lengths = []
     while proposals := search.round():
         lengths.append(proposals[0].steps)
@@ -84,7 +91,7 @@ def test_short_runs_go_before_long_ones_and_are_no_match_for_them(rule: str) -> 
 
 def test_a_long_run_that_dies_where_short_ones_lived_retreats() -> None:
     """What is fine for 10 steps kills 100: the rate is lowered until a long run lives, and the search goes on there."""
-    search = RobustSearch(LR, lengths=(10, 10, 10, 100), outer_steps=12, confirmations=0)
+    search = RobustSearch(LR, initial=start(), lengths=(10, 10, 10, 100), outer_steps=12, confirmations=0)
     seen = []
     while proposals := search.round():
         (proposal,) = proposals
@@ -116,7 +123,8 @@ def test_windows_that_are_better_off_together_move_together(seed: int) -> None:
 
     def found(adaptive: bool) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        search = RobustSearch(ranges, ensemble=4, outer_steps=8, adaptive_sharing=adaptive, confirmations=0)
+        settings: dict[str, Any] = {"ensemble": 4, "outer_steps": 8, "confirmations": 0, "initial": start(32)}
+        search = RobustSearch(ranges, adaptive_sharing=adaptive, **settings)
         while search.round():
             noisy_round(search, generator)
         return search.values["lr"]
@@ -131,7 +139,7 @@ def test_a_wild_windows_derivative_is_not_averaged_into_its_neighbours() -> None
     gradient = torch.full((32,), -0.01, dtype=torch.float64)
 
     def moved(wild: float) -> torch.Tensor:
-        search = RobustSearch({"lr": Range(32, 1e-4, 1.0, "log")}, adaptive_sharing=True)
+        search = RobustSearch({"lr": Range(32, 1e-4, 1.0, "log")}, adaptive_sharing=True, initial=start(32))
         given = gradient.clone()
         given[20] = wild
         lr = search.values["lr"]
@@ -145,8 +153,9 @@ def test_a_wild_windows_derivative_is_not_averaged_into_its_neighbours() -> None
 
 def test_tied_windows_are_those_of_one_window() -> None:
     """32 windows whose derivatives say the same are one."""
-    one = RobustSearch({"lr": Range(1, 1e-4, 1.0, "log")}, outer_steps=5, confirmations=0)
-    many = RobustSearch({"lr": Range(32, 1e-4, 1.0, "log")}, outer_steps=5, confirmations=0, adaptive_sharing=True)
+    settings: dict[str, Any] = {"outer_steps": 5, "confirmations": 0}
+    one = RobustSearch(LR, initial=start(), **settings)
+    many = RobustSearch({"lr": Range(32, 1e-4, 1.0, "log")}, initial=start(32), adaptive_sharing=True, **settings)
     for search in (one, many):
         while search.round():
             lr = search.values["lr"]
@@ -155,25 +164,30 @@ def test_tied_windows_are_those_of_one_window() -> None:
     torch.testing.assert_close(many.values["lr"], one.values["lr"].expand(32))
 
 
-@pytest.mark.parametrize("rule", ["robust", "paper"])
-def test_a_search_with_lengths_and_splits_of_its_own(rule: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "rungs"), [({**GIVEN, "rule": "robust"}, 0), ({"rule": "robust"}, 3), ({"rule": "paper"}, 0)]
+)
+def test_a_search_with_lengths_and_splits_of_its_own(given: dict[str, Any], rungs: int) -> None:
     settings: dict[str, Any] = {
         "space": SPACE,
-        "rule": rule,
         "lengths": (3, STEPS),
         "outer_steps": 3,
         "new_splits": True,
+        **given,
     }
     trial = FDS.from_problem(tiny_problem(), steps=STEPS, **settings)(config={})
     results = run_to_end(trial)
+    ladder, results = results[:rungs], results[rungs:]
+    assert [result["run/steps"] for result in ladder] == [3] * rungs
     assert [result["run/steps"] for result in results[:3]] == [3, STEPS, STEPS]
+    assert len({result["val_loss"] for result in ladder}) == rungs
     assert len({result["val_loss"] for result in results}) == len(results)
     assert results[-1]["outer_step"] == 3 and results[-1]["best_val_loss"] < 10
 
 
 def test_new_splits_change_the_result_and_seeds_do_when_asked() -> None:
     def losses(**settings: Any) -> list[float]:
-        given = {"space": SPACE, "outer_steps": 2, "confirmations": 0, **settings}
+        given = {"space": SPACE, "outer_steps": 2, "confirmations": 0, **GIVEN, **settings}
         trial = FDS.from_problem(tiny_problem(), steps=STEPS, **given)(config={})
         return [result["val_loss"] for result in run_to_end(trial)]
 

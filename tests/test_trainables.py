@@ -326,12 +326,14 @@ def test_an_ensemble_is_rejected_by_its_mean_loss(differentiation):
         assert result["rejected"] is rejected and result["val_loss"] == expected["val_loss"]
         assert np.isnan(result["hypergradient/lr/knots/0"]) == rejected
     training = run_to_end(make(InnerRun, config, reject_above=-np.inf, **settings))[-1]
-    assert training["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-9) and training["rejected"]
+    assert training["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-9)
+    assert training["rejected"] is False and np.isnan(training["hypergradient/lr/knots/0"])
     assert training["cost/gradients"] == pytest.approx(3 * (STEPS * GRADIENTS_PER["step"] + 2 * EVALUATION))
 
 
 def test_an_ensemble_of_fds_is_of_runs_one_after_another():
-    results = run_to_end(make(FDS, space=SPACE, outer_steps=1, ensemble=2, confirmations=0))
+    settings = {"initial": START, "polish": False, "outer_steps": 1, "confirmations": 0}
+    results = run_to_end(make(FDS, space=SPACE, ensemble=2, **settings))
     assert len({result["val_loss"] for result in results}) == len(results) == 2
 
 
@@ -389,9 +391,10 @@ def test_the_best_of_fds_is_its_best_run_not_its_last():
         assert last["best_schedule/lr"] == best["schedule/lr"] and last["best_test_loss"] == best["test_loss"]
 
 
-def test_the_best_of_fds_is_the_best_of_what_is_confirmed():
-    results = run_to_end(make(FDS, space=SPACE, outer_steps=4, initial=START, polish=False))
-    last, confirming = results[-1], results[4:]
+@pytest.mark.parametrize(("given", "rungs"), [({"initial": START, "polish": False}, 0), ({}, 3)])
+def test_the_best_of_fds_is_the_best_of_what_is_confirmed(given, rungs):
+    results = run_to_end(make(FDS, space=SPACE, outer_steps=4, **given))
+    last, confirming = results[-1], results[rungs + 4 :]
     assert len(confirming) == 6 and {r["outer_step"] for r in confirming} == {4}
     losses = {}
     for result in confirming:
@@ -402,6 +405,69 @@ def test_the_best_of_fds_is_the_best_of_what_is_confirmed():
     assert last["best_val_loss"] == pytest.approx(np.mean(losses[best]))
     assert tuple(value for name, value in last.items() if name.startswith("best_schedule/")) == best
     assert last["gain"] == pytest.approx(results[0]["val_loss"] - last["best_val_loss"])
+
+
+RATES = {"lr": tune.loguniform(1e-3, 10), "momentum": tune.uniform(0, 0.9), "l2": 1e-3}
+"""Around the middle of which training learns."""
+HIGH_RATES = {**RATES, "lr": tune.loguniform(0.1, 1000)}
+"""Around and above the middle of which it does not, but below."""
+
+
+def test_fds_begins_with_plain_trainings_over_the_learning_rate():
+    settings = {"space": RATES, "ensemble": 2, "outer_steps": 2, "confirmations": 0, "differentiation": "reverse"}
+    results = run_to_end(make(FDS, **settings))
+    rungs, outer_steps = results[:3], results[3:]
+    assert [result["schedule/lr"] for result in rungs] == pytest.approx([0.1, 0.4, 1.6])
+    assert len({result["schedule/momentum"] for result in rungs}) == 1
+    for count, result in enumerate(rungs, start=1):
+        config = Schedule.from_scalars(result).to_config()
+        plain = run_to_end(make(FixedSchedule, {**config, "seed": fold_seed(0, 0)}, reports=1))[-1]
+        for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
+            assert result[name] == pytest.approx(plain[name], rel=1e-9)
+        assert np.isnan(result["hypergradient/lr/0"]) and result["rejected"] == result["outer_step"] == 0
+        assert result["run/completed"] == count
+        assert result["cost/gradients"] == pytest.approx(EVALUATION + count * (STEPS + EVALUATION))
+    assert [result["outer_step"] for result in outer_steps] == [0, 1, 1, 2]  # as many as are over
+    assert all(np.isfinite(result["hypergradient/lr/0"]) for result in outer_steps)
+
+
+def test_the_best_of_fds_after_its_ladder_is_the_best_rung():
+    trial = make(FDS, space=RATES, seed=1)
+    first, best, last = (trial.train() for _ in range(3))
+    assert best["val_loss"] < min(first["val_loss"], last["val_loss"]) and last["outer_step"] == 0
+    figures = [name for name in best if name.startswith(("val_", "test_", "schedule/"))]
+    assert {name: last[f"best_{name}"] for name in figures} == {name: best[name] for name in figures}
+    assert last["gain"] == first["val_loss"] - best["val_loss"] and trial.found == Schedule.from_scalars(best)
+    for result in (first, best):  # none is the best before all have been run
+        assert result["best_val_loss"] > 1 > first["val_loss"] and np.isnan(result["gain"])
+
+
+def test_fds_climbs_down_where_no_rung_learns_and_leaves_none_out():
+    trial = make(FDS, space=HIGH_RATES, ensemble=2)
+    results = [trial.train() for _ in range(6)]
+    assert [r["schedule/lr"] for r in results] == pytest.approx([10, 40, 160, 2.5, 0.625, 0.15625])
+    assert all(r["outer_step"] == r["rejected"] == 0 for r in results)
+    untrained, best = results[0]["best_val_loss"], min(results, key=lambda r: r["val_loss"])
+    assert all(r["val_loss"] > untrained == r["best_val_loss"] for r in results[:3])
+    assert results[-1]["best_val_loss"] == best["val_loss"] < untrained
+    assert results[-1]["best_schedule/lr"] == best["schedule/lr"] and results[-1]["best_test_loss"] == best["test_loss"]
+
+
+def test_fds_restored_on_its_ladder_ends_with_the_same_numbers(tmp_path):
+    """In the middle of a rung, and between rungs."""
+    settings = {"space": HIGH_RATES, "reports": 2, "outer_steps": 2, "confirmations": 1}
+    trial, results = make(FDS, **settings), []
+    while not results or not results[-1]["done"]:
+        results.append(trial.train())
+        if len(results) <= 2 * 6:
+            trial.save(str(tmp_path / str(len(results))))
+    for begun in range(1, 2 * 6 + 1):
+        assert results[begun - 1]["outer_step"] == 0 and results[begun - 1]["run/completed"] == begun // 2
+        restored = make(FDS, **settings)
+        restored.restore(str(tmp_path / str(begun)))
+        later = run_to_end(restored)
+        assert [repr(numbers(r)) for r in later] == [repr(numbers(r)) for r in results[begun:]], f"from report {begun}"
+        assert restored.search.spent == trial.search.spent
 
 
 @pytest.mark.parametrize("fall_above", [None, 0.0, 99.0])

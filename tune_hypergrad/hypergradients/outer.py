@@ -157,7 +157,7 @@ class Evaluated:
     val_loss: float
     """Mean validation loss over the runs."""
     outer_step: int
-    """In which outer step they were first run, from 0."""
+    """In which outer step they were first run, from 0; below 0 where that was before them."""
     runs: int = 1
     """How many there were, each with a seed of its own."""
 

@@ -4,6 +4,8 @@ Training at a learning rate near the edge of stability is chaotic: another seed 
 and its derivative by a hyperparameter, exact as it is, grows to any size and tells nothing of the mean over seeds. So,
 on each hyperparameter's natural scale,
 
+- where nothing is known, plain trainings with learning rates four times apart come first, and the first outer step
+  begins at the lowest that learned most of what the best one did, since derivatives are true where training is calm;
 - a derivative g says how far to go, not only which way: step_size g / (|g| + s), s a small share of the loss or half of
   what is typical of all derivatives, so that what would change little moves little. Directions of neighbouring windows
   and of successive outer steps, each with seeds of its own, are averaged;
@@ -19,7 +21,7 @@ on each hyperparameter's natural scale,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite, isinf, isnan, log, nan
@@ -58,18 +60,20 @@ _REJECTED, _NOISE = 0.3, 0.1  # share of the best's gain that a run may lose; of
 _MEMORY = 0.3  # weight of earlier directions
 _GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.5, 0.5, 3.0, 0.05  # of step sizes; the last two are shares of the first
 _APPROACH, _SHORTER = 0.35, 0.6  # of the way to a place that was given up; of the steps after it
+_LADDERS = ((0, 2, 4), (-2, -4, -6))  # first steps by which the learning rates of plain trainings differ from the start
+_LEARNED = 0.75  # of what the best of them learned, that the first outer step's learning rate has to
 _FIRST_RETREAT = 1.5  # by how much a first run that came to nothing is calmed, on logarithmic scales
 _REJECTIONS = 6  # in a row, after which there is nothing more to be found; of rounds that failed altogether likewise
 _PATIENCE = 3  # outer steps without a better run, after which more seeds are averaged
 _LARGEST_ENSEMBLE = 4
 _LEAST_SHARED = 16  # windows of a hyperparameter that may move together
 _CANDIDATES, _CONFIRMATIONS = 2, 3  # places that are confirmed before the search ends, and seeds it is done with
+_CONFIRMING = 0.2  # of the budget, that this may cost
 _CONFIRMATION = 1 << 20  # seeds of confirmations, apart from those of outer steps
 
 _START = 0.15  # of the scale of 1 - momentum, from below
 _FLOOR = 1e-4  # of a range that begins at 0, in which a logarithm is tuned, as a share of its upper bound
 _RATES, _MOMENTA = ("lr", "weight_decay"), ("momentum", "beta1", "beta2")
-_CALMING = ("lr", "momentum")
 
 
 def natural_range(name: str, limits: Range) -> Range:
@@ -153,6 +157,7 @@ class _Place:
 
     internal: Hyperparameters
     outer_step: int
+    """Which found them; that of a rung of the ladder is below 0."""
     losses: list[float] = field(default_factory=list)
     steps: int | None = None
     """Inner steps of the runs; None: as many as all have."""
@@ -180,7 +185,9 @@ class RobustSearch(OuterSearch):
 
     Args:
         ranges: what is tuned, by name; moved on the scale of `natural_range`, but for those with a step size.
-        initial: values to begin with, each of shape [N]; those missing begin at `natural_start`.
+        initial: values to begin with, each of shape [N]; those missing begin at `natural_start`. Without any, and
+            where `trainings` pay for it, three plain trainings look for a learning rate first, and three more where
+            these learned nothing.
         step_sizes: first step sizes by name, on the range's own scale; others are log(2) of a logarithm, log(1.5) of
             that of 1 - momentum, a tenth of the range on linear scales.
         ensemble: runs in a round at the beginning, whose hypergradients are averaged; it doubles, up to 4, where three
@@ -194,9 +201,9 @@ class RobustSearch(OuterSearch):
         adaptive_sharing: whether neighbouring windows, of a hyperparameter that has at least 16, move together where
             that makes the estimated error of their hypergradient least (see `Sharing`).
         confirmations: other seeds with which the two best places, and the initial one if `polish`, are trained before
-            the search ends; None: 3, or as many as `trainings` pay for beside one outer step. What comes
-            to nothing there is replaced by the next best; where all has, the search goes on from there with what calms
-            training lowered.
+            the search ends; None: 3, or as many as a fifth of `trainings` pays for, but at least 1 where an outer step
+            leaves enough for it. What comes to nothing there is replaced by the next best; where all has, the search
+            goes on from there with what calms training lowered.
         polish: whether what is found must not be worse than `initial`, by mean validation loss over the confirmations.
 
     Raises:
@@ -236,6 +243,7 @@ class RobustSearch(OuterSearch):
         self._untrained = inf
         self._rejections = 0  # in a row
         self._failures = 0  # rounds in a row all of whose runs failed
+        self._ladder: int | None = None  # whose rungs are run; None: there is none (left)
         self._falls = 0  # times that nothing was left of what was to be confirmed
         self._since_best = 0  # outer steps
         self._run_cost = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
@@ -247,6 +255,9 @@ class RobustSearch(OuterSearch):
                 f"trainings is {trainings:g}: one outer step costs about {self._expected_cost:.3g}; raise it, or lower "
                 "ensemble"
             )
+        needed = len(_LADDERS[0]) + self._expected_cost + (confirmations or 0) * (_CANDIDATES + polish)
+        if not initial and not polish and (trainings is None or trainings >= needed):
+            self._ladder = self._next_ladder(0)
         self.confirmations = self._usual_confirmations if confirmations is None else confirmations
         needed = self._expected_cost + self._confirmation_cost
         if trainings is not None and not trainings >= needed:
@@ -275,6 +286,11 @@ class RobustSearch(OuterSearch):
                 )
                 for c in self._lacking
             )
+        if self._ladder is not None:
+            rungs = self._rungs(self._ladder)
+            return tuple(
+                Proposal(self._values(rung), self._failures, -inf, steps=self._steps_of_runs) for rung in rungs
+            )
         first = self.outer_step * max(_LARGEST_ENSEMBLE, self.ensemble) if self.new_seeds else 0
         return tuple(
             Proposal(self.values, first + member, self._limit, steps=self._steps_of_runs)
@@ -288,10 +304,64 @@ class RobustSearch(OuterSearch):
         if self._candidates:
             self._take_confirmations(outcomes)
             return
-        self._take_outer_step(outcomes)
-        self.outer_step += 1
+        if self._ladder is not None:
+            self._take_ladder(outcomes, self._ladder)
+        else:
+            self._take_outer_step(outcomes)
+            self.outer_step += 1
         if self._is_over():
             self._begin_confirmation()
+
+    def _rungs(self, ladder: int) -> list[Hyperparameters]:
+        """The start with other learning rates, those within the range that differ."""
+        rungs: dict[tuple[float, ...], Hyperparameters] = {}
+        for steps in _LADDERS[ladder]:
+            rung = self._calmer(self._start, -steps, _is_rate)
+            rungs.setdefault(tuple(torch.cat([*rung.values()]).tolist()), rung)
+        return list(rungs.values())
+
+    def _next_ladder(self, ladder: int) -> int | None:
+        """This ladder, if there is one and it has rungs that differ."""
+        exists = ladder < len(_LADDERS) and any(_is_rate(n) and r.scale == "log" for n, r in self.ranges.items())
+        return ladder if exists and len(self._rungs(ladder)) > 1 else None
+
+    def _take_ladder(self, outcomes: Sequence[Outcome | None], ladder: int) -> None:
+        """Begin at the lowest rung that learned most of what the best one did: from there on derivatives tell. Where
+        all came to nothing, climb down from the start, then begin at the bottom."""
+        if all(outcome is None for outcome in outcomes):
+            return  # once more
+        rungs = self._rungs(ladder)
+        if isnan(self.start_loss) and outcomes[0] is not None:
+            self.start_loss = outcomes[0].val_loss
+        ran = [
+            (outcome.val_loss, number)
+            for number, outcome in enumerate(outcomes)
+            if outcome is not None and isfinite(outcome.val_loss) and not outcome.val_loss >= outcome.untrained_loss
+        ]
+        if not ran:
+            self._ladder, self._internal = self._next_ladder(ladder + 1), rungs[-1 if ladder else 0]
+            return
+        loss, number = min(ran)
+        untrained = fmean(o.untrained_loss for o in outcomes if o is not None)
+        self._ladder = None
+        self._untrained = untrained if isfinite(untrained) else inf
+        # one run says nothing of how calm the place is
+        place = _Place(rungs[number], -1 - number, [loss], self._steps_of_runs, calm=False)
+        self._places.append(place)
+        self.incumbent = Evaluated(self._values(place.internal), loss, place.outer_step)
+        learned = [rungs[n] for own, n in ran if n == number or untrained - own >= _LEARNED * (untrained - loss)]
+        lowest = min(learned, key=self._total_rate)
+        self._internal = dict(lowest)  # that of the best rung stays as it is
+
+    def _total_rate(self, place: Hyperparameters) -> float:
+        return sum(float(x.sum()) for name, x in place.items() if _is_rate(name))
+
+    def _calmer(self, place: Hyperparameters, steps: float, which: Callable[[str], bool]) -> Hyperparameters:
+        """A place from which some hyperparameters are lowered by a number of first steps."""
+        return {
+            name: self._projected(name, x - steps * self._first[name]) if which(name) else x.clone()
+            for name, x in place.items()
+        }
 
     def _take_outer_step(self, outcomes: Sequence[Outcome | None]) -> None:
         limit = self._limit
@@ -310,14 +380,16 @@ class RobustSearch(OuterSearch):
         place = _Place(dict(self._internal), self.outer_step, losses, self._steps_of_runs)
         gradients = [self._by_internal(o.hypergradients) for o in ended if o.hypergradients is not None]
         place.calm = self._move(gradients, mean.val_loss)
-        best = self._best()
+        best = min(self._differentiated, key=self._score, default=None)
         improved = best is None or self._score(place) < self._score(best)
         if not place.calm and best is not None and not improved:
             self._approach(best.internal)
+        # a rung that was run here told no more of this place
+        self._places = [p for p in self._places if p.outer_step >= 0 or not _are_same(p.internal, place.internal)]
         self._places.append(place)
         self._rejections, self._run_cost = 0, max(self._run_cost, mean.cost / len(ended))
         self._since_best = 0 if improved else self._since_best + 1
-        if improved or self.incumbent is None:
+        if min(self._comparable, key=self._score) is place or self.incumbent is None:
             self.incumbent = Evaluated(self._values(place.internal), place.val_loss, self.outer_step, len(place.losses))
         if self._since_best >= _PATIENCE and self.ensemble < _LARGEST_ENSEMBLE:
             self.ensemble, self._since_best = min(2 * self.ensemble, _LARGEST_ENSEMBLE), 0
@@ -370,7 +442,7 @@ class RobustSearch(OuterSearch):
         """After a run that came to nothing: nearer to where the search came from, then to its calm side."""
         self._rejections += 1
         self.rejected += 1
-        before, places = dict(self._internal), self._comparable
+        before, places = dict(self._internal), self._differentiated
         if not places:
             for name in filter(_is_calming, before):
                 share = self._first[name] / STEP if self.ranges[name].scale != "linear" else self._first[name]
@@ -379,11 +451,7 @@ class RobustSearch(OuterSearch):
             self._approach(places[-1].internal)
         else:
             back = _APPROACH * (self._rejections - 1)
-            last = places[-1].internal
-            self._internal = {
-                name: self._projected(name, x - back * self._first[name]) if _is_calming(name) else x.clone()
-                for name, x in last.items()
-            }
+            self._internal = self._calmer(places[-1].internal, back, _is_calming)
         if self._rejections != 1:
             self._shorten()
         if not self.new_seeds and all(torch.equal(x, before[name]) for name, x in self._internal.items()):
@@ -419,15 +487,16 @@ class RobustSearch(OuterSearch):
 
     @property
     def _usual_confirmations(self) -> int:
-        """As many as are usual, or as can be paid for beside one outer step."""
+        """As many as are usual, or as a small budget has a share for; none where it pays for an outer step alone."""
         trainings = inf if self.trainings is None else self.trainings
-        places = _CANDIDATES + self.polish
-        return max(n for n in range(_CONFIRMATIONS + 1) if not n or self._expected_cost + n * places <= trainings)
+        many = max(n for n in range(1, _CONFIRMATIONS + 1) if n == 1 or n * _CANDIDATES <= _CONFIRMING * trainings)
+        affordable = (trainings - self._expected_cost) / (_CANDIDATES + self.polish)
+        return many if affordable >= many else int(affordable + 1e-9)
 
     @property
     def _expected_cost(self) -> float:
         """Of an outer step that is not rejected, in trainings."""
-        return self.ensemble * self._run_cost
+        return self.ensemble * self._run_cost + (len(_LADDERS[0]) if self._ladder is not None else 0)
 
     @property
     def _confirmation_cost(self) -> float:
@@ -534,10 +603,7 @@ class RobustSearch(OuterSearch):
         if not fallen or self._falls >= _REJECTIONS:
             return
         place = min(fallen, key=self._score).internal
-        lowered = {
-            name: self._projected(name, x - self._falls * self._first[name]) if _is_calming(name) else x.clone()
-            for name, x in place.items()
-        }
+        lowered = self._calmer(place, self._falls, _is_calming)
         self._rejections = self._since_best = 0
         if self._is_over() or all(torch.equal(x, place[name]) for name, x in lowered.items()):
             return
@@ -578,9 +644,14 @@ class RobustSearch(OuterSearch):
         return [place for place in self._places if not place.fallen and place.steps == self._steps_of_runs]
 
     @property
+    def _differentiated(self) -> list[_Place]:
+        """Those of outer steps."""
+        return [place for place in self._comparable if place.outer_step >= 0]
+
+    @property
     def _limit(self) -> float:
         """The validation loss above which a run is rejected."""
-        best = self._best()
+        best = min(self._differentiated, key=self._score, default=None)
         if best is None or isinf(self._untrained):
             return inf
         return best.val_loss + max(_REJECTED * self._gain(best.val_loss), _NOISE * abs(best.val_loss))
@@ -588,10 +659,6 @@ class RobustSearch(OuterSearch):
     def _gain(self, loss: float) -> float:
         """By how much training has lowered the validation loss to this one; 0 where nobody knows."""
         return max(self._untrained - loss, 0.0) if isfinite(self._untrained) else 0.0
-
-    def _best(self) -> _Place | None:
-        """The place with the best score so far."""
-        return min(self._comparable, key=self._score, default=None)
 
     def _score(self, place: _Place) -> float:
         """A place's loss, and more where it is chaotic: with other seeds it may be any other."""
@@ -609,7 +676,7 @@ class RobustSearch(OuterSearch):
         return self.ranges[name].project(self.ranges[name].from_internal(internal))
 
     def _is_start(self, internal: Hyperparameters) -> bool:
-        return all(torch.equal(x, self._start[name]) for name, x in internal.items())
+        return _are_same(internal, self._start)
 
     def _projected(self, name: str, internal: Tensor) -> Tensor:
         return self.ranges[name].to_internal(self._within(name, internal))
@@ -652,6 +719,7 @@ _SCALARS = (
     "_untrained",
     "_rejections",
     "_failures",
+    "_ladder",
     "_falls",
     "_since_best",
     "_run_cost",
@@ -666,12 +734,21 @@ def _smoothed(direction: Tensor) -> Tensor:
     return 0.5 * direction + 0.25 * (beside[:-2] + beside[2:])
 
 
+def _are_same(place: Hyperparameters, other: Hyperparameters) -> bool:
+    return all(torch.equal(x, other[name]) for name, x in place.items())
+
+
 def _is_followable(hypergradients: Hyperparameters) -> bool:
     """Whether any element says a way: those of a dead network are all zero."""
     return any(bool((g.isfinite() & (g != 0)).any()) for g in hypergradients.values())
 
 
-def _is_calming(name: str) -> bool:
+def _is_calming(name: str, bases: Sequence[str] = ("lr", "momentum")) -> bool:
     """Whether lowering it calms training: values of learning rates and momentum."""
     base, suffix = split_name(name)
-    return base in _CALMING and (suffix in ("", "knots") or suffix.endswith("/peak")) and "one_minus" not in suffix
+    return base in bases and (suffix in ("", "knots") or suffix.endswith("/peak")) and "one_minus" not in suffix
+
+
+def _is_rate(name: str) -> bool:
+    """Whether these are values of the learning rate."""
+    return _is_calming(name, ("lr",))

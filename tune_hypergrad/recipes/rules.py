@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tune_hypergrad.hypergradients import Descent, Outcome, OuterSearch, PaperSearch, RobustSearch
+from tune_hypergrad.hypergradients.robust import natural_start
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range, Scale
 
@@ -27,13 +28,16 @@ def paper(windows: Windows, step_sizes: Mapping[str, float]) -> OuterSearch:
 
 
 def ours(windows: Windows, step_sizes: Mapping[str, float]) -> OuterSearch:
-    """`RobustSearch` in the default search space, without confirmations; the paper's step sizes do not apply."""
+    """`RobustSearch` in the default search space, all of whose runs are outer steps: without confirmations, and without
+    plain trainings before them. The paper's step sizes do not apply."""
     known: dict[str, tuple[float, float, Scale]] = {
         "lr": (1e-4, 1.0, "log"),
         "momentum": (0.0, 0.99, "complement"),
         "weight_decay": (1e-6, 1e-2, "log"),
     }
-    return RobustSearch({name: Range(count, *known[name]) for name, count in windows.items()}, confirmations=0)
+    ranges = {name: Range(count, *known[name]) for name, count in windows.items()}
+    start = {name: natural_start(name, limits) for name, limits in ranges.items()}
+    return RobustSearch(ranges, initial=start, confirmations=0)
 
 
 RULES: dict[str, Callable[[Windows, Mapping[str, float]], OuterSearch]] = {"paper": paper, "ours": ours}

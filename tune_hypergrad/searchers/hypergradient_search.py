@@ -280,8 +280,12 @@ def _listed_points(points: Any) -> list[Mapping[str, Any]]:
 
 
 def _loss_of_start(started: tuple[OuterSearch, list[Outcome | None]]) -> float:
-    loss = mean_outcome(started[1]).val_loss
-    return loss if math.isfinite(loss) else math.inf
+    """What a point's runs gave: the mean over seeds, or the least of plain trainings over the learning rate."""
+    outer, outcomes = started
+    losses = [mean_outcome(outcomes).val_loss]
+    if outer.round()[0].reject_above == -math.inf:
+        losses = [outcome.val_loss for outcome in outcomes if outcome is not None]
+    return min(filter(math.isfinite, losses), default=math.inf)
 
 
 def _read_outcome(result: Mapping[str, Any], proposal: Proposal) -> Outcome | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -155,7 +156,7 @@ class FDS(ProblemTrainable):
         self.search = settings.begin_search(hyperparameters)
         self._outcomes: list[Outcome] = []  # of this round's runs
         self._figures: list[dict[str, float]] = []  # likewise
-        self._means: dict[int, dict[str, float]] = {}  # of each outer step's runs, by its number
+        self._means: dict[tuple[float, ...], dict[str, float]] = {}  # over a round's runs, by the values they had
         self._earlier = Cost()  # the cost of completed runs
         self._completed = 0  # runs
         self._judged = settings.steps  # inner steps of the last of them
@@ -230,27 +231,22 @@ class FDS(ProblemTrainable):
         self._earlier += run.cost
         self._completed, self._judged = self._completed + 1, self.loop.steps
         # one lost run makes the robust rule take the outer step back, whatever the others would have given
-        lost = gradients is None and proposal.confirmed is None and isinstance(self.search, RobustSearch)
+        lost = run.rejected and proposal.reject_above > -inf and isinstance(self.search, RobustSearch)
         if lost or len(self._outcomes) == len(self._round):
             self._finish_round()
         if not self.search.finished:
             self.run = self._next_run()
 
     def _finish_round(self) -> None:
+        of_values: dict[tuple[float, ...], list[dict[str, float]]] = {}
+        for proposal, figures in zip(self._round, self._figures, strict=False):  # those that were run
+            of_values.setdefault(_key(proposal.values), []).append(figures)
+        self._means |= {key: _mean(figures) for key, figures in of_values.items()}
         before = self.search.incumbent
-        if self._round[0].confirmed is None:
-            self._means[self.search.outer_step] = _mean(self._figures)
         self.search.tell([*self._outcomes, *[None] * (len(self._round) - len(self._outcomes))])
         incumbent = self.search.incumbent
         if incumbent is not None and incumbent is not before:
-            same = [
-                figures
-                for figures, proposal in zip(self._figures, self._round, strict=False)  # those that were run
-                if all(torch.equal(v, incumbent.values[name]) for name, v in proposal.values.items())
-            ]
-            # where all that was confirmed fell, another place than this round's; with the loss that the search ranks by
-            mean = _mean(same) if same else self._means[incumbent.outer_step]
-            schedule = self._schedule(incumbent.values).to_scalars()
+            mean, schedule = self._means[_key(incumbent.values)], self._schedule(incumbent.values).to_scalars()
             self._best = _incumbent_results({**mean, "val_loss": incumbent.val_loss, **schedule})
         if not self.search.finished:
             self._round, self._outcomes, self._figures = self.search.round(), [], []
@@ -277,7 +273,7 @@ class FDS(ProblemTrainable):
             "run": self.run.state_dict(),
             "outcomes": [tuple(outcome) for outcome in self._outcomes],
             "figures": [dict(figures) for figures in self._figures],
-            "means": {outer_step: dict(mean) for outer_step, mean in self._means.items()},
+            "means": {key: dict(mean) for key, mean in self._means.items()},
             "earlier": tuple(vars(self._earlier).values()),
             "completed": (self._completed, self._judged),
             "results": (self._untrained, self._results, self._best),
@@ -287,7 +283,7 @@ class FDS(ProblemTrainable):
         self.search.load_state_dict(saved["search"])
         self._outcomes = [Outcome(*outcome) for outcome in saved["outcomes"]]
         self._figures = [dict(figures) for figures in saved["figures"]]
-        self._means = {outer_step: dict(mean) for outer_step, mean in saved["means"].items()}
+        self._means = {key: dict(mean) for key, mean in saved["means"].items()}
         self._round = self.search.round() or self._round
         if not self.search.finished:
             self.run = self._next_run()
@@ -300,6 +296,10 @@ class FDS(ProblemTrainable):
             self.run.load_state_dict(saved["run"])
         self._earlier, (self._completed, self._judged) = Cost(*saved["earlier"]), saved["completed"]
         self._untrained, self._results, self._best = (dict(results) for results in saved["results"])
+
+
+def _key(values: Hyperparameters) -> tuple[float, ...]:
+    return tuple(torch.cat(list(values.values())).tolist())
 
 
 def _mean(figures: list[dict[str, float]]) -> dict[str, float]:

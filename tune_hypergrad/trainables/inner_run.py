@@ -164,7 +164,7 @@ class InnerRun(ProblemTrainable):
         confirmed = self.settings.confirmed
         return {
             **figures,
-            "rejected": run.rejected and confirmed is None,
+            "rejected": run.rejected and run.reject_above > -inf,
             CONFIRMATIONS: 0 if confirmed is None else len(confirmed) + 1,
             FALLEN: confirmed is not None and self._has_fallen,
             **self.schedule.to_scalars(),
