@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, split_group, split_name
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 
@@ -56,8 +56,11 @@ class Groups:
         """
         group = split_group(name)[1]
         if group not in self.names:
-            known = f"its groups are {listed(self.names)}" if self.names else "it has none: give Problem groups=..."
-            raise InputError(f"{name!r} is a value of group {group!r}, which the problem has not: {known}")
+            known = f"it has {listed(self.names)}" if self.names else "give it groups=..."
+            raise InputError(
+                f"unknown hyperparameter {name!r}: the problem has no group {group!r}: {known}"
+                f"{did_you_mean(group, self.names)}"
+            )
 
     def positions(self, group: str) -> list[int]:
         """Which trainable parameters are in a group, or in the rest, whose name is ""."""
@@ -172,7 +175,7 @@ def find_groups(groups: GroupsOf | None, model: nn.Module, trainable: Mapping[st
         named = {name: name if groups == BY_TENSOR else _layer(name) for name in trainable}
         modules = {name.rpartition(".")[0] for name in trainable}
         if groups == BY_LAYER and len(set(named.values())) < len(modules):
-            raise InputError(f"groups is {BY_LAYER!r}, and two layers are called alike: give groups as a dict of patterns")
+            raise InputError(f"groups is {BY_LAYER!r}, and two layers are called alike: give a dict of patterns")
         return _made([(group, [name]) for name, group in named.items()], trainable, {})
     if isinstance(groups, Mapping):
         return _made(_matched(groups, model, trainable), trainable, {})
@@ -197,9 +200,7 @@ def _made(
     return Groups(names, tuple(of_parameter.get(name, "") for name in trainable), values)
 
 
-def _matched(
-    groups: Patterns, model: nn.Module, trainable: Mapping[str, Tensor]
-) -> list[tuple[str, list[str]]]:
+def _matched(groups: Patterns, model: nn.Module, trainable: Mapping[str, Tensor]) -> list[tuple[str, list[str]]]:
     aliases: dict[int, list[str]] = {}  # a tensor that is used twice has two names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
@@ -210,14 +211,14 @@ def _matched(
         patterns = [given] if isinstance(given, str) else list(given)
         for pattern in patterns:
             if not any(_fits(names, pattern) for names in known.values()):
-                close = get_close_matches(pattern, [each for names in known.values() for each in names], n=3, cutoff=0.3)
-                names = listed(close or known)
-                raise InputError(f"group {group!r}: no parameter is called {pattern!r}; there are {names}")
+                every = [name for names in known.values() for name in names]
+                there = listed(get_close_matches(pattern, every, n=3, cutoff=0.3) or every)
+                raise InputError(f"group {group!r}: no parameter is called {pattern!r}; there are {there}")
         members = [name for name in left if any(_fits(known[name], pattern) for pattern in patterns)]
         if not members:
+            called = " or ".join(map(repr, patterns))
             raise InputError(
-                f"group {group!r} has no trainable parameter: those that {' or '.join(map(repr, patterns))} matches are "
-                "frozen, or in an earlier group"
+                f"group {group!r} has no trainable parameter: those called {called} are frozen, or in an earlier group"
             )
         left = [name for name in left if name not in members]
         found.append((group, members))
@@ -232,7 +233,7 @@ def _of_function(made: Any, model: nn.Module, trainable: Mapping[str, Tensor]) -
     """Groups of the dicts that a `torch.optim` optimizer takes."""
     made = list(made) if isinstance(made, Iterable) else []
     if not made or not all(isinstance(group, Mapping) and "params" in group for group in made):
-        raise InputError("groups(model) must give a list of dicts, each with 'params', as a torch.optim optimizer takes")
+        raise InputError("groups(model) must give what a torch.optim optimizer takes: a list of dicts with 'params'")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts: list[tuple[str, list[str]]] = []
     values: dict[str, float] = {}
@@ -244,9 +245,10 @@ def _of_function(made: Any, model: nn.Module, trainable: Mapping[str, Tensor]) -
         members = [_name_of(each, names, name) for each in _as_list(group["params"])]
         for member in members:
             if member not in trainable:
-                raise InputError(f"group {name!r} has {member!r}, which is frozen: list parameters that require a gradient")
+                raise InputError(f"group {name!r} has {member!r}, which is frozen: leave it out")
             if member in of_parameter:
-                raise InputError(f"parameter {member!r} is in group {of_parameter[member]!r} and in {name!r}: list it once")
+                before = of_parameter[member]
+                raise InputError(f"parameter {member!r} is in group {before!r} and in {name!r}: list it once")
             of_parameter[member] = name
         parts.append((name, members))
         values |= _own_values(name, group)
@@ -279,7 +281,7 @@ def _own_values(name: str, group: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for key, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-            raise InputError(f"group {name!r} has {key}={value!r}: its own values are numbers, such as weight_decay=0.0")
+            raise InputError(f"group {name!r} has {key}={value!r}: groups have numbers, such as weight_decay=0.0")
         found[f"{key}/{name}"] = float(value)
     return found
 

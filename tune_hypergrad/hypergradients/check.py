@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tune_hypergrad.batches import Batch
+from tune_hypergrad.curves import split_group
 from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.curves import split_group
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings

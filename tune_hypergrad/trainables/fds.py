@@ -265,7 +265,7 @@ class FDS(ProblemTrainable):
         return None if self.search.incumbent is None else self._schedule(self.search.incumbent.values)
 
     def _schedule(self, values: Hyperparameters) -> Schedule:
-        return Schedule.from_tensors(values, self.loop.settings.fixed)
+        return Schedule.from_tensors(values, self.loop.fixed_beside(values))
 
     @property
     def spent(self) -> Cost:
