@@ -29,8 +29,8 @@ GroupsOf = Patterns | ParamGroups | str
 """What a `Problem` says of its groups."""
 BY_TENSOR, BY_LAYER = "tensor", "layer"
 
-COMMON = "*"
-"""Key of the common value, beside those of groups, in a nested entry."""
+GROUPS, COMMON = "groups", "*"
+"""Keys of a nested entry: `{"lr": {"groups": {"*": 0.1, "backbone": 0.01}}}` has a common value and a group's."""
 _BETAS = ("beta1", "beta2")
 
 
@@ -124,6 +124,38 @@ def in_group(values: Mapping[str, T], group: str) -> dict[str, T]:
     common = {name: value for name, value in values.items() if not split_group(name)[1]}
     own = {split_group(name)[0]: value for name, value in values.items() if group and split_group(name)[1] == group}
     return {**common, **own}
+
+
+def ungrouped(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a search space or a config of which those that are nested by group have names of their own: `lr` and
+    `lr/backbone` in place of `{"lr": {"groups": {"*": ..., "backbone": ...}}}`.
+
+    Raises:
+        InputError: one is given twice, in two ways.
+    """
+    found: dict[str, Any] = {}
+    for name, entry in entries.items():
+        own = {name: entry}
+        if isinstance(entry, Mapping) and set(entry) == {GROUPS} and isinstance(entry[GROUPS], Mapping):
+            own = {name if group == COMMON else f"{name}/{group}": each for group, each in entry[GROUPS].items()}
+        twice = next((each for each in own if each in found), None)
+        if twice is not None:
+            raise InputError(f"{twice!r} is given twice: drop one of the two")
+        found |= own
+    return found
+
+
+def regrouped(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `ungrouped`: for searchers that join nested names by "/" and so take none that has it."""
+    grouped = {split_group(name)[0] for name in entries if split_group(name)[1]}
+    found: dict[str, Any] = {}
+    for name, entry in entries.items():
+        hyperparameter, group = split_group(name)
+        if hyperparameter in grouped:
+            found.setdefault(hyperparameter, {GROUPS: {}})[GROUPS][group or COMMON] = entry
+        else:
+            found[name] = entry
+    return found
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tune_hypergrad.curves import Curve, curves_of, split_group
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.groups import in_group, listed
+from tune_hypergrad.groups import in_group, listed, ungrouped
 from tune_hypergrad.space import flat_values, is_hyperparameter
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if not isinstance(self.values, Mapping) or not self.values:
             raise InputError("a schedule needs at least one hyperparameter, such as Schedule({'lr': (0.1, 0.01)})")
-        object.__setattr__(self, "values", {name: _read(name, value) for name, value in self.values.items()})
+        object.__setattr__(self, "values", {name: _read(name, value) for name, value in ungrouped(self.values).items()})
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {_in_words(value)}" for name, value in self.values.items())

@@ -28,7 +28,7 @@ from tune_hypergrad.curves import (
 )
 from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.groups import find_groups
+from tune_hypergrad.groups import find_groups, ungrouped
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
@@ -83,6 +83,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise InputError(f"steps is {self.steps!r}: an inner run needs a whole number of at least 1")
+        object.__setattr__(self, "fixed", ungrouped(self.fixed))
         if self.clip_gradient is not None and not self.clip_gradient > 0:
             raise InputError(
                 f"clip_gradient is {self.clip_gradient!r}: give a positive number, or None for no clipping"
