@@ -156,6 +156,11 @@ class TestCompare:
 
     def test_self_tuning_networks_leave_groups_out(self) -> None:
         assert set(METHODS["delta-stn"].tunable(self.task())) == {"lr", "l2"}
+        for task in (
+            self.task(fixed={"lr/bias": 0.1}),
+            self.task(problem=grouped(decayed), space={"l2": tune.uniform(0, 1)}),
+        ):
+            assert METHODS["delta-stn"].tunable(task) == {}
         config = METHODS["delta-stn"].searcher(self.task()).suggest("trial")
         assert isinstance(config, dict) and "lr" in config and "lr/first" not in config
 

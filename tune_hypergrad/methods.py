@@ -176,6 +176,8 @@ def _is_of_group(name: str, task: Task) -> bool:
 
 def _groups(problem: Problem) -> Groups:
     """The problem's parameter groups, which a model has to be made for; once."""
+    if problem.groups is None:
+        return Groups()
     if _GROUPS not in problem.findings:
         problem.findings[_GROUPS] = InnerLoop(problem, TrainingSettings(1)).groups
     return problem.findings[_GROUPS]  # type: ignore[no-any-return]
@@ -344,8 +346,9 @@ def _inside(task: Task) -> dict[str, Any]:
 
 def _by_self_tuning(task: Task) -> Mapping[str, Any]:
     """All of the space but values of parameter groups, the optimizer from run to run, if there is something to tune
-    inside a run."""
-    if not task.part(of_training_loss=True):
+    inside a run; nothing where groups have values that are held, which such a network refuses."""
+    held = any(_is_of_group(name, task) for name in task.fixed) or bool(_groups(task.problem).values)
+    if held or not task.part(of_training_loss=True):
         return {}
     return {name: entry for name, entry in task.space.items() if not _is_of_group(name, task)}
 
