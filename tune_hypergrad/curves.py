@@ -52,9 +52,10 @@ def split_name(name: str) -> tuple[str, str]:
 
 def split_group(name: str) -> tuple[str, str]:
     """The hyperparameter of the optimizer, and the group whose value it is: ("lr", "backbone") of `lr/backbone`, and
-    ("lr", "") of `lr`. Groups' names may have dots and slashes; flat names have no suffix any more."""
+    ("lr", "") of `lr`. The name has no suffix any more; that of a group may have dots and slashes, and does not begin
+    with `one_minus`."""
     hyperparameter, _, group = name.partition("/")
-    return hyperparameter, group
+    return (name, "") if group.partition("/")[0] == ONE_MINUS else (hyperparameter, group)
 
 
 def base_names(names: Iterable[str]) -> list[str]:
