@@ -34,10 +34,10 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def update_of(optimizer: str) -> Callable[..., Any]:
-    """The optimizer's update as a function of (params, gradient, slots, count)."""
+    """The optimizer's update as a function of (params, gradient, slots, block)."""
     own = OPTIMIZERS[optimizer]
     values = {**own.hyperparameters, **HYPERPARAMETERS[optimizer]}
-    return lambda params, gradient, slots, count: own.update(params, gradient, slots, values, count)
+    return lambda params, gradient, slots, block: own.update(params, gradient, slots, values, block.taken)
 
 
 @settings(max_examples=40, deadline=None)
@@ -100,8 +100,8 @@ def test_all_step_as_one_vector() -> None:
     """Where every parameter steps, at one count, nothing is cut."""
     seen = []
 
-    def update(params: Tensor, gradient: Tensor, slots: tuple[Tensor, ...], count: int) -> Any:
-        seen.append((params, count))
+    def update(params: Tensor, gradient: Tensor, slots: tuple[Tensor, ...], block: Block) -> Any:
+        seen.append((params, block.taken))
         return params - gradient, slots
 
     params, gradient = normal(0, sum(SIZES)), normal(1, sum(SIZES))

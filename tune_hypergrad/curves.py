@@ -2,7 +2,8 @@
 
 A curve has a *form*, and its numbers have *suffixes*: the learning rate's cosine has `lr/cosine/peak`,
 `lr/cosine/warm_up` and `lr/cosine/floor`. Together with windows, which have the bare name, such *flat names* say
-all about a schedule, so that the numbers of any mix of schedules are one dict.
+all about a schedule, so that the numbers of any mix of schedules are one dict. A hyperparameter of a parameter group
+has a name of its own, `lr/backbone`, and so has everything of it: `lr/backbone/cosine/peak`.
 """
 
 from __future__ import annotations
@@ -38,12 +39,23 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 }
 """Every form, and the suffixes of its numbers. Forms of "one_minus" are 1 minus the shape."""
 _FORM_OF = {suffix: form for form, suffixes in SUFFIXES.items() for suffix in suffixes}
+_LONGEST_FIRST = sorted(_FORM_OF, key=len, reverse=True)  # some end as others do
 
 
+@lru_cache(maxsize=4096)
 def split_name(name: str) -> tuple[str, str]:
-    """A flat name's hyperparameter and suffix: ("lr", "cosine/peak"), or ("lr", "") of windows."""
-    base, _, suffix = name.partition("/")
-    return (base, suffix) if suffix in _FORM_OF else (name, "")
+    """A flat name's hyperparameter and suffix: ("lr", "cosine/peak"), or ("lr", "") of windows; of a group's
+    ("lr/backbone", "cosine/peak")."""
+    suffix = next((suffix for suffix in _LONGEST_FIRST if name.endswith(f"/{suffix}")), "")
+    return name.removesuffix(f"/{suffix}") if suffix else name, suffix
+
+
+def split_group(name: str) -> tuple[str, str]:
+    """The hyperparameter of the optimizer, and the group whose value it is: ("lr", "backbone") of `lr/backbone`, and
+    ("lr", "") of `lr`. The name has no suffix any more; that of a group may have dots and slashes, and does not begin
+    with `one_minus`."""
+    hyperparameter, _, group = name.partition("/")
+    return (name, "") if group.partition("/")[0] == ONE_MINUS else (hyperparameter, group)
 
 
 def base_names(names: Iterable[str]) -> list[str]:

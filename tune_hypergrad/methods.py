@@ -16,8 +16,17 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 from ray.tune.search.sample import Float, Function, LogUniform
 
+from tune_hypergrad.curves import split_group
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients import Descent, Optimizer, SearchSettings, get_optimizer
+from tune_hypergrad.groups import Groups
+from tune_hypergrad.hypergradients import (
+    Descent,
+    InnerLoop,
+    Optimizer,
+    SearchSettings,
+    TrainingSettings,
+    get_optimizer,
+)
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
@@ -35,6 +44,7 @@ from tune_hypergrad.space import (
 from tune_hypergrad.trainables import HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun
 
 _LEAST_TRAININGS = 4.0  # that an outer step costs
+_GROUPS = "groups"  # key of a problem's findings
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
 
 
@@ -146,7 +156,31 @@ def hyperparameters_of(task: Task) -> tuple[str, ...]:
     problem = task.problem
     of_optimizers = (name for known in _optimizers(task) for name in known.hyperparameters)
     of_loss = sorted(problem.loss_hyperparameters)
-    return tuple(dict.fromkeys((*of_optimizers, *of_loss, *problem.model_hyperparameters, "batch_size")))
+    known = dict.fromkeys((*of_optimizers, *of_loss, *problem.model_hyperparameters, "batch_size"))
+    of_groups = [name for name in task.space if _is_of_group(name, task)]
+    return tuple(dict.fromkeys((*known, *of_groups)))
+
+
+def _is_of_group(name: str, task: Task) -> bool:
+    """Whether it is a hyperparameter of an optimizer in one of the problem's parameter groups.
+
+    Raises:
+        InputError: the problem has no such group.
+    """
+    hyperparameter, group = split_group(name)
+    if not group or not any(hyperparameter in known.hyperparameters for known in _optimizers(task)):
+        return False
+    _groups(task.problem).check_name(name)
+    return True
+
+
+def _groups(problem: Problem) -> Groups:
+    """The problem's parameter groups, which a model has to be made for; once."""
+    if problem.groups is None:
+        return Groups()
+    if _GROUPS not in problem.findings:
+        problem.findings[_GROUPS] = InnerLoop(problem, TrainingSettings(1)).groups
+    return problem.findings[_GROUPS]  # type: ignore[no-any-return]
 
 
 def _optimizers(task: Task) -> list[Optimizer]:
@@ -311,8 +345,12 @@ def _inside(task: Task) -> dict[str, Any]:
 
 
 def _by_self_tuning(task: Task) -> Mapping[str, Any]:
-    """All of the space, the optimizer from run to run, if there is something to tune inside a run."""
-    return task.space if task.part(of_training_loss=True) else {}
+    """All of the space but values of parameter groups, the optimizer from run to run, if there is something to tune
+    inside a run; nothing where groups have values that are held, which such a network refuses."""
+    held = any(_is_of_group(name, task) for name in task.fixed) or bool(_groups(task.problem).values)
+    if held or not task.part(of_training_loss=True):
+        return {}
+    return {name: entry for name, entry in task.space.items() if not _is_of_group(name, task)}
 
 
 def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
@@ -331,7 +369,11 @@ def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
 def _around_self_tuning(task: Task) -> Searcher:
     """The optimizer is tuned from run to run; it begins at the task's start, of a schedule the mean over the run, else
     at customary values, since a run is a search of its own."""
-    outside = {name: without_schedule(value) for name, value in task.part(of_training_loss=False).items()}
+    outside = {
+        name: without_schedule(value)
+        for name, value in task.part(of_training_loss=False).items()
+        if not _is_of_group(name, task)
+    }
     if not outside:
         return _seeds(task)
     known = {name: entry for name, entry in outside.items() if name in customary(task.optimizer)}

@@ -20,6 +20,7 @@ from tune_hypergrad.batches import Batch, Forward, as_tree, call_model, default_
 from tune_hypergrad.data import Source, Split, cast_batch
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.figures import QuotientsOf, as_mean, detached, is_accumulating, is_of_whole_split, part_of
+from tune_hypergrad.groups import GroupsOf, refuse_form
 from tune_hypergrad.objective import Objective, Parameters, strengths
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 from tune_hypergrad.regularisers import Regulariser, Strength
@@ -89,6 +90,13 @@ class Problem:
     """Gives the order of a pass over the training split, such as torch's `WeightedRandomSampler`: it draws from torch's
     global generator or its own `generator`, and both are seeded. None is a new random order in every pass."""
 
+    groups: GroupsOf | None = None
+    """Parameters that share values of the optimizer's hyperparameters, such as `lr/backbone`: a dict of names to
+    patterns of parameter names, `{"backbone": "encoder.*", "no_decay": ["*.bias", "*norm*"]}`, of which a parameter's
+    first counts; a function `groups(model)` that makes param groups as `torch.optim` takes them, whose own values are
+    held unless a search or `fixed` says otherwise; "tensor", one for every trainable tensor; or "layer", one for every
+    module that has some of its own. Those in no group have the common values."""
+
     def __post_init__(self) -> None:
         self._is_checked = False
         self.findings: dict[Any, Any] = {}  # what has been found out of this problem's derivatives
@@ -106,6 +114,7 @@ class Problem:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise InputError(f"{which} is {size!r}: it must be a whole number of at least 1")
         self._check_regularisers()
+        refuse_form(self.groups)
         if self.batch_size > self.examples_per_epoch:
             raise InputError(
                 f"batch_size {self.batch_size} is above the training split's {self.examples_per_epoch} examples: "

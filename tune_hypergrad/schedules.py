@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tune_hypergrad.curves import Curve, curves_of
+from tune_hypergrad.curves import Curve, curves_of, split_group
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.space import flat_values, is_hyperparameter, put
+from tune_hypergrad.groups import in_group, listed, ungrouped
+from tune_hypergrad.space import flat_values, is_hyperparameter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +35,7 @@ _READABLE = (1, 2)  # version 1 had windows only
 _DRAWN = 200
 """Equal parts of training in which a curve is drawn."""
 _BETAS = ("beta1", "beta2")
+_LINES = 8  # of parameter groups in one panel
 _LOG_AXIS_FROM = 100.0  # largest over smallest value from which a linear axis hides the small ones
 
 
@@ -45,6 +47,7 @@ class Schedule:
     schedule = Schedule({"lr": (0.1, 0.05, 0.01), "momentum": (0.9,)})
     scheduler = schedule.scheduler(optimizer, total_steps=3000)  # then scheduler.step() after every optimizer.step()
     Schedule({"lr": {"cosine": {"peak": 0.1, "warm_up": 0.05, "floor": 0.01}}, "momentum": {"one_minus": 0.1}})
+    Schedule({"lr": (0.1, 0.01), "lr/backbone": 0.001})  # one of the parameter group "backbone", and of all others
     ```
 
     Raises:
@@ -54,12 +57,13 @@ class Schedule:
 
     values: Mapping[str, tuple[float, ...] | Curve]
     """Name to one value per window, window i of N covering progress [i/N, (i+1)/N), or to a `Curve`. Numbers, lists and
-    entries of trial configs are read too; of complements, the values themselves are kept: 0.9 of {"one_minus": 0.1}."""
+    entries of trial configs are read too; of complements, the values themselves are kept: 0.9 of {"one_minus": 0.1}. A
+    hyperparameter of a parameter group has a name such as `lr/backbone`; `lr` is then that of the others."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Mapping) or not self.values:
             raise InputError("a schedule needs at least one hyperparameter, such as Schedule({'lr': (0.1, 0.01)})")
-        object.__setattr__(self, "values", {name: _read(name, value) for name, value in self.values.items()})
+        object.__setattr__(self, "values", {name: _read(name, value) for name, value in ungrouped(self.values).items()})
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {_in_words(value)}" for name, value in self.values.items())
@@ -241,23 +245,31 @@ class Schedule:
         Raises:
             InputError: there is none.
         """
-        config: dict[str, Any] = {}
+        found: dict[str, dict[int, float]] = {}
         for key, value in scalars.items():
-            first, *path = str(key).split("/")
-            if first != prefix or not path or value != value:
+            path = str(key).removeprefix(f"{prefix}/")
+            if path == str(key) or value != value:
                 continue
-            put(config, path, float(value))
-        return cls(config)
+            name, _, window = path.rpartition("/")
+            if window.isdigit():
+                found.setdefault(name, {})[int(window)] = float(value)
+            else:
+                found[path] = {0: float(value)}
+        for name, windows in found.items():
+            if sorted(windows) != list(range(len(windows))):
+                raise InputError(f"hyperparameter {name!r} has the windows {sorted(windows)} only: give all of them")
+        return cls(curves_of({name: [windows[i] for i in range(len(windows))] for name, windows in found.items()}))
 
     def plot(self, axes: Axes | Sequence[Axes] | None = None) -> Figure:
         """Draw every hyperparameter over training progress, one panel each.
 
         Values above 0 that span a factor of 100 or more are drawn on a logarithmic axis, unless they are a curve's with
-        a peak, which begins and may end near 0.
+        a peak, which begins and may end near 0. Of parameter groups there is a line each, or, of more than eight, a row
+        each whose colour is the value.
 
         Args:
-            axes: as many matplotlib axes as there are hyperparameters; by default a new figure, which pyplot does not
-                know and so never has to close: write it with `figure.savefig(path)`.
+            axes: as many matplotlib axes as there are hyperparameters, groups aside; by default a new figure, which
+                pyplot does not know and so never has to close: write it with `figure.savefig(path)`.
 
         Returns:
             The figure that was drawn on.
@@ -265,57 +277,94 @@ class Schedule:
         Raises:
             InputError: the number of axes is not that of the hyperparameters.
         """
-        panels = _new_panels(len(self.values)) if axes is None else _as_panels(axes)
-        if len(panels) != len(self.values):
-            raise InputError(f"plot got {len(panels)} axes for {len(self.values)} hyperparameters: pass one for each")
-        for panel, name in zip(panels, self.values, strict=True):
-            _draw(panel, self, name)
+        drawn: dict[str, list[str]] = {}
+        for name in self.values:
+            drawn.setdefault(split_group(name)[0], []).append(name)
+        panels = _new_panels([len(names) for names in drawn.values()]) if axes is None else _as_panels(axes)
+        if len(panels) != len(drawn):
+            raise InputError(f"plot got {len(panels)} axes for {len(drawn)} hyperparameters: pass one for each")
+        for panel, names in zip(panels, drawn.values(), strict=True):
+            (_draw_rows if len(names) > _LINES else _draw)(panel, self, names)
         panels[-1].set_xlabel("training progress")
         figure = panels[0].figure.figure  # of a subfigure's axes, the figure it is in
         figure.align_ylabels(panels)
         return figure
 
-    def apply(self, optimizer: Optimizer, step: int, total_steps: int) -> dict[str, float]:
-        """Set the values of an inner step in every param group of a `torch.optim` optimizer.
+    def apply(
+        self, optimizer: Optimizer, step: int, total_steps: int, groups: Mapping[int, str] | None = None
+    ) -> dict[str, float]:
+        """Set the values of an inner step in the param groups of a `torch.optim` optimizer.
 
         Names are those of the param groups (`lr`, `momentum`, `dampening`, `weight_decay`, `eps`, `alpha`); `beta1` and
-        `beta2` are the two elements of `betas`. Call it before `optimizer.step()`.
+        `beta2` are the two elements of `betas`. `lr/backbone` is set in the param groups whose `name` is "backbone",
+        `lr` in those without a value of their own; what the schedule has of other groups only stays as it is. Call it
+        before `optimizer.step()`.
 
         Args:
             optimizer: any `torch.optim` optimizer, fresh or at this step of its training.
             step: from 0 to `total_steps` - 1.
             total_steps: inner steps of the whole training run.
+            groups: the schedule's group by position in `optimizer.param_groups`, where their `name` does not tell it.
 
         Returns:
             The values that the optimizer has no place for, such as `label_smoothing`: they belong to your own loss.
 
         Raises:
-            InputError: `step` or `total_steps` is out of range.
+            InputError: `step` or `total_steps` is out of range, or the optimizer lacks a group of the schedule.
         """
-        values = self.at_step(step, total_steps)
-        mine = {name for name in values if all(_has(group, name) for group in optimizer.param_groups)}
-        for group in optimizer.param_groups:
-            for name in mine:
-                _assign(group, name, self._on_optimizer(name, values[name]))
+        values, own_names = self.at_step(step, total_steps), self._groups_in(optimizer, groups)
+        mine = {name: name for name in values if self._is_on(optimizer, own_names, name)}
+        for group, own_name in zip(optimizer.param_groups, own_names, strict=True):
+            for hyperparameter, name in in_group(mine, own_name).items():
+                _assign(group, hyperparameter, self._on_optimizer(name, values[name]))
         return {name: value for name, value in values.items() if name not in mine}
 
-    def scheduler(self, optimizer: Optimizer, total_steps: int) -> ScheduleLR:
+    def _groups_in(self, optimizer: Optimizer, groups: Mapping[int, str] | None) -> list[str]:
+        """By param group of an optimizer the group of the schedule that it is, or "".
+
+        Raises:
+            InputError: the schedule has a group that is not there.
+        """
+        count, known = len(optimizer.param_groups), groups or {}
+        if any(position not in range(count) for position in known):
+            raise InputError(f"groups is {dict(known)!r}: its keys are positions of param groups, 0 to {count - 1}")
+        found = [known.get(i, group.get("name", "")) for i, group in enumerate(optimizer.param_groups)]
+        scheduled = [split_group(name) for name in self.values]
+        of_groups = {group for name, group in scheduled if group and any(_has(g, name) for g in optimizer.param_groups)}
+        missing = sorted(of_groups - set(found))
+        if missing:
+            there = listed(name for name in found if name) or "no names"
+            raise InputError(
+                f"the schedule has the groups {listed(sorted(of_groups))}, and the optimizer's param groups have "
+                f"{there}: give them such a 'name', or pass groups={{0: {missing[0]!r}}}"
+            )
+        return found
+
+    def _is_on(self, optimizer: Optimizer, own_names: Sequence[str], name: str) -> bool:
+        """Whether the param groups that a value is of have a place for it."""
+        hyperparameter, group = split_group(name)
+        named = zip(optimizer.param_groups, own_names, strict=True)
+        own = [each for each, own_name in named if not group or own_name == group]
+        return bool(own) and all(_has(each, hyperparameter) for each in own)
+
+    def scheduler(self, optimizer: Optimizer, total_steps: int, groups: Mapping[int, str] | None = None) -> ScheduleLR:
         """A `torch.optim` learning-rate scheduler that sets every scheduled value, not the learning rate alone.
 
         Args:
             optimizer: a fresh `torch.optim` optimizer; it gets the values of step 0 at once.
             total_steps: inner steps of the whole training run; later steps keep the last window's values.
+            groups: as for `apply`.
 
         Raises:
-            InputError: `total_steps` is below 1.
+            InputError: `total_steps` is below 1, or the optimizer lacks a group of the schedule.
         """
-        return ScheduleLR(optimizer, self, total_steps)
+        return ScheduleLR(optimizer, self, total_steps, groups)
 
     def _on_optimizer(self, name: str, value: float) -> float:
         # While momentum is 0, torch.optim.SGD keeps no buffer and RMSprop never makes one: when a later window turns
         # momentum on, SGD would have forgotten the last gradient and RMSprop would fail. The smallest normal float
         # keeps the buffer going and multiplies it by what rounds to nothing.
-        if name == "momentum" and value == 0 and any(self.windows(name)):
+        if split_group(name)[0] == "momentum" and value == 0 and any(self.windows(name)):
             return sys.float_info.min
         return value
 
@@ -329,23 +378,35 @@ class ScheduleLR(LRScheduler):
         optimizer: a fresh `torch.optim` optimizer; the values of step 0 are set at construction.
         schedule: what to replay.
         total_steps: inner steps of the whole training run; after them the last window's values stay.
+        groups: as for `Schedule.apply`.
 
     Raises:
-        InputError: `total_steps` is below 1.
+        InputError: `total_steps` is below 1, or the optimizer lacks a group of the schedule.
     """
 
     loss_values: dict[str, float]
     """The current values that the optimizer has no place for, such as `label_smoothing`, for your own loss."""
 
-    def __init__(self, optimizer: Optimizer, schedule: Schedule, total_steps: int) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        total_steps: int,
+        groups: Mapping[int, str] | None = None,
+    ) -> None:
         _check_total_steps(total_steps)
         self.schedule, self.total_steps = schedule, total_steps
+        self.groups = None if groups is None else dict(groups)
         super().__init__(optimizer)  # takes the initial step, to last_epoch = 0
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every param group at the current step."""
         scheduled = self.schedule.at_step(self._current_step(), self.total_steps)
-        return [scheduled.get("lr", group["lr"]) for group in self.optimizer.param_groups]
+        own_names = self.schedule._groups_in(self.optimizer, self.groups)
+        return [
+            in_group(scheduled, own_name).get("lr", group["lr"])
+            for group, own_name in zip(self.optimizer.param_groups, own_names, strict=True)
+        ]
 
     def step(self, epoch: int | None = None) -> None:
         """Advance by one inner step; call it after `optimizer.step()`."""
@@ -359,17 +420,18 @@ class ScheduleLR(LRScheduler):
             "_step_count": self._step_count,
             "total_steps": self.total_steps,
             "schedule": self.schedule.to_config(),
+            "groups": self.groups,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`: takes its schedule and position, and sets that step's values."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self.total_steps = state_dict["total_steps"]
-        self.schedule = Schedule.from_config(state_dict["schedule"])
+        self.schedule, self.groups = Schedule.from_config(state_dict["schedule"]), state_dict.get("groups")
         self._set_values()
 
     def _set_values(self) -> None:
-        self.loss_values = self.schedule.apply(self.optimizer, self._current_step(), self.total_steps)
+        self.loss_values = self.schedule.apply(self.optimizer, self._current_step(), self.total_steps, self.groups)
         self._last_lr = [_copied(group["lr"]) for group in self.optimizer.param_groups]
 
     def _current_step(self) -> int:
@@ -424,11 +486,14 @@ def _copied(value: float | Tensor) -> float | Tensor:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _new_panels(count: int) -> list[Axes]:
+def _new_panels(counts: Sequence[int]) -> list[Axes]:
+    """Panels above each other for so many lines, or rows, each."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 0.6 + 1.5 * count), layout="constrained")
-    return list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    heights = [1.5 if count <= _LINES else 0.4 + 0.14 * count for count in counts]
+    width = 6 if max(counts) == 1 else 8
+    figure = Figure(figsize=(width, 0.6 + sum(heights)), layout="constrained")
+    return list(figure.subplots(len(counts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
 
 
 def _as_panels(axes: Axes | Sequence[Axes]) -> list[Axes]:
@@ -437,17 +502,51 @@ def _as_panels(axes: Axes | Sequence[Axes]) -> list[Axes]:
     return [axes] if isinstance(axes, SingleAxes) else list(axes)
 
 
-def _draw(panel: Axes, schedule: Schedule, name: str) -> None:
-    windows, span = schedule.windows(name), schedule.span(name)
-    edges = [i / len(windows) for i in range(len(windows) + 1)]
-    if isinstance(schedule.values[name], Curve):
-        panel.plot([(a + b) / 2 for a, b in pairwise(edges)], windows, linewidth=2)
-    else:
-        panel.stairs(windows, edges, baseline=None, linewidth=2)
-    if min(span) > 0 and max(span) / min(span) >= _LOG_AXIS_FROM:
+def _draw(panel: Axes, schedule: Schedule, names: Sequence[str]) -> None:
+    """One hyperparameter's values, a line for every group."""
+    for name in names:
+        windows, edges, label = schedule.windows(name), _edges(schedule, name), _group_label(name)
+        if isinstance(schedule.values[name], Curve):
+            panel.plot([(a + b) / 2 for a, b in pairwise(edges)], windows, linewidth=2, label=label)
+        else:
+            panel.stairs(windows, edges, baseline=None, linewidth=2, label=label)
+    if _is_logarithmic(schedule, names):
         panel.set_yscale("log")
+    if len(names) > 1:
+        panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     panel.set_xlim(0, 1)
     panel.margins(y=0.15)
-    panel.set_ylabel(name)
+    panel.set_ylabel(names[0] if len(names) == 1 else split_group(names[0])[0])
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_rows(panel: Axes, schedule: Schedule, names: Sequence[str]) -> None:
+    """One hyperparameter's values, a row for every group, by colour."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    count = max(len(schedule.windows(name)) for name in names)
+    rows = [[own[len(own) * i // count] for i in range(count)] for own in map(schedule.windows, names)]
+    logarithmic = _is_logarithmic(schedule, names)
+    spans = [value for name in names for value in schedule.span(name)]
+    norm = (LogNorm if logarithmic else Normalize)(min(spans), max(spans))
+    edges = [i / count for i in range(count + 1)]
+    image = panel.pcolormesh(edges, range(len(rows) + 1), rows, norm=norm)
+    panel.figure.colorbar(image, ax=panel, label=split_group(names[0])[0])
+    panel.set_yticks([i + 0.5 for i in range(len(names))], list(map(_group_label, names)), fontsize=6)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1)
+
+
+def _edges(schedule: Schedule, name: str) -> list[float]:
+    count = len(schedule.windows(name))
+    return [i / count for i in range(count + 1)]
+
+
+def _group_label(name: str) -> str:
+    return split_group(name)[1] or "others"
+
+
+def _is_logarithmic(schedule: Schedule, names: Sequence[str]) -> bool:
+    spans = [value for name in names for value in schedule.span(name)]
+    return min(spans) > 0 and max(spans) / min(spans) >= _LOG_AXIS_FROM

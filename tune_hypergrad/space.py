@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS, Curve, base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.groups import ungrouped
 
 Scale = Literal["linear", "log", "complement"]
 """What a gradient method moves: the value, its logarithm, or the logarithm of 1 minus it."""
@@ -249,14 +250,14 @@ def flat_values(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
 
     Args:
         config: name to a number (one window), a dict of numbers with keys "0" to "N-1" in any order, a list or tuple
-            of N numbers, a `Curve`, or what a trial's config has for knots, shapes and complements. NumPy scalars count
-            as numbers, booleans do not. Of a shape, parts may be missing.
+            of N numbers, a `Curve`, or what a trial's config has for knots, shapes and complements, or for parameter
+            groups (see `ungrouped`). NumPy scalars count as numbers, booleans do not. Of a shape, parts may be missing.
 
     Raises:
         InputError: an entry is anything else, or a number is given twice, in two ways.
     """
     found: dict[str, tuple[float, ...]] = {}
-    for name, value in config.items():
+    for name, value in ungrouped(config).items():
         places = places_of(name, value, is_number)
         if places is None:
             raise InputError(
@@ -422,7 +423,8 @@ def gradient_ranges(space: Mapping[str, Any]) -> tuple[dict[str, Range], dict[st
     Args:
         space: name to Ray Tune domain, `schedule` or `complement` of one, or constant. `tune.uniform` is tuned as it
             is, `tune.loguniform` by its logarithm (by that of 1 minus the value, where it is a `complement`),
-            `tune.randn` without bounds (its mean and deviation are not used).
+            `tune.randn` without bounds (its mean and deviation are not used). What a parameter group has of its own has
+            a name such as `lr/backbone`, or is nested (see `ungrouped`).
 
     Returns:
         The ranges of what can be tuned by flat name (`lr`, `lr/knots`, `lr/cosine/peak`), and the constants as they
@@ -432,6 +434,7 @@ def gradient_ranges(space: Mapping[str, Any]) -> tuple[dict[str, Range], dict[st
         InputError: something has no derivative (integers, choices, quantised domains, grids, functions), a schedule's
             windows differ in domain, a domain is nested, or nothing is left to tune.
     """
+    space = ungrouped(space)
     leaves = {name: _leaves(name, value) for name, value in space.items()}
     _refuse_underivable({name: [place.leaf for place in places] for name, places in leaves.items()})
     ranges: dict[str, Range] = {}

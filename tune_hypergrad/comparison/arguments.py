@@ -21,6 +21,7 @@ from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.comparison.session import refuse_client
 from tune_hypergrad.comparison.start import read_start
 from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
+from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.methods import Method, is_whole
 from tune_hypergrad.problem import Problem
@@ -100,7 +101,7 @@ def _by_name(name: str, value: Any) -> dict[str, Any]:
     for key in value:
         if not isinstance(key, str):
             raise InputError(f"{name} has the name {key!r}: hyperparameters' names are texts")
-    return dict(value)
+    return ungrouped(value)
 
 
 def _fixed(name: str, value: Any) -> dict[str, Any]:

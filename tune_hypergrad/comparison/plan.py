@@ -22,6 +22,7 @@ from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.comparison.session import grows
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
 from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.groups import regrouped
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.methods import (
@@ -174,7 +175,7 @@ class Plan:
         searcher = method.searcher(task)
         if not isinstance(searcher, Searcher):
             raise InputError(f"{method.name}'s searcher is a {type(searcher).__name__}: make a ray.tune Searcher")
-        searcher.set_search_properties("val_loss", "min", dict(task.space))
+        searcher.set_search_properties("val_loss", "min", regrouped(task.space))
         return searcher
 
     def check_resources(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ray.tune.search.sample import Domain, Float, Integer, LogUniform
 
-from tune_hypergrad.curves import KNOTS, ONE_MINUS
+from tune_hypergrad.curves import KNOTS, ONE_MINUS, split_group
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import get_optimizer
 from tune_hypergrad.methods import Task, customary
@@ -149,7 +149,7 @@ def _checked(name: str, value: Any, place: Place) -> Any:
     near = _nearest(domain, leaf)
     if isinstance(leaf, float) and isinstance(near, float) and math.isclose(leaf, near, rel_tol=_ROUNDING):
         return near
-    if leaf == 0 and name != "lr" and _is_logarithmic(domain) and not place.complement:
+    if leaf == 0 and split_group(name)[0] != "lr" and _is_logarithmic(domain) and not place.complement:
         return near  # no penalty at all, of which there is no logarithm; no training is no start
     if not _is_valid(domain, leaf):
         shown = f"{value:g}" if isinstance(value, float) else repr(value)
@@ -201,6 +201,7 @@ def _customary(name: str, task: Task) -> Any:
     known |= {each: default for each, default in problem.train_loss_hyperparameters.items() if not math.isnan(default)}
     known |= {each: strength.neutral for each, strength in problem.regulariser_hyperparameters.items()}
     known |= {**optimizer.hyperparameters, **customary(optimizer)}
+    name = name if name in known else split_group(name)[0]  # of a group, the common one
     if name not in known:
         raise InputError(f"start lacks {name!r}, which has no customary value: give it one")
     return known[name]

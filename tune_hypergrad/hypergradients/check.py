@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tune_hypergrad.batches import Batch
+from tune_hypergrad.curves import split_group
 from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
@@ -36,6 +37,8 @@ _RUNS = {"forward": ForwardRun, "reverse": ReverseRun}
 _USUAL = {"lr": 0.05, "momentum": 0.5, "weight_decay": 1e-3}
 _ADAPTIVE = {"lr": 1e-3, "momentum": 0.5, "weight_decay": 1e-2}
 _VAL_EXAMPLES = 64
+CHECKED_GROUPS = 2
+"""Of how many parameter groups a hyperparameter's values are compared, unless they are named: one is as another."""
 _ROUNDING = torch.finfo(torch.float64).eps
 """Relative rounding error of a validation loss after a few steps in double precision."""
 
@@ -82,8 +85,8 @@ def check_problem(
     Args:
         problem: the problem; its data is used as it is, its model converted to float64 for the comparison.
         hyperparameters: values to differentiate by, as for `hypergradient`; None takes customary values of the
-            learning rate, momentum and weight decay, and all that the train loss and the regularisers are
-            differentiable by.
+            learning rate, momentum and weight decay, of the learning rate in the first two parameter groups, and of all
+            that the train loss and the regularisers are differentiable by.
         steps: inner steps; few are enough, since an error in one step is an error in all.
         optimizer: inner optimizer.
         fixed: hyperparameters held constant.
@@ -121,7 +124,8 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
 
     Args:
         loop: whose optimizer and losses have them.
-        names: which; None are learning rate, momentum and weight decay, and all that losses can be differentiated by.
+        names: which; None are learning rate, momentum and weight decay, the learning rate in a few groups, and all that
+            losses can be differentiated by.
     """
     problem, of_optimizer = loop.problem, loop.optimizer.hyperparameters
     usual = _USUAL if loop.optimizer.name in ("sgd", "nesterov") else _ADAPTIVE
@@ -136,11 +140,13 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
         for name, strength in problem.regulariser_hyperparameters.items()
         if name not in problem.underivable_hyperparameters
     }
-    if names is None:
-        names = dict.fromkeys([name for name in (*usual, *of_losses) if name in known or name in of_losses])
-        names = {name: None for name in names if name not in loop.settings.fixed}
     found = {**known, **of_losses}
-    return {name: torch.tensor([found[name]], dtype=torch.float64) for name in names if name in found}
+    if names is None:
+        names = dict.fromkeys([name for name in (*usual, *of_losses) if name in found])
+        names = {name: None for name in names if name not in loop.settings.fixed}
+        names |= {f"lr/{group}": None for group in loop.groups.names[:CHECKED_GROUPS] if "lr" in names}
+    known_as = {name: name if name in found else split_group(name)[0] for name in names}
+    return {name: torch.tensor([found[own]], dtype=torch.float64) for name, own in known_as.items() if own in found}
 
 
 def finite_differences(loop: InnerLoop, hyperparameters: Hyperparameters, epsilon: float = 1e-6) -> Hyperparameters:

@@ -16,9 +16,19 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tune_hypergrad.batches import Batch
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
-from tune_hypergrad.curves import SUFFIXES, Curve, base_names, curves_of, forms_of, refuse_incomplete, split_name
+from tune_hypergrad.curves import (
+    SUFFIXES,
+    Curve,
+    base_names,
+    curves_of,
+    forms_of,
+    refuse_incomplete,
+    split_group,
+    split_name,
+)
 from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.groups import find_groups, ungrouped
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
@@ -73,6 +83,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise InputError(f"steps is {self.steps!r}: an inner run needs a whole number of at least 1")
+        object.__setattr__(self, "fixed", ungrouped(self.fixed))
         if self.clip_gradient is not None and not self.clip_gradient > 0:
             raise InputError(
                 f"clip_gradient is {self.clip_gradient!r}: give a positive number, or None for no clipping"
@@ -158,6 +169,7 @@ class InnerLoop:
         self._complex = {name for name, p in trainable.items() if p.is_complex()}
         self._shapes = [as_real(p).shape for p in trainable.values()]
         self._sizes = [as_real(p).numel() for p in trainable.values()]
+        self.groups = find_groups(problem.groups, self.model, trainable)
         self._initial = InnerLoop.flatten(self, trainable)  # not of an ensemble
         frozen = ((n, p.detach()) for n, p in self._scope.named_parameters() if not p.requires_grad)
         self._initial_buffers = self._scope.names([*frozen, *self._scope.named_buffers()])
@@ -174,7 +186,9 @@ class InnerLoop:
             for split in (self.problem.train, self.problem.val, self.problem.test)
         )
         self._fixed = flat_values(settings.fixed)
-        self._held, self._fixed_parts = _whole_and_parts(self._fixed)
+        self._given, self._fixed_parts = _whole_and_parts(self._fixed)
+        of_groups = {name: (value,) for name, value in self.groups.values.items()}
+        self._held: dict[str, tuple[float, ...] | Curve] = {**of_groups, **self._given}
         self._orders: dict[str, tuple[int, Tensor]] = {}  # of the present epoch, by split
         self._evaluator = Evaluator(self)
 
@@ -212,13 +226,22 @@ class InnerLoop:
                     f"{name!r} is a hyperparameter of both {other} and optimizer {self.optimizer.name!r}: {remedy}"
                 )
         bases = base_names(tuned)
-        for name in dict.fromkeys((*bases, *base_names(self._fixed))):
+        for name in dict.fromkeys((*bases, *base_names(self._fixed), *self.groups.values)):
             if name in of_optimizer or name in of_loss or name in of_regularisers:
+                continue
+            if split_group(name)[0] in of_optimizer:
+                self.groups.check_name(name)
                 continue
             if name in self.problem.model_hyperparameters:
                 raise InputError(
                     f"hyperparameter {name!r} is an argument of the model factory, which no gradient reaches: fix it, "
                     "or tune it outside with a black-box searcher"
+                )
+            hyperparameter, group = split_group(name)
+            if group and (hyperparameter in of_loss or hyperparameter in of_regularisers):
+                raise InputError(
+                    f"{name!r}: only hyperparameters of the optimizer have values by group, and {hyperparameter!r} is "
+                    "one of the training loss"
                 )
             takes = ", ".join(of_loss) or "none (give Problem a train_loss with keyword-only arguments)"
             raise InputError(
@@ -231,7 +254,7 @@ class InnerLoop:
                     f"hyperparameter {name!r} of the train loss is a whole number by its default, and has no "
                     f"derivative: fix it or tune it outside, or write {float(of_loss[name])!r} if it is a real number"
                 )
-            if name in self._held:
+            if name in self._given:
                 raise InputError(f"hyperparameter {name!r} is both tuned and fixed: drop one of the two")
         for name in tuned:
             if name in self._fixed:
@@ -277,9 +300,11 @@ class InnerLoop:
         return State(self._initial.clone(), slots, dict(self._initial_buffers), (0,) * len(self._names))
 
     def scalars(self, hyperparameters: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The tuned hyperparameters' values in force at `step`, 0-dim, by hyperparameter: element floor(N step / T) of
-        windows, and a curve's at progress (step + 1/2) / T."""
-        windows = {name: v[len(v) * step // self.steps] for name, v in hyperparameters.items() if "/" not in name}
+        """The tuned hyperparameters' values in force at `step`, 0-dim, by hyperparameter, of groups by such names as
+        `lr/backbone`: element floor(N step / T) of windows, and a curve's at progress (step + 1/2) / T."""
+        windows = {
+            name: v[len(v) * step // self.steps] for name, v in hyperparameters.items() if not split_name(name)[1]
+        }
         if len(windows) == len(hyperparameters):
             return windows
         curves = self.curves(hyperparameters)
@@ -314,6 +339,13 @@ class InnerLoop:
     def held(self) -> list[str]:
         """The hyperparameters that are held, in the order of `held_at`."""
         return list(self._held)
+
+    def fixed_beside(self, tuned: Iterable[str]) -> dict[str, Any]:
+        """What is held while hyperparameters, or numbers of curves, are tuned: the settings' `fixed`, and what the
+        problem's groups have brought along, as entries by name."""
+        bases = {*base_names(tuned), *base_names(self._fixed)}
+        of_groups = {name: value for name, value in self.groups.values.items() if name not in bases}
+        return {**of_groups, **self.settings.fixed}
 
     def batch(self, step: int) -> Batch:
         """The training batch of `step`, a function of (seed, step) only."""
@@ -488,13 +520,15 @@ class InnerLoop:
         if clip is not None:
             gradient = gradient.clamp(-clip, clip)
         values = {**self.optimizer.hyperparameters, **self.held_at(step), **h}
+        counts = sizes or self._sizes
+
+        def of_block(params: Tensor, gradient: Tensor, slots: Slots, block: Block) -> tuple[Tensor, Slots]:
+            own = self.groups.spread(values, counts, block.members, params)
+            return self.optimizer.update(params, gradient, slots, own, block.taken)
+
         if blocks is None:
-            return self.optimizer.update(params, gradient, slots, values, step)
-
-        def of_block(params: Tensor, gradient: Tensor, slots: Slots, count: int) -> tuple[Tensor, Slots]:
-            return self.optimizer.update(params, gradient, slots, values, count)
-
-        return update_blocks(of_block, blocks, sizes or self._sizes, params, gradient, slots)
+            return of_block(params, gradient, slots, Block(step, tuple(range(len(counts)))))
+        return update_blocks(of_block, blocks, counts, params, gradient, slots)
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
         """One plain training step."""

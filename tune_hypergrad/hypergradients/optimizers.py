@@ -1,9 +1,10 @@
 """Inner optimizers, each written as its update equation on one flat vector of weights.
 
 An update maps `(params, gradient, slots, h, step)` to `(params, slots)`. `params`, `gradient` and every slot have
-shape [P]; `h` maps every hyperparameter's name to a float or a 0-dim tensor; `step` counts from 0. Updates are pure
-and made of differentiable torch operations, so `torch.func` and autograd give every tangent and adjoint: nothing
-here is derived by hand. They agree with `torch.optim` step by step.
+shape [P]; `h` maps every hyperparameter's name to a float or a 0-dim tensor, or to one of shape [P] where parameter
+groups differ in it; `step` counts from 0. Updates are pure, elementwise, and made of differentiable torch operations,
+so `torch.func` and autograd give every tangent and adjoint: nothing here is derived by hand. They agree with
+`torch.optim` step by step.
 """
 
 from __future__ import annotations

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from tune_hypergrad.hypergradients.optimizers import Slots
 
-Update = Callable[[Tensor, Tensor, Slots, int], tuple[Tensor, Slots]]
-"""An optimizer's update of `(params, gradient, slots)` at a count of steps taken before."""
-
 
 class Block(NamedTuple):
     """Parameters that take a step together."""
@@ -25,6 +22,10 @@ class Block(NamedTuple):
     """Steps that each has taken before."""
     members: tuple[int, ...]
     """Their positions."""
+
+
+Update = Callable[[Tensor, Tensor, Slots, Block], tuple[Tensor, Slots]]
+"""An optimizer's update of a block's `(params, gradient, slots)`."""
 
 
 def step_blocks(counts: Sequence[int], without_gradient: Set[int]) -> list[Block]:
@@ -58,12 +59,12 @@ def update_blocks(
         The parameters and the state after the step, of the same shapes, differentiable like `update`.
     """
     if len(blocks) == 1 and len(blocks[0].members) == len(sizes):
-        return update(params, gradient, slots, blocks[0].taken)
+        return update(params, gradient, slots, blocks[0])
     after = [list(each.split(list(sizes))) for each in (params, *slots)]
     gradients = gradient.split(list(sizes))
     for block in blocks:
         own = [torch.cat([parts[member] for member in block.members]) for parts in (*after, gradients)]
-        moved = update(own[0], own[-1], tuple(own[1:-1]), block.taken)
+        moved = update(own[0], own[-1], tuple(own[1:-1]), block)
         for parts, whole in zip(after, (moved[0], *moved[1]), strict=True):
             for member, part in zip(block.members, whole.split([sizes[m] for m in block.members]), strict=True):
                 parts[member] = part

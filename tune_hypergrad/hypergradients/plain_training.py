@@ -17,6 +17,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from tune_hypergrad.batches import Batch
 from tune_hypergrad.figures import as_mean
+from tune_hypergrad.groups import in_group
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.modules import parts_in_evaluation, set_training
@@ -55,7 +56,7 @@ def plain_val_loss(
     objective = problem.objective(model)
     losses = [loss for loss in (problem.loss, problem.train_loss) if isinstance(loss, nn.Module)]
     trained = nn.ModuleList([model, *losses])
-    optimizer = TORCH_OPTIMIZERS[loop.optimizer.name]([p for p in trained.parameters() if p.requires_grad], lr=1.0)
+    optimizer = TORCH_OPTIMIZERS[loop.optimizer.name](_param_groups(trained, loop), lr=1.0)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for step, batch in enumerate(batches):
         trained.train()
@@ -91,15 +92,23 @@ def _with_state_of(model: nn.Module, other: nn.Module) -> nn.Module:
     return model
 
 
+def _param_groups(trained: nn.Module, loop: InnerLoop) -> list[dict[str, Any]]:
+    """The trainable parameters as torch takes groups, each with the name that the inner loop knows it by."""
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    made = [(name, loop.groups.positions(name)) for name in ("", *loop.groups.names)]
+    return [{"name": name, "params": [parameters[position] for position in own]} for name, own in made if own]
+
+
 def _set(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
-    """Give an optimizer those values that it knows."""
-    (group,) = optimizer.param_groups
-    if values.get("dampening") and values["momentum"] == 0:
-        # torch ignores the dampening then, the engine does not
-        values = {**values, "momentum": sys.float_info.min}
-    group.update({name: float(value) for name, value in values.items() if name in group})
-    if "betas" in group:
-        group["betas"] = float(values["beta1"]), float(values["beta2"])
+    """Give an optimizer's groups those values that they know."""
+    for group in optimizer.param_groups:
+        own = in_group(values, group["name"])
+        if own.get("dampening") and own["momentum"] == 0:
+            # torch ignores the dampening then, the engine does not
+            own["momentum"] = sys.float_info.min
+        group.update({name: float(value) for name, value in own.items() if name in group})
+        if "betas" in group:
+            group["betas"] = float(own["beta1"]), float(own["beta2"])
 
 
 def differences(

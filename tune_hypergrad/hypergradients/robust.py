@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
-from tune_hypergrad.curves import split_name
+from tune_hypergrad.curves import split_group, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.outer import (
     Evaluated,
@@ -84,6 +84,7 @@ def natural_range(name: str, limits: Range) -> Range:
     has_values = suffix in ("", "knots") or suffix.endswith("/peak")
     if limits.scale != "linear" or not has_values or suffix.startswith("one_minus"):
         return limits
+    base = split_group(base)[0]
     if base in _RATES and limits.lower >= 0 and isfinite(limits.upper):
         return Range(limits.windows, max(limits.lower, _FLOOR * limits.upper), limits.upper, "log")
     if base in _MOMENTA and isfinite(limits.lower) and limits.upper < 1:
@@ -746,6 +747,7 @@ def _is_followable(hypergradients: Hyperparameters) -> bool:
 def _is_calming(name: str, bases: Sequence[str] = ("lr", "momentum")) -> bool:
     """Whether lowering it calms training: values of learning rates and momentum."""
     base, suffix = split_name(name)
+    base = split_group(base)[0]
     return base in bases and (suffix in ("", "knots") or suffix.endswith("/peak")) and "one_minus" not in suffix
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from tune_hypergrad.curves import base_names, split_name
+from tune_hypergrad.curves import base_names, split_group, split_name
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.check import check_problem, usual_values
+from tune_hypergrad.hypergradients.check import CHECKED_GROUPS, check_problem, usual_values
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
@@ -86,6 +86,7 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
     settings, of_losses = loop.settings, loop.problem.loss_hyperparameters
     # the optimizer's values may be such as training diverges with, the losses' are what makes them what they are
     first = {name: value.reshape(1) for name, value in InnerLoop.scalars(loop, hyperparameters, 0).items()}
+    first = _of_few_groups(first)
     usual = usual_values(loop, first)
     values = {name: v if name in of_losses else usual.get(name, v) for name, v in first.items()}
     fixed = {name: value for name, value in settings.fixed.items() if split_name(name)[0] not in values}
@@ -105,6 +106,15 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
     if check.ok and not check.errors:
         warnings.warn(f"hypergradients of {mode} mode: {check.message}", stacklevel=2)
     return check.refusals.get(mode)
+
+
+def _of_few_groups(values: Mapping[str, T]) -> dict[str, T]:
+    """Values without those of groups beyond the first few that a hyperparameter has: they are computed alike."""
+    few: dict[str, list[str]] = {}
+    for name in values:
+        few.setdefault(split_group(name)[0], []).append(name)
+    kept = {name for names in few.values() for name in names[: CHECKED_GROUPS + 1]}
+    return {name: value for name, value in values.items() if name in kept}
 
 
 def _findings(loop: InnerLoop) -> dict[Any, Any]:

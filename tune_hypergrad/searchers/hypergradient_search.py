@@ -13,6 +13,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
@@ -220,6 +221,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
         return outcome._replace(cost=outcome.cost * share)
 
     def _read_space(self, space: Mapping[str, Any]) -> None:
+        space = ungrouped(space)
         self._ranges, self._constants = gradient_ranges(space)
         self._tuned_space = {name: space[name] for name in base_names(self._ranges)}
         for point in self._points:
@@ -229,7 +231,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     def _check_point(self, point: Mapping[str, Any]) -> None:
         """Raise `InputError` where a point to evaluate does not fit the space."""
-        for name, value in point.items():
+        for name, value in ungrouped(point).items():
             given = f"points_to_evaluate has {name!r}"
             if name in self._tuned_space:
                 self._check_values(name, value, given)
@@ -262,7 +264,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
                 raise InputError(f"{given} = {value!r}: it must be within [{limits.lower:g}, {limits.upper:g}]")
 
     def _search_from(self, point: Mapping[str, Any]) -> OuterSearch:
-        tuned = {name: value for name, value in point.items() if name in self._tuned_space}
+        tuned = {name: value for name, value in ungrouped(point).items() if name in self._tuned_space}
         initial = tuned_values(self._tuned_space, tuned)
         robust, given = self._settings.rule == "robust", self._settings.polish
         polish = True if initial and robust and given is None else given

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
+from tune_hypergrad.curves import split_group
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.figures import as_mean
 from tune_hypergrad.hypergradients.evaluation import Evaluation
@@ -121,6 +122,12 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
                 f"regulariser takes {strength.lower:g} to {strength.upper:g}"
             )
     loop.check_names({definition.name: None for definition in tuned})
+    of_groups = next((name for name in loop.held if split_group(name)[1]), None)
+    if of_groups is not None:
+        raise InputError(
+            f"{of_groups!r} is a value of a parameter group: a self-tuning network, whose responses are trained beside "
+            "its weights, has one for all; leave it out, or use another method"
+        )
     if loop.loss_parameters:
         raise InputError(
             f"the loss has parameters of its own ({', '.join(loop.loss_parameters)}), which a self-tuning network does "

@@ -19,6 +19,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
@@ -55,6 +56,7 @@ class TrialSettings:
 
     def __post_init__(self) -> None:
         self._check_reports()
+        object.__setattr__(self, "fixed", ungrouped(self.fixed))
         self.training()
         get_optimizer(self.optimizer)
 
@@ -274,7 +276,7 @@ def split_config(
         if "steps" in config:
             raise InputError("the trial's config has both 'steps' and 'budget', in epochs: remove one of them")
         overrides["steps"] = _steps_within(config["budget"], changed.steps_per_epoch)
-    rest = {name: value for name, value in config.items() if name not in taken}
+    rest = ungrouped({name: value for name, value in config.items() if name not in taken})
     made = replace(settings, **overrides)
     return changed, replace(made, seed=fold_seed(made.seed, repeat)) if repeat else made, rest
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import (
     Descent,
     InnerLoop,
@@ -59,7 +60,7 @@ class SpaceSettings:
         Raises:
             InputError: one is not tuned, or does not fit.
         """
-        initial = self.initial.to_config() if isinstance(self.initial, Schedule) else self.initial
+        initial = self.initial.to_config() if isinstance(self.initial, Schedule) else ungrouped(self.initial)
         ranges, held = self.ranges(), self.constants()  # held parts of curves have flat names
         tuned = base_names(ranges)
         unknown = [name for name in initial if split_name(name)[0] not in tuned]
@@ -261,7 +262,7 @@ class FDS(ProblemTrainable):
         return None if self.search.incumbent is None else self._schedule(self.search.incumbent.values)
 
     def _schedule(self, values: Hyperparameters) -> Schedule:
-        return Schedule.from_tensors(values, self.loop.settings.fixed)
+        return Schedule.from_tensors(values, self.loop.fixed_beside(values))
 
     @property
     def spent(self) -> Cost:

@@ -44,7 +44,8 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
         check_values(self.loop, values)
         self._hyperparameters = {name: self.loop.placed(name, v) for name, v in values.items()}
-        self._schedule = Schedule({**held, **hyperparameters}) if held or hyperparameters else None
+        fixed = self.loop.fixed_beside(values)
+        self._schedule = Schedule({**fixed, **hyperparameters}) if fixed or hyperparameters else None
         self.end = settings.steps
         self._chunk = -(-settings.steps // settings.reports)
         self._state = self.loop.initial_state()

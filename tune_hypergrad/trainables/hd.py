@@ -82,7 +82,7 @@ class HD(ProblemTrainable):
     def found(self) -> Schedule | None:
         if not self.online.run.position:
             return None
-        values: dict[str, Any] = {**self.loop.settings.fixed, **self.online.history}
+        values: dict[str, Any] = {**self.loop.fixed_beside(self.online.history), **self.online.history}
         return Schedule(values)
 
     @property

@@ -145,7 +145,7 @@ class InnerRun(ProblemTrainable):
         held = {name: v for name, v in {**settings.fixed, **hyperparameters}.items() if name not in bases}
         held |= {name: float(v) for name, v in given.items() if name not in self._values}  # parts of curves
         self.loop = settings.make_loop(self.problem, fixed=held, device=self.device)
-        self.schedule = Schedule.from_tensors(self._values, held)
+        self.schedule = Schedule.from_tensors(self._values, self.loop.fixed_beside(self._values))
         self.run = settings.make_run(self.loop, self._values)
         self._untrained: dict[str, float] = {}
         self._spent = Cost()
