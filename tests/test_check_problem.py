@@ -164,7 +164,11 @@ def failing_later() -> nn.Module:
 @pytest.mark.parametrize(
     ("factory", "kind", "message"),
     [
-        (lambda: nn.Linear(5, 3), FEATURES, "the model's forward on a train batch of shapes (4, 4), (4,) fails: RuntimeError"),
+        (
+            lambda: nn.Linear(5, 3),
+            FEATURES,
+            "the model's forward on a train batch of shapes (4, 4), (4,) fails: RuntimeError",
+        ),
         (lambda: nn.Linear(4, 2), FEATURES, "loss on a train batch fails: IndexError"),
         (failing_later, FEATURES, "a fifth call"),
     ],

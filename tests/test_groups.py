@@ -315,9 +315,13 @@ class TestWhatCanBeAGroup:
             make_loop(make_problem(groups=groups)).check_names({})
         assert "\n" not in str(error.value)
 
-    def test_frozen_parameters_in_a_function_s_groups_are_refused(self) -> None:
-        with pytest.raises(InputError, match=r"'layers\.0\.weight', which is frozen"):
-            make_loop(make_problem("frozen", groups=lambda model: [{"params": model.parameters()}]))
+    def test_frozen_parameters_in_a_function_s_groups_are_skipped(self) -> None:
+        def groups(model: nn.Module) -> list[dict[str, Any]]:
+            frozen = [p for p in model.parameters() if not p.requires_grad]
+            return [{"params": model.parameters(), "name": "all"}, {"params": frozen, "name": "frozen"}]
+
+        made = make_loop(make_problem("frozen", groups=groups)).groups
+        assert made is not None and made.names == ("all",)
 
     @pytest.mark.parametrize(
         ("values", "fixed", "message"),

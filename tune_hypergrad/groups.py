@@ -275,9 +275,10 @@ def _of_function(made: Any, model: nn.Module, trainable: Mapping[str, Tensor]) -
         if name in dict(parts):
             raise InputError(f"groups(model) has two groups with the name {name!r}: rename one of them")
         members = [_name_of(each, names, name) for each in _as_list(group["params"])]
+        members = [member for member in members if member in trainable]  # torch skips what is frozen
+        if not members:
+            continue
         for member in members:
-            if member not in trainable:
-                raise InputError(f"group {name!r} has {member!r}, which is frozen: leave it out")
             if member in of_parameter:
                 before = of_parameter[member]
                 raise InputError(f"parameter {member!r} is in group {before!r} and in {name!r}: list it once")

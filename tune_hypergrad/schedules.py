@@ -297,26 +297,30 @@ class Schedule:
 
         Names are those of the param groups (`lr`, `momentum`, `dampening`, `weight_decay`, `eps`, `alpha`); `beta1` and
         `beta2` are the two elements of `betas`. `lr/backbone` is set in the param groups whose `name` is "backbone",
-        `lr` in those without a value of their own; what the schedule has of other groups only stays as it is. Call it
-        before `optimizer.step()`.
+        `lr` in the others; what the schedule has of other groups only stays as it is. Where you have given param groups
+        different values, those that differ from the optimizer's default keep theirs, such as a `weight_decay` of 0 for
+        biases, unless `groups` is given. Call it before `optimizer.step()`.
 
         Args:
             optimizer: any `torch.optim` optimizer, fresh or at this step of its training.
             step: from 0 to `total_steps` - 1.
             total_steps: inner steps of the whole training run.
             groups: the schedule's group by position in `optimizer.param_groups`, where their `name` does not tell it.
+                Common values are for all that it does not list, too.
 
         Returns:
             The values that the optimizer has no place for, such as `label_smoothing`: they belong to your own loss.
 
         Raises:
-            InputError: `step` or `total_steps` is out of range, or the optimizer lacks a group of the schedule.
+            InputError: `step` or `total_steps` is out of range, the optimizer lacks a group of the schedule, or all its
+                param groups have different values of their own where the schedule has one for all.
         """
         values, own_names = self.at_step(step, total_steps), self._groups_in(optimizer, groups)
         mine = {name: name for name in values if self._is_on(optimizer, own_names, name)}
         for group, own_name in zip(optimizer.param_groups, own_names, strict=True):
             for hyperparameter, name in in_group(mine, own_name).items():
-                _assign(group, hyperparameter, self._on_optimizer(name, values[name]))
+                if name != hyperparameter or groups is not None or _takes(optimizer, group, name):
+                    _assign(group, hyperparameter, self._on_optimizer(name, values[name]))
         return {name: value for name, value in values.items() if name not in mine}
 
     def _groups_in(self, optimizer: Optimizer, groups: Mapping[int, str] | None) -> list[str]:
@@ -405,6 +409,8 @@ class ScheduleLR(LRScheduler):
         own_names = self.schedule._groups_in(self.optimizer, self.groups)
         return [
             in_group(scheduled, own_name).get("lr", group["lr"])
+            if own_name or self.groups is not None or _takes(self.optimizer, group, "lr")
+            else group["lr"]
             for group, own_name in zip(self.optimizer.param_groups, own_names, strict=True)
         ]
 
@@ -469,6 +475,35 @@ def _has(group: Mapping[str, Any], name: str) -> bool:
         return "betas" in group
     value = group.get(name)
     return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
+
+
+_KEPT = "keeps_its_own"
+"""Where a param group remembers, in checkpoints too, which values a schedule for all of them is not for."""
+
+
+def _takes(optimizer: Optimizer, group: dict[str, Any], name: str) -> bool:
+    """Whether a value for all param groups is for this one.
+
+    Raises:
+        InputError: it is for none, since all have values of their own.
+    """
+    if not any(name in each.get(_KEPT, {}) for each in optimizer.param_groups):
+        values = [_value_in(each, name) for each in optimizer.param_groups]
+        default = _value_in(optimizer.defaults, name)
+        keep = [len(set(values)) > 1 and value != default for value in values]
+        if all(keep):
+            raise InputError(
+                f"the optimizer's param groups have {name} {', '.join(map(str, values))}, of which a schedule's one {name} "
+                f"would make one: give each a 'name' and the schedule '{name}/<name>', or pass groups={{}} to set all"
+            )
+        for each, keeps in zip(optimizer.param_groups, keep, strict=True):
+            each[_KEPT] = {**each.get(_KEPT, {}), name: keeps}
+    return not group[_KEPT][name]
+
+
+def _value_in(group: Mapping[str, Any], name: str) -> float:
+    value = group["betas"][_BETAS.index(name)] if name in _BETAS else group[name]
+    return float(value)
 
 
 def _assign(group: dict[str, Any], name: str, value: float) -> None:
