@@ -563,7 +563,11 @@ def test_an_earlier_trials_config_can_be_a_point():
         config = HypergradientSearch({**SPACE, "batch_size": 16}, points_to_evaluate=points).suggest("a")
         again = HypergradientSearch({**SPACE, "batch_size": 16}, points_to_evaluate=[{**config, "__trial_index__": 1}])
         assert ("reject_above" in config) == (not points)  # a rung of the ladder is not differentiated, a point is
-        assert again.suggest("b") == {name: value for name, value in config.items() if name != "reject_above"}
+        own = ("reject_above", "seed") if not points else ()  # rungs have a seed of their own
+        suggested = again.suggest("b")
+        assert {**config, **suggested} == {**config, "seed": suggested["seed"]}
+        assert suggested.keys() == config.keys() - {"reject_above"}
+        assert all(suggested[name] == value for name, value in config.items() if name not in own)
 
 
 class Augmentation:

@@ -1032,6 +1032,6 @@ class TestScales:
         assert 0.1 < float(after.values["l2"]) <= 0.2
 
     def test_values_are_double_precision_whatever_the_hypergradients(self) -> None:
-        search = RobustSearch(RANGES)
+        search = RobustSearch(RANGES, initial=START)
         search.tell([Outcome(0.5, UNTRAINED, {n: torch.full((r.windows,), 0.1) for n, r in RANGES.items()}, 3.7)])
         assert all(v.dtype == torch.float64 for v in search.values.values())

@@ -288,10 +288,10 @@ class RobustSearch(OuterSearch):
                 for c in self._lacking
             )
         if self._ladder is not None:
+            # another seed than the first outer step's, which may be at a rung; after failures others
+            seed = (_CONFIRMATION - 1 if self.new_seeds else 0) - self._failures
             rungs = self._rungs(self._ladder)
-            return tuple(
-                Proposal(self._values(rung), self._failures, -inf, steps=self._steps_of_runs) for rung in rungs
-            )
+            return tuple(Proposal(self._values(rung), abs(seed), -inf, steps=self._steps_of_runs) for rung in rungs)
         first = self.outer_step * max(_LARGEST_ENSEMBLE, self.ensemble) if self.new_seeds else 0
         return tuple(
             Proposal(self.values, first + member, self._limit, steps=self._steps_of_runs)
@@ -332,7 +332,7 @@ class RobustSearch(OuterSearch):
         if all(outcome is None for outcome in outcomes):
             return  # once more
         rungs = self._rungs(ladder)
-        if isnan(self.start_loss) and outcomes[0] is not None:
+        if ladder == 0 and outcomes[0] is not None:
             self.start_loss = outcomes[0].val_loss
         ran = [
             (outcome.val_loss, number)
@@ -371,7 +371,7 @@ class RobustSearch(OuterSearch):
         lost = any(not isfinite(o.val_loss) or o.val_loss > limit or o.hypergradients is None for o in ended)
         if not ended:
             return  # every run failed: once more
-        if isnan(self.start_loss) and not self._places and not self._rejections:
+        if isnan(self.start_loss) and not self._places and not self._rejections and self._is_start(self._internal):
             self.start_loss = mean.val_loss
         if lost or mean.hypergradients is None or not _is_followable(mean.hypergradients):
             self._retreat()

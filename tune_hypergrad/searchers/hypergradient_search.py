@@ -62,9 +62,11 @@ class HypergradientSearch(RestorableSearch[_Member]):
     )
     ```
 
-    Each outer step runs `ensemble` trials that differ in their seed only, and follows the average of their
-    hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). Trials of the robust rule that
-    are not worth it are not differentiated (their config has `reject_above`), and before the search ends the best
+    Where nothing is known the robust rule begins with three trials that differ in their learning rate, and are not
+    differentiated. Each outer step runs `ensemble` trials that differ in their seed only, and follows the average of
+    their hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). Trials of the robust
+    rule that are not worth it are not differentiated (their config has `reject_above`), and before the search ends the
+    best
     schedules are confirmed by trials with other seeds (their config has `confirmed` and, where a loss can speak against
     a schedule, `fall_above`). A trial that fails is left out of the average; where all trials of an outer step failed,
     the robust rule runs others, and the paper's search ends. One that fails to confirm is run again.

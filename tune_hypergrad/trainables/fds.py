@@ -135,7 +135,7 @@ class FDS(ProblemTrainable):
     """Forward-mode differentiation with sharing: inner runs and outer steps, until the search has ended.
 
     Every result holds the last completed run: its `val_loss` and metrics, its `schedule/...` and its
-    `hypergradient/...` (NaN of a run that was rejected, or that confirms); `best_val_loss`, `best_test_...` and
+    `hypergradient/...` (NaN of a run that was not differentiated); `best_val_loss`, `best_test_...` and
     `best_schedule/...` are the incumbent's, which is the outcome of the search. `gain` is by how much its validation
     loss is below that of where the search began. Where a trial's config gives a tuned hyperparameter a value, the
     search begins there; others it gives are held constant.
