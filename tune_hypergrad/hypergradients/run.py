@@ -168,6 +168,8 @@ class HypergradientRun(ABC):
     def advance(self, units: int) -> int:
         """Do up to `units` of work; returns how many were done. Enter `loop.running()` around it."""
         start = self.position
+        if units > 1:  # else whoever asks for one knows what comes next
+            self.loop.expect(range(start, min(start + units, self.loop.steps)))
         while self.position < min(start + units, self.length):
             self._advance_one()
             self.position += 1

@@ -220,7 +220,9 @@ class SelfTuningRun:
     def advance(self, steps: int) -> None:
         """Take training steps, as many as are left at the most, and the validation steps that fall between them."""
         settings, first = self.settings, round(self.settings.warm_up * self.loop.problem.steps_per_epoch)
-        for _ in range(min(steps, self.loop.steps - self.position)):
+        upcoming = range(self.position, min(self.position + steps, self.loop.steps))
+        self.loop.expect(upcoming)
+        for _ in upcoming:
             self._train()
             since = self.position - first
             if since > 0 and since % settings.train_steps == 0:
