@@ -26,7 +26,7 @@ from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optim
 from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
-from tune_hypergrad.hypergradients.supported import refuse_unsupported, twice_differentiable
+from tune_hypergrad.hypergradients.supported import once_differentiable, refuse_unsupported, twice_differentiable
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
@@ -273,11 +273,17 @@ class InnerLoop:
                 )
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, *, plain: bool = False) -> Iterator[None]:
         """Enter before calling the methods below: right kernels, global generators given back afterwards, and workers
-        that read data while it lasts."""
+        that read data while it lasts.
+
+        Args:
+            plain: whether nothing is differentiated but training losses, once, so that fused kernels do. They give the
+                same numbers to rounding: what is compared to the bit is entered with the same value.
+        """
+        kernels = once_differentiable if plain else twice_differentiable
         with ExitStack() as stack:
-            for context in (preserved_generators(), twice_differentiable(self.model), kept_heap()):
+            for context in (preserved_generators(), kernels(self.model), kept_heap()):
                 stack.enter_context(context)
             for reader in self._readers.values():
                 stack.enter_context(reader.opened())

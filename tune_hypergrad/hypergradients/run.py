@@ -181,6 +181,11 @@ class HypergradientRun(ABC):
         return self.position == self.length
 
     @property
+    def plain(self) -> bool:
+        """Whether the run only trains, and `loop.running` may know it."""
+        return self.reject_above == -inf
+
+    @property
     def rejected(self) -> bool:
         """Whether the run has come to a validation loss that is not finite or above `reject_above`."""
         return self.final is not None and not (isfinite(self.final.loss) and self.final.loss <= self.reject_above)

@@ -53,7 +53,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
 
     def work(self) -> dict[str, Any]:
         loop = self.loop
-        with loop.running():
+        with loop.running(plain=True):
             steps = range(self._step, min(self._step + self._chunk, self.end))
             loop.expect(steps)
             for step in steps:
