@@ -1,6 +1,7 @@
 """Converted layers: the plain layer without perturbation, one setting of the weights for each example with one."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -13,13 +14,33 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.stn import register, self_tuning
 from tune_hypergrad.stn.layers import RULES, SelfTuningLinear
 
+try:
+    from transformers.pytorch_utils import Conv1D
+except ImportError:
+    Conv1D = None
+
 N = 3
 EXAMPLES = 4
+
+
+class OwnLinear(nn.Linear):
+    """Has the forward of its base."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.calls = 0
+
+
+class OwnBatchNorm2d(nn.BatchNorm2d):
+    """Likewise."""
+
 
 LAYERS = {
     "Linear": (nn.Linear(5, 6), (EXAMPLES, 5)),
     "Linear without bias": (nn.Linear(5, 6, bias=False), (EXAMPLES, 5)),
     "Linear on sequences": (nn.Linear(5, 6), (EXAMPLES, 7, 5)),
+    "Bilinear": (nn.Bilinear(5, 2, 6), ((EXAMPLES, 5), (EXAMPLES, 2))),
+    "Bilinear on sequences": (nn.Bilinear(5, 2, 6, bias=False), ((EXAMPLES, 7, 5), (EXAMPLES, 7, 2))),
     "Conv1d": (nn.Conv1d(4, 6, 3, padding=1), (EXAMPLES, 4, 8)),
     "Conv2d": (nn.Conv2d(4, 6, 3, stride=2), (EXAMPLES, 4, 8, 8)),
     "Conv2d, groups": (nn.Conv2d(4, 6, 3, groups=2, bias=False), (EXAMPLES, 4, 8, 8)),
@@ -36,8 +57,20 @@ LAYERS = {
     "GroupNorm": (nn.GroupNorm(2, 6), (EXAMPLES, 6, 3, 3)),
     "LayerNorm": (nn.LayerNorm(5), (EXAMPLES, 7, 5)),
     "LayerNorm without bias": (nn.LayerNorm((3, 5), bias=False), (EXAMPLES, 2, 3, 5)),
+    "RMSNorm": (nn.RMSNorm(5), (EXAMPLES, 7, 5)),
+    "RMSNorm over two dimensions": (nn.RMSNorm((3, 5)), (EXAMPLES, 2, 3, 5)),
+    "InstanceNorm1d": (nn.InstanceNorm1d(5, affine=True), (EXAMPLES, 5, 3)),
+    "InstanceNorm2d, statistics": (nn.InstanceNorm2d(5, affine=True, track_running_stats=True), (EXAMPLES, 5, 3, 3)),
+    "InstanceNorm3d": (nn.InstanceNorm3d(2, affine=True), (EXAMPLES, 2, 3, 3, 3)),
+    "PReLU": (nn.PReLU(), (EXAMPLES, 5)),
+    "PReLU by channel": (nn.PReLU(5), (EXAMPLES, 5, 3)),
+    "PReLU of numbers": (nn.PReLU(), (EXAMPLES,)),
     "Embedding": (nn.Embedding(9, 5, padding_idx=0), (EXAMPLES, 7)),
+    "own Linear": (OwnLinear(5, 6), (EXAMPLES, 5)),
+    "own BatchNorm2d": (OwnBatchNorm2d(5), (EXAMPLES, 5, 3, 3)),
 }
+if Conv1D is not None:
+    LAYERS["Conv1D of transformers"] = Conv1D(6, 5), (EXAMPLES, 7, 5)
 
 
 def make(kind, dtype=torch.float64, responding=True):
@@ -47,7 +80,12 @@ def make(kind, dtype=torch.float64, responding=True):
     layer = copy.deepcopy(layer).to(dtype)
     for p in layer.parameters():
         nn.init.normal_(p)
-    x = torch.randint(9, shape) if isinstance(layer, nn.Embedding) else torch.randn(shape, dtype=dtype)
+    if isinstance(layer, nn.Embedding):
+        x = torch.randint(9, shape)
+    elif isinstance(layer, nn.Bilinear):
+        x = tuple(torch.randn(each, dtype=dtype) for each in shape)
+    else:
+        x = torch.randn(shape, dtype=dtype)
     network = self_tuning(layer, N)
     if responding:
         for p in network.response_parameters().values():
@@ -55,9 +93,13 @@ def make(kind, dtype=torch.float64, responding=True):
     return layer, network, x
 
 
+def run(model, x):
+    return model(*x) if isinstance(x, tuple) else model(x)
+
+
 def test_every_rule_is_tested():
     here = {layer for layer, rule in RULES.items() if rule.__module__ == SelfTuningLinear.__module__}
-    assert {type(layer) for layer, _ in LAYERS.values()} == here
+    assert {type(layer) for layer, _ in LAYERS.values()} - {OwnLinear, OwnBatchNorm2d, Conv1D} == here
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -68,12 +110,12 @@ def test_without_perturbation_it_is_the_plain_layer(kind, training, dtype):
     layer.train(training), network.train(training)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-13}[dtype]
     buffers = copy.deepcopy(dict(layer.named_buffers()))
-    expected = layer(x)
+    expected = run(layer, x)
     by_layer = torch.autograd.grad(expected.sin().sum(), list(layer.parameters()))
     for inputs in (None, torch.zeros(N, dtype=dtype), torch.zeros(EXAMPLES, N, dtype=dtype)):
         network.model.load_state_dict({**network.model.state_dict(), **buffers})
         with network.perturbation.set_to(inputs):
-            output = network(x)
+            output = run(network, x)
         torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
         found = torch.autograd.grad(output.sin().sum(), list(network.general_parameters().values()))
         for one, other in zip(found, by_layer, strict=True):
@@ -88,16 +130,16 @@ def test_each_example_sees_the_weights_at_its_own_hyperparameters(kind):
     layer.eval(), network.eval()
     inputs = torch.randn(EXAMPLES, N, dtype=torch.float64)
     with network.perturbation.set_to(inputs):
-        output = network(x)
+        output = run(network, x)
     for example in range(EXAMPLES):
         at = network.parameters_at(inputs[example])
         assert any(not torch.equal(at[name], p) for name, p in layer.named_parameters())
         torch.testing.assert_close(output[[example]], functional_call(layer, at, x)[[example]])
         with network.perturbation.set_to(inputs[example]):
-            torch.testing.assert_close(network(x)[[example]], output[[example]])
+            torch.testing.assert_close(run(network, x)[[example]], output[[example]])
         layer_there = copy.deepcopy(layer)
         layer_there.load_state_dict(network.general_state_dict(inputs[example]))
-        torch.testing.assert_close(layer_there(x)[[example]], output[[example]])
+        torch.testing.assert_close(run(layer_there, x)[[example]], output[[example]])
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -110,14 +152,16 @@ def test_parameters_can_be_multiplied_with_their_responses(kind):
     for name, parameter in layer.named_parameters():
         mask = (torch.rand_like(parameter) < 0.5).double()
         with network.perturbation.set_to(inputs):
-            output = network.call(lambda model: model(x), {name: mask})
+            output = network.call(lambda model: run(model, x), {name: mask})
         torch.testing.assert_close(output, functional_call(layer, {**at, name: at[name] * mask}, x))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_inputs_by_keyword(kind):
     layer, network, x = make(kind)
-    torch.testing.assert_close(network.model(input=x), layer(x))
+    names = list(inspect.signature(layer.forward).parameters)
+    by_name = dict(zip(names, x if isinstance(x, tuple) else (x,), strict=False))
+    torch.testing.assert_close(network.model(**by_name), run(layer, x))
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
@@ -175,6 +219,53 @@ def test_one_input_for_all_examples(kind, linearised):
     if linearised:
         torch.testing.assert_close(*(output.tangent for output in outputs))
     assert len(outputs[0].primal) == EXAMPLES
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("each", [True, False])
+def test_a_linearised_response_is_the_derivative(kind, each):
+    _, network, x = make(kind)
+    network.eval()
+    inputs = torch.randn(EXAMPLES, N, dtype=torch.float64)[() if each else 0]
+
+    def along(step):
+        with network.perturbation.set_to(step * inputs):
+            return run(network, x)
+
+    with forward_ad.dual_level(), network.perturbation.set_to(inputs, linearised=True):
+        value, tangent = forward_ad.unpack_dual(run(network, x))
+    torch.testing.assert_close(value, run(network, x))
+    step = 1e-5
+    torch.testing.assert_close(tangent, (along(step) - along(-step)) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["Bilinear", "InstanceNorm1d", "InstanceNorm2d, statistics", "RMSNorm", "PReLU"])
+def test_a_linearised_response_carries_the_tangents_of_inputs(kind):
+    _, network, x = make(kind)
+    inputs = torch.randn(EXAMPLES, N, dtype=torch.float64)
+    x = x if isinstance(x, tuple) else (x,)
+    changes = [torch.randn_like(each) for each in x]
+
+    def along(step):
+        with network.perturbation.set_to(step * inputs):
+            return network(*(each + step * change for each, change in zip(x, changes, strict=True)))
+
+    with forward_ad.dual_level(), network.perturbation.set_to(inputs, linearised=True):
+        duals = [forward_ad.make_dual(each, change) for each, change in zip(x, changes, strict=True)]
+        tangent = forward_ad.unpack_dual(network(*duals)).tangent
+    step = 1e-6
+    torch.testing.assert_close(tangent, (along(step) - along(-step)) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+def test_parametrised_layers_do_not_respond():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    nn.utils.parametrizations.orthogonal(model[0])
+    network = self_tuning(model, N)
+    assert {name.split(".")[0] for name in network.response_parameters()} == {"2"}
+    assert network.without_rule == ("0", "0.parametrizations.weight")
+    x = torch.randn(EXAMPLES, 3)
+    with network.perturbation.set_to(torch.zeros(EXAMPLES, N)):
+        torch.testing.assert_close(network(x), model(x))
 
 
 def test_padding_does_not_respond():
@@ -302,8 +393,11 @@ def test_biases_that_are_shared_share_their_responses(shared):
     torch.testing.assert_close(model(x), output)
 
 
-class OwnLinear(nn.Linear):
-    """Has no rule."""
+class OtherLinear(nn.Linear):
+    """Has a forward of its own, and so no rule."""
+
+    def forward(self, input):
+        return super().forward(input)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +405,7 @@ class OwnLinear(nn.Linear):
     [
         (nn.Conv2d(3, 3, 2), nn.ConvTranspose2d(3, 3, 2), "its outputs in one are not its outputs in the other"),
         (nn.Conv1d(3, 4, 2), nn.ConvTranspose1d(4, 3, 2), "its outputs in one are not its outputs in the other"),
-        (nn.Linear(3, 4), OwnLinear(3, 4), "responds in the first only: .* register a rule for OwnLinear"),
+        (nn.Linear(3, 4), OtherLinear(3, 4), "responds in the first only: .* register a rule for OtherLinear"),
     ],
 )
 def test_a_weight_whose_response_cannot_be_shared_is_refused(first, second, message):
@@ -369,7 +463,8 @@ def test_layers_without_a_rule_are_named_and_rules_can_be_added():
             return self.factor * x
 
     class MyLinear(nn.Linear):
-        pass
+        def forward(self, input):
+            return 2 * super().forward(input)
 
     model = nn.Sequential(nn.Linear(2, 3), Scale(), MyLinear(3, 2), nn.LayerNorm(2, elementwise_affine=False))
     assert self_tuning(model, N).without_rule == ("1", "2")

@@ -7,7 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.stn import self_tuning
@@ -23,6 +23,11 @@ LAYERS = {
     "GRU": nn.GRU(FEATURES, HIDDEN),
     "GRU, deep, both ways, batch first": nn.GRU(FEATURES, HIDDEN, 2, bidirectional=True, batch_first=True),
     "GRU without bias": nn.GRU(FEATURES, HIDDEN, 2, bias=False),
+    "RNN": nn.RNN(FEATURES, HIDDEN),
+    "RNN, deep, both ways, batch first": nn.RNN(FEATURES, HIDDEN, 2, bidirectional=True, batch_first=True),
+    "RNN of ReLUs": nn.RNN(FEATURES, HIDDEN, nonlinearity="relu", bias=False),
+    "RNNCell": nn.RNNCell(FEATURES, HIDDEN),
+    "RNNCell of ReLUs": nn.RNNCell(FEATURES, HIDDEN, nonlinearity="relu"),
     "LSTMCell": nn.LSTMCell(FEATURES, HIDDEN),
     "LSTMCell without bias": nn.LSTMCell(FEATURES, HIDDEN, bias=False),
     "GRUCell": nn.GRUCell(FEATURES, HIDDEN),
@@ -215,7 +220,7 @@ def test_shared_weights_share_their_responses():
 @pytest.mark.parametrize(
     ("kind", "x", "message"),
     [
-        ("LSTM", pack_sequence([torch.zeros(2, FEATURES)]), "PackedSequence: pass a padded tensor"),
+        ("LSTM", pack_sequence([torch.zeros(2, FEATURES)]), "on a PackedSequence: pass a padded tensor"),
         ("GRU", torch.zeros(TIME, FEATURES), r"takes a batch, a tensor with 3 dimensions, not one of shape \(4, 3\)"),
         ("LSTM", torch.zeros(EXAMPLES, 5, FEATURES), "perturbation is of 3 examples, .* has 5 along dimension 1"),
         ("LSTM, deep, both ways, batch first", torch.zeros(5, 3, FEATURES), "has 5 along dimension 0"),
@@ -228,3 +233,30 @@ def test_what_has_no_examples_to_respond_by_is_refused(kind, x, message):
     with network.perturbation.set_to(torch.zeros(EXAMPLES, N)), pytest.raises(InputError, match=message) as caught:
         network(x)
     assert "\n" not in str(caught.value)
+
+
+@by_state
+@pytest.mark.parametrize("sorted_already", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if isinstance(layer, nn.RNNBase)])
+def test_one_perturbation_on_packed_sequences(kind, sorted_already, with_state):
+    layer, network, args = make(kind, with_state=with_state)
+    lengths = [4, 3, 2] if sorted_already else [2, 4, 3]
+    torch.manual_seed(1)
+    sequences = [torch.randn(length, FEATURES, dtype=torch.float64) for length in lengths]
+    args = pack_sequence(sequences, enforce_sorted=sorted_already), *args[1:]
+    torch.testing.assert_close(network(*args)[0].data, layer(*args)[0].data)
+    inputs = torch.randn(N, dtype=torch.float64)
+    with network.perturbation.set_to(inputs):
+        output = network(*args)
+    expected = functional_call(layer, network.parameters_at(inputs), args)
+    assert isinstance(output[0], PackedSequence)
+    torch.testing.assert_close(flat(output[0].data), flat(expected[0].data))
+    torch.testing.assert_close(flat(output[1]), flat(expected[1]))
+    assert torch.equal(output[0].batch_sizes, expected[0].batch_sizes)
+    with forward_ad.dual_level(), network.perturbation.set_to(inputs, linearised=True):
+        tangent = forward_ad.unpack_dual(network(*args)[0].data).tangent
+    step, ends = 1e-5, []
+    for sign in (1, -1):
+        with network.perturbation.set_to(sign * step * inputs):
+            ends.append(network(*args)[0].data)
+    torch.testing.assert_close(tangent, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)

@@ -26,15 +26,17 @@ from self_tuning import (
     regularised_problem,
 )
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop
+from tune_hypergrad.losses import smoothed_cross_entropy
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Cutout, Dropout, InputNoise, Mixup, WeightDecay
-from tune_hypergrad.stn import VARIANTS, TunedHyperparameter
+from tune_hypergrad.stn import VARIANTS, TunedHyperparameter, TunedHyperparameters
 
 STEPS = 13
 CUTS = {"warm_up": 0.8, "train_steps": 3, "val_steps": 2}
@@ -581,3 +583,93 @@ def test_the_train_losss_hyperparameters_can_be_tuned_without_regularisers():
     assert len(set(run.history["l2"])) > 5
     assert_trained_alike(run, rtol=1e-12)
     assert "the train loss needs 'l2'" in refusal(problem=problem.replace(regularisers=[Dropout()]), tuned=(DROPOUT,))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_perturbation_for_all_is_the_same_for_every_example(variant, monkeypatch):
+    tuned = [replace(each, per_example=False) for each in (DROPOUT, L2)]
+    problem = regularised_problem(regularisers=[Dropout(), WeightDecay()])
+
+    def run():
+        initial = {name: INITIAL[name] for name in ("dropout", "l2")}
+        return advanced(make_run(problem, STEPS, tuned=tuned, initial=initial, variant=variant, **CUTS))
+
+    once = run()
+    monkeypatch.setattr(TunedHyperparameters, "of_layers", lambda self, perturbations: perturbations)
+    for_each = run()
+    assert once.why_one_for_all is None and once.val_steps > 0
+    for name, path in for_each.history.items():
+        assert path == pytest.approx(once.history[name], rel=1e-9)
+    torch.testing.assert_close(once.state.params, for_each.state.params)
+
+
+class OfPacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 6, bidirectional=True), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[1][0][-1])
+
+
+class OfGraphs(nn.Module):
+    """Nodes of all graphs in one tensor, with the graph of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, batch):
+        nodes, graphs, target = batch
+        sums = torch.zeros(len(target), 6, dtype=nodes.dtype).index_add(0, graphs, torch.tanh(self.embed(nodes)))
+        return self.head(sums)
+
+
+def items(examples, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 6, (examples,), generator=generator).tolist()
+    return [(torch.randn(length, 4, generator=generator, dtype=torch.float64), length % 2) for length in lengths]
+
+
+def packed(examples):
+    sequences, targets = zip(*examples, strict=True)
+    return pack_sequence(sequences, enforce_sorted=False), torch.tensor(targets)
+
+
+def graphs(examples):
+    nodes, targets = zip(*examples, strict=True)
+    of_nodes = torch.arange(len(nodes)).repeat_interleave(torch.tensor([len(each) for each in nodes]))
+    return torch.cat(nodes), of_nodes, torch.tensor(targets)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("model", "collated", "forward", "said"),
+    [
+        (OfPacked, packed, None, "on a PackedSequence"),
+        (OfGraphs, graphs, lambda model, batch: model(batch), "SelfTuningLinear: the perturbation is of"),
+    ],
+    ids=["packed sequences", "graphs"],
+)
+def test_examples_that_cannot_be_told_apart_have_one_perturbation(model, collated, forward, said, variant):
+    problem = Problem(
+        model=lambda: model().double(),
+        train=items(40, 0),
+        val=items(16, 1),
+        train_loss=smoothed_cross_entropy,
+        regularisers=[WeightDecay()],
+        batch_size=8,
+        eval_batch_size=8,
+        collate_fn=collated,
+        **({} if forward is None else {"forward": forward}),
+    )
+    run = make_run(problem, STEPS, tuned=[SMOOTHING, L2], initial={"l2": 1e-3}, variant=variant, **CUTS)
+    assert said in run.why_one_for_all and "\n" not in run.why_one_for_all and run.tuned.one_for_all
+    with run.loop.running():
+        run.verify()
+    advanced(run)
+    weights = run.network.general_state_dict(run._present_inputs())
+    evaluation = loaded_and_judged(problem, weights)
+    with run.loop.running():
+        assert run.judge().loss == pytest.approx(evaluation.loss, rel=1e-12)
+    assert all(len(set(path)) > 1 for name, path in run.history.items() if name not in FIXED)

@@ -314,15 +314,32 @@ def words_settings(**settings):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("positions", "SelfTuningEmbedding: the perturbation is of 5 examples, but the input of shape (7,)"),
-        ("times first", "SelfTuningLinear: the perturbation is of 5 examples, but the input of shape (7, 5, 6)"),
-        ("decoder on all", "SelfTuningLinear: the perturbation is of 5 examples, but the input of shape (35, 6)"),
         ("dropout on all", "dropout has rates for 5 examples, but acts on a tensor of shape (35, 6)"),
         ("own error", "a self-tuning step on 5 examples fails: KeyError: 'of its own'"),
     ],
 )
 def test_a_network_that_loses_its_examples_is_refused_before_any_trial(trainable, how, words):
     assert words in refusal(trainable.from_problem, of_words(how), **words_settings())
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("positions", "SelfTuningEmbedding: the perturbation is of 5 examples, but the input of shape (7,)"),
+        ("times first", "SelfTuningLinear: the perturbation is of 5 examples, but the input of shape (7, 5, 6)"),
+        ("decoder on all", "SelfTuningLinear: the perturbation is of 5 examples, but the input of shape (35, 6)"),
+    ],
+)
+@pytest.mark.parametrize("trainable", CLASSES.values())
+def test_a_network_that_loses_its_examples_has_one_perturbation_for_all(trainable, how, words, caplog):
+    trainable.from_problem(of_words(how), **words_settings())
+    assert f"one perturbation serves a whole minibatch: {words}" in caplog.text
+    found = run_to_end(make(trainable, None, of_words(how), **words_settings()))
+    asked_for = run_to_end(make(trainable, None, of_words(how), **words_settings(per_minibatch=("dropout",))))
+    assert [ours(result) for result in found] == [ours(result) for result in asked_for]
+    caplog.clear()
+    trainable.from_problem(of_words(how), **words_settings(per_minibatch=("dropout",)))
+    assert "one perturbation" not in caplog.text
 
 
 def test_embedding_dropout_of_positions_is_refused_before_any_trial():

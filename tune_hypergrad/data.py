@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, cast
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from tune_hypergrad.batches import Batch
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.reading import Loading
 
 Source = Any
 """Examples: tensors or arrays whose first dimension is the examples' (one, a tuple or list of them, or a dict of them),
@@ -36,6 +37,7 @@ class Split:
         source: the examples; those of tensors make batches of the same form.
         name: how error messages call this split ("train", "val", "test").
         collate_fn: makes a batch of a list of a data set's items; None is torch's `default_collate`.
+        loading: how a data set is read; None: as the problem says.
 
     Raises:
         InputError: the split is empty, its tensors disagree in length, or its inputs hold values that are not finite.
@@ -43,11 +45,18 @@ class Split:
     Tensors pickle as NumPy arrays, which Ray shares between processes of a node without a copy.
     """
 
-    def __init__(self, source: Source, name: str, collate_fn: Callable[[list[Any]], Batch] | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        loading: Loading | None = None,
+    ) -> None:
         if type(source) is TensorDataset:  # a subclass may do more than hand its tensors out
             source = source.tensors
         self.name = name
         self.collate_fn = collate_fn
+        self.loading = loading
         self.tensors: Any = None
         """The tensors, in the form in which they were given; None of a data set."""
         self.dataset: Dataset[Any] | None = None
@@ -77,8 +86,15 @@ class Split:
         """
         if self.tensors is not None:
             return tree_map(lambda tensor: tensor[indices], self.tensors)
+        return self.collated(self.positions(indices))
+
+    def positions(self, indices: Tensor | slice) -> Sequence[int]:
+        """The examples at `indices`, by their numbers."""
+        return range(self._length)[indices] if isinstance(indices, slice) else indices.tolist()
+
+    def collated(self, positions: Sequence[int]) -> Batch:
+        """The examples of a data set at these positions as a batch."""
         assert self.dataset is not None
-        positions = range(self._length)[indices] if isinstance(indices, slice) else indices.tolist()
         batch = (self.collate_fn or _collate)([self.dataset[position] for position in positions])
         return tuple(batch) if type(batch) is list else batch
 
@@ -92,19 +108,22 @@ class Split:
         """This split with a data set that keeps its counters and generators to itself, but shares its examples."""
         if self.dataset is None:
             return self
-        found = Split.__new__(Split)
-        found.__dict__.update(self.__dict__)
-        found.dataset = _with_own_state(self.dataset, _DEPTH, {})
-        return found
+        return self._with(dataset=_with_own_state(self.dataset, _DEPTH, {}))
+
+    def read_by(self, loading: Loading) -> Split:
+        """This split, read otherwise."""
+        return self._with(loading=loading)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """This split with its tensors on `device` and floating ones as `dtype`; a `Dataset` stays as it is."""
         if self.tensors is None:
             return self
-        moved = Split.__new__(Split)
-        moved.__dict__.update(self.__dict__)
-        moved.tensors = cast_batch(self.tensors, device, dtype)
-        return moved
+        return self._with(tensors=cast_batch(self.tensors, device, dtype))
+
+    def _with(self, **changes: Any) -> Split:
+        found = Split.__new__(Split)
+        found.__dict__.update({**self.__dict__, **changes})
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -124,7 +143,9 @@ def cast_batch(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
 
     def cast_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else leaf.dtype)
+            kind = dtype if leaf.is_floating_point() else leaf.dtype
+            # from pinned memory, copies go on while the program does
+            return leaf.to(device=device, dtype=kind, non_blocking=device.type == "cuda" and leaf.is_pinned())
         return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
     def cast_sequence(sequence: PackedSequence) -> PackedSequence:

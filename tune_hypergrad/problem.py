@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from math import isnan, nan
 from typing import Any, cast
@@ -23,6 +23,7 @@ from tune_hypergrad.figures import QuotientsOf, as_mean, detached, is_accumulati
 from tune_hypergrad.groups import GroupsOf, refuse_form
 from tune_hypergrad.objective import Objective, Parameters, strengths
 from tune_hypergrad.randomness import preserved_generators, seed_everything
+from tune_hypergrad.reading import Loading
 from tune_hypergrad.regularisers import Regulariser, Strength
 from tune_hypergrad.sampling import own_sampler
 
@@ -97,6 +98,11 @@ class Problem:
     held unless a search or `fixed` says otherwise; "tensor", one for every trainable tensor; or "layer", one for every
     module that has some of its own. Those in no group have the common values."""
 
+    workers: int | None = None
+    """Processes that read each split's data set ahead, in training and in evaluation; 0 reads where it is used. The
+    batches are the same for any number. None: what a `DataLoader` brings, the one of `train` for all that bring none,
+    and else 0. A Ray trial has as many as it was granted CPUs at the most. Tensors need none."""
+
     def __post_init__(self) -> None:
         self._is_checked = False
         self.findings: dict[Any, Any] = {}  # what has been found out of this problem's derivatives
@@ -105,6 +111,7 @@ class Problem:
         self.train = _split(self.train, "train", self.collate_fn)
         self.val = _split(self.val, "val", self.collate_fn)
         self.test = None if self.test is None else _split(self.test, "test", self.collate_fn)
+        self._settle_loading()
         if not callable(self.model):
             raise InputError("model must be a function that makes a fresh nn.Module, such as `lambda: Net()`")
         if isinstance(self.model, nn.Module):
@@ -133,6 +140,31 @@ class Problem:
         for name, value in own.items():
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
+
+    def _settle_loading(self) -> None:
+        """How each split is read."""
+        workers = self.workers
+        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
+            raise InputError(f"workers is {workers!r}: it must be a whole number of processes, or 0 for none")
+        of_train = cast(Split, self.train).loading or Loading()
+        for name, split in self._splits.items():
+            loading = split.loading or of_train
+            settled = loading if workers is None else replace(loading, workers=workers)
+            setattr(self, name, split.read_by(settled))
+
+    @property
+    def _splits(self) -> dict[str, Split]:
+        named = {name: getattr(self, name) for name in ("train", "val", "test")}
+        return {name: split for name, split in named.items() if split is not None}
+
+    def with_workers_up_to(self, most: int) -> Problem:
+        """This problem, with at most so many processes that read a split."""
+        found = copy.copy(self)
+        found.workers = None if self.workers is None else min(self.workers, most)
+        for name, split in self._splits.items():
+            loading = cast(Loading, split.loading)
+            setattr(found, name, split.read_by(replace(loading, workers=min(loading.workers, most))))
+        return found
 
     @property
     def examples_per_epoch(self) -> int:
@@ -365,8 +397,7 @@ class Problem:
 
     def independent(self) -> Problem:
         """This problem with data sets that keep their counters and generators to themselves: to try things out on."""
-        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
-        return self.replace(**{name: split.independent() for name, split in splits.items() if split is not None})
+        return self.replace(workers=0, **{name: split.independent() for name, split in self._splits.items()})
 
     def replace(self, **changes: Any) -> Problem:
         """This problem with some fields replaced, such as `batch_size=64`."""
@@ -397,7 +428,7 @@ def _split(source: Any, name: str, collate_fn: Callable[[list[Any]], Batch] | No
     if isinstance(source, DataLoader):
         # the loader's own, unless it is what every loader has
         own = None if source.collate_fn is default_collate else source.collate_fn
-        return Split(source.dataset, name, collate_fn or own)
+        return Split(source.dataset, name, collate_fn or own, Loading.of(source))
     return Split(source, name, collate_fn)
 
 

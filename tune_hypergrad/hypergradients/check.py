@@ -170,10 +170,10 @@ class _ReadingOnce(InnerLoop):
 
     batches: dict[int, Batch]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, *, again: bool = False) -> Batch:
         self.batches = getattr(self, "batches", {})
         if step not in self.batches:
-            self.batches[step] = super().batch(step)
+            self.batches[step] = super().batch(step, again=again)
         return self.batches[step]
 
 
@@ -320,7 +320,8 @@ def _reduced(problem: Problem, examples: int | None) -> Problem:
     split: Split = problem.val  # type: ignore[assignment]
     size = min(len(split), examples or _VAL_EXAMPLES)
     batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
-    return problem.replace(val=split.head(size), test=None, metrics={}, batch_size=batch_size, eval_batch_size=size)
+    small = {"batch_size": batch_size, "eval_batch_size": size}
+    return problem.replace(val=split.head(size), test=None, metrics={}, workers=0, **small)
 
 
 def _or_infinite(error: float) -> float:

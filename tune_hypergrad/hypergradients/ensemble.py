@@ -81,6 +81,10 @@ class EnsembleRun(ReverseRun):
         )
         self._finals: list[Evaluation] = []
 
+    @property
+    def plain(self) -> bool:
+        return False  # fused kernels have no rules for vmap
+
     def _advance_one(self) -> None:
         try:
             super()._advance_one()

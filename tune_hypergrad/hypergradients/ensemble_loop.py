@@ -30,6 +30,7 @@ from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, Sto
 from tune_hypergrad.hypergradients.substitution import Substitutes
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, seed_everything
+from tune_hypergrad.reading import Task
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class EnsembleLoop(InnerLoop):
         self.members = tuple(InnerLoop(problem, replace(settings, seed=seed)) for seed in seeds)
         """The runs' own inner loops."""
         for member in self.members:
-            member.train, member.val, member.test = self.train, self.val, self.test
+            member.share_data(self)
             member.moving = self.moving  # one set, to which either adds
         self._draws = MemberDraws(len(seeds), self.device)
         self._index = torch.arange(len(seeds), device=self.device)
@@ -90,16 +91,19 @@ class EnsembleLoop(InnerLoop):
         common = super().scalars(hyperparameters, step)
         return {name: value.repeat(len(self.seeds)) for name, value in common.items()}
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, *, again: bool = False) -> Batch:
         """The runs' training batches of `step`: leaves of shape [S, b, ...]."""
         split = self.split("train")
         if split.tensors is None:
-            batches = [member.batch(step) for member in self.members]
+            batches = [self.cast(batch) for batch in self._training_data.get(step, again=again)]
             return tree_map(lambda *leaves: torch.stack(leaves), *batches)
         chosen = [member.indices(step) for member in self.members]
         if isinstance(chosen[0], slice):
             return tree_map(lambda tensor: tensor.expand(len(chosen), *tensor.shape), split.tensors)
         return split.batch(torch.stack(chosen))  # type: ignore[arg-type]
+
+    def tasks(self, step: int) -> Sequence[Task]:
+        return [task for member in self.members for task in member.tasks(step)]
 
     def seed_model(self, step: int) -> None:
         """Seed the generators of every run for what a training step draws."""

@@ -69,7 +69,7 @@ class Evaluable(Protocol):
 
     def split(self, which: str) -> Split: ...
 
-    def cast(self, batch: Batch) -> Batch: ...
+    def evaluation_batches(self, which: str, chosen: Sequence[Tensor | slice]) -> Iterator[Batch]: ...
 
     def seed_evaluation(self) -> None: ...
 
@@ -138,7 +138,7 @@ class Evaluator:
         unknown = {name for name in measures if telling[name] < _ENOUGH} if several else set()
         while True:
             whole = self._whole[which] & set(measures) if several else set()
-            one = _Pass(self._loop, measures, whole, self._loop.split(which), batches, state, gradient=gradient)
+            one = _Pass(self._loop, measures, whole, which, batches, state, gradient=gradient)
             no_means = one.run(unknown - whole)
             if not no_means:
                 break
@@ -155,14 +155,14 @@ class _Pass:
         loop: Evaluable,
         measures: Mapping[str, Measure],
         whole: set[str],
-        split: Split,
+        which: str,
         batches: Sequence[Tensor | slice],
         state: State,
         *,
         gradient: bool,
     ) -> None:
         self._loop, self._measures, self._whole = loop, measures, whole
-        self._split, self._batches = split, batches
+        self._which, self._split, self._batches = which, loop.split(which), batches
         named = {name: p.detach().requires_grad_(gradient) for name, p in loop.unflatten(state.params).items()}
         moved = loop.differentiated(state.buffers)
         leaves = {name: state.buffers[name].detach().requires_grad_(gradient) for name in moved}
@@ -184,8 +184,8 @@ class _Pass:
         for metric in self._accumulating.values():
             metric.reset()  # type: ignore[attr-defined]
         self._loop.seed_evaluation()
-        for chosen in self._batches:
-            no_means: set[str] = self._within(partial(self._judge, self._read(chosen), unknown))
+        for chosen in self._read(self._batches):
+            no_means: set[str] = self._within(partial(self._judge, chosen, unknown))
             if no_means:
                 return no_means
         return set()
@@ -210,9 +210,9 @@ class _Pass:
         of_buffers = {name: self._by_leaf[name] for name in self._loop.differentiated(self._tensors)}
         return Evaluation(figures[LOSS], metrics, self._loop.flatten(self._by_leaf), of_buffers)
 
-    def _read(self, chosen: Tensor | slice) -> _Chosen:
-        batch = self._loop.cast(self._split.batch(chosen))
-        return _Chosen(chosen, batch, _length(chosen, len(self._split)))
+    def _read(self, batches: Sequence[Tensor | slice]) -> Iterator[_Chosen]:
+        for chosen, batch in zip(batches, self._loop.evaluation_batches(self._which, batches), strict=True):
+            yield _Chosen(chosen, batch, _length(chosen, len(self._split)))
 
     def _within(self, body: Callable[[], Any]) -> Any:
         # copies, since a model may count its calls
@@ -310,7 +310,7 @@ class _Pass:
         """Some examples of a batch, read anew where it cannot be cut, as one that is packed, padded or a graph."""
         if can_be_cut(chosen.batch, chosen.examples):
             return cut(chosen.batch, begin, end)
-        return self._read(_part_of(chosen.indices, begin, end, len(self._split))).batch
+        return next(self._read([_part_of(chosen.indices, begin, end, len(self._split))])).batch
 
     def _with_previous(self, names: list[str], previous: _Single | None, single: _Single) -> Iterator[_Comparison]:
         """Some measures of two batches of one example as one batch, if they can be that, and of each."""
@@ -372,8 +372,7 @@ class _Pass:
         """Add what the outputs' cotangents, of the whole split, give the weights."""
         self._loop.seed_evaluation()
         begin = 0
-        for chosen in self._batches:
-            _, batch, examples = self._read(chosen)
+        for _, batch, examples in self._read(self._batches):
             end = begin + examples
             own = [cotangent[begin:end] for cotangent in cotangents]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite, isnan
 from typing import Any, NamedTuple, TypeVar
@@ -29,24 +29,26 @@ from tune_hypergrad.curves import (
 from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import find_groups, ungrouped
+from tune_hypergrad.hypergradients.ahead import BatchesAhead
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
 from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
-from tune_hypergrad.hypergradients.supported import refuse_unsupported, twice_differentiable
+from tune_hypergrad.hypergradients.supported import once_differentiable, refuse_unsupported, twice_differentiable
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything
+from tune_hypergrad.reading import Reader, Task
 from tune_hypergrad.sampling import epoch_order
 from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
 
 # What a draw is for; one stream each, so that none depends on how often another is used.
-_INITIALISATION, _ORDER, _AUGMENTATION, MODEL_STREAM, _VALIDATION, _VALIDATION_ORDER = range(6)
+_INITIALISATION, _ORDER, _AUGMENTATION, MODEL_STREAM, _VALIDATION, _VALIDATION_ORDER, _EVALUATED_DATA = range(7)
 
 
 class Training(NamedTuple):
@@ -185,6 +187,11 @@ class InnerLoop:
             None if split is None else split.to(self.device, self.dtype)  # type: ignore[union-attr]
             for split in (self.problem.train, self.problem.val, self.problem.test)
         )
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        self._readers = {
+            name: Reader(split, pin=self.device.type == "cuda") for name, split in splits.items() if split is not None
+        }
+        self._begin_reading()
         self._fixed = flat_values(settings.fixed)
         self._given, self._fixed_parts = _whole_and_parts(self._fixed)
         of_groups = {name: (value,) for name, value in self.groups.values.items()}
@@ -289,9 +296,20 @@ class InnerLoop:
                 )
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Enter before calling the methods below: right kernels, and global generators given back afterwards."""
-        with preserved_generators(), twice_differentiable(self.model), kept_heap():
+    def running(self, *, plain: bool = False) -> Iterator[None]:
+        """Enter before calling the methods below: right kernels, global generators given back afterwards, and workers
+        that read data while it lasts.
+
+        Args:
+            plain: whether nothing is differentiated but training losses, once, so that fused kernels do. They give the
+                same numbers to rounding: what is compared to the bit is entered with the same value.
+        """
+        kernels = once_differentiable if plain else twice_differentiable
+        with ExitStack() as stack:
+            for context in (preserved_generators(), kernels(self.model), kept_heap()):
+                stack.enter_context(context)
+            for reader in self._readers.values():
+                stack.enter_context(reader.opened())
             yield
 
     def initial_state(self) -> State:
@@ -347,10 +365,35 @@ class InnerLoop:
         of_groups = {name: value for name, value in self.groups.values.items() if name not in bases}
         return {**of_groups, **self.settings.fixed}
 
-    def batch(self, step: int) -> Batch:
-        """The training batch of `step`, a function of (seed, step) only."""
-        seed_everything(fold_seed(self.settings.seed, _AUGMENTATION, step))
-        return self.cast(self.split("train").batch(self.indices(step)))
+    def share_data(self, other: InnerLoop) -> None:
+        """Read another loop's data, which is of the same problem, by its workers."""
+        self.train, self.val, self.test, self._readers = other.train, other.val, other.test, other._readers
+        self._begin_reading()
+
+    def _begin_reading(self) -> None:
+        self._training_data = BatchesAhead(self._readers["train"], self.tasks, self.steps)
+        self._validation_data: dict[int, BatchesAhead] = {}  # by batch size
+
+    def batch(self, step: int, *, again: bool = False) -> Batch:
+        """The training batch of `step`, a function of (seed, step) only; `again`: it will be asked for again."""
+        split = self.split("train")
+        if split.tensors is not None:
+            return self.cast(split.batch(self.indices(step)))
+        (batch,) = self._training_data.get(step, again=again)
+        return self.cast(batch)
+
+    def expect(self, steps: Sequence[int]) -> None:
+        """Announce steps whose training batches will be asked for, in this order."""
+        self._training_data.expect(steps)
+
+    def forget_batches(self) -> None:
+        """Let go of training batches that were to be asked for again."""
+        self._training_data.forget()
+
+    def tasks(self, step: int) -> Sequence[Task]:
+        """What to read of a data set for `step`."""
+        seed = fold_seed(self.settings.seed, _AUGMENTATION, step)
+        return [Task(seed, self.split("train").positions(self.indices(step)))]
 
     def indices(self, step: int) -> Tensor | slice:
         """Which training examples `step` takes, shape [batch size], or all of them."""
@@ -367,8 +410,36 @@ class InnerLoop:
         """Batch `number` of the validation split, of `size` examples or all of them, in passes of a random order."""
         split = self.split("val")
         size = min(size, len(split))
-        epoch, position = divmod(number, len(split) // size)
-        return self.cast(split.batch(self._epoch_order("val", epoch)[position * size : (position + 1) * size]))
+
+        def indices(number: int) -> Tensor:
+            epoch, position = divmod(number, len(split) // size)
+            return self._epoch_order("val", epoch)[position * size : (position + 1) * size]
+
+        if split.tensors is not None:
+            return self.cast(split.batch(indices(number)))
+
+        def tasks(number: int) -> Sequence[Task]:
+            return [self._evaluation_task(split, number, indices(number))]
+
+        ahead = self._validation_data.setdefault(size, BatchesAhead(self._readers["val"], tasks))
+        return self.cast(ahead.get(number)[0])
+
+    def evaluation_batches(self, which: str, chosen: Sequence[Tensor | slice]) -> Iterator[Batch]:
+        """Batches of the "train", "val" or "test" split to evaluate, one of each indices; draws are seeded apart."""
+        split = self.split(which)
+        if split.tensors is not None:
+            yield from (self.cast(split.batch(indices)) for indices in chosen)
+            return
+
+        def tasks(number: int) -> Sequence[Task]:
+            return [self._evaluation_task(split, number, chosen[number])]
+
+        numbers, ahead = range(len(chosen)), BatchesAhead(self._readers[which], tasks)
+        ahead.expect(numbers)
+        yield from (self.cast(ahead.get(number)[0]) for number in numbers)
+
+    def _evaluation_task(self, split: Split, number: int, indices: Tensor | slice) -> Task:
+        return Task(fold_seed(self.settings.seed, _EVALUATED_DATA, number), split.positions(indices))
 
     def within(self, tensors: Mapping[str, Tensor], body: Callable[[], T], *, training: bool) -> T:
         """What `body()` gives while the model, and the losses that are modules, have these tensors.
@@ -425,8 +496,8 @@ class InnerLoop:
 
         return self.within({**buffers, **used}, at_loss, training=True)
 
-    def training(self, state: State, h: Mapping[str, Any], step: int) -> Training:
-        """The gradient of a step's training loss."""
+    def training(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> Training:
+        """The gradient of a step's training loss; `again`: the step will be taken again."""
         named = {name: p.detach().requires_grad_() for name, p in self.unflatten(state.params).items()}
         buffers = self.copies(state.buffers)
 
@@ -435,7 +506,8 @@ class InnerLoop:
 
         with torch.enable_grad(), DataWrites(buffers.values()).noted() as writes:
             versions = {name: buffer._version for name, buffer in buffers.items()}
-            loss, found, after = self.at_training_loss(named, buffers, h, self.batch(step), step, differentiate)
+            batch = self.batch(step, again=again)
+            loss, found, after = self.at_training_loss(named, buffers, h, batch, step, differentiate)
         gradient, without = self._together(named, found)
         traceless = {name for name, buffer in buffers.items() if writes.have_changed(buffer)}
         traced = {name for name, buffer in buffers.items() if after[name] is not buffer}
@@ -534,9 +606,9 @@ class InnerLoop:
         """One plain training step."""
         return self.take_step(state, h, step)[0]
 
-    def take_step(self, state: State, h: Mapping[str, Any], step: int) -> tuple[State, Tensor]:
-        """One plain training step, and its training loss."""
-        training = self.training(state, h, step)
+    def take_step(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> tuple[State, Tensor]:
+        """One plain training step, and its training loss; `again`: the step will be taken again."""
+        training = self.training(state, h, step, again=again)
         blocks = step_blocks(state.counts, training.without_gradient)
         with torch.no_grad():
             params, slots = self.update(state.params, training.gradient, state.slots, h, step, blocks)
@@ -545,6 +617,7 @@ class InnerLoop:
     def run(self, hyperparameters: Hyperparameters) -> State:
         """A whole training run without any hypergradient."""
         state = self.initial_state()
+        self.expect(range(self.steps))
         for step in range(self.steps):
             state = self.step(state, self.scalars(hyperparameters, step), step)
         return state

@@ -78,8 +78,7 @@ def plain_val_loss(
         optimizer.step()
     trained.eval()
     loop.seed_evaluation()
-    split = loop.split("val")
-    batch = loop.cast(split.batch(slice(0, len(split))))
+    (batch,) = loop.evaluation_batches("val", [slice(0, len(loop.split("val")))])
     with mode, torch.no_grad():
         return float(as_mean(problem.loss(problem.predict(model, batch), problem.target(batch))))
 

@@ -94,7 +94,9 @@ class ReverseRun(HypergradientRun):
 
     def _plain_step(self, state: State, step: int) -> tuple[State, Tensor]:
         self.cost += self.loop.step_cost()
-        return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step)
+        # its batch is used once more on the way back
+        again = self.reject_above > -inf
+        return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step, again=again)
 
     def assess(self) -> None:
         """Find the final validation loss of a run that has trained, with what it goes back from."""
@@ -166,6 +168,7 @@ class ReverseRun(HypergradientRun):
     def _give_up(self) -> None:
         """Do not go back through the run, which diverged or is rejected."""
         self._kept.clear()
+        self.loop.forget_batches()
         self._forget_hypergradients()
         self.position = self.length - 1
 
@@ -176,6 +179,7 @@ class ReverseRun(HypergradientRun):
         if step not in self._kept:
             start = max((kept for kept in self._kept if kept < step), default=0)
             state = self._kept.get(start) or self.loop.initial_state()
+            self.loop.expect(range(start, step))
             for between in range(start, step):
                 self._kept[between] = state
                 state, _ = self._plain_step(state, between)

@@ -168,6 +168,8 @@ class HypergradientRun(ABC):
     def advance(self, units: int) -> int:
         """Do up to `units` of work; returns how many were done. Enter `loop.running()` around it."""
         start = self.position
+        if units > 1:  # else whoever asks for one knows what comes next
+            self.loop.expect(range(start, min(start + units, self.loop.steps)))
         while self.position < min(start + units, self.length):
             self._advance_one()
             self.position += 1
@@ -177,6 +179,11 @@ class HypergradientRun(ABC):
     def done(self) -> bool:
         """Whether the hypergradient is complete."""
         return self.position == self.length
+
+    @property
+    def plain(self) -> bool:
+        """Whether the run only trains, and `loop.running` may know it."""
+        return self.reject_above == -inf
 
     @property
     def rejected(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tune_hypergrad.errors import InputError
@@ -69,10 +71,41 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     forward-mode or second derivatives. Dropout draws the same mask with and without tangents; cross entropy has a
     derivative by its label smoothing.
     """
+    with Substituting(REPLAYABLE), sdpa_kernel(SDPBackend.MATH), _without_fused_recurrence(model, lambda layer: True):
+        yield
+
+
+@contextmanager
+def once_differentiable(model: nn.Module) -> Iterator[None]:
+    """Run the body with torch's fused kernels, which draw what those of `twice_differentiable` do: the same numbers, to
+    rounding. Where a kernel draws itself, for dropout of attention weights or between recurrent layers, it is theirs.
+    """
+    with (
+        Substituting({**REPLAYABLE, F.scaled_dot_product_attention: _attention_that_replays}),
+        _without_fused_recurrence(model, lambda layer: layer.dropout > 0 and layer.num_layers > 1),
+    ):
+        yield
+
+
+@contextmanager
+def _without_fused_recurrence(model: nn.Module, applies: Callable[[nn.RNNBase], bool]) -> Iterator[None]:
+    """Run the body without oneDNN and cuDNN where the model has recurrent layers that this applies to."""
     with ExitStack() as stack:
-        stack.enter_context(Substituting(REPLAYABLE))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        if any(isinstance(module, nn.RNNBase) and applies(module) for module in model.modules()):
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def _attention_that_replays(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, by the math kernel where it drops weights."""
+    with sdpa_kernel(SDPBackend.MATH) if dropout_p > 0 else nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)

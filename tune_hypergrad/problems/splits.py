@@ -46,7 +46,8 @@ def with_val(problem: Problem) -> Problem:
     if train.tensors is not None and val.tensors is not None:
         return problem.replace(train=tree_map(lambda *pair: torch.cat(pair), train.tensors, val.tensors))
     parts = [_Examples(s) if s.tensors is not None else s.dataset for s in (train, val)]
-    return problem.replace(train=Split(ConcatDataset(parts), "train", train.collate_fn))  # type: ignore[arg-type]
+    joined: Dataset[Any] = ConcatDataset(parts)  # type: ignore[arg-type]
+    return problem.replace(train=Split(joined, "train", train.collate_fn, train.loading))
 
 
 class _Examples(Dataset[Any]):

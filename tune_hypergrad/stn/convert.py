@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.stn import attention, recurrent  # noqa: F401 (they register their rules)
-from tune_hypergrad.stn.layers import RULES, SelfTuningLayer
+from tune_hypergrad.stn.layers import RULES, SelfTuningLayer, rule_of
 from tune_hypergrad.stn.response import Perturbation
 
 
@@ -166,7 +166,9 @@ def self_tuning(model: nn.Module, hyperparameters: int, without_response: Collec
     perturbation = Perturbation()
     shared: dict[tuple[int, int], _Shared] = {}
     for name, (layer, *_) in chosen.items():
-        layer.__class__ = RULES[type(layer)]
+        rule = rule_of(type(layer))
+        assert rule is not None
+        layer.__class__ = rule
         assert isinstance(layer, SelfTuningLayer)
         layer.begin_responding(layer.make_response(hyperparameters), perturbation)
         _share_responses(name, layer, shared)
@@ -179,7 +181,7 @@ def responding_layers(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     found: dict[str, tuple[nn.Module, ...]] = {}
     within: set[nn.Module] = set()
     for name, layer in model.named_modules():
-        rule = RULES.get(type(layer))
+        rule = rule_of(type(layer))
         if layer in within or rule is None or not rule.applies_to(layer):
             continue
         parts = layer, *(layer.get_submodule(child) for child in rule.children_within)

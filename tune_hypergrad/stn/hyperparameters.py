@@ -145,6 +145,15 @@ class TunedHyperparameters:
         noise = noise.to(self.log_scales.device)
         return torch.where(self._per_example, noise, noise[:1]) * self.log_scales.exp()
 
+    @property
+    def one_for_all(self) -> bool:
+        """Whether one draw of all hyperparameters serves all examples of a batch."""
+        return not any(d.per_example for d in self.definitions.values())
+
+    def of_layers(self, perturbations: Tensor) -> Tensor:
+        """What layers respond to: shape [examples, n], or [n] where one serves all examples."""
+        return perturbations[0] if self.one_for_all else perturbations
+
     def shared(self, perturbations: Tensor) -> Tensor:
         """The perturbation of what one draw serves, zero for the rest: shape [n] from [examples, n]."""
         return torch.where(self._per_example, torch.zeros_like(perturbations[0]), perturbations[0])

@@ -18,6 +18,10 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.stn.response import Perturbation, Response, primal, with_response
 
 
+class NoExamplesError(InputError):
+    """A layer's input has not the examples of the perturbation."""
+
+
 class SelfTuningLayer(nn.Module):
     """Mixin of a layer class: what its response is, and the parameters at one setting of the hyperparameters."""
 
@@ -67,10 +71,10 @@ class SelfTuningLayer(nn.Module):
         if inputs is None or inputs.ndim == 1 or not shape or shape[dim] == len(inputs):
             return
         if shape[dim] != 1 or not one_for_all:
-            raise InputError(
+            raise NoExamplesError(
                 f"{type(self).__name__}: the perturbation is of {len(inputs)} examples, but the input of shape {shape} "
                 f"has {shape[dim]} along dimension {dim}, where this layer takes its batch: let examples stay there, "
-                "and give positions as arange(t).expand(b, t)"
+                "and give positions as arange(t).expand(b, t), or name every hyperparameter in per_minibatch"
             )
 
 
@@ -135,6 +139,40 @@ class SelfTuningLinear(_Affine, nn.Linear):
 
     def product(self, x: Tensor, weight: Tensor, *further: Any) -> Tensor:
         return F.linear(x, weight)
+
+
+class SelfTuningBilinear(_Affine, nn.Bilinear):
+    """`nn.Bilinear`; both inputs of shape [examples, ..., features]."""
+
+    channel_dim = -1
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        self.check_examples(input2)
+        return super().forward(input1, input2)
+
+    def product(self, x: Tensor, weight: Tensor, *further: Any) -> Tensor:
+        (other,) = further
+        return F.bilinear(x, primal(other) if self.perturbation.linearised else other, weight)
+
+
+class _InputsFirst(_Affine):
+    """The `Conv1D` of Hugging Face's transformers: `x W + b` with W of shape [features, outputs]."""
+
+    channel_dim = -1
+    output_dim = 1
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def product(self, x: Tensor, weight: Tensor, *further: Any) -> Tensor:
+        return x @ weight
+
+    def _by_row(self, scale: Tensor) -> Tensor:
+        return scale
 
 
 class _Convolution(_Affine):
@@ -233,6 +271,30 @@ class SelfTuningEmbedding(SelfTuningLayer, nn.Embedding):
         return {"weight": self.weight + (self.response.weight_scale @ inputs)[:, None] * self.response.weight}
 
 
+class SelfTuningPReLU(SelfTuningLayer, nn.PReLU):
+    """`nn.PReLU`; inputs of shape [examples, channels, ...], or [examples, ...] where it has one slope."""
+
+    response: Response
+
+    def make_response(self, hyperparameters: int) -> Response:
+        return Response(self.weight, None, self.num_parameters, hyperparameters)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        seen = self.perturbation
+        if seen.inputs is None:
+            return output
+        self.check_examples(input)
+        slopes = (seen.inputs @ self.response.weight_scale.T) * self.response.weight
+        examples = slopes.shape[:-1] or (1,)
+        by_channel = slopes.reshape(*examples, slopes.shape[-1], *[1] * (input.ndim - 2))
+        change = (by_channel if input.ndim > 1 else slopes[..., 0]) * (primal(input) if seen.linearised else input)
+        return with_response(output, torch.where(input < 0, change, 0.0), seen.linearised)
+
+    def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"weight": self.weight + (self.response.weight_scale @ inputs) * self.response.weight}
+
+
 class _Normalisation(SelfTuningLayer):
     """A normalisation with an affine part, which is what responds."""
 
@@ -317,6 +379,36 @@ class SelfTuningBatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d` with an affine part."""
 
 
+class _InstanceNorm(_ChannelNormalisation):
+    """On batches; running statistics follow steps as those of `_BatchNorm` do."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        layer = cast(nn.InstanceNorm1d, self)
+        layer._check_input_dim(x)
+        if x.ndim == layer._get_no_batch_dim():
+            raise InputError(
+                f"{type(self).__name__} takes a batch: give an input of shape {tuple(x.shape)} a first dimension"
+            )
+        by_instance = layer.training or not layer.track_running_stats
+        stored = layer.running_mean, layer.running_var
+        if by_instance and self.perturbation.linearised:
+            stored = None, None
+        momentum = 0.0 if layer.momentum is None else layer.momentum
+        return F.instance_norm(x, *stored, use_input_stats=by_instance, momentum=momentum, eps=layer.eps)
+
+
+class SelfTuningInstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """`nn.InstanceNorm1d` with an affine part."""
+
+
+class SelfTuningInstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """`nn.InstanceNorm2d` with an affine part."""
+
+
+class SelfTuningInstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """`nn.InstanceNorm3d` with an affine part."""
+
+
 class SelfTuningGroupNorm(_ChannelNormalisation, nn.GroupNorm):
     """`nn.GroupNorm` with an affine part."""
 
@@ -324,11 +416,8 @@ class SelfTuningGroupNorm(_ChannelNormalisation, nn.GroupNorm):
         return F.group_norm(x, self.num_groups, eps=self.eps)
 
 
-class SelfTuningLayerNorm(_Normalisation, nn.LayerNorm):
-    """`nn.LayerNorm` with an affine part; inputs of shape [examples, ..., *normalized_shape]."""
-
-    def normalise(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, eps=self.eps)
+class _TrailingNormalisation(_Normalisation):
+    """Inputs of shape [examples, ..., *normalized_shape]."""
 
     def by_channel(self, parameter: Tensor, output: Tensor) -> Tensor:
         if parameter.shape == self.weight.shape:
@@ -337,10 +426,30 @@ class SelfTuningLayerNorm(_Normalisation, nn.LayerNorm):
         return parameter.reshape(parameter.shape[0], *[1] * between, *self.weight.shape)
 
 
+class SelfTuningLayerNorm(_TrailingNormalisation, nn.LayerNorm):
+    """`nn.LayerNorm` with an affine part."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps)
+
+
+class SelfTuningRMSNorm(_TrailingNormalisation, nn.RMSNorm):
+    """`nn.RMSNorm` with its weight."""
+
+    bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, eps=self.eps)
+
+
 Rule = TypeVar("Rule", bound=type[SelfTuningLayer])
 
 RULES: dict[type[nn.Module], type[SelfTuningLayer]] = {
     nn.Linear: SelfTuningLinear,
+    nn.Bilinear: SelfTuningBilinear,
     nn.Conv1d: SelfTuningConv1d,
     nn.Conv2d: SelfTuningConv2d,
     nn.Conv3d: SelfTuningConv3d,
@@ -351,14 +460,53 @@ RULES: dict[type[nn.Module], type[SelfTuningLayer]] = {
     nn.BatchNorm1d: SelfTuningBatchNorm1d,
     nn.BatchNorm2d: SelfTuningBatchNorm2d,
     nn.BatchNorm3d: SelfTuningBatchNorm3d,
+    nn.InstanceNorm1d: SelfTuningInstanceNorm1d,
+    nn.InstanceNorm2d: SelfTuningInstanceNorm2d,
+    nn.InstanceNorm3d: SelfTuningInstanceNorm3d,
     nn.GroupNorm: SelfTuningGroupNorm,
     nn.LayerNorm: SelfTuningLayerNorm,
+    nn.RMSNorm: SelfTuningRMSNorm,
+    nn.PReLU: SelfTuningPReLU,
 }
-"""Which class a layer of exactly this class becomes."""
+"""Which class a layer of this class becomes."""
+
+_OF_OTHER_PACKAGES = {"transformers.pytorch_utils.Conv1D": _InputsFirst}
+"""Mixins by the full name of a class that is not imported here."""
+
+
+def rule_of(kind: type[nn.Module]) -> type[SelfTuningLayer] | None:
+    """Which class a layer of exactly this class becomes; None: it does not respond.
+
+    A program's own subclass of a class with a rule has the rule, unless it has a forward of its own. Those of torch
+    have not: their weights are used by others' forward, or made by parametrizations.
+    """
+    if kind in RULES:
+        return RULES[kind]
+    of_name = _OF_OTHER_PACKAGES.get(f"{kind.__module__}.{kind.__qualname__}")
+    if of_name is not None:
+        return _derived(of_name, kind)
+    if kind.__module__.split(".")[0] == "torch":
+        return None
+    base = next((each for each in kind.__mro__ if each in RULES), None)
+    if base is None or kind.forward is not base.forward:
+        return None
+    return _derived(RULES[base], kind)
+
+
+_DERIVED: dict[tuple[Any, Any], type[SelfTuningLayer]] = {}
+
+
+def _derived(rule: type[SelfTuningLayer], kind: type[nn.Module]) -> type[SelfTuningLayer]:
+    """The rule's class with another class of layers as a base."""
+    if (rule, kind) not in _DERIVED:
+        made = type(f"SelfTuning{kind.__name__}", (rule, kind), {"__doc__": f"`{kind.__name__}`, responding."})
+        _DERIVED[rule, kind] = made
+    return _DERIVED[rule, kind]
 
 
 def register(layer: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Decorator: layers of exactly the class `layer` become the decorated class, its subclass."""
+    """Decorator: layers of the class `layer`, and of subclasses with its forward, become the decorated class, its
+    subclass."""
 
     def add(rule: Rule) -> Rule:
         RULES[layer] = rule

@@ -7,7 +7,7 @@ fused layers do not have, come with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from tune_hypergrad.errors import InputError
-from tune_hypergrad.stn.layers import register
+from tune_hypergrad.stn.layers import NoExamplesError, register
 from tune_hypergrad.stn.products import OfProducts, Product
 
 State = tuple[Tensor, ...]
@@ -95,32 +94,65 @@ class _GRUStep(_Recurrence):
         return (new + update * (output - new),)
 
 
-class _Layers(_Recurrence):
-    """Layers of recurrences, in one or both directions, over batches of padded sequences."""
+class _RNNStep(_Recurrence):
+    states = 1
 
-    def state_shapes(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
-        """Of each tensor of the state, for the layer's input."""
+    def step(self, gates: Tensor, state: State, products: Mapping[str, Product], suffix: str) -> State:
+        act = torch.relu if self.nonlinearity == "relu" else torch.tanh
+        return (act(gates + products["hh" + suffix](state[0])),)
+
+
+class _Layers(_Recurrence):
+    """Layers of recurrences, in one or both directions, over batches of padded sequences; over packed ones, whose
+    examples do not stand along a dimension, where there is one perturbation for all."""
+
+    def state_shapes(self, x: Tensor, sizes: Tensor | None = None) -> tuple[tuple[int, ...], ...]:
+        """Of each tensor of the state, for the layer's input; `sizes` are a packed one's examples by time."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Output and final state, both as torch's layer gives them, of the same arguments."""
         self._check(input)
         given = () if hx is None else self._unpacked(hx)
-        if self.runs_plain(input, *given):
+        packed = input if isinstance(input, PackedSequence) else None
+        if self.runs_plain(input if packed is None else packed.data, *given):
             return super().forward(input, hx)
         rnn = cast(nn.RNNBase, self)
+        if packed is not None:
+            return self._over_packed(rnn, packed, given)
         initial = given or tuple(input.new_zeros(shape) for shape in self.state_shapes(input))
         rnn.check_forward_args(input, self._packed(initial), None)
         output, final = self._run(rnn, input.transpose(0, 1) if rnn.batch_first else input, initial)
         return output.transpose(0, 1) if rnn.batch_first else output, self._packed(final)
 
     def _check(self, x: Any) -> None:
+        inputs = self.perturbation.inputs
+        if isinstance(x, PackedSequence) and inputs is not None and inputs.ndim > 1:
+            raise NoExamplesError(
+                f"{type(self).__name__} does not respond to perturbations of single examples on a PackedSequence: pass "
+                "a padded tensor"
+            )
         if isinstance(x, PackedSequence):
-            raise InputError(f"{type(self).__name__} does not respond on a PackedSequence: pass a padded tensor")
+            return
         self.check_batch(x, 3, 0 if self.batch_first else 1)
 
-    def _run(self, rnn: nn.RNNBase, x: Tensor, initial: State) -> tuple[Tensor, State]:
-        """Output and final state for input of shape [time, examples, features]."""
+    def _over_packed(self, rnn: nn.RNNBase, x: PackedSequence, given: State) -> Any:
+        """Output and final state, as torch's layer gives them, for packed sequences."""
+        sizes = x.batch_sizes.tolist()
+        initial = given or tuple(x.data.new_zeros(shape) for shape in self.state_shapes(x.data, x.batch_sizes))
+        rnn.check_forward_args(x.data, self._packed(initial), x.batch_sizes)
+        if x.sorted_indices is not None:
+            initial = tuple(of_all[:, x.sorted_indices] for of_all in initial)
+        output, final = self._run(rnn, x.data, initial, sizes)
+        if x.unsorted_indices is not None:
+            final = tuple(of_all[:, x.unsorted_indices] for of_all in final)
+        return x._replace(data=output), self._packed(final)
+
+    def _run(
+        self, rnn: nn.RNNBase, x: Tensor, initial: State, sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, State]:
+        """Output and final state for input of shape [time, examples, features]; with the numbers of examples by time,
+        of shape [their sum, features]."""
         products = self.responding()
         directions = ("", "_reverse") if rnn.bidirectional else ("",)
         finals: list[State] = []
@@ -129,7 +161,7 @@ class _Layers(_Recurrence):
             for direction in directions:
                 state = tuple(of_all[len(finals)] for of_all in initial)
                 suffix = f"_l{layer}{direction}"
-                output, final = self._over_time(x, state, products, suffix, backwards=bool(direction))
+                output, final = self._over_time(x, state, products, suffix, sizes, backwards=bool(direction))
                 outputs.append(output)
                 finals.append(final)
             x = torch.cat(outputs, -1)
@@ -138,30 +170,49 @@ class _Layers(_Recurrence):
         return x, tuple(torch.stack(of_all) for of_all in zip(*finals, strict=True))
 
     def _over_time(
-        self, x: Tensor, state: State, products: Mapping[str, Product], suffix: str, backwards: bool
+        self,
+        x: Tensor,
+        state: State,
+        products: Mapping[str, Product],
+        suffix: str,
+        sizes: Sequence[int] | None,
+        backwards: bool,
     ) -> tuple[Tensor, State]:
-        steps = products["ih" + suffix](x).unbind()
+        by_input = products["ih" + suffix](x)
+        steps = by_input.unbind() if sizes is None else by_input.split(sizes)
         outputs = []
         for gates in reversed(steps) if backwards else steps:
-            state = self.step(gates, state, products, suffix)
-            outputs.append(state[0])
-        return torch.stack(outputs[::-1] if backwards else outputs), state
+            # sequences that have ended, or not yet begun on the way back, keep their states
+            present, others = zip(*((part[: len(gates)], part[len(gates) :]) for part in state), strict=True)
+            stepped = self.step(gates, present, products, suffix)
+            outputs.append(stepped[0])
+            state = tuple(torch.cat(pair) for pair in zip(stepped, others, strict=True)) if len(others[0]) else stepped
+        ordered = outputs[::-1] if backwards else outputs
+        return torch.stack(ordered) if sizes is None else torch.cat(ordered), state
 
 
 @register(nn.LSTM)
 class SelfTuningLSTM(_LSTMStep, _Layers, nn.LSTM):  # type: ignore[misc]  # one forward in place of overloads
     """`nn.LSTM` on batches of padded sequences."""
 
-    def state_shapes(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
-        return self.get_expected_hidden_size(x, None), self.get_expected_cell_size(x, None)
+    def state_shapes(self, x: Tensor, sizes: Tensor | None = None) -> tuple[tuple[int, ...], ...]:
+        return self.get_expected_hidden_size(x, sizes), self.get_expected_cell_size(x, sizes)
 
 
 @register(nn.GRU)
 class SelfTuningGRU(_GRUStep, _Layers, nn.GRU):  # type: ignore[misc]  # likewise
     """`nn.GRU` on batches of padded sequences."""
 
-    def state_shapes(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
-        return (self.get_expected_hidden_size(x, None),)
+    def state_shapes(self, x: Tensor, sizes: Tensor | None = None) -> tuple[tuple[int, ...], ...]:
+        return (self.get_expected_hidden_size(x, sizes),)
+
+
+@register(nn.RNN)
+class SelfTuningRNN(_RNNStep, _Layers, nn.RNN):  # type: ignore[misc]  # likewise
+    """`nn.RNN` on batches of sequences."""
+
+    def state_shapes(self, x: Tensor, sizes: Tensor | None = None) -> tuple[tuple[int, ...], ...]:
+        return (self.get_expected_hidden_size(x, sizes),)
 
 
 class _Cell(_Recurrence):
@@ -186,3 +237,8 @@ class SelfTuningLSTMCell(_LSTMStep, _Cell, nn.LSTMCell):
 @register(nn.GRUCell)
 class SelfTuningGRUCell(_GRUStep, _Cell, nn.GRUCell):
     """`nn.GRUCell` on batches."""
+
+
+@register(nn.RNNCell)
+class SelfTuningRNNCell(_RNNStep, _Cell, nn.RNNCell):
+    """`nn.RNNCell` on batches."""

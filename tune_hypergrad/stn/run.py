@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite, isnan, log
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.curves import split_group
 from tune_hypergrad.errors import InputError, did_you_mean
@@ -27,7 +31,12 @@ from tune_hypergrad.stn.convert import SelfTuningNetwork, responding_layers, sel
 from tune_hypergrad.stn.hyperparameters import TunedHyperparameter, TunedHyperparameters
 from tune_hypergrad.stn.steps import VARIANTS, response_inputs, training_gradients, validation_gradients
 from tune_hypergrad.stn.uses import used_elsewhere
-from tune_hypergrad.stn.verification import refuse_gradients_lost, refuse_inexact_linearisation, refuse_unlike_reported
+from tune_hypergrad.stn.verification import (
+    refuse_gradients_lost,
+    refuse_inexact_linearisation,
+    refuse_unlike_reported,
+    why_one_for_all,
+)
 
 # What a draw is for, beside the inner loop's streams.
 _TRAINING_PERTURBATION, _VALIDATION_PERTURBATION = range(100, 102)
@@ -135,6 +144,21 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
         )
 
 
+@contextmanager
+def unlike_batches(loop: InnerLoop) -> Iterator[int]:
+    """For the body, training batches are as large as nothing else in model and data, so that no other dimension passes
+    for the examples; as large as ever where there is no such size. Enter `loop.running()` around it."""
+    shapes = [leaf.shape[1:] for leaf in tree_leaves(loop.batch(0)) if isinstance(leaf, Tensor)]
+    taken = {size for shape in (*shapes, *(p.shape for p in loop.model.parameters())) for size in shape}
+    sizes = range(3, len(loop.split("train")) + 1, 2)
+    before = loop.problem
+    loop.problem = before.replace(batch_size=next((size for size in sizes if size not in taken), before.batch_size))
+    try:
+        yield loop.problem.batch_size
+    finally:
+        loop.problem = before
+
+
 class SelfTuningRun:
     """One training run whose regularisation is tuned on the way.
 
@@ -143,7 +167,8 @@ class SelfTuningRun:
 
     Args:
         loop: what is trained; enter `loop.running()` around `advance` and `judge`.
-        tuned: what is tuned; one draw serves a minibatch where the problem knows no value for each example.
+        tuned: what is tuned; one draw serves a minibatch where the problem knows no value for each example, and where
+            a layer's input has not the examples along its first dimension (graphs, packed sequences, several views).
         settings: how.
 
     Raises:
@@ -159,6 +184,11 @@ class SelfTuningRun:
         options: dict[str, Any] = {"dtype": torch.promote_types(loop.dtype, torch.float32), "device": loop.device}
         self.tuned = TunedHyperparameters(tuned, initial=settings.initial, scale=settings.scale, **options)
         self.network = self_tuning(loop.model, len(self.tuned), self._used_elsewhere())
+        self.why_one_for_all = None if self.tuned.one_for_all else self._why_one_for_all()
+        """Why one perturbation serves all examples of a batch though nobody has said so: one line, or None."""
+        if self.why_one_for_all is not None:
+            tuned = [replace(each, per_example=False) for each in tuned]
+            self.tuned = TunedHyperparameters(tuned, initial=settings.initial, scale=settings.scale, **options)
         self._general = self.network.general_parameters()
         self._responses = self.network.response_parameters()
         self._weights = [_as_views(self._general.values()), _as_views(self._responses.values())]
@@ -181,24 +211,33 @@ class SelfTuningRun:
             InputError: what is reported would not be what is trained, or a derivative not that of what is trained.
         """
         batch, problem = self.loop.batch(0), self.loop.problem
-        inputs = torch.randn(
-            problem.batch_length(0), len(self.tuned), dtype=self.network.dtype, device=self.loop.device
-        )
-
-        def predict(model: nn.Module) -> Any:
-            inner = model.model if isinstance(model, SelfTuningNetwork) else model
-            return problem.predict(inner, copy.deepcopy(batch))  # a model may write to its inputs
+        inputs = self.tuned.of_layers(self._random_inputs())
+        predict = partial(self._predict, batch)
 
         def predict_and_judge(model: nn.Module) -> Any:
             output = predict(model)
             return output, as_mean(problem.loss(output, problem.target(batch)))
 
-        refuse_unlike_reported(self.network, self.loop.model, predict_and_judge, inputs[0])
+        of_one = inputs.reshape(-1, len(self.tuned))[0]
+        refuse_unlike_reported(self.network, self.loop.model, predict_and_judge, of_one)
         refuse_gradients_lost(self.network, predict_and_judge, inputs)
         if self.variant.linearised:
             refuse_inexact_linearisation(self.network.train(), predict, inputs)
         if self.settings.linearised_validation:
             refuse_inexact_linearisation(self.network.eval(), predict, inputs)
+
+    def _random_inputs(self) -> Tensor:
+        shape = self.loop.problem.batch_length(0), len(self.tuned)
+        return torch.randn(shape, dtype=self.network.dtype, device=self.loop.device)
+
+    def _predict(self, batch: Batch, model: nn.Module) -> Any:
+        inner = model.model if isinstance(model, SelfTuningNetwork) else model
+        return self.loop.problem.predict(inner, copy.deepcopy(batch))  # a model may write to its inputs
+
+    def _why_one_for_all(self) -> str | None:
+        with self.loop.running(), unlike_batches(self.loop):
+            predict = partial(self._predict, self.loop.batch(0))
+            return why_one_for_all(self.network.train(), predict, self._random_inputs())
 
     @property
     def done(self) -> bool:
@@ -227,7 +266,9 @@ class SelfTuningRun:
     def advance(self, steps: int) -> None:
         """Take training steps, as many as are left at the most, and the validation steps that fall between them."""
         settings, first = self.settings, round(self.settings.warm_up * self.loop.problem.steps_per_epoch)
-        for _ in range(min(steps, self.loop.steps - self.position)):
+        upcoming = range(self.position, min(self.position + steps, self.loop.steps))
+        self.loop.expect(upcoming)
+        for _ in upcoming:
             self._train()
             since = self.position - first
             if since > 0 and since % settings.train_steps == 0:

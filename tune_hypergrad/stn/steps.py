@@ -95,7 +95,7 @@ def training_gradients(
     general, responses = network.general_parameters(), network.response_parameters()
     perturbations = perturbations.detach()
     with torch.no_grad():
-        inputs = response_inputs(network, tuned, variant, perturbations)
+        inputs = response_inputs(network, tuned, variant, tuned.of_layers(perturbations))
         shared = response_inputs(network, tuned, variant, tuned.shared(perturbations))
         perturbed = {**(fixed or {}), **tuned.values(perturbations)}
         current = {**(fixed or {}), **tuned.values()}
@@ -146,7 +146,7 @@ def validation_gradients(
     Raises:
         InputError: the loss does not depend on the hyperparameters, or takes a loss in a linearised prediction's place.
     """
-    inputs = response_inputs(network, tuned, variant, perturbations)
+    inputs = response_inputs(network, tuned, variant, tuned.of_layers(perturbations))
     perturbed = linearising(network, inputs) if linearised else network.perturbation.set_to(inputs)
     with kept_buffers(network.model), perturbed:
         value = _loss(network.perturbation, lambda output: loss(output, target(batch)), forward(network.model, batch))

@@ -18,7 +18,7 @@ from tune_hypergrad.randomness import seed_everything
 from tune_hypergrad.stn.backward import gradients
 from tune_hypergrad.stn.buffers import kept_buffers
 from tune_hypergrad.stn.convert import SelfTuningNetwork
-from tune_hypergrad.stn.layers import SelfTuningLayer
+from tune_hypergrad.stn.layers import NoExamplesError, SelfTuningLayer
 from tune_hypergrad.stn.steps import OTHER_VARIANTS, linearising, no_forward_mode
 
 Evaluate = Callable[[nn.Module], Any]
@@ -26,6 +26,26 @@ Evaluate = Callable[[nn.Module], Any]
 
 _DEVIATION = 0.1
 """Of the responses' random parameters: weights keep their order of magnitude."""
+
+
+def why_one_for_all(network: SelfTuningNetwork, evaluate: Evaluate, inputs: Tensor) -> str | None:
+    """Why a network cannot respond to a perturbation of each example: one line, or None.
+
+    It is tried out in its mode, from seeds of the global generators.
+
+    Args:
+        network: the converted model.
+        evaluate: gives the prediction.
+        inputs: what responses are linear in, shape [examples, n].
+    """
+    try:
+        with kept_buffers(network.model), network.perturbation.set_to(inputs):
+            _outputs(evaluate, network)
+    except NoExamplesError as error:
+        return str(error)
+    except Exception:  # whatever else is wrong is for the run to say, or for `refuse_...`
+        return None
+    return None
 
 
 def refuse_unlike_reported(network: SelfTuningNetwork, plain: nn.Module, evaluate: Evaluate, inputs: Tensor) -> None:
@@ -71,7 +91,7 @@ def refuse_gradients_lost(network: SelfTuningNetwork, evaluate: Evaluate, inputs
     Args:
         network: the converted model.
         evaluate: gives the prediction.
-        inputs: what responses are linear in, shape [examples, n].
+        inputs: what responses are linear in, shape [examples, n] or [n].
 
     Raises:
         InputError: names the layers whose gradients are lost.
@@ -106,7 +126,7 @@ def refuse_inexact_linearisation(network: SelfTuningNetwork, evaluate: Evaluate,
     Args:
         network: the converted model.
         evaluate: gives the prediction.
-        inputs: what responses are linear in, shape [examples, n].
+        inputs: what responses are linear in, shape [examples, n] or [n].
 
     Raises:
         InputError: names the layers whose responses are lost or doubled, or have no forward-mode derivative.

@@ -199,7 +199,8 @@ class ProblemTrainable(tune.Trainable):
                 "the trial was granted a GPU, but this torch cannot use one: install a CUDA build of torch"
             )
         self.device = "cuda" if gpus else None
-        self._problem = problem.get() if isinstance(problem, Stored) else problem
+        whole = problem.get() if isinstance(problem, Stored) else problem
+        self._problem = whole.with_workers_up_to(max(1, int(cpus)))
         self._settings = settings
         self.reset_config(config)
 

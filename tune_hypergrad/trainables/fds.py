@@ -183,7 +183,7 @@ class FDS(ProblemTrainable):
         return self._round[min(len(self._outcomes), len(self._round) - 1)]
 
     def work(self) -> dict[str, Any]:
-        with self.loop.running():
+        with self.loop.running(plain=self.run.plain):
             if not self._untrained:
                 self._begin_search()
             self.run = self.settings.advance(self.run, -(-self.run.length // self.settings.reports))

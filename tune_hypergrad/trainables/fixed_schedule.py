@@ -54,8 +54,10 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
 
     def work(self) -> dict[str, Any]:
         loop = self.loop
-        with loop.running():
-            for step in range(self._step, min(self._step + self._chunk, self.end)):
+        with loop.running(plain=True):
+            steps = range(self._step, min(self._step + self._chunk, self.end))
+            loop.expect(steps)
+            for step in steps:
                 self._state = loop.step(self._state, loop.scalars(self._hyperparameters, step), step)
                 self._step += 1
                 self._spent += loop.step_cost()

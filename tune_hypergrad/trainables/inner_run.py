@@ -152,7 +152,7 @@ class InnerRun(ProblemTrainable):
 
     def work(self) -> dict[str, Any]:
         loop, run = self.loop, self.run
-        with loop.running():
+        with loop.running(plain=run.plain):
             if not self._untrained:
                 self._untrained = self._evaluate_untrained()
             run = self.run = self.settings.advance(run, -(-run.length // self.settings.reports))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError, in_one_line
@@ -18,7 +18,7 @@ from tune_hypergrad.hypergradients.verification import check_training
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.stn.hyperparameters import tuned_hyperparameters
-from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
+from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings, unlike_batches
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
 
 _logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
     reports: int | None = None  # type: ignore[assignment]
     """Results in the training run; None is one for every epoch."""
     per_minibatch: tuple[str, ...] = ()
-    """Hyperparameters of which one draw serves a minibatch; the rest have one for every example where that works."""
+    """Hyperparameters of which one draw serves a minibatch; the rest have one for every example where that works. All
+    of them: the weights respond once for the whole batch, whatever its layers' first dimensions are."""
     patience: int | None = None
     """The run ends after so many results in a row without a lower validation loss; None goes on."""
 
@@ -101,6 +102,8 @@ class DeltaSTN(ProblemTrainable):
         without = run.network.without_rule
         if without:
             _logger.warning("these modules' weights do not respond to hyperparameters: %s", ", ".join(without))
+        if run.why_one_for_all is not None:
+            _logger.warning("one perturbation serves a whole minibatch: %s", run.why_one_for_all)
         first = round(settings.warm_up * problem.steps_per_epoch) + settings.train_steps
         if settings.val_steps and first > settings.steps:
             said = "a run of %d steps, whose first validation step is after %d, tunes nothing: lower warm_up"
@@ -164,18 +167,10 @@ class DeltaSTN(ProblemTrainable):
 def _try_out(run: SelfTuningRun) -> None:
     """Verify the network, and take a training and a validation step, of a run that has no further use.
 
-    The batch is as large as nothing else in model and data, so that no other dimension passes for the examples.
-
     Raises:
         InputError: a step fails.
     """
-    loop = run.loop
-    with loop.running():
-        shapes = [leaf.shape[1:] for leaf in tree_leaves(loop.batch(0)) if isinstance(leaf, torch.Tensor)]
-        taken = {size for shape in (*shapes, *(p.shape for p in loop.model.parameters())) for size in shape}
-        sizes = range(3, len(loop.split("train")) + 1, 2)
-        size = next((size for size in sizes if size not in taken), loop.problem.batch_size)
-        loop.problem = loop.problem.replace(batch_size=size)
+    with run.loop.running(), unlike_batches(run.loop) as size:
         try:
             run.verify()
             run.advance(1)
