@@ -258,7 +258,13 @@ def block_diagonal(graphs):
     sizes = torch.tensor([len(x) for x in features])
     graph = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     adjacency = torch.block_diag(*adjacencies)
-    return {"x": torch.cat(features), "adjacency": adjacency, "graph": graph, "count": len(sizes), "y": torch.stack(labels)}
+    return {
+        "x": torch.cat(features),
+        "adjacency": adjacency,
+        "graph": graph,
+        "count": len(sizes),
+        "y": torch.stack(labels),
+    }
 
 
 def graphs() -> Problem:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -275,8 +276,8 @@ class Schedule:
         figure.align_ylabels(panels)
         return figure
 
-    def apply(self, optimizer: Optimizer, step: int, total_steps: int) -> dict[str, float]:
-        """Set the values of an inner step in every param group of a `torch.optim` optimizer.
+    def apply(self, optimizer: Optimizer, step: int, total_steps: int, *, group: str | None = None) -> dict[str, float]:
+        """Set the values of an inner step in the param groups of a `torch.optim` optimizer.
 
         Names are those of the param groups (`lr`, `momentum`, `dampening`, `weight_decay`, `eps`, `alpha`); `beta1` and
         `beta2` are the two elements of `betas`. Call it before `optimizer.step()`.
@@ -285,18 +286,22 @@ class Schedule:
             optimizer: any `torch.optim` optimizer, fresh or at this step of its training.
             step: from 0 to `total_steps` - 1.
             total_steps: inner steps of the whole training run.
+            group: the `name` of the only param group to set, or its number as a string; None sets all.
 
         Returns:
             The values that the optimizer has no place for, such as `label_smoothing`: they belong to your own loss.
 
         Raises:
-            InputError: `step` or `total_steps` is out of range.
+            InputError: `step` or `total_steps` is out of range, or there is no such group.
         """
         values = self.at_step(step, total_steps)
-        mine = {name for name in values if all(_has(group, name) for group in optimizer.param_groups)}
-        for group in optimizer.param_groups:
+        groups = [own for name, own in named_groups(optimizer).items() if group in (None, name)]
+        if not groups:
+            raise InputError(f"the optimizer has no param group {group!r}: it has {', '.join(named_groups(optimizer))}")
+        mine = {name for name in values if all(_has(own, name) for own in groups)}
+        for own in groups:
             for name in mine:
-                _assign(group, name, self._on_optimizer(name, values[name]))
+                _assign(own, name, self._on_optimizer(name, values[name]))
         return {name: value for name, value in values.items() if name not in mine}
 
     def scheduler(self, optimizer: Optimizer, total_steps: int) -> ScheduleLR:
@@ -318,6 +323,21 @@ class Schedule:
         if name == "momentum" and value == 0 and any(self.windows(name)):
             return sys.float_info.min
         return value
+
+
+def named_groups(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """An optimizer's param groups by their `name`, or by their number as a string."""
+    return {str(group.get("name", number)): group for number, group in enumerate(optimizer.param_groups)}
+
+
+def stretched(values: Sequence[float], windows: int) -> tuple[float, ...]:
+    """A schedule's values in another number of windows: of each, the mean over its part of the training run."""
+    if len(values) == windows:
+        return tuple(values)
+    integral = np.concatenate([[0.0], np.cumsum(values) / len(values)])
+    at = np.interp(np.linspace(0, 1, windows + 1), np.linspace(0, 1, len(values) + 1), integral)
+    means = np.clip(np.diff(at) * windows, min(values), max(values))  # rounding must not leave the range
+    return tuple(map(float, means))
 
 
 class ScheduleLR(LRScheduler):
