@@ -43,7 +43,7 @@ class Split:
     """
 
     def __init__(self, source: Source, name: str, collate_fn: Callable[[list[Any]], Batch] | None = None) -> None:
-        if type(source) is TensorDataset:  # a subclass may do more than hand its tensors out
+        if type(source) is TensorDataset and collate_fn is None:  # a subclass may do more than hand its tensors out
             source = source.tensors
         self.name = name
         self.collate_fn = collate_fn

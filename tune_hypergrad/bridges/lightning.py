@@ -25,6 +25,7 @@ from tune_hypergrad.bridges.lightning_steps import (
     VALIDATION,
     Inside,
     Logged,
+    NoTrainer,
     Outside,
     attempt,
     find_network,
@@ -32,7 +33,7 @@ from tune_hypergrad.bridges.lightning_steps import (
 )
 from tune_hypergrad.bridges.optimizers import differing, engine_optimizer, parameter_groups
 from tune_hypergrad.bridges.replay import Schedules, replay
-from tune_hypergrad.data import Split
+from tune_hypergrad.data import cast_batch
 from tune_hypergrad.defaults import TrainingDefaults
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import get_optimizer
@@ -63,13 +64,16 @@ def problem_from_lightning(
         seed_everything(0)
         loaders = _loaders(datamodule)
         steps = _steps(trainer, loaders["train"])
-        make = _Factory(module, arguments, {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps, **steps})
+        known = NoTrainer({"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps, **steps})
+        make = _Factory(module, arguments, known)
         own = make()
         _refuse_module(own)
-        batches = {TRAINING: _first_batch(loaders["train"]), VALIDATION: _first_batch(loaders["val"])}
-        network = find_network(own, batches, val_loss)
-        step = Inside(val_loss) if network is None else Outside(own, network, val_loss)
-        logged = run_step(own.eval(), VALIDATION, batches[VALIDATION], measuring=True).numbers()
+        like = next(own.parameters())
+        batches = {TRAINING: _first_batch(loaders["train"], like), VALIDATION: _first_batch(loaders["val"], like)}
+        validated = run_step(own.eval(), known, VALIDATION, batches[VALIDATION], measuring=True)
+        validated.loss(val_loss)  # there is one
+        network = find_network(own, known, batches, val_loss)
+        step = Inside(known, val_loss) if network is None else Outside(own, known, network, val_loss)
         problem = Problem(
             model=make,
             train=loaders["train"],
@@ -79,7 +83,7 @@ def problem_from_lightning(
             target=_whole,
             loss=step.val_loss_of,
             train_loss=step.train_loss_of,
-            metrics={name.removeprefix("val_"): Logged(step, name) for name in logged if name != val_loss},
+            metrics={name.removeprefix("val_"): Logged(step, name) for name in validated.numbers() if name != val_loss},
             eval_batch_size=loaders["val"].batch_size or 1,
             name=type(own).__name__,
         )
@@ -115,49 +119,19 @@ class ScheduleCallback(lightning.Callback):  # type: ignore[misc]
         replay(self.schedule, trainer.optimizers, trainer.global_step, int(total))
 
 
-class _NoTrainer:
-    """In a trainer's place: knows what is the same in every step, and refuses the rest."""
-
-    def __init__(self, known: Mapping[str, Any]) -> None:
-        self.known = {
-            **{"logger": None, "loggers": [], "global_rank": 0, "local_rank": 0, "world_size": 1, "barebones": False},
-            **{"is_global_zero": True, "sanity_checking": False, "accumulate_grad_batches": 1, "testing": False},
-            **known,
-        }
-        self.stage = TRAINING
-
-    @property
-    def training(self) -> bool:
-        return self.stage == TRAINING
-
-    @property
-    def validating(self) -> bool:
-        return self.stage == VALIDATION
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "known":
-            raise AttributeError(name)
-        if name in self.known:
-            return self.known[name]
-        raise InputError(
-            f"the module reads the trainer's {name}, but a training step is a function of weights, hyperparameters and "
-            "batch: compute it without, or let a hyperparameter's schedule say what changes over training"
-        )
-
-
 @dataclass(frozen=True)
 class _Factory:
     """Makes a fresh module; its arguments that no optimizer has are hyperparameters for black-box methods."""
 
     module: Callable[..., lightning.LightningModule]
     arguments: Mapping[str, Any]
-    known: Mapping[str, Any]
+    trainer: NoTrainer
 
     def __call__(self, **changes: Any) -> lightning.LightningModule:
         made = self.module(**{**self.arguments, **changes})
         if not isinstance(made, lightning.LightningModule):
             raise InputError(f"module made a {type(made).__name__}: give a function that makes a LightningModule")
-        made.trainer = _NoTrainer(self.known)
+        made.trainer = self.trainer
         made.setup("fit")
         made.configure_model()
         return made
@@ -191,9 +165,9 @@ def _loaders(datamodule: lightning.LightningDataModule) -> dict[str, DataLoader[
     return loaders
 
 
-def _first_batch(loader: DataLoader[Any]) -> Any:
-    problem_batch = Split(loader.dataset, "train", loader.collate_fn).batch
-    return problem_batch(slice(0, min(loader.batch_size or 1, len(loader.dataset))))  # type: ignore[arg-type]
+def _first_batch(loader: DataLoader[Any], like: Tensor) -> Any:
+    batches = DataLoader(loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+    return cast_batch(next(iter(batches)), like.device, like.dtype)
 
 
 def _steps(trainer: lightning.Trainer, loader: DataLoader[Any]) -> dict[str, int]:
@@ -220,7 +194,7 @@ def _defaults(module: lightning.LightningModule, trainer: lightning.Trainer, pro
         every = int(configuration.get("frequency", 1))
         by_epoch = configuration.get("interval", "epoch") == "epoch"
         schedulers.append((scheduler, every * problem.steps_per_epoch if by_epoch else every))
-    name, steps = engine_optimizer(optimizer), module.trainer.estimated_stepping_batches
+    name, steps = engine_optimizer(optimizer), int(module.trainer.estimated_stepping_batches)
     groups = parameter_groups(optimizer, module, steps=steps, schedulers=schedulers)
     if different := differing(groups):
         left_out.append(

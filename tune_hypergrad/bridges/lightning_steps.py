@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,36 @@ from tune_hypergrad.figures import detached
 from tune_hypergrad.randomness import seed_everything
 
 TRAINING, VALIDATION = "training_step", "validation_step"
+
+
+class NoTrainer:
+    """In a trainer's place: knows what is the same in every step, and refuses the rest."""
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self.known = {
+            **{"logger": None, "loggers": [], "global_rank": 0, "local_rank": 0, "world_size": 1, "barebones": False},
+            **{"is_global_zero": True, "sanity_checking": False, "accumulate_grad_batches": 1, "testing": False},
+            **known,
+        }
+        self.stage = TRAINING
+
+    @property
+    def training(self) -> bool:
+        return self.stage == TRAINING
+
+    @property
+    def validating(self) -> bool:
+        return self.stage == VALIDATION
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "known":
+            raise AttributeError(name)
+        if name in self.known:
+            return self.known[name]
+        raise InputError(
+            f"the module reads the trainer's {name}, but a training step is a function of weights, hyperparameters and "
+            "batch: compute it without, or let a hyperparameter's schedule say what changes over training"
+        )
 
 
 @dataclass
@@ -54,13 +84,14 @@ class Step:
     def numbers(self) -> dict[str, Tensor]:
         """What was logged, of metric objects their values."""
         values = {name: v.compute() if isinstance(v, Metric) else v for name, v in self.logged.items()}
-        return {name: torch.as_tensor(v).detach() for name, v in values.items()}
+        return {name: torch.as_tensor(v) for name, v in values.items()}
 
 
-def run_step(module: lightning.LightningModule, stage: str, batch: Any, *, measuring: bool) -> Step:
+def run_step(module: lightning.LightningModule, trainer: NoTrainer, stage: str, batch: Any, *, measuring: bool) -> Step:
     """One step of a module.
 
     Args:
+        trainer: what the module sees as its trainer; copies of modules forget theirs.
         stage: "training_step" or "validation_step", with the hooks around its epoch.
         measuring: whether metric objects measure, without derivatives; else they are not called.
     """
@@ -72,8 +103,13 @@ def run_step(module: lightning.LightningModule, stage: str, batch: Any, *, measu
     def log_dict(values: Mapping[str, Any], *_: Any, **__: Any) -> None:
         step.logged.update(values)
 
-    module.trainer.stage = stage
-    with _replaced(module, {"log": log, "log_dict": log_dict}), _metrics_watched(module, step.given, measuring):
+    trainer.stage = stage
+    with ExitStack() as stack:
+        for part in module.modules():
+            if isinstance(part, lightning.LightningModule):
+                stack.enter_context(_replaced(part, {"log": log, "log_dict": log_dict, "_trainer": trainer}))
+            elif isinstance(part, Metric):
+                stack.enter_context(_watched(part, step.given, measuring))
         if stage == VALIDATION:
             module.on_validation_epoch_start()
         step.returned = getattr(module, stage)(*(batch, 1)[: _takes(module, stage)])
@@ -101,13 +137,8 @@ def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _metrics_watched(module: nn.Module, given: dict[int, Any], measuring: bool) -> Iterator[None]:
-    """For the body, metric objects note what they are given, and measure that or nothing."""
-    metrics = [each for each in module.modules() if isinstance(each, Metric)]
-    if not metrics:
-        yield
-        return
-    metric, *rest = metrics
+def _watched(metric: Metric, given: dict[int, Any], measuring: bool) -> Iterator[None]:
+    """For the body, a metric object notes what it is given, and measures that or nothing."""
     update = metric.update
     if measuring:
         metric.reset()
@@ -116,26 +147,28 @@ def _metrics_watched(module: nn.Module, given: dict[int, Any], measuring: bool) 
         given[id(metric)] = arguments
         if measuring:
             update(*detached(arguments), **detached(named))
-        return torch.tensor(torch.nan)
+        return _no_number()
 
-    with (
-        _replaced(metric, {"forward": watched, "update": watched}),
-        _metrics_watched(nn.ModuleList(rest), given, measuring),
-    ):
+    silent = {} if measuring else {"compute": _no_number}
+    with _replaced(metric, {"forward": watched, "update": watched, **silent}):
         yield
+
+
+def _no_number() -> Tensor:
+    return torch.tensor(torch.nan)
 
 
 class Inside:
     """Steps whose loss is made inside the network: the output is the loss and what was logged."""
 
-    def __init__(self, val_loss: str) -> None:
-        self._val_loss = val_loss
+    def __init__(self, trainer: NoTrainer, val_loss: str) -> None:
+        self._trainer, self._val_loss = trainer, val_loss
 
     def predict(self, model: nn.Module, batch: Any) -> dict[str, Any]:
         """The loss of a batch, and the numbers that are logged of a validation batch."""
         if model.training:
-            return {"loss": run_step(model, TRAINING, batch, measuring=False).loss(None)}
-        step = run_step(model, VALIDATION, batch, measuring=True)
+            return {"loss": run_step(model, self._trainer, TRAINING, batch, measuring=False).loss(None)}
+        step = run_step(model, self._trainer, VALIDATION, batch, measuring=True)
         return {"loss": step.loss(self._val_loss), "logged": step.numbers()}
 
     def train_loss_of(self, output: Any, batch: Any) -> Tensor:
@@ -145,8 +178,8 @@ class Inside:
     val_loss_of = train_loss_of
 
     def logged(self, output: Any, batch: Any, name: str) -> Any:
-        """What a validation step logs."""
-        return output["logged"][name]
+        """What a validation step logs; NaN for the output of a training step."""
+        return output["logged"][name] if "logged" in output else torch.tensor(torch.nan)
 
 
 class Outside:
@@ -156,12 +189,13 @@ class Outside:
 
     Args:
         module: what is trained.
+        trainer: what it sees as its trainer.
         network: the name of its part that is called, "" for the module's own `forward`.
         val_loss: what the validation loss is logged as.
     """
 
-    def __init__(self, module: lightning.LightningModule, network: str, val_loss: str) -> None:
-        self._network, self._val_loss = network, val_loss
+    def __init__(self, module: lightning.LightningModule, trainer: NoTrainer, network: str, val_loss: str) -> None:
+        self._trainer, self._network, self._val_loss = trainer, network, val_loss
         self._template = copy.deepcopy(module)
         place = _Place()
         if network:
@@ -213,7 +247,7 @@ class Outside:
         template.train(stage == TRAINING)
         place.output = output
         try:
-            return run_step(template, stage, batch, measuring=measuring)
+            return run_step(template, self._trainer, stage, batch, measuring=measuring)
         finally:
             place.output = None
 
@@ -260,15 +294,17 @@ class Logged:
         return self.step.logged(output, batch, self.name)
 
 
-def find_network(module: lightning.LightningModule, batches: Mapping[str, Any], val_loss: str) -> str | None:
+def find_network(
+    module: lightning.LightningModule, trainer: NoTrainer, batches: Mapping[str, Any], val_loss: str
+) -> str | None:
     """The part that both steps call once, if that is all by which their losses depend on weights; else None."""
-    found = {_only_call(module, stage, batch) for stage, batch in batches.items()}
+    found = {_only_call(module, trainer, stage, batch) for stage, batch in batches.items()}
     (network,) = found if len(found) == 1 else (None,)
     if network is None:
         return None
     try:
-        split = Outside(module, network, val_loss)
-        same = all(_agree(module, split, stage, batch, val_loss) for stage, batch in batches.items())
+        split = Outside(module, trainer, network, val_loss)
+        same = all(_agree(module, trainer, split, stage, batch, val_loss) for stage, batch in batches.items())
     except InputError:
         raise
     except Exception:  # the rest of the step needs the network, or has parameters
@@ -276,7 +312,7 @@ def find_network(module: lightning.LightningModule, batches: Mapping[str, Any], 
     return network if same else None
 
 
-def _only_call(module: lightning.LightningModule, stage: str, batch: Any) -> str | None:
+def _only_call(module: lightning.LightningModule, trainer: NoTrainer, stage: str, batch: Any) -> str | None:
     """The only outermost call of a part with parameters in a step that draws random numbers nowhere else."""
     calls: list[str] = []
     depth = 0
@@ -306,7 +342,7 @@ def _only_call(module: lightning.LightningModule, stage: str, batch: Any) -> str
     module.train(stage == TRAINING)
     draws.append(torch.get_rng_state())
     try:
-        attempt(stage, lambda: run_step(module, stage, batch, measuring=False))
+        attempt(stage, lambda: run_step(module, trainer, stage, batch, measuring=False))
     finally:
         for handle in handles:
             handle.remove()
@@ -316,13 +352,15 @@ def _only_call(module: lightning.LightningModule, stage: str, batch: Any) -> str
     return calls[0]
 
 
-def _agree(module: lightning.LightningModule, split: Outside, stage: str, batch: Any, val_loss: str) -> bool:
+def _agree(
+    module: lightning.LightningModule, trainer: NoTrainer, split: Outside, stage: str, batch: Any, val_loss: str
+) -> bool:
     """Whether the loss of a step and its gradient are the same by the network's output."""
     module.train(stage == TRAINING)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def whole() -> Tensor:
-        return run_step(module, stage, batch, measuring=False).loss(None if stage == TRAINING else val_loss)  # type: ignore[no-any-return]
+        return run_step(module, trainer, stage, batch, measuring=False).loss(None if stage == TRAINING else val_loss)  # type: ignore[no-any-return]
 
     def in_parts() -> Tensor:
         output = split.predict(module, batch)
