@@ -192,6 +192,19 @@ def vae() -> Problem:
     return Problem(VAE, train, val, loss=evidence, batch_size=8)
 
 
+class Rows(Dataset):
+    """Rows of numbers, and which of the first three is largest."""
+
+    def __init__(self, examples: int) -> None:
+        self.x = torch.randn(examples, 6, generator=draws(examples))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.x[index], int(self.x[index, :3].argmax())
+
+
 class MultiTask(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -344,6 +357,47 @@ def simclr() -> Problem:
     return Problem(TwoViews, Views(32), Views(16), loss=nt_xent, batch_size=8)
 
 
+def from_lightning() -> Problem:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 3))
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            output = self.model(batch[0])
+            self.log("val_loss", F.cross_entropy(output, batch[1]))
+            self.log("val_accuracy", accuracy(output, batch[1]), prog_bar=True)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    class Data(lightning.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(Rows(32), batch_size=8, shuffle=True)
+
+        def val_dataloader(self):
+            return DataLoader(Rows(16), batch_size=8)
+
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False)
+    return Problem.from_lightning(Module, Data(), trainer=trainer)
+
+
+def from_transformers() -> Problem:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    def metrics(prediction):
+        return {"accuracy": (prediction.predictions.argmax(1) == prediction.label_ids).mean()}
+
+    args = transformers.TrainingArguments(output_dir="unused", use_cpu=True, max_grad_norm=0.0, report_to=[])
+    return Problem.from_transformers(tiny_bert, args, Texts(32, 0), Texts(16, 1), compute_metrics=metrics)
+
+
 KINDS: tuple[Callable[[], Problem], ...] = (
     bert,
     gpt2,
@@ -356,4 +410,6 @@ KINDS: tuple[Callable[[], Problem], ...] = (
     graphs,
     transductive_gcn,
     simclr,
+    from_lightning,
+    from_transformers,
 )

@@ -1,14 +1,29 @@
-"""A dozen kinds of training, each written the way its users write it: right hypergradients, and trials."""
+"""A dozen kinds of training, each written the way its users write it: right hypergradients, trials, comparisons."""
 
 import inspect
 
+import pipelines
 import pytest
 import torch
 from pipelines import KINDS
+from ray import tune
 
-from tune_hypergrad import InnerRun, check_problem
+from tune_hypergrad import DeltaSTN, InnerRun, InputError, check_problem, compare, hypergradient, schedule
+from tune_hypergrad.comparison import Retraining
+from tune_hypergrad.regularisers import WeightDecay
 
 WITHOUT_FORWARD_MODE = {"packed_sequences": "_pack_padded_sequence"}
+WITHOUT_DELTA_STN = {
+    "bert": "gives a loss itself",
+    "gpt2": "DynamicCache",
+    "nano_gpt": "takes its batch",
+    "packed_sequences": "PackedSequence",
+    "graphs": "takes its batch",
+    "transductive_gcn": "takes its batch",
+    "from_transformers": "gives a loss itself",
+}
+"""Kinds of which no self-tuning network can be made, and what the refusal says."""
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:TF32 acceleration")
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -27,18 +42,58 @@ def test_hypergradients_are_right(kind):
     assert not missing or missing in found.refusals["forward"]
 
 
-def test_a_trial_learns(kind):
+def test_a_trial_gives_what_the_engine_gives(kind):
     problem = kind()
-    optimizer, lr = ("sgd", 0.05)
-    config = {"lr": {"0": lr, "1": lr / 2}, "reject_above": float("inf")}
-    trial = InnerRun.from_problem(problem, steps=6, optimizer=optimizer, check=False)(config=config)
+    lr = torch.tensor([0.05, 0.025])
+    expected = hypergradient(problem, {"lr": lr}, steps=4, check=False)
+    config = {"lr": {"0": 0.05, "1": 0.025}}
+    trial = InnerRun.from_problem(problem, steps=4, check=False)(config=config)
     result = trial.train()
     while not result["done"]:
         result = trial.train()
-    values = [value for name, value in result.items() if name.startswith("hypergradient/lr")]
-    assert len(values) == 2 and all(torch.isfinite(torch.tensor(values)))
-    assert torch.isfinite(torch.tensor(result["val_loss"])) and result["run/step"] == 6
+    assert result["val_loss"] == pytest.approx(expected.val_loss, rel=1e-5)
+    assert all(f"val_{name}" in result for name in problem.metrics)
+    for window, derivative in enumerate(expected.hypergradients["lr"].tolist()):
+        assert derivative != 0
+        assert result[f"hypergradient/lr/{window}"] == pytest.approx(derivative, rel=1e-3)
+
+
+def test_a_self_tuning_network_is_made_or_refused_in_one_line(kind):
+    problem = kind().replace(regularisers=[WeightDecay("l2")])
+    settings = {"space": {"l2": tune.loguniform(1e-5, 1e-1)}, "steps": 60, "warm_up": 1}
+    words = WITHOUT_DELTA_STN.get(kind.__name__)
+    if words is None:
+        DeltaSTN.from_problem(problem, **settings)
+        return
+    with pytest.raises(InputError, match=words) as caught:
+        DeltaSTN.from_problem(problem, **settings)
+    assert "\n" not in str(caught.value)
 
 
 def test_each_is_written_in_thirty_lines():
     assert all(len(inspect.getsource(kind).splitlines()) <= 30 for kind in KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "resnet", "recommender"])
+def test_they_are_compared_by_gradients_and_by_black_boxes(name, ray_session, tmp_path):
+    methods = [
+        method for method in ("fds", "delta-stn", "bohb") if method != "delta-stn" or name not in WITHOUT_DELTA_STN
+    ]
+    comparison = compare(
+        getattr(pipelines, name)().replace(regularisers=[WeightDecay("l2")]),
+        methods,
+        budget="24e",
+        epochs=3,
+        space={"lr": schedule(tune.loguniform(1e-3, 1), 2), "l2": tune.loguniform(1e-5, 1e-1)},
+        out=tmp_path / "out",
+        retraining=Retraining(seeds=1),
+        progress="quiet",
+        max_failures=0,
+    )
+    assert comparison.methods == methods
+    assert set(comparison.results["method"]) == set(methods)
+    for method in methods:
+        own = comparison.results[comparison.results["method"] == method]
+        assert own["val_loss"].dropna().map(float).min() < float("inf")
+        assert comparison.schedule(method).values

@@ -355,7 +355,7 @@ def _only_call(module: lightning.LightningModule, trainer: NoTrainer, stage: str
 def _agree(
     module: lightning.LightningModule, trainer: NoTrainer, split: Outside, stage: str, batch: Any, val_loss: str
 ) -> bool:
-    """Whether the loss of a step and its gradient are the same by the network's output."""
+    """Whether the loss of a step, its gradient and the buffers after it are the same by the network's output."""
     module.train(stage == TRAINING)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -373,7 +373,8 @@ def _agree(
         module.load_state_dict(buffers, strict=False)
         loss = loss_of()
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        results.append([loss, *(torch.zeros(()) if g is None else g for g in gradients)])
+        after = [buffer.clone() for buffer in module.buffers()]
+        results.append([loss, *(torch.zeros(()) if g is None else g for g in gradients), *after])
     module.load_state_dict(buffers, strict=False)
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*results, strict=True))
 

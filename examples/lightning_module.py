@@ -1,0 +1,61 @@
+"""A Lightning module tuned by FDS, and trained as tuned; needs `pip install 'tune_hypergrad[lightning]'`.
+
+python examples/lightning_module.py
+"""
+
+import lightning
+import torch
+import torch.nn.functional as F
+from ray import tune
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tune_hypergrad import FDS, Problem, Schedule, schedule
+from tune_hypergrad.bridges.lightning import ScheduleCallback
+
+OFF = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Digits(lightning.LightningDataModule):
+    def setup(self, stage: str) -> None:
+        images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+        self.digits = TensorDataset(images.float() / 16, labels)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*self.digits[:1400]), batch_size=70, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*self.digits[1400:]), batch_size=397)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.model(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def fit(*callbacks: lightning.Callback) -> lightning.Trainer:
+    torch.manual_seed(0)
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=4, callbacks=list(callbacks), **OFF)
+    trainer.fit(Module(), Digits())
+    return trainer
+
+
+if __name__ == "__main__":
+    trainer = fit()
+    problem = Problem.from_lightning(Module, Digits(), trainer=trainer)
+    space = {"lr": schedule(tune.loguniform(1e-3, 1), windows=4), "momentum": tune.uniform(0, 0.99)}
+    fds = FDS.from_problem(problem, space=space, outer_steps=8, **problem.defaults.trial_settings(space))
+    best = Schedule.from_scalars(tune.Tuner(fds).fit()[0].metrics, "best_schedule")
+    tuned = fit(ScheduleCallback(best)).callback_metrics["val_loss"]
+    print(f"validation loss by hand {trainer.callback_metrics['val_loss']:.3f}, tuned {tuned:.3f}; {best}")
