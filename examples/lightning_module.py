@@ -3,23 +3,23 @@
 python examples/lightning_module.py
 """
 
+import os
+
 import lightning
 import torch
-import torch.nn.functional as F
 from ray import tune
 from sklearn.datasets import load_digits
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tune_hypergrad import FDS, Problem, Schedule, schedule
 from tune_hypergrad.bridges.lightning import ScheduleCallback
 
-OFF = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+OFF = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
 class Digits(lightning.LightningDataModule):
     def setup(self, stage: str) -> None:
-        images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+        images, labels = map(torch.as_tensor, load_digits(return_X_y=True))
         self.digits = TensorDataset(images.float() / 16, labels)
 
     def train_dataloader(self) -> DataLoader:
@@ -30,15 +30,14 @@ class Digits(lightning.LightningDataModule):
 
 
 class Module(lightning.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
+    def configure_model(self) -> None:
+        self.model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 10))
 
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.model(batch[0]), batch[1])
+        return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", F.cross_entropy(self.model(batch[0]), batch[1]))
+        self.log("val_loss", torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1]))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
@@ -56,6 +55,7 @@ if __name__ == "__main__":
     problem = Problem.from_lightning(Module, Digits(), trainer=trainer)
     space = {"lr": schedule(tune.loguniform(1e-3, 1), windows=4), "momentum": tune.uniform(0, 0.99)}
     fds = FDS.from_problem(problem, space=space, outer_steps=8, **problem.defaults.trial_settings(space))
-    best = Schedule.from_scalars(tune.Tuner(fds).fit()[0].metrics, "best_schedule")
+    grid = tune.Tuner(fds, run_config=tune.RunConfig(storage_path=os.getcwd())).fit()
+    best = Schedule.from_scalars(grid[0].metrics, "best_schedule")
     tuned = fit(ScheduleCallback(best)).callback_metrics["val_loss"]
     print(f"validation loss by hand {trainer.callback_metrics['val_loss']:.3f}, tuned {tuned:.3f}; {best}")

@@ -3,6 +3,8 @@
 python examples/transformers_trainer.py
 """
 
+import os
+
 import torch
 from ray import tune
 from torch import Tensor
@@ -13,6 +15,7 @@ from tune_hypergrad import FDS, Problem, Schedule, schedule
 from tune_hypergrad.bridges.transformers import ScheduleCallback
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class Texts(Dataset):
@@ -29,11 +32,11 @@ class Texts(Dataset):
 
 
 def model_init() -> BertForSequenceClassification:
-    return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=12, **SIZES))
+    return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=12, **SIZES, **NO_DROPOUT))
 
 
 ARGS = TrainingArguments(
-    "trainer", num_train_epochs=4, per_device_train_batch_size=32, per_device_eval_batch_size=256, learning_rate=1e-3,
+    "trainer", num_train_epochs=4, per_device_train_batch_size=32, per_device_eval_batch_size=256, learning_rate=3e-3,
     max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
 )  # fmt: skip
 TRAIN, VAL = Texts(640, 0), Texts(256, 1)
@@ -50,5 +53,6 @@ if __name__ == "__main__":
     problem = Problem.from_transformers(model_init, ARGS, TRAIN, VAL)
     space = {"lr": schedule(tune.loguniform(1e-4, 0.03), windows=4), "beta1": tune.uniform(0, 0.99)}
     fds = FDS.from_problem(problem, space=space, outer_steps=8, **problem.defaults.trial_settings(space))
-    best = Schedule.from_scalars(tune.Tuner(fds).fit()[0].metrics, "best_schedule")
+    grid = tune.Tuner(fds, run_config=tune.RunConfig(storage_path=os.getcwd())).fit()
+    best = Schedule.from_scalars(grid[0].metrics, "best_schedule")
     print(f"validation loss by hand {by_hand:.3f}, tuned {fit(ScheduleCallback(best)):.3f}; {best}")
