@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from tune_hypergrad import FDS, Problem, Schedule, schedule
 from tune_hypergrad.bridges.lightning import ScheduleCallback
 
-OFF = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-
 
 class Digits(lightning.LightningDataModule):
     def setup(self, stage: str) -> None:
@@ -45,7 +43,7 @@ class Module(lightning.LightningModule):
 
 def fit(*callbacks: lightning.Callback) -> lightning.Trainer:
     torch.manual_seed(0)
-    trainer = lightning.Trainer(accelerator="cpu", max_epochs=4, callbacks=list(callbacks), **OFF)
+    trainer = lightning.Trainer(max_epochs=4, logger=False, enable_checkpointing=False, callbacks=list(callbacks))
     trainer.fit(Module(), Digits())
     return trainer
 
