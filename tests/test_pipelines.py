@@ -1,14 +1,16 @@
 """A dozen kinds of training, each written the way its users write it: right hypergradients, trials, comparisons."""
 
 import inspect
+import sys
 
 import pipelines
 import pytest
 import torch
 from pipelines import KINDS
 from ray import tune
+from torch.utils.data import DataLoader, TensorDataset
 
-from tune_hypergrad import DeltaSTN, InnerRun, InputError, check_problem, compare, hypergradient, schedule
+from tune_hypergrad import DeltaSTN, InnerRun, InputError, Problem, check_problem, compare, hypergradient, schedule
 from tune_hypergrad.comparison import Retraining
 from tune_hypergrad.regularisers import WeightDecay
 
@@ -72,6 +74,26 @@ def test_a_self_tuning_network_is_made_or_refused_in_one_line(kind):
 
 def test_each_is_written_in_thirty_lines():
     assert all(len(inspect.getsource(kind).splitlines()) <= 30 for kind in KINDS)
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch):
+    for library, take in [
+        ("transformers", lambda: Problem.from_transformers(pipelines.tiny_bert, None, None, None)),
+        ("lightning", lambda: Problem.from_lightning(pipelines.VAE, None, trainer=None)),
+    ]:
+        monkeypatch.setitem(sys.modules, library, None)
+        monkeypatch.delitem(sys.modules, f"tune_hypergrad.bridges.{library}", raising=False)
+        with pytest.raises(InputError, match=rf"pip install 'tune_hypergrad\[{library}\]'"):
+            take()
+
+
+def test_a_tensor_data_set_may_have_a_collate_function():
+    x = torch.randn(8, 3)
+    loader = DataLoader(
+        TensorDataset(x), batch_size=4, collate_fn=lambda items: {"x": torch.stack([i for (i,) in items])}
+    )
+    problem = Problem(torch.nn.Identity, train=loader, val=loader)
+    assert torch.equal(problem.val.batch(slice(2, 5))["x"], x[2:5])
 
 
 @pytest.mark.slow
