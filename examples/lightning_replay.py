@@ -4,7 +4,6 @@ python examples/lightning_replay.py [SCHEDULE.json]
 """
 
 import sys
-from typing import Any
 
 import lightning
 import torch
@@ -14,17 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from tune_hypergrad import Schedule
-
-
-class ReplaySchedule(lightning.Callback):
-    """Sets every scheduled hyperparameter of the optimizers at the start of each batch."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        for optimizer in trainer.optimizers:
-            self.schedule.apply(optimizer, trainer.global_step, int(trainer.estimated_stepping_batches))
+from tune_hypergrad.bridges.lightning import ScheduleCallback
 
 
 class Module(lightning.LightningModule):
@@ -53,7 +42,9 @@ if __name__ == "__main__":
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=32, shuffle=True)
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     module = Module()
-    lightning.Trainer(accelerator="cpu", max_epochs=5, callbacks=[ReplaySchedule(schedule)], **off).fit(module, loader)
+    lightning.Trainer(accelerator="cpu", max_epochs=5, callbacks=[ScheduleCallback(schedule)], **off).fit(
+        module, loader
+    )
     steps = [schedule.at_step(step, module.global_step) for step in range(module.global_step)]
     assert module.used == [(values.get("lr", 1.0), values.get("momentum", 0.5)) for values in steps]
     print(f"accuracy {(module.model(x).argmax(1) == x[:, :3].argmax(1)).float().mean():.2f}, lr {module.used[-1][0]}")

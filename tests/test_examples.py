@@ -23,6 +23,8 @@ def test_examples_are_short_and_explain_themselves(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path, ray_session, tmp_path, monkeypatch, capsys):
+    if path.stem == "transformers_trainer":
+        pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path)])
     threads = torch.get_num_threads()
@@ -69,3 +71,6 @@ def test_examples_run(path, ray_session, tmp_path, monkeypatch, capsys):
     elif path.stem == "lightning_replay":
         assert len({rate for rate, _ in names["module"].used}) == 4 and len(names["module"].used) == 80
         assert float(shown.split("accuracy ")[1].split(",")[0]) > 0.9
+    elif path.stem in ("lightning_module", "transformers_trainer"):
+        by_hand, tuned = (float(shown.split(f"{name} ")[-1].split()[0].strip(",;")) for name in ("by hand", "tuned"))
+        assert tuned < by_hand

@@ -449,6 +449,31 @@ class TestReplay:
         assert schedule.apply(optimizer, 0, 10) == {"label_smoothing": 0.1}
         assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.2, 0.01), (0.1, 0.3), (0.1, 0.2)]
 
+    def test_param_groups_with_values_of_their_own_keep_them(self) -> None:
+        decays = Schedule({"lr": (0.2, 0.1), "weight_decay": (0.4, 0.3)})
+        for given, expected in (
+            ((0.1, 0.0), (0.3, 0.0)),  # as the customary recipe has it
+            ((0.0, 0.0), (0.3, 0.3)),
+            ((0.1, 0.1), (0.3, 0.3)),
+            ((0.7, 0.01), (0.7, 0.3)),
+        ):
+            optimizer = torch.optim.AdamW(
+                [{"params": [nn.Parameter(torch.ones(2))], "weight_decay": each} for each in given], weight_decay=0.01
+            )
+            scheduler = decays.scheduler(optimizer, 2)
+            optimizer.step()
+            scheduler.step()
+            again = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
+            again.load_state_dict(optimizer.state_dict())
+            decays.apply(again, 1, 2)
+            for each in (optimizer, again):
+                assert tuple(group["weight_decay"] for group in each.param_groups) == expected
+                assert [group["lr"] for group in each.param_groups] == [0.1, 0.1]
+            decays.apply(optimizer, 1, 2, groups={})
+            assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3]
+        with pytest.raises(InputError, match=r"have weight_decay 0\.1, 0\.2, and the schedule one for all"):
+            decays.apply(sgd_with(_=0.1, other=0.2), 0, 2)
+
     def test_groups_by_position(self) -> None:
         optimizer = sgd_with(_=0.5, other=0.3)
         schedule = Schedule({"lr/head": (0.2, 0.1)})

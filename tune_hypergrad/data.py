@@ -52,7 +52,7 @@ class Split:
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         loading: Loading | None = None,
     ) -> None:
-        if type(source) is TensorDataset:  # a subclass may do more than hand its tensors out
+        if type(source) is TensorDataset and collate_fn is None:  # a subclass may do more than hand its tensors out
             source = source.tensors
         self.name = name
         self.collate_fn = collate_fn

@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
+from importlib import import_module
 from math import isnan, nan
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from tune_hypergrad.randomness import preserved_generators, seed_everything
 from tune_hypergrad.reading import Loading
 from tune_hypergrad.regularisers import Regulariser, Strength
 from tune_hypergrad.sampling import own_sampler
+
+if TYPE_CHECKING:
+    from tune_hypergrad.defaults import TrainingDefaults
 
 
 @dataclass(eq=False)
@@ -103,6 +107,9 @@ class Problem:
     batches are the same for any number. None: what a `DataLoader` brings, the one of `train` for all that bring none,
     and else 0. A Ray trial has as many as it was granted CPUs at the most. Tensors need none."""
 
+    defaults: TrainingDefaults | None = None
+    """How the script trains that the problem was taken from; None where it was taken from none."""
+
     def __post_init__(self) -> None:
         self._is_checked = False
         self.findings: dict[Any, Any] = {}  # what has been found out of this problem's derivatives
@@ -127,6 +134,91 @@ class Problem:
                 f"batch_size {self.batch_size} is above the training split's {self.examples_per_epoch} examples: "
                 "lower it, or give the same number for full-batch steps"
             )
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model_init: Callable[..., nn.Module],
+        args: Any,
+        train_dataset: Source,
+        eval_dataset: Source,
+        data_collator: Callable[[list[Any]], Batch] | None = None,
+        compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
+        *,
+        test_dataset: Source | None = None,
+    ) -> Problem:
+        """The training that Hugging Face's `transformers.Trainer` makes of the same arguments.
+
+        Batch sizes, the last incomplete batch, the default collator and its choice of columns, gradient checkpointing
+        and the loss, label smoothing included, are `Trainer`'s; a loss that the model divides by a count of labels is
+        put together over the split as a sum over a count. With label smoothing, `label_smoothing` is a tunable
+        hyperparameter of the training loss. The optimizer, its values and the learning-rate schedule are in `defaults`.
+
+        Args:
+            model_init: makes a fresh model.
+            args: `transformers.TrainingArguments`; seeds, logging, saving and evaluation strategies do not matter.
+            train_dataset: training split, with a length.
+            eval_dataset: validation split, with a length.
+            data_collator: makes a batch, a dict, of a list of items.
+            compute_metrics: makes numbers of an `EvalPrediction` of a whole split; each becomes a metric.
+            test_dataset: test split, read for the report only.
+
+        Raises:
+            InputError: transformers or accelerate is not installed, or an argument asks for what the engine cannot
+                repeat. What is left out without making the problem another one, such as clipping by norm, is warned of
+                and listed in `defaults.left_out`.
+        """
+        problem_from_transformers = _bridge("transformers").problem_from_transformers
+        return cast(
+            Problem,
+            problem_from_transformers(
+                model_init,
+                args,
+                train_dataset,
+                eval_dataset,
+                data_collator,
+                compute_metrics,
+                test_dataset=test_dataset,
+            ),
+        )
+
+    @classmethod
+    def from_lightning(
+        cls,
+        module: Callable[..., nn.Module],
+        datamodule: Any,
+        *,
+        trainer: Any,
+        val_loss: str = "val_loss",
+        **arguments: Any,
+    ) -> Problem:
+        """The training that `trainer.fit(module(**arguments), datamodule)` of PyTorch Lightning is.
+
+        The training loss is what `training_step` returns; the validation loss is what `validation_step` logs as
+        `val_loss`, and where it logs nothing of that name, what it returns. Everything else that it, or
+        `on_validation_epoch_end`, logs is a metric, by its name without `val_`; each figure is of the whole split. Data
+        and batches are the loaders' of `datamodule`, after `prepare_data` and `setup`. The optimizer of
+        `configure_optimizers`, its values and its learning-rate schedule over the trainer's run are in `defaults`.
+
+        Where both steps call one network once (`self(x)` or a part such as `self.model(x)`) and make the loss of its
+        output, the loss stays outside the network, so that self-tuning networks can be made of it.
+
+        Args:
+            module: a `LightningModule` class, or a function that makes one.
+            datamodule: a `LightningDataModule`.
+            trainer: the `lightning.Trainer` that the script has; its length, clipping and precision are read.
+            val_loss: what the validation loss is logged as.
+            **arguments: of `module`; those that no optimizer has are hyperparameters that black-box methods can tune.
+
+        Raises:
+            InputError: Lightning is not installed, or the module or the trainer does what the engine cannot repeat,
+                such as manual optimization, several optimizers, accumulation, or steps that read the trainer's state.
+                What is left out without making the problem another one is warned of and listed in `defaults.left_out`.
+        """
+        problem_from_lightning = _bridge("lightning").problem_from_lightning
+        return cast(
+            Problem, problem_from_lightning(module, datamodule, trainer=trainer, val_loss=val_loss, **arguments)
+        )
 
     def _take_over(self, loader: DataLoader[Any]) -> None:
         """How a training loader makes batches, where nothing else has been said."""
@@ -403,6 +495,20 @@ class Problem:
         """This problem with some fields replaced, such as `batch_size=64`."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return Problem(**{**fields, **changes})
+
+
+def _bridge(library: str) -> Any:
+    """The module that takes problems from a library.
+
+    Raises:
+        InputError: the library, or what it needs to train, is not installed.
+    """
+    try:
+        return import_module(f"tune_hypergrad.bridges.{library}")
+    except ImportError as error:
+        raise InputError(
+            f"{library} cannot be imported ({in_one_line(error)}): pip install 'tune_hypergrad[{library}]'"
+        ) from error
 
 
 def _placed(measure: Any, device: torch.device, dtype: torch.dtype, memo: dict[int, Any]) -> Any:

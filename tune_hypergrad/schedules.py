@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -297,9 +298,9 @@ class Schedule:
 
         Names are those of the param groups (`lr`, `momentum`, `dampening`, `weight_decay`, `eps`, `alpha`); `beta1` and
         `beta2` are the two elements of `betas`. `lr/backbone` is set in the param groups whose `name` is "backbone",
-        `lr` in the others; what the schedule has of other groups only stays as it is. Where you have given param groups
-        different values, those that differ from the optimizer's default keep theirs, such as a `weight_decay` of 0 for
-        biases, unless `groups` is given. Call it before `optimizer.step()`.
+        `lr` in the others; what the schedule has of other groups only stays as it is. Where you have given these param
+        groups different values, a 0 is kept, such as the `weight_decay` of biases, and of others what is not the
+        optimizer's default, unless `groups` is given. Call it before `optimizer.step()`.
 
         Args:
             optimizer: any `torch.optim` optimizer, fresh or at this step of its training.
@@ -317,10 +318,10 @@ class Schedule:
         """
         values, own_names = self.at_step(step, total_steps), self._groups_in(optimizer, groups)
         mine = {name: name for name in values if self._is_on(optimizer, own_names, name)}
-        for group, own_name in zip(optimizer.param_groups, own_names, strict=True):
-            for hyperparameter, name in in_group(mine, own_name).items():
-                if name != hyperparameter or groups is not None or _takes(optimizer, group, name):
-                    _assign(group, hyperparameter, self._on_optimizer(name, values[name]))
+        taken = self._taken(optimizer, mine, own_names, given=groups is not None)
+        for group, own in zip(optimizer.param_groups, taken, strict=True):
+            for hyperparameter, name in own.items():
+                _assign(group, hyperparameter, self._on_optimizer(name, values[name]))
         return {name: value for name, value in values.items() if name not in mine}
 
     def _groups_in(self, optimizer: Optimizer, groups: Mapping[int, str] | None) -> list[str]:
@@ -343,6 +344,29 @@ class Schedule:
                 f"{there}: give them such a 'name', or pass groups={{0: {missing[0]!r}}}"
             )
         return found
+
+    def _taken(
+        self, optimizer: Optimizer, names: Mapping[str, str], own_names: Sequence[str], *, given: bool
+    ) -> list[dict[str, str]]:
+        """By param group the names of the values that are for it, by hyperparameter.
+
+        Args:
+            optimizer: whose param groups they are.
+            names: of the schedule's values that have a place there.
+            own_names: the schedule's group by param group.
+            given: whether a person has said which is which: then common values are for all that have none of their own.
+
+        Raises:
+            InputError: a common value is for none, since all have values of their own.
+        """
+        taken = [dict(in_group(names, own_name)) for own_name in own_names]
+        for name in {} if given else names:
+            common = [i for i, own in enumerate(taken) if own.get(name) == name]
+            keeping = _keeping([optimizer.param_groups[i] for i in common], name, optimizer.defaults)
+            for i, keeps in zip(common, keeping, strict=True):
+                if keeps:
+                    del taken[i][name]
+        return taken
 
     def _is_on(self, optimizer: Optimizer, own_names: Sequence[str], name: str) -> bool:
         """Whether the param groups that a value is of have a place for it."""
@@ -371,6 +395,16 @@ class Schedule:
         if split_group(name)[0] == "momentum" and value == 0 and any(self.windows(name)):
             return sys.float_info.min
         return value
+
+
+def stretched(values: Sequence[float], windows: int) -> tuple[float, ...]:
+    """A schedule's values in another number of windows: of each, the mean over its part of the training run."""
+    if len(values) == windows:
+        return tuple(values)
+    integral = np.concatenate([[0.0], np.cumsum(values) / len(values)])
+    at = np.interp(np.linspace(0, 1, windows + 1), np.linspace(0, 1, len(values) + 1), integral)
+    means = np.clip(np.diff(at) * windows, min(values), max(values))  # rounding must not leave the range
+    return tuple(map(float, means))
 
 
 class ScheduleLR(LRScheduler):
@@ -407,11 +441,11 @@ class ScheduleLR(LRScheduler):
         """The learning rate of every param group at the current step."""
         scheduled = self.schedule.at_step(self._current_step(), self.total_steps)
         own_names = self.schedule._groups_in(self.optimizer, self.groups)
+        names = {name: name for name in scheduled if split_group(name)[0] == "lr"}
+        taken = self.schedule._taken(self.optimizer, names, own_names, given=self.groups is not None)
         return [
-            in_group(scheduled, own_name).get("lr", group["lr"])
-            if own_name or self.groups is not None or _takes(self.optimizer, group, "lr")
-            else group["lr"]
-            for group, own_name in zip(self.optimizer.param_groups, own_names, strict=True)
+            scheduled[own["lr"]] if "lr" in own else group["lr"]
+            for group, own in zip(self.optimizer.param_groups, taken, strict=True)
         ]
 
     def step(self, epoch: int | None = None) -> None:
@@ -481,24 +515,27 @@ _KEPT = "keeps_its_own"
 """Where a param group remembers, in checkpoints too, which values a schedule for all of them is not for."""
 
 
-def _takes(optimizer: Optimizer, group: dict[str, Any], name: str) -> bool:
-    """Whether a value for all param groups is for this one.
+def _keeping(groups: Sequence[dict[str, Any]], name: str, defaults: Mapping[str, Any]) -> list[bool]:
+    """By param group whether it keeps its own value of a hyperparameter, which a schedule has for all of them.
+
+    Where they have been given different ones, zeros are kept, and of others what is not the optimizer's default. The
+    decision is made before the first step, and remembered.
 
     Raises:
-        InputError: it is for none, since all have values of their own.
+        InputError: all would be kept.
     """
-    if not any(name in each.get(_KEPT, {}) for each in optimizer.param_groups):
-        values = [_value_in(each, name) for each in optimizer.param_groups]
-        default = _value_in(optimizer.defaults, name)
-        keep = [len(set(values)) > 1 and value != default for value in values]
-        if all(keep):
+    if not all(name in each.get(_KEPT, {}) for each in groups):
+        values = [_value_in(each, name) for each in groups]
+        others = {value for value in values if value != 0} or {0.0}
+        default = next(iter(others)) if len(others) == 1 else _value_in(defaults, name)
+        if default not in values:
             raise InputError(
-                f"the optimizer's param groups have {name} {', '.join(map(str, values))}, of which a schedule's one {name} "
-                f"would make one: give each a 'name' and the schedule '{name}/<name>', or pass groups={{}} to set all"
+                f"the optimizer's param groups have {name} {', '.join(map(str, values))}, and the schedule one for all"
+                f": give them a 'name' each and the schedule '{name}/<name>', or pass groups={{}} to set all of them"
             )
-        for each, keeps in zip(optimizer.param_groups, keep, strict=True):
-            each[_KEPT] = {**each.get(_KEPT, {}), name: keeps}
-    return not group[_KEPT][name]
+        for each, value in zip(groups, values, strict=True):
+            each[_KEPT] = {**each.get(_KEPT, {}), name: value != default}
+    return [each[_KEPT][name] for each in groups]
 
 
 def _value_in(group: Mapping[str, Any], name: str) -> float:

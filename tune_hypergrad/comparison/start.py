@@ -10,14 +10,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray.tune.search.sample import Domain, Float, Integer, LogUniform
 
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, split_group
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import get_optimizer
 from tune_hypergrad.methods import Task, customary
-from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.schedules import Schedule, stretched
 from tune_hypergrad.space import Place, flat_values, is_entry, is_hyperparameter, is_number, places_of, put
 
 _ROUNDING = 1e-9  # by how much of a bound a value may be outside, since 1 - 0.95 is not 0.05
@@ -79,16 +78,6 @@ def complete_start(given: Mapping[str, Any], task: Task) -> Start:
     exact |= point
     exact |= {name: _as_config(name, value, tuned[name], point[name]) for name, value in given.items()}
     return Start(exact, point)
-
-
-def stretched(values: Sequence[float], windows: int) -> tuple[float, ...]:
-    """A schedule's values in another number of windows: of each, the mean over its part of the training run."""
-    if len(values) == windows:
-        return tuple(values)
-    integral = np.concatenate([[0.0], np.cumsum(values) / len(values)])
-    at = np.interp(np.linspace(0, 1, windows + 1), np.linspace(0, 1, len(values) + 1), integral)
-    means = np.clip(np.diff(at) * windows, min(values), max(values))  # rounding must not leave the range
-    return tuple(map(float, means))
 
 
 def _unknown(name: str, task: Task, tuned: Sequence[str]) -> str:

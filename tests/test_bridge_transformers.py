@@ -1,0 +1,222 @@
+"""Problems from what `transformers.Trainer` takes are its training, and schedules are replayed in it."""
+
+import numpy as np
+import pytest
+import torch
+from pipelines import Texts
+from torch.utils.data import Dataset
+
+from tune_hypergrad import InputError, Problem, Schedule, check_problem
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from tune_hypergrad.bridges.transformers import ScheduleCallback  # noqa: E402
+
+SILENT = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory'", "ignore:.*torch.jit.script")
+
+
+def classifier():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(vocab_size=40, max_position_embeddings=8, **sizes, **rates)
+    return transformers.BertForSequenceClassification(config).double()
+
+
+def language_model():
+    sizes = {"vocab_size": 40, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **rates)).double()
+
+
+class Sentences(Dataset):
+    """Language modelling, some labels of which do not count, with a column that no model takes."""
+
+    def __init__(self, examples, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, 40, (examples, 8), generator=generator)
+        self.ignored = torch.rand(examples, 8, generator=generator) < 0.3
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        labels = self.ids[index].masked_fill(self.ignored[index], -100)
+        return {"input_ids": self.ids[index], "labels": labels, "page": torch.tensor(index)}
+
+
+def arguments(folder, **changes):
+    given = {"max_grad_norm": 0.0, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3}
+    given |= {"num_train_epochs": 2, "learning_rate": 0.02}
+    return TrainingArguments(output_dir=str(folder), **{**SILENT, **given, **changes})
+
+
+def right(prediction):
+    return {"accuracy": float((np.argmax(prediction.predictions, 1) == prediction.label_ids).mean()), "note": "text"}
+
+
+class InOrder(Trainer):
+    """The trainer, with the batches of an inner loop."""
+
+    def __init__(self, order, **given):
+        super().__init__(**given)
+        self.order = order
+
+    def _get_train_sampler(self, *_):
+        return iter_once(self.order)
+
+
+class Noting(transformers.TrainerCallback):
+    """Notes the optimizer's values at every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **_):
+        self.steps.append([dict(group) for group in optimizer.param_groups])
+
+
+class iter_once(torch.utils.data.Sampler):
+    """A given order, each pass going on where the last one ended."""
+
+    def __init__(self, order):
+        self.order, self.passes = order, 0
+
+    def __iter__(self):
+        own = self.order[self.passes]
+        self.passes += 1
+        return iter(own)
+
+    def __len__(self):
+        return len(self.order[0])
+
+
+def trained_by_the_trainer(problem, loop, args, train, evaluation, **given):
+    """The trainer after training from the loop's weights with the loop's batches."""
+    steps = range(loop.steps)
+    epochs = [
+        [int(i) for step in steps if problem.place(step)[0] == epoch for i in loop.indices(step)]
+        for epoch in range(problem.place(loop.steps - 1)[0] + 1)
+    ]
+    model = problem.model()
+    model.load_state_dict(loop.model.state_dict())
+    trainer = InOrder(epochs, model=model, args=args, train_dataset=train, eval_dataset=evaluation, **given)
+    trainer.train()
+    return trainer
+
+
+def inner_loop(problem, space=()):
+    own = problem.defaults
+    return InnerLoop(problem, TrainingSettings(own.steps, own.optimizer, own.fixed(dict.fromkeys(space)), seed=3))
+
+
+CASES = {
+    "classifier": (classifier, Texts, {"weight_decay": 0.0, "warmup_steps": 2, "adam_beta1": 0.8}),
+    "language model": (language_model, Sentences, {"lr_scheduler_type": "cosine", "adam_epsilon": 1e-6}),
+    "label smoothing": (
+        classifier,
+        Texts,
+        {"label_smoothing_factor": 0.2, "optim": "sgd", "dataloader_drop_last": True},
+    ),
+    "smoothed language model": (language_model, Sentences, {"label_smoothing_factor": 0.1, "optim": "adamw_torch"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_the_trainers(case, tmp_path):
+    model, data, changes = CASES[case]
+    args, train, evaluation = arguments(tmp_path, **changes), data(10, 0), data(6, 1)
+    problem = Problem.from_transformers(model, args, train, evaluation)
+    assert problem.defaults.left_out == ()
+    loop = inner_loop(problem)
+    with loop.running():
+        state = loop.run({})
+        mine, loss = loop.unflatten(state.params), loop.evaluate(state).loss
+    trainer = trained_by_the_trainer(problem, loop, args, train, evaluation)
+    assert trainer.state.global_step == loop.steps == problem.defaults.steps
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(mine[name], parameter.detach(), rtol=1e-6, atol=1e-8, msg=name)
+    if data is Texts:  # else the trainer's is a mean over batches of their means
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hypergradients_are_right(case, tmp_path):
+    model, data, changes = CASES[case]
+    problem = Problem.from_transformers(model, arguments(tmp_path, **changes), data(10, 0), data(6, 1))
+    found = check_problem(problem, optimizer=problem.defaults.optimizer)
+    assert found.ok and max(found.errors.values()) < 1e-4, found.message
+    tuned = "label_smoothing" in problem.train_loss_hyperparameters
+    assert tuned == ("label_smoothing_factor" in changes)
+
+
+def test_metrics_are_of_the_whole_split(tmp_path):
+    args, evaluation = arguments(tmp_path, per_device_eval_batch_size=4), Texts(9, 1)
+    problem = Problem.from_transformers(classifier, args, Texts(8, 0), evaluation, compute_metrics=right)
+    assert list(problem.metrics) == ["accuracy"]
+    problem.check()
+    loop = inner_loop(problem)
+    with loop.running():
+        found = loop.evaluate(loop.initial_state())
+    model = problem.model()
+    model.load_state_dict(loop.model.state_dict())
+    theirs = Trainer(model=model, args=args, eval_dataset=evaluation, compute_metrics=right).evaluate()
+    assert found.metrics["accuracy"] == theirs["eval_accuracy"]
+    assert found.loss == pytest.approx(theirs["eval_loss"], rel=1e-6)
+
+
+def test_what_the_engine_leaves_out_is_said(tmp_path):
+    data = Texts(8, 0), Texts(8, 1)
+    with pytest.warns(UserWarning, match="max_grad_norm=1"):
+        problem = Problem.from_transformers(classifier, arguments(tmp_path, max_grad_norm=1.0), *data)
+    with pytest.warns(UserWarning, match="weight_decay of the optimizer's param groups"):
+        decayed = Problem.from_transformers(classifier, arguments(tmp_path, weight_decay=0.1), *data).defaults
+    assert [group.schedule.values["weight_decay"] for group in decayed.groups] == [(0.1,), (0.0,)]
+    assert "bert.embeddings.LayerNorm.weight" in decayed.groups[1].parameters
+    assert len(problem.defaults.left_out) == 1
+    for changes, words in [
+        ({"gradient_accumulation_steps": 3}, "per_device_train_batch_size to 12"),
+        ({"optim": "adafactor"}, "adamw_torch"),
+        ({"neftune_noise_alpha": 1.0}, "neftune"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "follows a metric"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            Problem.from_transformers(classifier, arguments(tmp_path, **changes), *data)
+    with pytest.raises(InputError, match=r"compute_metrics fails: .*no_such"):
+        Problem.from_transformers(classifier, arguments(tmp_path), *data, compute_metrics=lambda p: p.no_such)
+
+
+def test_a_schedule_is_replayed_by_a_callback_also_after_a_checkpoint(tmp_path):
+    args = arguments(tmp_path, weight_decay=0.0, optim="sgd", save_strategy="steps", save_steps=2)
+    train, evaluation = Texts(12, 0), Texts(6, 1)
+    problem = Problem.from_transformers(classifier, args, train, evaluation)
+    found = Schedule({"lr": (0.3, 0.1, 0.2), "momentum": (0.5, 0.9), "weight_decay": 0.01})
+    loop = InnerLoop(problem, TrainingSettings(6, "sgd", found.to_config(), seed=3))
+    with loop.running():
+        mine = loop.unflatten(loop.run({}).params)
+    callbacks = [ScheduleCallback(found)]
+    whole = trained_by_the_trainer(problem, loop, args, train, evaluation, callbacks=callbacks)
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(mine[name], parameter.detach(), rtol=1e-6, atol=1e-8, msg=name)
+    callbacks.append(noted := Noting())
+    resumed = Trainer(model=problem.model(), args=args, train_dataset=train, callbacks=callbacks)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == 6 and len(noted.steps) == 2
+    for step, groups in zip((4, 5), noted.steps, strict=True):
+        assert all({name: group[name] for name in found.values} == found.at_step(step, 6) for group in groups)
+
+
+def test_a_schedule_by_param_group(tmp_path):
+    args = arguments(tmp_path, max_steps=2, lr_scheduler_type="constant")
+    callback = ScheduleCallback(Schedule({"lr/rest": (0.5, 0.25)}), groups={1: "rest"})
+    noted = Noting()
+    Trainer(model=classifier(), args=args, train_dataset=Texts(8, 0), callbacks=[callback, noted]).train()
+    assert [[group["lr"] for group in groups] for groups in noted.steps] == [[0.02, 0.5], [0.02, 0.25]]
+    for schedule, words in [(Schedule({"lr/head": 1.0}), "the groups head"), (Schedule({"l2": 1.0}), "l2")]:
+        with pytest.raises(InputError, match=words):
+            Trainer(
+                model=classifier(), args=args, train_dataset=Texts(8, 0), callbacks=[ScheduleCallback(schedule)]
+            ).train()
