@@ -292,7 +292,7 @@ def test_a_name_that_nothing_takes_is_refused(ray_must_not_start, tmp_path, meth
 
 
 def test_names_are_those_of_the_optimizer_the_losses_the_model_and_settings():
-    names = ("momentum", "l2", "width", "batch_size", "clip_gradient", "reports", "seed")
+    names = ("momentum", "l2", "width", "batch_size", "clip_gradient", "clip_norm", "reports", "seed")
     plan(space={**SPACE, **dict.fromkeys(names, tune.uniform(0, 1))})
     problem = regularised_problem()
     assert problem.regulariser_hyperparameters

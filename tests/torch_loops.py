@@ -70,6 +70,8 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
                 output = functional_call(model, weights, tuple(inputs)) if weights else model(*inputs)
             takes = {name: now[name] for name in problem.train_loss_hyperparameters if name in now}
             mean(train_loss(output, target, **takes)).backward()
+            if settings.get("clip_norm") is not None:
+                torch.nn.utils.clip_grad_norm_(trained.parameters(), settings["clip_norm"])
             theirs.step()
         trained.eval()
         *inputs, target = loop.cast(problem.val.batch(slice(None)))  # type: ignore[union-attr]

@@ -55,6 +55,10 @@ class Task:
     """Inner steps in one training run."""
     optimizer: str | Optimizer = "sgd"
     """Inner optimizer."""
+    clip_gradient: float | None = None
+    """Clamp every element of the training gradient to +- this value."""
+    clip_norm: float | None = None
+    """Scale the training gradient down to this norm over all weights."""
     seed: int = 0
     """Seeds the method and its trials."""
     min_budget: float | None = None
@@ -75,6 +79,12 @@ class Task:
     start: Mapping[str, Any] | None = None
     """A person's own settings, from which every method begins: a value for everything in the space that has a domain,
     in the space's form (`{"0": ..., "1": ...}` for a schedule); None leaves the beginning to each method."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How its trials train besides their hyperparameters: settings that every trainable has."""
+        names = ("steps", "optimizer", "clip_gradient", "clip_norm", "check")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def self_tuning_steps(self) -> int:
@@ -221,8 +231,7 @@ def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Tas
 
 
 def _common(task: Task) -> dict[str, Any]:
-    common = ("steps", "optimizer", "seed", "fixed", "check")
-    return {name: getattr(task, name) for name in common}
+    return {**task.training, "seed": task.seed, "fixed": task.fixed}
 
 
 def _inner_runs(task: Task) -> Trainable:

@@ -306,5 +306,7 @@ CHECKS: dict[str, Check] = {
     "fixed": _fixed,
     "self_tuning_epochs": _or_none(_number(above=0)),
     "check": _true_or_false,
+    "clip_gradient": _or_none(_number(above=0)),
+    "clip_norm": _or_none(_number(above=0)),
 }
 """Of every argument, fields of `Task` among them."""

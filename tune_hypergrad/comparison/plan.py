@@ -44,7 +44,10 @@ from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
 from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.space import is_number
 
-OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check")
+OF_TASKS = (
+    *("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check"),
+    *("clip_gradient", "clip_norm"),
+)
 """Fields of `Task` that `compare` takes as they are."""
 
 _VERSION = 1

@@ -25,7 +25,7 @@ from tune_hypergrad.trainables.retrained import Retrained
 _logger = logging.getLogger(__name__)
 
 _FIRST_SEED = 1_000_000  # beyond those that searches use
-_KEPT = ("batch_size", "optimizer", "clip_gradient")
+_KEPT = ("batch_size", "optimizer", "clip_gradient", "clip_norm")
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,7 @@ class Retraining:
     def trainable(self, task: Task) -> type[tune.Trainable]:
         """What retrainings run."""
         problem = task.problem if self.data == "train" else with_val(task.problem)
-        reports = training_reports(task)
-        return Retrained.from_problem(
-            problem, check=task.check, steps=task.steps, optimizer=task.optimizer, reports=reports
-        )
+        return Retrained.from_problem(problem, **task.training, reports=training_reports(task))
 
 
 class RetrainingSearch(QueueSearch):

@@ -66,6 +66,7 @@ def check_problem(
     fixed: Mapping[str, Any] | None = None,
     seed: int = 0,
     clip_gradient: float | None = None,
+    clip_norm: float | None = None,
     device: str | None = None,
     modes: Sequence[str] = ("forward", "reverse"),
     examples: int | None = None,
@@ -89,6 +90,7 @@ def check_problem(
         fixed: hyperparameters held constant.
         seed: seeds the runs.
         clip_gradient: clamp the training gradient's elements to +- this value.
+        clip_norm: scale the training gradient down to this norm.
         device: where to train; None leaves the model where its factory puts it.
         modes: which modes to compare.
         examples: examples in a step of the comparison, and in its validation, at the most; None is the problem's
@@ -101,7 +103,7 @@ def check_problem(
     try:
         problem.check()
         problem = problem.independent()
-        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
+        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm)
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)

@@ -47,6 +47,7 @@ def hypergradient(
     horizon: int | None = None,
     differentiation: str = "auto",
     clip_gradient: float | None = None,
+    clip_norm: float | None = None,
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
     device: str | None = None,
@@ -70,6 +71,7 @@ def hypergradient(
         horizon: inner steps a hypergradient looks through: None or T exact, 1 greedy, in between truncated.
         differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory.
         clip_gradient: clamp the training gradient's elements to +- this value, as part of the step.
+        clip_norm: scale the training gradient down to this norm, as part of the step.
         clip_hessian_product: clamp the Hessian products' elements (forward mode only; no longer exact).
         val_examples: validation examples per segment's gradient; None is the whole split.
         device: where to train; None leaves the model where its factory puts it.
@@ -86,7 +88,7 @@ def hypergradient(
     """
 
     def settings(seed: int) -> TrainingSettings:
-        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
+        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm)
 
     loop = (
         EnsembleLoop(problem, settings(0), seed) if isinstance(seed, Sequence) else InnerLoop(problem, settings(seed))

@@ -21,7 +21,7 @@ from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
-from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
+from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer, guarded_sqrt
 from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
@@ -69,13 +69,21 @@ class TrainingSettings:
     """Clamp every element of the training gradient to +- this value; part of the step, and differentiated as such."""
     device: str | None = None
     """Where to train; None leaves the model where its factory puts it."""
+    clip_norm: float | None = None
+    """Scale the training gradient down to this norm over all weights where it is longer, as
+    `torch.nn.utils.clip_grad_norm_`: by min(1, clip_norm / (norm + 1e-6)), differentiated as part of the step."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise InputError(f"steps is {self.steps!r}: an inner run needs a whole number of at least 1")
-        if self.clip_gradient is not None and not self.clip_gradient > 0:
+        for name in ("clip_gradient", "clip_norm"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise InputError(f"{name} is {limit!r}: give a positive number, or None for no clipping")
+        if self.clip_gradient is not None and self.clip_norm is not None:
             raise InputError(
-                f"clip_gradient is {self.clip_gradient!r}: give a positive number, or None for no clipping"
+                f"clip_gradient is {self.clip_gradient!r} and clip_norm {self.clip_norm!r}: set one of them, to clip "
+                "elements or the norm"
             )
 
 
@@ -484,9 +492,7 @@ class InnerLoop:
             blocks: which parameters step; None: all, for which this is step `step`.
             sizes: the parameters' numbers of elements, where these are not those of the model.
         """
-        clip = self.settings.clip_gradient
-        if clip is not None:
-            gradient = gradient.clamp(-clip, clip)
+        gradient = self._clipped(gradient)
         values = {**self.optimizer.hyperparameters, **self.held_at(step), **h}
         if blocks is None:
             return self.optimizer.update(params, gradient, slots, values, step)
@@ -495,6 +501,16 @@ class InnerLoop:
             return self.optimizer.update(params, gradient, slots, values, count)
 
         return update_blocks(of_block, blocks, sizes or self._sizes, params, gradient, slots)
+
+    def _clipped(self, gradient: Tensor) -> Tensor:
+        """A gradient of shape [..., P] as the settings clip it."""
+        limit, norm_limit = self.settings.clip_gradient, self.settings.clip_norm
+        if limit is not None:
+            return gradient.clamp(-limit, limit)
+        if norm_limit is not None:
+            norm = guarded_sqrt((gradient**2).sum(-1, keepdim=True))
+            return gradient * (norm_limit / (norm + 1e-6)).clamp(max=1)
+        return gradient
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
         """One plain training step."""

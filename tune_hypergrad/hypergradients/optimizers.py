@@ -63,7 +63,7 @@ def rmsprop(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: in
     square, velocity = slots
     gradient = gradient + h["weight_decay"] * params
     square = h["alpha"] * square + (1 - h["alpha"]) * gradient**2
-    velocity = h["momentum"] * velocity + gradient / (_sqrt(square) + h["eps"])
+    velocity = h["momentum"] * velocity + gradient / (guarded_sqrt(square) + h["eps"])
     return params - h["lr"] * velocity, (square, velocity)
 
 
@@ -80,11 +80,11 @@ def _adam(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int)
     square = h["beta2"] * square + (1 - h["beta2"]) * gradient**2
     # Python floats stay Python floats: as tensors they would round to torch's default dtype
     correct_mean, correct_square = 1 - h["beta1"] ** (step + 1), 1 - h["beta2"] ** (step + 1)
-    root = _sqrt(square) / correct_square**0.5
+    root = guarded_sqrt(square) / correct_square**0.5
     return params - h["lr"] / correct_mean * mean / (root + h["eps"]), (mean, square)
 
 
-def _sqrt(square: Tensor) -> Tensor:
+def guarded_sqrt(square: Tensor) -> Tensor:
     """Square root with derivative 0 at 0, where a weight has had no gradient yet, instead of an infinite one."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)

@@ -74,6 +74,8 @@ def plain_val_loss(
             objective.loss(prediction, target, lambda: named, values).backward()
         if loop.settings.clip_gradient is not None:
             torch.nn.utils.clip_grad_value_(trained.parameters(), loop.settings.clip_gradient)
+        if loop.settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), loop.settings.clip_norm)
         optimizer.step()
     trained.eval()
     loop.seed_evaluation()

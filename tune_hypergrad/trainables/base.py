@@ -50,6 +50,8 @@ class TrialSettings:
     index is folded in, so that repeats differ."""
     clip_gradient: float | None = None
     """Clamp every element of the training gradient to +- this value."""
+    clip_norm: float | None = None
+    """Scale the training gradient down to this norm over all weights."""
     reports: int = 10
     """Results in one training run; each evaluates the validation and test splits where that makes sense."""
 
