@@ -7,12 +7,37 @@ from typing import Any
 import pytest
 import torch
 from engine_problems import MODES, Values, assert_close, differentiate, double, make_loop, make_problem
-from torch_loops import SGD, VALUES, assert_exact
+from ray import tune
+from tiny_problem import tiny_problem
+from torch import Tensor, nn
+from torch_loops import SGD, VALUES, assert_exact, train
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import TrainingSettings, check_problem, hypergradient
+from tune_hypergrad.regularisers import WeightDecay
+from tune_hypergrad.trainables import STN, FixedSchedule, InnerRun
 
 SEEDS = (3, 5)
+
+
+class Sometimes(nn.Module):
+    """A part of it has a gradient in some batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.always(x) + self.sometimes(x) if float(x.detach()[0, 0]) > 0 else self.always(x)
+
+
+def final_val_loss(trainable: Any, config: dict[str, Any], **settings: Any) -> float:
+    """Of a trial that runs to its end."""
+    trial = trainable.from_problem(tiny_problem(), check=False, **settings)(config=config)
+    result: dict[str, Any] = {"done": False}
+    while not result["done"]:
+        result = trial.train()
+    return float(result["val_loss"])
 
 
 def assert_members_are_runs(problem: Any, values: Values, **settings: Any) -> None:
@@ -64,3 +89,141 @@ class TestClipNorm:
     def test_both_clips(self) -> None:
         with pytest.raises(InputError, match=r"clip_gradient is 1.0 and clip_norm 2.0: set one of them"):
             TrainingSettings(3, clip_gradient=1.0, clip_norm=2.0)
+
+
+class TestAccumulate:
+    """12 examples in batches of 3, two to a step."""
+
+    @pytest.mark.parametrize("optimizer", VALUES)
+    @pytest.mark.parametrize("architecture", ["batch_norm", "dropout"])
+    def test_is_torchs(self, architecture: str, optimizer: str) -> None:
+        problem = make_problem(architecture, batch_size=3, accumulate=2)
+        fixed = {"eps": 1e-3} if optimizer == "adamw" else {}
+        results = assert_exact(problem, VALUES[optimizer], optimizer=optimizer, fixed=fixed)
+        for result in results.values():
+            assert_close(result.hypergradients, results["forward"].hypergradients, 1e-9)
+
+    def test_is_the_step_of_the_whole(self) -> None:
+        """Where no module sees the batch, two batches of 3 are one of 6."""
+        for mode in MODES:
+            whole, parts = (
+                differentiate(make_loop(make_problem(batch_size=size, accumulate=count)), SGD, mode)
+                for size, count in ((6, 1), (3, 2))
+            )
+            assert parts.val_loss == pytest.approx(whole.val_loss, rel=1e-12)
+            assert_close(parts.hypergradients, whole.hypergradients, 1e-10)
+            assert (parts.cost.steps, parts.cost.examples) == (whole.cost.steps, whole.cost.examples)
+
+    def test_counts(self) -> None:
+        problem = make_problem(batch_size=3, accumulate=2)
+        assert (problem.steps_per_epoch, problem.examples_per_step, problem.step_length(0)) == (2, 6, 6)
+        assert make_loop(problem).step_cost(0).examples == 6
+        assert make_loop(problem).step_cost(0).gradients == 1
+        assert (
+            make_loop(problem).eval_cost("val").gradients == make_loop(make_problem(batch_size=6)).eval_cost().gradients
+        )
+        epoch = [problem.place(step, number) for step in range(2) for number in range(2)]
+        assert epoch == [(0, slice(begin, begin + 3)) for begin in (0, 3, 6, 9)]
+
+    def test_the_last_step_of_a_pass(self) -> None:
+        dropped = make_problem(batch_size=5, accumulate=2)
+        kept = make_problem(batch_size=5, accumulate=2, drop_last=False)
+        assert (dropped.steps_per_epoch, kept.steps_per_epoch) == (1, 2)
+        assert [kept.batches_in(step) for step in range(4)] == [2, 1, 2, 1]
+        assert [kept.step_length(step) for step in range(4)] == [10, 2, 10, 2]
+        forward, *others = (differentiate(make_loop(kept), SGD, mode) for mode in MODES)
+        assert forward.cost.examples == 34
+        for other in others:
+            assert_close(other.hypergradients, forward.hypergradients, 1e-9)
+
+    def test_draws_of_their_own(self) -> None:
+        loop = make_loop(make_problem("dropout", batch_size=3, accumulate=2))
+        draws = []
+        with loop.running():
+            for place in ((0, 0), (0, 1), (1, 0), (0, 0)):
+                loop.seed_model(*place)
+                draws.append(float(torch.rand(())))
+        assert draws[0] == draws[3] and len(set(draws)) == 3
+
+    def test_a_parameter_with_a_gradient_in_some_batches(self) -> None:
+        assert_exact(make_problem(Sometimes, batch_size=2, accumulate=2), SGD, modes=("reverse",))
+
+    def test_of_an_ensemble(self) -> None:
+        assert_members_are_runs(make_problem("batch_norm", batch_size=3, accumulate=2), SGD)
+
+    def test_is_checked(self) -> None:
+        check = check_problem(make_problem("batch_norm", batch_size=3, accumulate=2))
+        assert check.ok and set(check.errors) == {"forward", "reverse"}
+
+    def test_more_than_there_is(self) -> None:
+        with pytest.raises(
+            InputError, match=r"accumulate 5 batches of 3 are more than the training split's 12 examples"
+        ):
+            make_problem(batch_size=3, accumulate=5)
+        with pytest.raises(InputError, match="accumulate is 0: it must be a whole number of at least 1"):
+            make_problem(accumulate=0)
+
+
+class TestAverage:
+    @pytest.mark.parametrize("optimizer", VALUES)
+    def test_is_that_of_a_loop_in_torch(self, optimizer: str) -> None:
+        """By every hyperparameter and by the decay, of which the second window is another one."""
+        fixed = {"eps": 1e-3} if optimizer == "adamw" else {}
+        values = {**VALUES[optimizer], "ema": double(0.7, 0.9)}
+        results = assert_exact(make_problem("batch_norm"), values, optimizer=optimizer, fixed=fixed, ema=0.5)
+        trained = train(make_problem("batch_norm"), values, optimizer=optimizer, fixed=fixed, ema=0.5).tensors()
+        for result in results.values():
+            found = {**result.params, **result.buffers}
+            assert found.keys() == trained.keys()
+            for name, tensor in trained.items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("horizon", [1, 2])
+    def test_modes_agree_on_truncated_hypergradients(self, horizon: int) -> None:
+        loop, values = make_loop(ema=0.8), {**SGD, "ema": double(0.7, 0.9)}
+        forward, *others = (differentiate(loop, values, mode, horizon=horizon) for mode in MODES)
+        for other in others:
+            assert_close(other.hypergradients, forward.hypergradients, 1e-9)
+
+    def test_a_decay_of_zero_is_no_average(self) -> None:
+        plain, averaged = (hypergradient(make_problem(), SGD, steps=4, ema=ema, check=False) for ema in (None, 0.0))
+        assert averaged.val_loss == plain.val_loss
+        assert_close(averaged.hypergradients, plain.hypergradients, 1e-12)
+
+    def test_a_parameter_that_begins_late(self) -> None:
+        """All weights are averaged after every step, whether they have moved or not."""
+        assert_exact(make_problem(Sometimes, batch_size=2), SGD, modes=("reverse",), ema=0.6)
+
+    def test_of_an_ensemble(self) -> None:
+        assert_members_are_runs(make_problem("batch_norm"), {**SGD, "ema": double(0.7, 0.9)}, ema=0.5)
+
+    def test_is_checked(self) -> None:
+        check = check_problem(make_problem("batch_norm"), ema=0.6)
+        assert check.ok and set(check.errors) == {"forward", "reverse"}
+
+    def test_values(self) -> None:
+        with pytest.raises(InputError, match=r"ema is 1.0: give the average's decay, at least 0 and below 1"):
+            TrainingSettings(3, ema=1.0)
+        with pytest.raises(InputError, match=r"'ema' is \[1.5\]: an average's decay is between 0 and 1"):
+            hypergradient(make_problem(), {"ema": double(1.5)}, steps=3, ema=0.5)
+        with pytest.raises(InputError, match="'ema' is given, but no average is kept: set ema to its decay"):
+            hypergradient(make_problem(), {"ema": double(0.5)}, steps=3)
+
+    def test_trials_have_it_as_a_setting_and_as_a_hyperparameter(self) -> None:
+        steps, lr = 6, {"lr": 0.3}
+        losses = {
+            name: final_val_loss(trainable, config, steps=steps, ema=ema)
+            for name, trainable, config, ema in (
+                ("none", FixedSchedule, lr, None),
+                ("setting", FixedSchedule, lr, 0.6),
+                ("hyperparameter", FixedSchedule, {**lr, "ema": 0.6}, 0.9),
+                ("differentiated", InnerRun, {**lr, "ema": 0.6}, 0.9),
+            )
+        }
+        assert losses["setting"] == losses["hyperparameter"] == pytest.approx(losses["differentiated"], rel=1e-12)
+        assert losses["setting"] != losses["none"]
+
+    def test_a_self_tuning_network_has_none(self) -> None:
+        problem = tiny_problem(train_loss=None, regularisers=(WeightDecay(),))
+        with pytest.raises(InputError, match="a self-tuning network has no average of weights to judge: leave ema out"):
+            STN.from_problem(problem, steps=6, ema=0.9, space={"l2": tune.loguniform(1e-4, 1e-1)})

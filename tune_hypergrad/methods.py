@@ -18,6 +18,7 @@ from ray.tune.search.sample import Float, Function, LogUniform
 
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, Optimizer, SearchSettings, get_optimizer
+from tune_hypergrad.hypergradients.inner_loop import EMA
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
@@ -59,6 +60,8 @@ class Task:
     """Clamp every element of the training gradient to +- this value."""
     clip_norm: float | None = None
     """Scale the training gradient down to this norm over all weights."""
+    ema: float | None = None
+    """Judge an exponential moving average of the weights, of this decay; None judges the weights."""
     seed: int = 0
     """Seeds the method and its trials."""
     min_budget: float | None = None
@@ -83,7 +86,7 @@ class Task:
     @property
     def training(self) -> dict[str, Any]:
         """How its trials train besides their hyperparameters: settings that every trainable has."""
-        names = ("steps", "optimizer", "clip_gradient", "clip_norm", "check")
+        names = ("steps", "optimizer", "clip_gradient", "clip_norm", "ema", "check")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -156,7 +159,8 @@ def hyperparameters_of(task: Task) -> tuple[str, ...]:
     problem = task.problem
     of_optimizers = (name for known in _optimizers(task) for name in known.hyperparameters)
     of_loss = sorted(problem.loss_hyperparameters)
-    return tuple(dict.fromkeys((*of_optimizers, *of_loss, *problem.model_hyperparameters, "batch_size")))
+    of_average = () if task.ema is None else (EMA,)
+    return tuple(dict.fromkeys((*of_optimizers, *of_average, *of_loss, *problem.model_hyperparameters, "batch_size")))
 
 
 def _optimizers(task: Task) -> list[Optimizer]:
@@ -320,8 +324,9 @@ def _inside(task: Task) -> dict[str, Any]:
 
 
 def _by_self_tuning(task: Task) -> Mapping[str, Any]:
-    """All of the space, the optimizer from run to run, if there is something to tune inside a run."""
-    return task.space if task.part(of_training_loss=True) else {}
+    """All of the space, the optimizer from run to run, if there is something to tune inside a run, whose own weights
+    are judged."""
+    return task.space if task.part(of_training_loss=True) and task.ema is None else {}
 
 
 def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:

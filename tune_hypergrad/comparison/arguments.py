@@ -262,6 +262,12 @@ def _number(above: float) -> Check:
     return check
 
 
+def _decay(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 <= value < 1:
+        raise InputError(f"{name} is {value!r}: give the average's decay, at least 0 and below 1, or None")
+    return float(value)
+
+
 def _whole(least: int, remark: str) -> Check:
     def check(name: str, value: Any) -> int:
         if not is_whole(value) or value < least:
@@ -308,5 +314,6 @@ CHECKS: dict[str, Check] = {
     "check": _true_or_false,
     "clip_gradient": _or_none(_number(above=0)),
     "clip_norm": _or_none(_number(above=0)),
+    "ema": _or_none(_decay),
 }
 """Of every argument, fields of `Task` among them."""

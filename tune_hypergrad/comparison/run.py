@@ -140,7 +140,7 @@ def compare(
         progress: "auto" (a table in a terminal or a notebook, lines in a log), "quiet" or "json".
         callbacks: further Ray callbacks, such as MLflow's or Weights & Biases'.
         **settings: further fields of `Task`: min_budget, max_budget, eta, fixed, self_tuning_epochs, clip_gradient,
-            clip_norm, and check (False leaves out the comparison of training and hypergradients with plain torch
+            clip_norm, ema, and check (False leaves out the comparison of training and hypergradients with plain torch
             before anything runs).
 
     Returns:

@@ -17,7 +17,7 @@ from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inner_loop import EMA, InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.inspection import Refusals, inspect
 from tune_hypergrad.hypergradients.narrowing import culprit
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Optimizer
@@ -67,6 +67,7 @@ def check_problem(
     seed: int = 0,
     clip_gradient: float | None = None,
     clip_norm: float | None = None,
+    ema: float | None = None,
     device: str | None = None,
     modes: Sequence[str] = ("forward", "reverse"),
     examples: int | None = None,
@@ -91,6 +92,7 @@ def check_problem(
         seed: seeds the runs.
         clip_gradient: clamp the training gradient's elements to +- this value.
         clip_norm: scale the training gradient down to this norm.
+        ema: judge an exponential moving average of the weights, of this decay.
         device: where to train; None leaves the model where its factory puts it.
         modes: which modes to compare.
         examples: examples in a step of the comparison, and in its validation, at the most; None is the problem's
@@ -103,7 +105,7 @@ def check_problem(
     try:
         problem.check()
         problem = problem.independent()
-        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm)
+        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema)
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)
@@ -123,9 +125,10 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
 
     Args:
         loop: whose optimizer and losses have them.
-        names: which; None are learning rate, momentum and weight decay, and all that losses can be differentiated by.
+        names: which; None are learning rate, momentum and weight decay, the decay of an average, and all that losses
+            can be differentiated by.
     """
-    problem, of_optimizer = loop.problem, loop.optimizer.hyperparameters
+    problem, of_optimizer = loop.problem, loop.update_hyperparameters
     usual = _USUAL if loop.optimizer.name in ("sgd", "nesterov") else _ADAPTIVE
     known = {**of_optimizer, **{name: value for name, value in usual.items() if name in of_optimizer}}
     of_losses = {
@@ -139,7 +142,7 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
         if name not in problem.underivable_hyperparameters
     }
     if names is None:
-        names = dict.fromkeys([name for name in (*usual, *of_losses) if name in known or name in of_losses])
+        names = dict.fromkeys([name for name in (*usual, EMA, *of_losses) if name in known or name in of_losses])
         names = {name: None for name in names if name not in loop.settings.fixed}
     found = {**known, **of_losses}
     return {name: torch.tensor([found[name]], dtype=torch.float64) for name in names if name in found}
@@ -164,13 +167,13 @@ def finite_differences(loop: InnerLoop, hyperparameters: Hyperparameters, epsilo
 class _ReadingOnce(InnerLoop):
     """An inner loop whose batches are read once, so that data which is another one each time is the same."""
 
-    batches: dict[int, Batch]
+    batches: dict[tuple[int, int], Batch]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, number: int = 0) -> Batch:
         self.batches = getattr(self, "batches", {})
-        if step not in self.batches:
-            self.batches[step] = super().batch(step)
-        return self.batches[step]
+        if (step, number) not in self.batches:
+            self.batches[step, number] = super().batch(step, number)
+        return self.batches[step, number]
 
 
 def _compare(
@@ -200,7 +203,10 @@ class _Comparison:
         self._loop = self._fresh_loop()
         self._differences: dict[tuple[str, int, float], float] = {}
         with self._loop.running():
-            self._batches = [self._loop.batch(step) for step in range(settings.steps)]
+            self._batches = [
+                [self._loop.batch(step, number) for number in range(problem.batches_in(step))]
+                for step in range(settings.steps)
+            ]
 
     def of(self, modes: list[str], tolerance: float) -> tuple[dict[str, float], Refusals, str]:
         obstacle = self._obstacle()
@@ -249,7 +255,11 @@ class _Comparison:
 
     def _fresh_loop(self) -> _ReadingOnce:
         loop = _ReadingOnce(self._problem, self._settings)
-        loop.batches = dict(enumerate(getattr(self, "_batches", ())))
+        loop.batches = {
+            (step, number): batch
+            for step, batches in enumerate(getattr(self, "_batches", ()))
+            for number, batch in enumerate(batches)
+        }
         return loop
 
     def _plain_loss(self, values: Hyperparameters) -> float:

@@ -90,20 +90,20 @@ class EnsembleLoop(InnerLoop):
         common = super().scalars(hyperparameters, step)
         return {name: value.repeat(len(self.seeds)) for name, value in common.items()}
 
-    def batch(self, step: int) -> Batch:
-        """The runs' training batches of `step`: leaves of shape [S, b, ...]."""
+    def batch(self, step: int, number: int = 0) -> Batch:
+        """The runs' training batches `number` of `step`: leaves of shape [S, b, ...]."""
         split = self.split("train")
         if split.tensors is None:
-            batches = [member.batch(step) for member in self.members]
+            batches = [member.batch(step, number) for member in self.members]
             return tree_map(lambda *leaves: torch.stack(leaves), *batches)
-        chosen = [member.indices(step) for member in self.members]
+        chosen = [member.indices(step, number) for member in self.members]
         if isinstance(chosen[0], slice):
             return tree_map(lambda tensor: tensor.expand(len(chosen), *tensor.shape), split.tensors)
         return split.batch(torch.stack(chosen))  # type: ignore[arg-type]
 
-    def seed_model(self, step: int) -> None:
-        """Seed the generators of every run for what a training step draws."""
-        self._draws.seed([fold_seed(seed, MODEL_STREAM, step) for seed in self.seeds])
+    def seed_model(self, step: int, number: int = 0) -> None:
+        """Seed the generators of every run for what batch `number` of a training step draws."""
+        self._draws.seed([fold_seed(seed, MODEL_STREAM, self.draw(step, number)) for seed in self.seeds])
         seed_everything(_COMMON_SEED)
 
     def at_training_loss(
@@ -115,6 +115,7 @@ class EnsembleLoop(InnerLoop):
         step: int,
         body: Callable[[Tensor, Callable[[], Buffers]], T],
         *,
+        number: int = 0,
         mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]] = lambda state: nullcontext(),
     ) -> T:
         """What `body` makes of a training step's losses, shape [S], and of what gives the buffers after it.
@@ -124,8 +125,9 @@ class EnsembleLoop(InnerLoop):
             buffers: buffers and frozen parameters by name, [S, ...]; they may be overwritten.
             h: the tuned hyperparameters' values in force, each of shape [S].
             batch: the training batches, of leaves [S, b, ...].
-            step: seeds what the step draws.
+            step: which one.
             body: takes the derivatives; weights and regularisers are no longer in place.
+            number: which of the step's batches they are; with the step, it seeds what is drawn.
             mode: what to run the losses in; made of the tensors that the step may overwrite.
 
         Raises:
@@ -134,7 +136,9 @@ class EnsembleLoop(InnerLoop):
 
         def of_member(index: Tensor, named: Any, buffers: Any, h: Any, batch: Any) -> Any:
             with self._draws.under(index):
-                return InnerLoop.at_training_loss(self, named, buffers, h, batch, step, _loss_and_buffers, mode=mode)
+                return InnerLoop.at_training_loss(
+                    self, named, buffers, h, batch, step, _loss_and_buffers, number=number, mode=mode
+                )
 
         # autograd records what vmap makes of it, so that backward passes are as cheap as those of one large model
         losses, after = vmap(of_member, randomness="error")(self._index, dict(named), dict(buffers), dict(h), batch)
@@ -184,8 +188,8 @@ class EnsembleLoop(InnerLoop):
             for number, member in enumerate(self.members)
         ]
 
-    def step_cost(self, hessian_columns: int = 0) -> Cost:
-        return self._of_all(super().step_cost(hessian_columns))
+    def step_cost(self, step: int, hessian_columns: int = 0) -> Cost:
+        return self._of_all(super().step_cost(step, hessian_columns))
 
     def adjoint_cost(self) -> Cost:
         return self._of_all(super().adjoint_cost())

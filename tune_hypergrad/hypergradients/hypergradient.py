@@ -15,7 +15,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun, RunsInTurn, advance_together, why_in_turn
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings, adjoint_gradients
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
@@ -48,6 +48,7 @@ def hypergradient(
     differentiation: str = "auto",
     clip_gradient: float | None = None,
     clip_norm: float | None = None,
+    ema: float | None = None,
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
     device: str | None = None,
@@ -72,6 +73,7 @@ def hypergradient(
         differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory.
         clip_gradient: clamp the training gradient's elements to +- this value, as part of the step.
         clip_norm: scale the training gradient down to this norm, as part of the step.
+        ema: judge an exponential moving average of the weights, of this decay.
         clip_hessian_product: clamp the Hessian products' elements (forward mode only; no longer exact).
         val_examples: validation examples per segment's gradient; None is the whole split.
         device: where to train; None leaves the model where its factory puts it.
@@ -88,7 +90,7 @@ def hypergradient(
     """
 
     def settings(seed: int) -> TrainingSettings:
-        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm)
+        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema)
 
     loop = (
         EnsembleLoop(problem, settings(0), seed) if isinstance(seed, Sequence) else InnerLoop(problem, settings(seed))
@@ -327,7 +329,14 @@ def _cheapest_right(
     windows, free = [len(v) for v in values.values()], free_memory(loop.device)
     while len(refusals) < 2:
         choice = choose_differentiation(
-            windows, loop.steps, horizon, state_bytes(loop), free, refusals, may_be_rejected
+            windows,
+            loop.steps,
+            horizon,
+            state_bytes(loop),
+            free,
+            refusals,
+            may_be_rejected,
+            adjoint_gradients(loop.problem),
         )
         refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
         if refusal is None:
@@ -348,6 +357,7 @@ def choose_differentiation(
     free_bytes: int,
     refusals: Mapping[str, str] | None = None,
     may_be_rejected: bool = False,
+    adjoint_step: float = GRADIENTS_PER["adjoint_step"],
 ) -> Choice:
     """The cheapest mode for hyperparameters with these numbers of windows whose memory fits.
 
@@ -360,13 +370,14 @@ def choose_differentiation(
         refusals: why "forward" or "reverse" cannot be taken.
         may_be_rejected: whether the run may turn out not to be worth it, which reverse mode knows before it goes back,
             and forward mode when all is paid for.
+        adjoint_step: gradient evaluations that going back over a step takes.
     """
     refusals = refusals or {}
     # a window of N is carried from its opening on: (N + 1) / 2 columns on average
     columns = sum((count + 1) / 2 for count in windows)
     carried = 1 - 1 / (horizon or steps)
     forward = GRADIENTS_PER["step"] + GRADIENTS_PER["hessian_column"] * columns * carried
-    reverse = GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]
+    reverse = GRADIENTS_PER["step"] + adjoint_step
     checkpointed = reverse + GRADIENTS_PER["step"]
     needed = state_bytes * steps
     states = f"{mebibytes(needed)} of states"

@@ -17,7 +17,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from tune_hypergrad.batches import Batch
 from tune_hypergrad.figures import as_mean
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.inner_loop import EMA, InnerLoop
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
@@ -37,7 +37,7 @@ def plain_val_loss(
     problem: Problem,
     loop: InnerLoop,
     hyperparameters: Hyperparameters,
-    batches: Sequence[Batch],
+    batches: Sequence[Sequence[Batch]],
     mode: AbstractContextManager[Any],
 ) -> float:
     """The validation loss after training with `torch.optim` and `loss.backward()`.
@@ -46,7 +46,7 @@ def plain_val_loss(
         problem: what is trained; its factory makes a model of its own.
         loop: gives the initial weights, the settings and the seeds; entered.
         hyperparameters: values by name, each of shape [N].
-        batches: the batch of every step.
+        batches: those of every step.
         mode: what forward and backward passes run in.
     """
     problem = problem.with_own_measures(loop.device, loop.dtype)
@@ -57,26 +57,34 @@ def plain_val_loss(
     trained = nn.ModuleList([model, *losses])
     optimizer = TORCH_OPTIMIZERS[loop.optimizer.name]([p for p in trained.parameters() if p.requires_grad], lr=1.0)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for step, batch in enumerate(batches):
+    averages = [(p, p.detach().clone()) for p in trained.parameters() if p.requires_grad]
+    for step, of_step in enumerate(batches):
         trained.train()
         set_training(model, in_evaluation)
         values = {**loop.held_at(step), **loop.scalars(hyperparameters, step)}
-        _set(optimizer, {**loop.optimizer.hyperparameters, **values})
+        _set(optimizer, {**loop.update_hyperparameters, **values})
         optimizer.zero_grad()
-        loop.seed_model(step)
-        batch = objective.transform(batch, values)
-        target = problem.target(batch)
-        changed = {name: named[name] * factor for name, factor in objective.weight_factors(named, values).items()}
-        with mode, objective.acting(values) as activations:
-            with _reparametrize_module(model, changed):
-                output = problem.predict(model, batch)
-            prediction = Prediction(output, activations)
-            objective.loss(prediction, target, lambda: named, values).backward()
+        for number, batch in enumerate(of_step):
+            loop.seed_model(step, number)
+            batch = objective.transform(batch, values)
+            target = problem.target(batch)
+            changed = {name: named[name] * factor for name, factor in objective.weight_factors(named, values).items()}
+            with mode, objective.acting(values) as activations:
+                with _reparametrize_module(model, changed):
+                    output = problem.predict(model, batch)
+                prediction = Prediction(output, activations)
+                (objective.loss(prediction, target, lambda: named, values) / len(of_step)).backward()
         if loop.settings.clip_gradient is not None:
             torch.nn.utils.clip_grad_value_(trained.parameters(), loop.settings.clip_gradient)
         if loop.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(trained.parameters(), loop.settings.clip_norm)
         optimizer.step()
+        if loop.settings.ema is not None:
+            for parameter, average in averages:
+                average.lerp_(parameter.detach(), 1 - float(values.get(EMA, loop.settings.ema)))
+    if loop.settings.ema is not None:
+        for parameter, average in averages:
+            parameter.data = average
     trained.eval()
     loop.seed_evaluation()
     split = loop.split("val")

@@ -98,6 +98,7 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
         seed=settings.seed,
         clip_gradient=settings.clip_gradient,
         clip_norm=settings.clip_norm,
+        ema=settings.ema,
         device=settings.device,
         examples=EXAMPLES,
     )
@@ -117,5 +118,5 @@ def _findings(loop: InnerLoop) -> dict[Any, Any]:
 def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:
     settings = loop.settings
     fixed = tuple(sorted(flat_values(settings.fixed).items()))
-    clips = settings.clip_gradient is not None, settings.clip_norm is not None
-    return loop.optimizer.name, loop.device.type, clips, fixed, *sorted(base_names(hyperparameters))
+    recipe = tuple(value is not None for value in (settings.clip_gradient, settings.clip_norm, settings.ema))
+    return loop.optimizer.name, loop.device.type, recipe, fixed, *sorted(base_names(hyperparameters))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite, isnan, log
 from numbers import Real
@@ -101,6 +101,11 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
             the loss has parameters.
     """
     problem = loop.problem
+    if loop.validated:
+        raise InputError(
+            "a self-tuning network has no average of weights to judge: leave ema out, and take an optimizer that "
+            "trains the weights it judges"
+        )
     known = {**problem.regulariser_hyperparameters, **problem.train_loss_hyperparameters}
     for definition in tuned:
         name = definition.name
@@ -290,20 +295,8 @@ class SelfTuningRun:
         held = loop.held_at(step)
         self._path[step] = torch.tensor([*self.values.values(), *held.values()], dtype=torch.float64)
         self.network.train()
-        batch = loop.batch(step)
-        perturbations = self._perturbations(_TRAINING_PERTURBATION, step, loop.problem.batch_length(step))
-        loop.seed_model(step)
-        gradients = training_gradients(
-            self.network,
-            self.tuned,
-            self.variant,
-            loop.objective,
-            batch,
-            perturbations,
-            held,
-            forward=loop.problem.predict,
-            target=loop.problem.target,
-        )
+        count = loop.problem.batches_in(step)
+        gradients = _mean_gradients([self._training_gradients(held, step, number) for number in range(count)])
         # weight decay pulls weights to zero, not their responses
         undecayed = {"weight_decay": 0.0} if "weight_decay" in loop.optimizer.hyperparameters else {}
         for index, (parameters, found, h) in enumerate(
@@ -322,9 +315,27 @@ class SelfTuningRun:
         gradients_spent = GRADIENTS_PER["delta_stn_step" if self.variant.linearised else "stn_step"]
         self.cost += Cost(
             steps=1,
-            examples=loop.problem.batch_length(step),
+            examples=loop.problem.step_length(step),
             gradients=gradients_spent,
             hypergradients=gradients_spent - GRADIENTS_PER["step"],
+        )
+
+    def _training_gradients(self, held: Mapping[str, float], step: int, number: int) -> tuple[_ByName, _ByName]:
+        """Of a step's batch, by general and by response parameters; the network's buffers go on."""
+        loop = self.loop
+        batch, drawn = loop.batch(step, number), loop.draw(step, number)
+        perturbations = self._perturbations(_TRAINING_PERTURBATION, drawn, loop.problem.batch_length(step, number))
+        loop.seed_model(step, number)
+        return training_gradients(
+            self.network,
+            self.tuned,
+            self.variant,
+            loop.objective,
+            batch,
+            perturbations,
+            held,
+            forward=loop.problem.predict,
+            target=loop.problem.target,
         )
 
     def _validate(self) -> None:
@@ -357,7 +368,7 @@ class SelfTuningRun:
             limit = log(torch.finfo(self.loop.dtype).max) / 2
             self.tuned.log_scales.copy_(log_scales.clamp(-limit, limit))
         self.val_steps += 1
-        spent = size / loop.problem.batch_size * GRADIENTS_PER["self_tuning_val_step"]
+        spent = size / loop.problem.examples_per_step * GRADIENTS_PER["self_tuning_val_step"]
         self.cost += Cost(gradients=spent, hypergradients=spent)
 
     def _perturbations(self, stream: int, number: int, examples: int) -> Tensor:
@@ -371,6 +382,20 @@ class SelfTuningRun:
     def _plain_state_dict(self) -> dict[str, Any]:
         state = self.network.general_state_dict(self._present_inputs())
         return {name: _copied(value) for name, value in state.items()}
+
+
+_ByName = dict[str, Tensor]
+
+
+def _mean_gradients(batches: Sequence[tuple[_ByName, _ByName]]) -> list[_ByName]:
+    """The mean over a step's batches, of each kind of parameters; of those that have one in some batch."""
+    means: list[_ByName] = []
+    for found in zip(*batches, strict=True):
+        total: _ByName = {}
+        for gradients in found:
+            total |= {name: total[name] + g if name in total else g for name, g in gradients.items()}
+        means.append(total if len(found) == 1 else {name: g / len(found) for name, g in total.items()})
+    return means
 
 
 def _copied(value: Any) -> Any:

@@ -21,6 +21,7 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
+from tune_hypergrad.hypergradients.inner_loop import EMA
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
@@ -52,6 +53,9 @@ class TrialSettings:
     """Clamp every element of the training gradient to +- this value."""
     clip_norm: float | None = None
     """Scale the training gradient down to this norm over all weights."""
+    ema: float | None = None
+    """Judge an exponential moving average of the weights, of this decay; a trial's config may have it as a
+    hyperparameter."""
     reports: int = 10
     """Results in one training run; each evaluates the validation and test splits where that makes sense."""
 
@@ -264,7 +268,7 @@ def split_config(
     """
     repeat = config.get(TRIAL_INDEX, 0)
     config = {name: value for name, value in {**settings.constants(), **config}.items() if name not in _OF_SEARCHERS}
-    names = {f.name for f in fields(settings)}
+    names = {f.name for f in fields(settings)} - {EMA}
     arguments = {name: config[name] for name in problem.model_hyperparameters if name in config}
     changes: dict[str, Any] = {"model": partial(problem.model, **arguments)} if arguments else {}
     if "batch_size" in config:

@@ -175,7 +175,7 @@ def _try_out(run: SelfTuningRun) -> None:
         taken = {size for shape in (*shapes, *(p.shape for p in loop.model.parameters())) for size in shape}
         sizes = range(3, len(loop.split("train")) + 1, 2)
         size = next((size for size in sizes if size not in taken), loop.problem.batch_size)
-        loop.problem = loop.problem.replace(batch_size=size)
+        loop.problem = loop.problem.replace(batch_size=size, accumulate=1)
         try:
             run.verify()
             run.advance(1)
