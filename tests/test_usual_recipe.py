@@ -227,3 +227,58 @@ class TestAverage:
         problem = tiny_problem(train_loss=None, regularisers=(WeightDecay(),))
         with pytest.raises(InputError, match="a self-tuning network has no average of weights to judge: leave ema out"):
             STN.from_problem(problem, steps=6, ema=0.9, space={"l2": tune.loguniform(1e-4, 1e-1)})
+
+
+class TestAutocast:
+    """bfloat16 has 8 bits: relative errors of 1 / 256 in every product, where float32 has 1 / 2**24."""
+
+    @pytest.mark.parametrize(
+        "architecture", ["mlp", "batch_norm", "conv", "layer_norm", "dropout", "attention", "lstm"]
+    )
+    def test_is_torchs(self, architecture: str) -> None:
+        """Training is plain torch's under autocast; derivatives are those of float32, to that precision."""
+        problem = make_problem(architecture, dtype=torch.float32, batch_size=6)
+        values = {name: value.float() for name, value in SGD.items()}
+        expected = train(problem, values, autocast="bfloat16").val_loss
+        exact = {mode: differentiate(make_loop(problem), values, mode) for mode in MODES}
+        for mode in MODES:
+            found = differentiate(make_loop(problem, autocast="bfloat16"), values, mode)
+            assert found.val_loss != exact[mode].val_loss
+            assert found.val_loss == pytest.approx(expected, rel=2e-3)
+            assert found.val_loss == pytest.approx(exact[mode].val_loss, rel=2e-2)
+            assert all(p.dtype == torch.float32 for p in found.params.values())
+            assert_close(found.hypergradients, exact[mode].hypergradients, 0.1)
+
+    def test_modes_agree(self) -> None:
+        """As rounding lets them: every mode goes through the same casts."""
+        problem = make_problem("mlp", dtype=torch.float32, batch_size=6)
+        values = {name: value.float() for name, value in SGD.items()}
+        forward, *others = (differentiate(make_loop(problem, autocast="bfloat16"), values, mode) for mode in MODES)
+        for other in others:
+            assert_close(other.hypergradients, forward.hypergradients, 2e-2)
+
+    def test_a_float64_model_is_left_as_it_is(self) -> None:
+        plain, under = (
+            hypergradient(make_problem(), SGD, steps=3, autocast=a, check=False) for a in (None, "bfloat16")
+        )
+        assert plain.val_loss == under.val_loss
+        assert_close(under.hypergradients, plain.hypergradients, 1e-14)
+
+    def test_of_an_ensemble(self) -> None:
+        problem = make_problem("dropout", dtype=torch.float32)
+        values = {name: value.float() for name, value in SGD.items()}
+        result = hypergradient(problem, values, steps=4, seed=SEEDS, differentiation="reverse", autocast="bfloat16")
+        assert "runs at once" in result.reason
+        for seed, member in zip(SEEDS, result.members, strict=True):
+            own = hypergradient(problem, values, steps=4, seed=seed, differentiation="reverse", autocast="bfloat16")
+            assert member.val_loss == pytest.approx(own.val_loss, rel=1e-2)
+            assert_close(member.hypergradients, own.hypergradients, 5e-2)
+
+    def test_the_check_says_what_it_compares(self) -> None:
+        check = check_problem(make_problem("conv", dtype=torch.float32), autocast="bfloat16")
+        assert check.ok and set(check.errors) == {"forward", "reverse"}
+        assert "compared in float64, which autocast leaves as it is" in check.message
+
+    def test_names(self) -> None:
+        with pytest.raises(InputError, match=r"autocast is 'float16': give 'bfloat16', or None"):
+            TrainingSettings(3, autocast="float16")

@@ -56,6 +56,7 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
         trained = nn.ModuleList(each for each in (model, loss, train_loss) if isinstance(each, nn.Module))
         switch = train_mode(model)
         theirs = TORCH_OPTIMIZERS[optimizer]([p for p in trained.parameters() if p.requires_grad])
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.get("autocast") is not None)
         averages = [(p, p.detach().clone()) for p in trained.parameters() if p.requires_grad]
         for step in range(steps):
             now = {**fixed, **{name: windows[len(windows) * step // steps] for name, windows in values.items()}}
@@ -69,9 +70,10 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
                 *inputs, target = loop.batch(step, number)
                 loop.seed_model(step, number)
                 weights = {name: named[name] * factor for name, factor in objective.weight_factors(named, now).items()}
-                with objective.acting(now):
+                with objective.acting(now), autocast:
                     output = functional_call(model, weights, tuple(inputs)) if weights else model(*inputs)
-                (mean(train_loss(output, target, **takes)) / problem.accumulate).backward()
+                    train_loss_of_batch = mean(train_loss(output, target, **takes))
+                (train_loss_of_batch / problem.accumulate).backward()
             if settings.get("clip_norm") is not None:
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), settings["clip_norm"])
             theirs.step()
@@ -82,7 +84,7 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
             parameter.data = average
         trained.eval()
         *inputs, target = loop.cast(problem.val.batch(slice(None)))  # type: ignore[union-attr]
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             return Trained(model, loss, train_loss, float(mean(loss(model(*inputs), target))))
 
 

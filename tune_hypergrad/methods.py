@@ -62,6 +62,8 @@ class Task:
     """Scale the training gradient down to this norm over all weights."""
     ema: float | None = None
     """Judge an exponential moving average of the weights, of this decay; None judges the weights."""
+    autocast: str | None = None
+    """"bfloat16" for the model's forward pass under `torch.autocast`."""
     seed: int = 0
     """Seeds the method and its trials."""
     min_budget: float | None = None
@@ -86,7 +88,7 @@ class Task:
     @property
     def training(self) -> dict[str, Any]:
         """How its trials train besides their hyperparameters: settings that every trainable has."""
-        names = ("steps", "optimizer", "clip_gradient", "clip_norm", "ema", "check")
+        names = ("steps", "optimizer", "clip_gradient", "clip_norm", "ema", "autocast", "check")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -22,6 +22,7 @@ from tune_hypergrad.comparison.session import refuse_client
 from tune_hypergrad.comparison.start import read_start
 from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
 from tune_hypergrad.hypergradients import Optimizer
+from tune_hypergrad.hypergradients.autocast import autocast_dtype
 from tune_hypergrad.methods import Method, is_whole
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
@@ -268,6 +269,11 @@ def _decay(name: str, value: Any) -> float:
     return float(value)
 
 
+def _autocast(name: str, value: Any) -> str:
+    autocast_dtype(value)  # knows what it can be
+    return str(value)
+
+
 def _whole(least: int, remark: str) -> Check:
     def check(name: str, value: Any) -> int:
         if not is_whole(value) or value < least:
@@ -315,5 +321,6 @@ CHECKS: dict[str, Check] = {
     "clip_gradient": _or_none(_number(above=0)),
     "clip_norm": _or_none(_number(above=0)),
     "ema": _or_none(_decay),
+    "autocast": _or_none(_autocast),
 }
 """Of every argument, fields of `Task` among them."""

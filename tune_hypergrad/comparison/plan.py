@@ -46,7 +46,7 @@ from tune_hypergrad.space import is_number
 
 OF_TASKS = (
     *("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check"),
-    *("clip_gradient", "clip_norm", "ema"),
+    *("clip_gradient", "clip_norm", "ema", "autocast"),
 )
 """Fields of `Task` that `compare` takes as they are."""
 

@@ -25,7 +25,7 @@ from tune_hypergrad.trainables.retrained import Retrained
 _logger = logging.getLogger(__name__)
 
 _FIRST_SEED = 1_000_000  # beyond those that searches use
-_KEPT = ("batch_size", "optimizer", "clip_gradient", "clip_norm")
+_KEPT = ("batch_size", "optimizer", "clip_gradient", "clip_norm", "autocast")
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def check_problem(
     clip_gradient: float | None = None,
     clip_norm: float | None = None,
     ema: float | None = None,
+    autocast: str | None = None,
     device: str | None = None,
     modes: Sequence[str] = ("forward", "reverse"),
     examples: int | None = None,
@@ -93,6 +94,8 @@ def check_problem(
         clip_gradient: clamp the training gradient's elements to +- this value.
         clip_norm: scale the training gradient down to this norm.
         ema: judge an exponential moving average of the weights, of this decay.
+        autocast: "bfloat16" for the model's forward pass under `torch.autocast`. The first step is tried out so; the
+            comparison is in float64, which autocast leaves as it is, and the message says so.
         device: where to train; None leaves the model where its factory puts it.
         modes: which modes to compare.
         examples: examples in a step of the comparison, and in its validation, at the most; None is the problem's
@@ -105,7 +108,9 @@ def check_problem(
     try:
         problem.check()
         problem = problem.independent()
-        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema)
+        settings = TrainingSettings(
+            steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema, autocast
+        )
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)
@@ -117,6 +122,8 @@ def check_problem(
     working = [mode for mode in modes if mode not in refusals]
     values = {name: value.detach().double().cpu() for name, value in values.items()}
     errors, wrong, note = _compare(problem, settings, values, working, examples, tolerance)
+    if errors and autocast is not None:
+        note = "; ".join(filter(None, ["compared in float64, which autocast leaves as it is", note]))
     return _verdict(modes, errors, {**refusals, **wrong}, note)
 
 

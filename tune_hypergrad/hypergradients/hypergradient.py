@@ -49,6 +49,7 @@ def hypergradient(
     clip_gradient: float | None = None,
     clip_norm: float | None = None,
     ema: float | None = None,
+    autocast: str | None = None,
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
     device: str | None = None,
@@ -74,6 +75,7 @@ def hypergradient(
         clip_gradient: clamp the training gradient's elements to +- this value, as part of the step.
         clip_norm: scale the training gradient down to this norm, as part of the step.
         ema: judge an exponential moving average of the weights, of this decay.
+        autocast: "bfloat16" for the model's forward pass under `torch.autocast`.
         clip_hessian_product: clamp the Hessian products' elements (forward mode only; no longer exact).
         val_examples: validation examples per segment's gradient; None is the whole split.
         device: where to train; None leaves the model where its factory puts it.
@@ -90,7 +92,7 @@ def hypergradient(
     """
 
     def settings(seed: int) -> TrainingSettings:
-        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema)
+        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema, autocast)
 
     loop = (
         EnsembleLoop(problem, settings(0), seed) if isinstance(seed, Sequence) else InnerLoop(problem, settings(seed))

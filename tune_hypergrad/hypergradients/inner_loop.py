@@ -19,6 +19,7 @@ from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.curves import SUFFIXES, Curve, base_names, curves_of, forms_of, refuse_incomplete, split_name
 from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.autocast import UnderAutocast, autocast_dtype
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer, guarded_sqrt
@@ -78,6 +79,9 @@ class TrainingSettings:
     ema: float | None = None
     """Judge an exponential moving average of the weights: average <- ema average + (1 - ema) weights after every step,
     begun at the initial weights. It is the default of a hyperparameter of that name, which can be tuned."""
+    autocast: str | None = None
+    """What the model's forward pass is computed in, in training and evaluation: "bfloat16", as under `torch.autocast`,
+    with weights, gradients and optimizer state in the model's own type; None is that type."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -86,6 +90,8 @@ class TrainingSettings:
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
                 raise InputError(f"{name} is {limit!r}: give a positive number, or None for no clipping")
+        if self.autocast is not None:
+            autocast_dtype(self.autocast)
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema!r}: give the average's decay, at least 0 and below 1, or None")
         if self.clip_gradient is not None and self.clip_norm is not None:
@@ -175,6 +181,10 @@ class InnerLoop:
             raise InputError("the model has no parameter that requires a gradient: there is nothing to train")
         self.device, self.dtype = first.device, first.dtype.to_real()
         self.problem = problem.with_own_measures(self.device, self.dtype)
+        if settings.autocast is not None:
+            lower = autocast_dtype(settings.autocast)
+            forward = UnderAutocast(self.problem.forward, self.device.type, lower, self.dtype)
+            self.problem = self.problem.replace(forward=forward)
         self.in_evaluation = parts_in_evaluation(self.model)
         self.objective = self.problem.objective(self.model)
         self._scope = _Scope(self.model, _loss_modules(self.problem, self.model))

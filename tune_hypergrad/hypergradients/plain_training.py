@@ -61,7 +61,7 @@ def plain_val_loss(
     for step, of_step in enumerate(batches):
         trained.train()
         set_training(model, in_evaluation)
-        values = {**loop.held_at(step), **loop.scalars(hyperparameters, step)}
+        values: dict[str, Any] = {**loop.held_at(step), **loop.scalars(hyperparameters, step)}
         _set(optimizer, {**loop.update_hyperparameters, **values})
         optimizer.zero_grad()
         for number, batch in enumerate(of_step):

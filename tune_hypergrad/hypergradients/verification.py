@@ -99,6 +99,7 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
         clip_gradient=settings.clip_gradient,
         clip_norm=settings.clip_norm,
         ema=settings.ema,
+        autocast=settings.autocast,
         device=settings.device,
         examples=EXAMPLES,
     )
@@ -118,5 +119,6 @@ def _findings(loop: InnerLoop) -> dict[Any, Any]:
 def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:
     settings = loop.settings
     fixed = tuple(sorted(flat_values(settings.fixed).items()))
-    recipe = tuple(value is not None for value in (settings.clip_gradient, settings.clip_norm, settings.ema))
+    optional = settings.clip_gradient, settings.clip_norm, settings.ema, settings.autocast
+    recipe = tuple(value is not None for value in optional)
     return loop.optimizer.name, loop.device.type, recipe, fixed, *sorted(base_names(hyperparameters))

@@ -56,6 +56,8 @@ class TrialSettings:
     ema: float | None = None
     """Judge an exponential moving average of the weights, of this decay; a trial's config may have it as a
     hyperparameter."""
+    autocast: str | None = None
+    """"bfloat16" for the model's forward pass under `torch.autocast`."""
     reports: int = 10
     """Results in one training run; each evaluates the validation and test splits where that makes sense."""
 
