@@ -1,7 +1,8 @@
-"""The usual recipe: clipping by norm, accumulated batches, averaged weights, autocast."""
+"""The usual recipe: clipping by norm, accumulated batches, averaged weights, autocast, and optimizers beside Adam."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from tiny_problem import tiny_problem
 from torch import Tensor, nn
 from torch_loops import SGD, VALUES, assert_exact, train
 
+from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.plan import Plan
+from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import TrainingSettings, check_problem, hypergradient
+from tune_hypergrad.hypergradients import Optimizer, TrainingSettings, check_problem, hypergradient
+from tune_hypergrad.methods import Task, get_method
 from tune_hypergrad.regularisers import WeightDecay
 from tune_hypergrad.trainables import STN, FixedSchedule, InnerRun
 
@@ -282,3 +287,114 @@ class TestAutocast:
     def test_names(self) -> None:
         with pytest.raises(InputError, match=r"autocast is 'float16': give 'bfloat16', or None"):
             TrainingSettings(3, autocast="float16")
+
+
+TUNED: dict[str, Values] = {
+    "lion": {"lr": double(0.03, 0.05), "weight_decay": double(0.1)},
+    "schedule_free_adamw": {"lr": double(0.03, 0.05), "beta1": double(0.8), "weight_decay": double(0.1)},
+    "adafactor": {"lr": double(0.03, 0.05), "beta2_decay": double(-0.7), "weight_decay": double(0.1)},
+}
+
+
+class TestFurtherOptimizers:
+    """Their equations are tested in test_optimizers.py, their derivatives in test_hypergradients.py."""
+
+    @pytest.mark.parametrize("optimizer", TUNED)
+    def test_of_an_ensemble(self, optimizer: str) -> None:
+        fixed = {"eps": 1e-3} if optimizer == "schedule_free_adamw" else {}
+        assert_members_are_runs(make_problem("dropout"), TUNED[optimizer], optimizer=optimizer, fixed=fixed)
+
+    @pytest.mark.parametrize("optimizer", TUNED)
+    def test_parameters_without_a_gradient_stay(self, optimizer: str) -> None:
+        """By a loop in torch, which steps every parameter by itself."""
+        problem = make_problem(Sometimes, batch_size=2)
+        check = check_problem(problem, TUNED[optimizer], steps=4, optimizer=optimizer, modes=("reverse",))
+        assert check.ok and check.errors["reverse"] < 1e-4
+
+    @pytest.mark.parametrize("optimizer", TUNED)
+    def test_with_all_of_the_recipe(self, optimizer: str) -> None:
+        problem = make_problem("dropout", batch_size=3, accumulate=2)
+        ema = None if optimizer == "schedule_free_adamw" else 0.7
+        check = check_problem(problem, TUNED[optimizer], optimizer=optimizer, clip_norm=0.5, ema=ema)
+        assert check.ok and set(check.errors) == {"forward", "reverse"}
+
+    @pytest.mark.parametrize("optimizer", ["lion", "adafactor"])
+    def test_a_gradient_that_is_nothing_but_rounding(self, optimizer: str) -> None:
+        """A bias before a batch normalisation has a gradient of 0, whose rounding error decides a step."""
+        check = check_problem(make_problem("batch_norm"), optimizer=optimizer)
+        assert check.ok and not check.errors
+        assert "not compared with finite differences: rounding decides how it trains" in check.message
+
+    def test_schedule_free_adamw_reports_its_average(self) -> None:
+        loop = make_loop(optimizer="schedule_free_adamw", fixed={"lr": 0.05})
+        with loop.running():
+            state = loop.run({})
+            assert loop.optimizer.slots[1] == "average" and not torch.equal(state.slots[1], state.params)
+            judged = loop.evaluate(state).loss
+        result = differentiate(loop, {"weight_decay": double(0.0)}, "reverse")
+        assert result.val_loss == pytest.approx(judged, rel=1e-12)
+        assert torch.equal(loop.flatten(result.params), state.slots[1])
+
+    def test_what_averages_itself_takes_no_ema(self) -> None:
+        with pytest.raises(InputError, match=r"'schedule_free_adamw' averages the weights .* itself: leave ema out"):
+            make_loop(optimizer="schedule_free_adamw", ema=0.9)
+
+    def test_a_self_tuning_network_judges_the_weights_it_trains(self) -> None:
+        problem = tiny_problem(train_loss=None, regularisers=(WeightDecay(),))
+        space = {"l2": tune.loguniform(1e-4, 1e-1)}
+        with pytest.raises(InputError, match="a self-tuning network has no average of weights to judge"):
+            STN.from_problem(problem, steps=6, optimizer="schedule_free_adamw", space=space)
+        with pytest.raises(InputError, match="hyper_optimizer 'schedule_free_adamw' moves an average of weights"):
+            STN.from_problem(problem, steps=6, hyper_optimizer="schedule_free_adamw", space=space)
+
+    @pytest.mark.parametrize("optimizer", ["lion", "adafactor"])
+    def test_a_self_tuning_network_trains_by_them(self, optimizer: str) -> None:
+        problem = tiny_problem(train_loss=None, regularisers=(WeightDecay(),), batch_size=6, accumulate=2)
+        settings = {"optimizer": optimizer, "warm_up": 0, "clip_norm": 0.5}
+        space = {"l2": tune.loguniform(1e-4, 1e-1)}
+        trial = STN.from_problem(problem, steps=8, space=space, reports=1, **settings)(config={"lr": 0.01})
+        result = trial.train()
+        assert result["done"] and result["cost/examples"] == 8 * 12
+        assert result["val_loss"] < 1.5
+
+
+def tanh_descent(name: str = "tanh", lr: float = 0.1) -> Optimizer:
+    def update(params: Tensor, gradient: Tensor, slots: Any, h: Any, step: int) -> Any:
+        return params - h["lr"] * torch.tanh(gradient), slots
+
+    return Optimizer(name, update, (), {"lr": lr})
+
+
+class TestOwnOptimizer:
+    """An `Optimizer` wherever an optimizer's name is taken."""
+
+    def plan(self, optimizer: str | Optimizer, space: dict[str, Any] | None = None) -> Plan:
+        task = Task(tiny_problem(test=None), {"lr": tune.loguniform(1e-3, 1), **(space or {})}, 12, optimizer)
+        resources = {"cpu": 1}
+        return Plan(tiny_problem(), task, (get_method("rs"),), Budget(60), (0,), resources)
+
+    def test_its_records_are_the_same_in_every_process_and_tell_another_one(self) -> None:
+        written = [json.dumps(self.plan(each).settings()) for each in (tanh_descent(), tanh_descent())]
+        assert written[0] == written[1]
+        assert json.loads(written[0])["optimizer"] == "tanh"
+        others = tanh_descent("other"), tanh_descent(lr=0.2), "sgd"
+        assert all(json.dumps(self.plan(other).settings()) != written[0] for other in others)
+
+    def test_its_records_in_a_space(self) -> None:
+        written = [
+            self.plan("sgd", {"optimizer": tune.choice(["sgd", tanh_descent(lr=lr)])}).settings()["space"]
+            for lr in (0.1, 0.1, 0.2)
+        ]
+        assert written[0] == written[1] != written[2]
+        with pytest.raises(InputError, match="two optimizers in the search space are called 'tanh': rename one"):
+            self.plan("sgd", {"optimizer": tune.choice([tanh_descent(), tanh_descent(lr=0.2)])})
+
+    def test_retrainings_know_it_by_its_name(self) -> None:
+        space = {"optimizer": tune.choice(["sgd", tanh_descent()])}
+        plan = self.plan("sgd", space)
+        retrained = Retraining().trainable(plan.task)(config={"optimizer": "tanh", "lr": 0.3})
+        expected = final_val_loss(FixedSchedule, {"optimizer": tanh_descent(), "lr": 0.3}, steps=12)
+        result: dict[str, Any] = {"done": False}
+        while not result["done"]:
+            result = retrained.train()
+        assert result["val_loss"] == expected != final_val_loss(FixedSchedule, {"lr": 0.3}, steps=12)

@@ -159,19 +159,27 @@ def hyperparameters_of(task: Task) -> tuple[str, ...]:
     """What trials on a task can be given besides settings: hyperparameters of the optimizer, or of those that the space
     has, and of the training loss, arguments of the model factory, and the batch size."""
     problem = task.problem
-    of_optimizers = (name for known in _optimizers(task) for name in known.hyperparameters)
+    of_optimizers = (name for known in optimizers_of(task) for name in known.hyperparameters)
     of_loss = sorted(problem.loss_hyperparameters)
     of_average = () if task.ema is None else (EMA,)
     return tuple(dict.fromkeys((*of_optimizers, *of_average, *of_loss, *problem.model_hyperparameters, "batch_size")))
 
 
-def _optimizers(task: Task) -> list[Optimizer]:
-    """What a trial's inner optimizer can be."""
+def optimizers_of(task: Task) -> list[Optimizer]:
+    """What a trial's inner optimizer can be.
+
+    Raises:
+        InputError: two of them have the same name, by which a trial's records tell them.
+    """
     entry = task.space.get("optimizer", task.optimizer)
     if isinstance(entry, Function):  # it may draw any
         return list(OPTIMIZERS.values())
     choices = entry.get("grid_search", ()) if isinstance(entry, Mapping) else getattr(entry, "categories", [entry])
-    return [get_optimizer(choice) for choice in choices]
+    found = [get_optimizer(choice) for choice in choices]
+    for optimizer in found:
+        if any(other.name == optimizer.name and other != optimizer for other in found):
+            raise InputError(f"two optimizers in the search space are called {optimizer.name!r}: rename one")
+    return found
 
 
 def training_reports(task: Task) -> int:
@@ -328,7 +336,11 @@ def _inside(task: Task) -> dict[str, Any]:
 def _by_self_tuning(task: Task) -> Mapping[str, Any]:
     """All of the space, the optimizer from run to run, if there is something to tune inside a run, whose own weights
     are judged."""
-    return task.space if task.part(of_training_loss=True) and task.ema is None else {}
+    return task.space if task.part(of_training_loss=True) and not _judges_average(task) else {}
+
+
+def _judges_average(task: Task) -> bool:
+    return task.ema is not None or any(optimizer.validated is not None for optimizer in optimizers_of(task))
 
 
 def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
@@ -532,10 +544,13 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+_CUSTOMARY_LR = {"sgd": 0.1, "nesterov": 0.1, "lion": 3e-4, "adafactor": 0.01}
+
+
 def customary(optimizer: str | Optimizer) -> dict[str, float]:
     """Values of an inner optimizer's hyperparameters to begin with where nothing is known of a problem."""
     known = get_optimizer(optimizer)
-    values = {"lr": 0.1 if known.name in ("sgd", "nesterov") else 0.003, "momentum": 0.9, "weight_decay": 0.0}
+    values = {"lr": _CUSTOMARY_LR.get(known.name, 0.003), "momentum": 0.9, "weight_decay": 0.0}
     return {name: value for name, value in values.items() if name in known.hyperparameters}
 
 

@@ -23,7 +23,7 @@ from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import MODEL_STREAM, InnerLoop, TrainingSettings, as_real
 from tune_hypergrad.hypergradients.member_draws import MemberDraws
 from tune_hypergrad.hypergradients.normalisation import batch_norm, instance_norm
-from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Slots
+from tune_hypergrad.hypergradients.optimizers import Slots, is_built_in
 from tune_hypergrad.hypergradients.partial_update import Block
 from tune_hypergrad.hypergradients.state import Buffers, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, StopGradient
@@ -160,16 +160,16 @@ class EnsembleLoop(InnerLoop):
         h: Mapping[str, Any],
         step: int,
         blocks: Sequence[Block] | None = None,
-        sizes: Sequence[int] | None = None,
+        shapes: Sequence[torch.Size] | None = None,
     ) -> tuple[Tensor, Slots]:
         """The optimizer's update of every run: `params`, `gradient` and the slots have shape [S, P], `h` [S]."""
         whole = blocks is None or (len(blocks) == 1 and len(blocks[0].members) == len(self._sizes))
-        if whole and self.optimizer is OPTIMIZERS.get(self.optimizer.name):  # these are made elementwise
+        if whole and is_built_in(self.optimizer) and not self.optimizer.by_parameter:  # these are made elementwise
             columns = {name: value[:, None] for name, value in h.items()}
-            return super().update(params, gradient, slots, columns, step, blocks, sizes)
+            return super().update(params, gradient, slots, columns, step, blocks, shapes)
 
         def of_member(params: Tensor, gradient: Tensor, slots: Slots, h: dict[str, Any]) -> tuple[Tensor, Slots]:
-            return InnerLoop.update(self, params, gradient, slots, h, step, blocks, sizes)
+            return InnerLoop.update(self, params, gradient, slots, h, step, blocks, shapes)
 
         return vmap(of_member)(params, gradient, slots, dict(h))
 

@@ -65,7 +65,7 @@ def hypergradient(
             a trial's config, `{"lr": {"cosine": {"peak": [1], ...}}, "momentum": {"one_minus": [1]}}` (see `Curve` for
             the formulas); parts that are not tuned are `fixed`.
         steps: inner steps T.
-        optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`.
+        optimizer: name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own.
         fixed: hyperparameters without a derivative (numbers, windows of numbers, curves, or parts of a tuned curve);
             the rest take the defaults of `torch.optim` and of the train loss.
         seed: seeds initial weights, order of examples, augmentation and dropout. Several different seeds are an

@@ -23,7 +23,7 @@ from tune_hypergrad.hypergradients.autocast import UnderAutocast, autocast_dtype
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer, guarded_sqrt
-from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks
+from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks, update_each
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
 from tune_hypergrad.hypergradients.supported import refuse_unsupported, twice_differentiable
@@ -161,10 +161,14 @@ class InnerLoop:
         self.source, self.settings = problem, settings
         self.findings: dict[Any, Any] = {}  # of the derivatives, where the problem cannot remember them
         self.optimizer = get_optimizer(settings.optimizer)
-        averaged = settings.ema is not None
-        self.slots = (*self.optimizer.slots, *(("average",) if averaged else ()))
+        judged = self.optimizer.validated if settings.ema is None else EMA
+        if settings.ema is not None and self.optimizer.validated is not None:
+            raise InputError(
+                f"optimizer {self.optimizer.name!r} averages the weights that are judged itself: leave ema out"
+            )
+        self.slots = (*self.optimizer.slots, *(() if settings.ema is None else (EMA,)))
         """Names of a state's slots: the optimizer's, and the average of the weights where there is one."""
-        self.validated = len(self.slots) if averaged else 0
+        self.validated = 0 if judged is None else 1 + self.slots.index(judged)
         """Where in `(params, *slots)` the weights are that evaluations judge."""
         self.update_hyperparameters: dict[str, float] = dict(self.optimizer.hyperparameters)
         """The optimizer's hyperparameters, and the decay of the average where there is one, with their defaults."""
@@ -191,6 +195,8 @@ class InnerLoop:
         trainable = self._scope.names((n, p.detach()) for n, p in self._scope.named_parameters() if p.requires_grad)
         self._names = tuple(trainable)
         self._complex = {name for name, p in trainable.items() if p.is_complex()}
+        if self._complex and self.optimizer.by_parameter:
+            raise InputError(f"optimizer {self.optimizer.name!r} does not take complex parameters: choose another one")
         self._shapes = [as_real(p).shape for p in trainable.values()]
         self._sizes = [as_real(p).numel() for p in trainable.values()]
         self._initial = InnerLoop.flatten(self, trainable)  # not of an ensemble
@@ -313,8 +319,8 @@ class InnerLoop:
     def initial_state(self) -> State:
         """Fresh weights (drawn from the seed), zero optimizer state, fresh buffers, no step taken."""
         slots = tuple(
-            self._initial.clone() if position == self.validated else torch.zeros_like(self._initial)
-            for position, _ in enumerate(self.slots, 1)
+            self._initial.clone() if name in (EMA, *self.optimizer.from_weights) else torch.zeros_like(self._initial)
+            for name in self.slots
         )
         return State(self._initial.clone(), slots, dict(self._initial_buffers), (0,) * len(self._names))
 
@@ -532,7 +538,7 @@ class InnerLoop:
         h: Mapping[str, Any],
         step: int,
         blocks: Sequence[Block] | None = None,
-        sizes: Sequence[int] | None = None,
+        shapes: Sequence[torch.Size] | None = None,
     ) -> tuple[Tensor, Slots]:
         """The optimizer's update, gradient clipping and averaging included.
 
@@ -543,7 +549,7 @@ class InnerLoop:
             h: the tuned hyperparameters' values in force.
             step: the inner step.
             blocks: which parameters step; None: all, for which this is step `step`.
-            sizes: the parameters' numbers of elements, where these are not those of the model.
+            shapes: the parameters' shapes, where these are not those of the model.
         """
         gradient = self._clipped(gradient)
         values = {**self.update_hyperparameters, **self.held_at(step), **h}
@@ -552,10 +558,15 @@ class InnerLoop:
             return self.optimizer.update(params, gradient, slots, values, count)
 
         own = slots[: len(self.optimizer.slots)]
-        if blocks is None:
+        shapes = self._shapes if shapes is None else shapes
+        if self.optimizer.by_parameter:
+            blocks = [Block(step, tuple(range(len(shapes))))] if blocks is None else blocks
+            params, own = update_each(of_block, blocks, shapes, params, gradient, own)
+        elif blocks is None:
             params, own = of_block(params, gradient, own, step)
         else:
-            params, own = update_blocks(of_block, blocks, sizes or self._sizes, params, gradient, own)
+            sizes = [shape.numel() for shape in shapes]
+            params, own = update_blocks(of_block, blocks, sizes, params, gradient, own)
         averages = (values[EMA] * average + (1 - values[EMA]) * params for average in slots[len(own) :])
         return params, (*own, *averages)
 

@@ -13,7 +13,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.check import check_problem, usual_values
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
-from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
+from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
@@ -112,8 +112,7 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
 
 def _findings(loop: InnerLoop) -> dict[Any, Any]:
     """Where to remember: with the problem, or with the loop, whose optimizer may be like no other."""
-    known = loop.optimizer is OPTIMIZERS.get(loop.optimizer.name)
-    return loop.source.findings if known else loop.findings
+    return loop.source.findings if is_built_in(loop.optimizer) else loop.findings
 
 
 def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:

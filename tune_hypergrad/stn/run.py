@@ -62,7 +62,10 @@ class SelfTuningSettings:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise InputError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
-        get_optimizer(self.hyper_optimizer)
+        if get_optimizer(self.hyper_optimizer).validated is not None:
+            raise InputError(
+                f"hyper_optimizer {self.hyper_optimizer!r} moves an average of weights: choose another one"
+            )
         for name, least in (("train_steps", 1), ("val_steps", 0), ("val_batch_size", 1)):
             value = getattr(self, name)
             if name == "val_batch_size" and value is None:
@@ -304,10 +307,10 @@ class SelfTuningRun:
         ):
             gradient = torch.cat([found.get(name, torch.zeros_like(p)).reshape(-1) for name, p in parameters.items()])
             without = {position for position, name in enumerate(parameters) if name not in found}
-            blocks, sizes = step_blocks(self._counts[index], without), [p.numel() for p in parameters.values()]
+            blocks, shapes = step_blocks(self._counts[index], without), [p.shape for p in parameters.values()]
             with torch.no_grad():
                 weights, self._slots[index] = loop.update(
-                    self._weights[index], gradient, self._slots[index], h, step, blocks, sizes
+                    self._weights[index], gradient, self._slots[index], h, step, blocks, shapes
                 )
                 self._weights[index].copy_(weights)
             self._counts[index] = counted(self._counts[index], without)

@@ -42,7 +42,7 @@ class TrialSettings:
     steps: int
     """Inner steps in one training run."""
     optimizer: str | Optimizer = "sgd"
-    """Inner optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`."""
+    """Name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Hyperparameters held (numbers, or windows of numbers); the rest take the defaults of `torch.optim` and of the
     train loss."""
