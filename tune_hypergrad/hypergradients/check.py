@@ -264,8 +264,8 @@ class _Comparison:
             nudged = self._plain_loss(self._values, nudge=_NUDGE)
         if _differ(nudged, self._loss):
             return (
-                "rounding decides how it trains, as where an optimizer that does not look at a gradient's size follows one "
-                "that is 0 but for rounding (that of a bias before a batch normalisation: leave such biases out)"
+                "rounding decides how it trains, as where an optimizer that does not look at a gradient's size follows "
+                "one that is 0 but for rounding (that of a bias before a batch normalisation: leave such biases out)"
             )
         return ""
 

@@ -113,8 +113,8 @@ def plain_val_loss(
     trained = nn.ModuleList([model, *losses])
     optimizer = _optimizer_of(loop, trained)
     with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter.mul_(1 + nudge)
+        for weight in trained.parameters():
+            weight.mul_(1 + nudge)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     averages: list[tuple[Tensor, Tensor]] = [(p, p.detach().clone()) for p in trained.parameters() if p.requires_grad]
     for step, of_step in enumerate(batches):
