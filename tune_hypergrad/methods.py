@@ -525,7 +525,7 @@ def taken_by(method: Method, task: Task) -> frozenset[str]:
     runs = next((own for name, own in _RUN_BY.items() if METHODS[name].trainable is method.trainable), None)
     if runs is None:
         return frozenset(method.tunable(task))
-    settings = {"budget", *(f.name for f in fields(runs.Settings))} - {"fixed", "space"}
+    settings = {"budget", *(f.name for f in fields(runs.Settings))} - {"fixed", "space", EMA}
     if any(METHODS[name].searcher is method.searcher for name in _SAY_BUDGETS):
         settings -= {"budget", "steps"}
     return frozenset({*settings, *hyperparameters_of(task)})

@@ -91,6 +91,6 @@ def autocast_dtype(name: str) -> torch.dtype:
     Raises:
         InputError: there is none.
     """
-    if name not in AUTOCAST_DTYPES:
+    if not isinstance(name, str) or name not in AUTOCAST_DTYPES:
         raise InputError(f"autocast is {name!r}: give {' or '.join(map(repr, AUTOCAST_DTYPES))}, or None")
     return AUTOCAST_DTYPES[name]
