@@ -184,7 +184,7 @@ def test_what_does_not_train_is_not_raised(factory: Callable[[], nn.Module], kin
         ({"hyperparameters": {"beta1": double(0.9)}}, "unknown hyperparameter 'beta1'"),
         ({"hyperparameters": {"lr": 0.1}}, "'lr' is a float"),
         ({"hyperparameters": {"lr": torch.ones(4)}}, "'lr' has shape [4]"),
-        ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
+        ({"optimizer": "lamb"}, "unknown optimizer 'lamb'"),
         ({"steps": 0}, "steps is 0"),
     ],
 )

@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from ray import tune
 from ray.tune import Callback
 from ray.tune.search import Repeater
 from self_tuning import regularised_problem
 from tiny_problem import tiny_problem
 
-from tune_hypergrad import FixedSchedule, InputError, Method, RandomSearch, Retraining, compare
+from tune_hypergrad import FixedSchedule, InputError, Method, RandomSearch, Retraining, compare, complement
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison import Comparison, Interrupted
 from tune_hypergrad.comparison.records import RETRAINING, START
+from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.ledger import LEDGER_FILE, Ledger
 from tune_hypergrad.methods import BY_DEFAULT
 
@@ -415,6 +417,31 @@ def _without_room(room, base):
         base.save_checkpoint(self, checkpoint_dir)
 
     return save_checkpoint
+
+
+def softened(params, gradient, slots, h, step):
+    return params - h["lr"] * torch.tanh(gradient), slots
+
+
+@pytest.mark.slow
+def test_an_optimizer_of_ones_own_and_all_of_the_recipe(ray_session, tmp_path):
+    """In workers, in records, in retrainings, and when resumed."""
+    own = Optimizer("softened", softened, (), {"lr": 0.1})
+    space = {"lr": tune.loguniform(1e-2, 1), "ema": complement(tune.loguniform(0.01, 0.9))}
+    recipe = {"clip_norm": 1.0, "ema": 0.9, "autocast": "bfloat16"}
+    given = {**QUICK, "budget": "30e", "space": space, "out": tmp_path / "out", **recipe}
+    problem = tiny_problem(batch_size=4, accumulate=2)
+    found = compare(problem, ["fds", "rs"], optimizer=own, **given)
+    assert list(found.summary["failed"]) == [0, 0] and found.summary["val_loss"].notna().all()
+    assert found.settings["optimizer"] == "softened" and found.settings["ema"] == 0.9
+    assert {"lr", "ema"} == set(found.schedule("fds").values)
+    ends = [line for line in map(json.loads, (tmp_path / "out" / "ledger.jsonl").open()) if line["event"] == "end"]
+    assert {"retraining", "fds", "rs"} == {line["method"] for line in ends}
+    assert {line["status"] for line in ends if line["method"] == "retraining"} == {"completed"}
+    again = compare(problem, ["fds", "rs"], optimizer=own._replace(), resume=True, **given)
+    assert len(again.trials) == len(found.trials)
+    with pytest.raises(InputError, match=r"was made with another own_optimizer, .*: resume with the same arguments"):
+        compare(problem, ["fds", "rs"], optimizer=own._replace(hyperparameters={"lr": 1.0}), resume=True, **given)
 
 
 @pytest.mark.slow

@@ -88,6 +88,9 @@ WRONG = [
     *[("min_budget", value) for value in ("x", True, 0, -1, NAN)],
     *[("max_budget", value) for value in ("x", True, 0, -1, INF)],
     *[("eta", value) for value in ("x", None, True, 1, NAN)],
+    *[(name, value) for name in ("clip_gradient", "clip_norm") for value in ("x", 0, -1, NAN, True)],
+    *[("ema", value) for value in ("x", 1.0, -0.1, NAN, True)],
+    *[("autocast", value) for value in ("float16", "x", 16, True, [])],
     *[("fixed", value) for value in (3, None, {3: 1}, {"lr": NAN}, {"lr": {"0": NAN}}, {"lr": np.array([1, NAN])})],
     *[("self_tuning_epochs", value) for value in ("x", True, 0, -1, NAN)],
     *[("check", value) for value in ("yes", None, 1)],
@@ -292,7 +295,7 @@ def test_a_name_that_nothing_takes_is_refused(ray_must_not_start, tmp_path, meth
 
 
 def test_names_are_those_of_the_optimizer_the_losses_the_model_and_settings():
-    names = ("momentum", "l2", "width", "batch_size", "clip_gradient", "reports", "seed")
+    names = ("momentum", "l2", "width", "batch_size", "clip_gradient", "clip_norm", "reports", "seed")
     plan(space={**SPACE, **dict.fromkeys(names, tune.uniform(0, 1))})
     problem = regularised_problem()
     assert problem.regulariser_hyperparameters

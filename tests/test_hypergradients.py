@@ -55,7 +55,24 @@ TUNED: dict[str, Values] = {
         "momentum": double(0.5, 0.3),
         "weight_decay": double(0.05),
     },
+    "lion": {"lr": double(0.03, 0.05), "weight_decay": double(0.1, 0.3, 0.2)},
+    "schedule_free_adamw": {
+        "lr": double(0.03, 0.05),
+        "beta1": double(0.8, 0.6, 0.7),
+        "beta2": double(0.9, 0.8),
+        "eps": double(1e-3, 2e-3, 1e-3, 3e-3),
+        "weight_decay": double(0.1, 0.3, 0.2),
+    },
+    "adafactor": {
+        "lr": double(0.03, 0.05),
+        "beta2_decay": double(-0.8, -0.5, -0.6),
+        "eps2": double(2.0, 1e-3),
+        "d": double(0.3, 0.2),
+        "weight_decay": double(0.1, 0.3, 0.2),
+    },
 }
+NOTHING_TO_SEE = {"lion": {"beta1", "beta2"}}
+"""Hyperparameters that only act through a sign, whose derivative is 0."""
 
 
 def full_batch(factory: Any = mlp, **fields: Any) -> Any:
@@ -64,7 +81,7 @@ def full_batch(factory: Any = mlp, **fields: Any) -> Any:
 
 class TestAgainstFiniteDifferences:
     def test_every_hyperparameter_is_covered(self) -> None:
-        assert {name: set(values) for name, values in TUNED.items()} == {
+        assert {name: {*values, *NOTHING_TO_SEE.get(name, ())} for name, values in TUNED.items()} == {
             name: set(optimizer.hyperparameters) for name, optimizer in OPTIMIZERS.items()
         }
 
@@ -128,6 +145,11 @@ class TestAgainstFiniteDifferences:
             result = differentiate(loop, {name: double(*windows) for name, windows in values.items()}, mode)
             assert result.val_loss == pytest.approx(val_loss(values), rel=1e-10)
             assert_close(result.hypergradients, expected, 1e-5)
+
+    def test_what_acts_through_a_sign_has_a_derivative_of_zero(self) -> None:
+        loop, values = make_loop(optimizer="lion"), {"beta1": double(0.9), "beta2": double(0.95)}
+        for mode in MODES:
+            assert differentiate(loop, values, mode).hypergradients == values.fromkeys(values, double(0.0))
 
     @pytest.mark.parametrize("mode", MODES)
     def test_clipped_gradients(self, mode: str) -> None:
@@ -532,7 +554,7 @@ class TestRefusals:
         assert_refused(f"{which} is {clip}", **{which: clip})
 
     def test_unknown_optimizer_and_mode(self) -> None:
-        assert_refused("unknown optimizer 'lion'", optimizer="lion")
+        assert_refused("unknown optimizer 'lamb'", optimizer="lamb")
         assert_refused("unknown differentiation 'backward': choose one of auto, forward", differentiation="backward")
 
 

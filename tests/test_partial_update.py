@@ -41,7 +41,7 @@ def update_of(optimizer: str) -> Callable[..., Any]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(optimizer=st.sampled_from(sorted(OPTIMIZERS)), pattern=patterns)
+@given(optimizer=st.sampled_from(sorted(HYPERPARAMETERS)), pattern=patterns)
 def test_steps_are_those_of_torch(optimizer: str, pattern: list[frozenset[int]]) -> None:
     theirs = [normal(position, *shape).requires_grad_() for position, shape in enumerate(SHAPES)]
     reference = TORCH_OPTIMIZERS[optimizer](theirs, lr=0.1)
@@ -77,7 +77,7 @@ def test_blocks_are_parameters_of_one_count(counts: list[int], data: st.DataObje
     assert all(counts[member] == block.taken for block in blocks for member in block.members)
 
 
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", sorted(HYPERPARAMETERS))
 def test_the_step_is_differentiable(optimizer: str) -> None:
     """By weights, gradients and state: as the update itself is, and the identity where nothing steps."""
     blocks = [Block(0, (0, 3)), Block(2, (1,))]

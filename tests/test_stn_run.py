@@ -534,7 +534,7 @@ def refusal(**arguments):
         ({"scale": 0}, "scale is 0"),
         ({"scale": "wide"}, "scale is 'wide'"),
         ({"variant": "delta_stn"}, "unknown variant 'delta_stn': choose one of stn, centered-stn, delta-stn"),
-        ({"hyper_optimizer": "lion"}, "'lion'"),
+        ({"hyper_optimizer": "lamb"}, "'lamb'"),
         ({"train_steps": 0}, "train_steps is 0"),
         ({"val_steps": -1}, "val_steps is -1"),
         ({"val_batch_size": 2.5}, "val_batch_size is 2.5"),

@@ -589,6 +589,7 @@ def test_fds_ends_when_converged():
         ({"steps": 5}, {"steps": 5}),
         ({"optimizer": "adam"}, {"optimizer": "adam"}),
         ({"clip_gradient": 0.01}, {"clip_gradient": 0.01}),
+        ({"clip_norm": 0.01}, {"clip_norm": 0.01}),
         ({"fixed": {"weight_decay": 0.1}}, {"fixed": {"weight_decay": 0.1}}),
     ],
 )

@@ -56,24 +56,35 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
         trained = nn.ModuleList(each for each in (model, loss, train_loss) if isinstance(each, nn.Module))
         switch = train_mode(model)
         theirs = TORCH_OPTIMIZERS[optimizer]([p for p in trained.parameters() if p.requires_grad])
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.get("autocast") is not None)
+        averages = [(p, p.detach().clone()) for p in trained.parameters() if p.requires_grad]
         for step in range(steps):
             now = {**fixed, **{name: windows[len(windows) * step // steps] for name, windows in values.items()}}
             set_values(theirs, now)
-            *inputs, target = loop.batch(step)
             trained.train()
             switch()
-            loop.seed_model(step)
             theirs.zero_grad()
             named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            weights = {name: named[name] * factor for name, factor in objective.weight_factors(named, now).items()}
-            with objective.acting(now):
-                output = functional_call(model, weights, tuple(inputs)) if weights else model(*inputs)
             takes = {name: now[name] for name in problem.train_loss_hyperparameters if name in now}
-            mean(train_loss(output, target, **takes)).backward()
+            for number in range(problem.accumulate):
+                *inputs, target = loop.batch(step, number)
+                loop.seed_model(step, number)
+                weights = {name: named[name] * factor for name, factor in objective.weight_factors(named, now).items()}
+                with objective.acting(now), autocast:
+                    output = functional_call(model, weights, tuple(inputs)) if weights else model(*inputs)
+                    train_loss_of_batch = mean(train_loss(output, target, **takes))
+                (train_loss_of_batch / problem.accumulate).backward()
+            if settings.get("clip_norm") is not None:
+                torch.nn.utils.clip_grad_norm_(trained.parameters(), settings["clip_norm"])
             theirs.step()
+            decay = float(now.get("ema", settings.get("ema") or 0))
+            for parameter, average in averages:
+                average.copy_(decay * average + (1 - decay) * parameter.detach())
+        for parameter, average in averages:
+            parameter.data = average
         trained.eval()
         *inputs, target = loop.cast(problem.val.batch(slice(None)))  # type: ignore[union-attr]
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             return Trained(model, loss, train_loss, float(mean(loss(model(*inputs), target))))
 
 

@@ -27,6 +27,7 @@ from tune_hypergrad.hypergradients import (
     TrainingSettings,
     get_optimizer,
 )
+from tune_hypergrad.hypergradients.inner_loop import EMA
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
@@ -65,6 +66,14 @@ class Task:
     """Inner steps in one training run."""
     optimizer: str | Optimizer = "sgd"
     """Inner optimizer."""
+    clip_gradient: float | None = None
+    """Clamp every element of the training gradient to +- this value."""
+    clip_norm: float | None = None
+    """Scale the training gradient down to this norm over all weights."""
+    ema: float | None = None
+    """Judge an exponential moving average of the weights, of this decay; None judges the weights."""
+    autocast: str | None = None
+    """"bfloat16" for the model's forward pass under `torch.autocast`."""
     seed: int = 0
     """Seeds the method and its trials."""
     min_budget: float | None = None
@@ -85,6 +94,12 @@ class Task:
     start: Mapping[str, Any] | None = None
     """A person's own settings, from which every method begins: a value for everything in the space that has a domain,
     in the space's form (`{"0": ..., "1": ...}` for a schedule); None leaves the beginning to each method."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How its trials train besides their hyperparameters: settings that every trainable has."""
+        names = ("steps", "optimizer", "clip_gradient", "clip_norm", "ema", "autocast", "check")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def self_tuning_steps(self) -> int:
@@ -154,9 +169,10 @@ def hyperparameters_of(task: Task) -> tuple[str, ...]:
     """What trials on a task can be given besides settings: hyperparameters of the optimizer, or of those that the space
     has, and of the training loss, arguments of the model factory, and the batch size."""
     problem = task.problem
-    of_optimizers = (name for known in _optimizers(task) for name in known.hyperparameters)
+    of_optimizers = (name for known in optimizers_of(task) for name in known.hyperparameters)
     of_loss = sorted(problem.loss_hyperparameters)
-    known = dict.fromkeys((*of_optimizers, *of_loss, *problem.model_hyperparameters, "batch_size"))
+    of_average = () if task.ema is None else (EMA,)
+    known = dict.fromkeys((*of_optimizers, *of_average, *of_loss, *problem.model_hyperparameters, "batch_size"))
     of_groups = [name for name in task.space if _is_of_group(name, task)]
     return tuple(dict.fromkeys((*known, *of_groups)))
 
@@ -168,7 +184,7 @@ def _is_of_group(name: str, task: Task) -> bool:
         InputError: the problem has no such group.
     """
     hyperparameter, group = split_group(name)
-    if not group or not any(hyperparameter in known.hyperparameters for known in _optimizers(task)):
+    if not group or not any(hyperparameter in known.hyperparameters for known in optimizers_of(task)):
         return False
     _groups(task.problem).check_name(name)
     return True
@@ -183,13 +199,21 @@ def _groups(problem: Problem) -> Groups:
     return problem.findings[_GROUPS]  # type: ignore[no-any-return]
 
 
-def _optimizers(task: Task) -> list[Optimizer]:
-    """What a trial's inner optimizer can be."""
+def optimizers_of(task: Task) -> list[Optimizer]:
+    """What a trial's inner optimizer can be.
+
+    Raises:
+        InputError: two of them have the same name, by which a trial's records tell them.
+    """
     entry = task.space.get("optimizer", task.optimizer)
     if isinstance(entry, Function):  # it may draw any
         return list(OPTIMIZERS.values())
     choices = entry.get("grid_search", ()) if isinstance(entry, Mapping) else getattr(entry, "categories", [entry])
-    return [get_optimizer(choice) for choice in choices]
+    found = [get_optimizer(choice) for choice in choices]
+    for optimizer in found:
+        if any(other.name == optimizer.name and other != optimizer for other in found):
+            raise InputError(f"two optimizers in the search space are called {optimizer.name!r}: rename one")
+    return found
 
 
 def training_reports(task: Task) -> int:
@@ -255,8 +279,7 @@ def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Tas
 
 
 def _common(task: Task) -> dict[str, Any]:
-    common = ("steps", "optimizer", "seed", "fixed", "check")
-    return {name: getattr(task, name) for name in common}
+    return {**task.training, "seed": task.seed, "fixed": task.fixed}
 
 
 def _inner_runs(task: Task) -> Trainable:
@@ -346,11 +369,16 @@ def _inside(task: Task) -> dict[str, Any]:
 
 def _by_self_tuning(task: Task) -> Mapping[str, Any]:
     """All of the space but values of parameter groups, the optimizer from run to run, if there is something to tune
-    inside a run; nothing where groups have values that are held, which such a network refuses."""
+    inside a run, whose own weights are judged; nothing where groups have values that are held, which such a network
+    refuses."""
     held = any(_is_of_group(name, task) for name in task.fixed) or bool(_groups(task.problem).values)
-    if held or not task.part(of_training_loss=True):
+    if held or _judges_average(task) or not task.part(of_training_loss=True):
         return {}
     return {name: entry for name, entry in task.space.items() if not _is_of_group(name, task)}
+
+
+def _judges_average(task: Task) -> bool:
+    return task.ema is not None or any(optimizer.validated is not None for optimizer in optimizers_of(task))
 
 
 def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
@@ -539,7 +567,7 @@ def taken_by(method: Method, task: Task) -> frozenset[str]:
     runs = next((own for name, own in _RUN_BY.items() if METHODS[name].trainable is method.trainable), None)
     if runs is None:
         return frozenset(method.tunable(task))
-    settings = {"budget", *(f.name for f in fields(runs.Settings))} - {"fixed", "space"}
+    settings = {"budget", *(f.name for f in fields(runs.Settings))} - {"fixed", "space", EMA}
     if any(METHODS[name].searcher is method.searcher for name in _SAY_BUDGETS):
         settings -= {"budget", "steps"}
     return frozenset({*settings, *hyperparameters_of(task)})
@@ -558,10 +586,13 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+_CUSTOMARY_LR = {"sgd": 0.1, "nesterov": 0.1, "lion": 3e-4, "adafactor": 0.01}
+
+
 def customary(optimizer: str | Optimizer) -> dict[str, float]:
     """Values of an inner optimizer's hyperparameters to begin with where nothing is known of a problem."""
     known = get_optimizer(optimizer)
-    values = {"lr": 0.1 if known.name in ("sgd", "nesterov") else 0.003, "momentum": 0.9, "weight_decay": 0.0}
+    values = {"lr": _CUSTOMARY_LR.get(known.name, 0.003), "momentum": 0.9, "weight_decay": 0.0}
     return {name: value for name, value in values.items() if name in known.hyperparameters}
 
 

@@ -70,7 +70,7 @@ class Problem:
     """`metric(output, target)`, each a mean over the batch, reported as `val_<name>` and `test_<name>`."""
 
     batch_size: int = 128
-    """Training examples in an inner step; the training split's length means full-batch steps."""
+    """Training examples in a batch; the training split's length means full-batch steps."""
 
     eval_batch_size: int = 1000
     """Examples evaluated at once; a matter of memory only."""
@@ -110,6 +110,10 @@ class Problem:
     defaults: TrainingDefaults | None = None
     """How the script trains that the problem was taken from; None where it was taken from none."""
 
+    accumulate: int = 1
+    """Batches in an inner step, whose mean gradient it takes (gradient accumulation): batches that follow each other in
+    a pass's order, of which there are fewer in its last step where `drop_last` is False."""
+
     def __post_init__(self) -> None:
         self._is_checked = False
         self.findings: dict[Any, Any] = {}  # what has been found out of this problem's derivatives
@@ -123,7 +127,7 @@ class Problem:
             raise InputError("model must be a function that makes a fresh nn.Module, such as `lambda: Net()`")
         if isinstance(self.model, nn.Module):
             raise InputError("model is a module: pass a function that makes a fresh one, such as `lambda: Net()`")
-        for which in ("batch_size", "eval_batch_size"):
+        for which in ("batch_size", "eval_batch_size", "accumulate"):
             size = getattr(self, which)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise InputError(f"{which} is {size!r}: it must be a whole number of at least 1")
@@ -133,6 +137,11 @@ class Problem:
             raise InputError(
                 f"batch_size {self.batch_size} is above the training split's {self.examples_per_epoch} examples: "
                 "lower it, or give the same number for full-batch steps"
+            )
+        if not self.steps_per_epoch:
+            raise InputError(
+                f"accumulate {self.accumulate} batches of {self.batch_size} are more than the training split's "
+                f"{self.examples_per_epoch} examples: lower one of the two"
             )
 
     @classmethod
@@ -264,21 +273,43 @@ class Problem:
         return len(self.train if self.sampler is None else self.sampler)
 
     @property
+    def batches_per_epoch(self) -> int:
+        """Batches in one pass over the training split."""
+        return self._parts(self.examples_per_epoch, self.batch_size)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Inner steps in one pass over the training split."""
-        whole, rest = divmod(self.examples_per_epoch, self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return self._parts(self.batches_per_epoch, self.accumulate)
 
-    def place(self, step: int) -> tuple[int, slice]:
-        """In which pass over the training split a step is, from 0, and what of the pass's order it takes."""
+    @property
+    def examples_per_step(self) -> int:
+        """Training examples in an inner step, but for a pass's last where that is incomplete."""
+        return self.batch_size * self.accumulate
+
+    def _parts(self, whole: int, size: int) -> int:
+        full, rest = divmod(whole, size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def batches_in(self, step: int) -> int:
+        """Batches in an inner step: `accumulate`, or those that are left of its pass."""
+        return min(self.accumulate, self.batches_per_epoch - step % self.steps_per_epoch * self.accumulate)
+
+    def place(self, step: int, number: int = 0) -> tuple[int, slice]:
+        """In which pass over the training split a step is, from 0, and what of the pass's order its batch `number`
+        takes."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        begin = position * self.batch_size
+        begin = (position * self.accumulate + number) * self.batch_size
         return epoch, slice(begin, min(begin + self.batch_size, self.examples_per_epoch))
 
-    def batch_length(self, step: int) -> int:
-        """Examples in a step's batch."""
-        _, chosen = self.place(step)
+    def batch_length(self, step: int, number: int = 0) -> int:
+        """Examples in batch `number` of a step."""
+        _, chosen = self.place(step, number)
         return int(chosen.stop - chosen.start)
+
+    def step_length(self, step: int) -> int:
+        """Examples in all batches of a step."""
+        return sum(self.batch_length(step, number) for number in range(self.batches_in(step)))
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         """The model's output for a batch, a tree of tensors."""

@@ -23,6 +23,7 @@ from tune_hypergrad.comparison.start import read_start
 from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import Optimizer
+from tune_hypergrad.hypergradients.autocast import autocast_dtype
 from tune_hypergrad.methods import Method, is_whole
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
@@ -263,6 +264,17 @@ def _number(above: float) -> Check:
     return check
 
 
+def _decay(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 <= value < 1:
+        raise InputError(f"{name} is {value!r}: give the average's decay, at least 0 and below 1, or None")
+    return float(value)
+
+
+def _autocast(name: str, value: Any) -> str:
+    autocast_dtype(value)  # knows what it can be
+    return str(value)
+
+
 def _whole(least: int, remark: str) -> Check:
     def check(name: str, value: Any) -> int:
         if not is_whole(value) or value < least:
@@ -307,5 +319,9 @@ CHECKS: dict[str, Check] = {
     "fixed": _fixed,
     "self_tuning_epochs": _or_none(_number(above=0)),
     "check": _true_or_false,
+    "clip_gradient": _or_none(_number(above=0)),
+    "clip_norm": _or_none(_number(above=0)),
+    "ema": _or_none(_decay),
+    "autocast": _or_none(_autocast),
 }
 """Of every argument, fields of `Task` among them."""

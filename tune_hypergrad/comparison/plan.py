@@ -24,6 +24,7 @@ from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import regrouped
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
+from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.methods import (
     BY_DEFAULT,
@@ -45,7 +46,10 @@ from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
 from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.space import is_number
 
-OF_TASKS = ("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check")
+OF_TASKS = (
+    *("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check"),
+    *("clip_gradient", "clip_norm", "ema", "autocast"),
+)
 """Fields of `Task` that `compare` takes as they are."""
 
 _VERSION = 1
@@ -206,11 +210,13 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What `settings.json` says of all this."""
         tunable = {method.name: _tunable(method, self.task) for method in self.methods}
+        optimizer = get_optimizer(self.task.optimizer)
         return {
             "version": _VERSION,
             "problem": self.problem.name,
             "steps": self.task.steps,
-            "optimizer": get_optimizer(self.task.optimizer).name,
+            "optimizer": optimizer.name,
+            "own_optimizer": None if is_built_in(optimizer) else repr(optimizer),
             "steps_per_epoch": self.problem.steps_per_epoch,
             **{name: getattr(self.task, name) for name in OF_TASKS},
             "start": None if self.start is None else {name: _as_json(value) for name, value in self.start.items()},

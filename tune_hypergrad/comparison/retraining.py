@@ -13,8 +13,9 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.comparison.records import RETRAINING, START, Comparison
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.ledger import Account
-from tune_hypergrad.methods import Task, is_whole, training_reports
+from tune_hypergrad.methods import Task, is_whole, optimizers_of, training_reports
 from tune_hypergrad.problems.splits import with_val
 from tune_hypergrad.searchers.portfolio import RETRAINS, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
@@ -25,7 +26,7 @@ from tune_hypergrad.trainables.retrained import Retrained
 _logger = logging.getLogger(__name__)
 
 _FIRST_SEED = 1_000_000  # beyond those that searches use
-_KEPT = ("batch_size", "optimizer", "clip_gradient")
+_KEPT = ("batch_size", "optimizer", "clip_gradient", "clip_norm", "autocast")
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,8 @@ class Retraining:
     def trainable(self, task: Task) -> type[tune.Trainable]:
         """What retrainings run."""
         problem = task.problem if self.data == "train" else with_val(task.problem)
-        reports = training_reports(task)
-        return Retrained.from_problem(
-            problem, check=task.check, steps=task.steps, optimizer=task.optimizer, reports=reports
-        )
+        own = {optimizer.name: optimizer for optimizer in optimizers_of(task) if not is_built_in(optimizer)}
+        return Retrained.from_problem(problem, **task.training, reports=training_reports(task), own_optimizers=own)
 
 
 class RetrainingSearch(QueueSearch):

@@ -139,8 +139,9 @@ def compare(
             machine's own.
         progress: "auto" (a table in a terminal or a notebook, lines in a log), "quiet" or "json".
         callbacks: further Ray callbacks, such as MLflow's or Weights & Biases'.
-        **settings: further fields of `Task`: min_budget, max_budget, eta, fixed, self_tuning_epochs, and check (False
-            leaves out the comparison of training and hypergradients with plain torch before anything runs).
+        **settings: further fields of `Task`: min_budget, max_budget, eta, fixed, self_tuning_epochs, clip_gradient,
+            clip_norm, ema, autocast, and check (False leaves out the comparison of training and hypergradients with
+            plain torch before anything runs).
 
     Returns:
         What was found; `out` has it as report.html, summary.md, results.csv, ledger.jsonl and pictures.

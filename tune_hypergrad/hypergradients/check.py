@@ -18,10 +18,10 @@ from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inner_loop import EMA, InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.inspection import Refusals, inspect
 from tune_hypergrad.hypergradients.narrowing import culprit
-from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Optimizer
+from tune_hypergrad.hypergradients.optimizers import Optimizer, is_built_in
 from tune_hypergrad.hypergradients.plain_training import (
     differences,
     estimates,
@@ -39,6 +39,8 @@ _ADAPTIVE = {"lr": 1e-3, "momentum": 0.5, "weight_decay": 1e-2}
 _VAL_EXAMPLES = 64
 CHECKED_GROUPS = 2
 """Of how many parameter groups a hyperparameter's values are compared, unless they are named: one is as another."""
+_NUDGE = 1e-13
+"""Relative change of the weights that a training run in double precision should hardly notice."""
 _ROUNDING = torch.finfo(torch.float64).eps
 """Relative rounding error of a validation loss after a few steps in double precision."""
 
@@ -69,6 +71,9 @@ def check_problem(
     fixed: Mapping[str, Any] | None = None,
     seed: int = 0,
     clip_gradient: float | None = None,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+    autocast: str | None = None,
     device: str | None = None,
     modes: Sequence[str] = ("forward", "reverse"),
     examples: int | None = None,
@@ -92,6 +97,10 @@ def check_problem(
         fixed: hyperparameters held constant.
         seed: seeds the runs.
         clip_gradient: clamp the training gradient's elements to +- this value.
+        clip_norm: scale the training gradient down to this norm.
+        ema: judge an exponential moving average of the weights, of this decay.
+        autocast: "bfloat16" for the model's forward pass under `torch.autocast`. The first step is tried out so; the
+            comparison is in float64, which autocast leaves as it is, and the message says so.
         device: where to train; None leaves the model where its factory puts it.
         modes: which modes to compare.
         examples: examples in a step of the comparison, and in its validation, at the most; None is the problem's
@@ -104,7 +113,9 @@ def check_problem(
     try:
         problem.check()
         problem = problem.independent()
-        settings = TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
+        settings = TrainingSettings(
+            steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema, autocast
+        )
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)
@@ -116,6 +127,8 @@ def check_problem(
     working = [mode for mode in modes if mode not in refusals]
     values = {name: value.detach().double().cpu() for name, value in values.items()}
     errors, wrong, note = _compare(problem, settings, values, working, examples, tolerance)
+    if errors and autocast is not None:
+        note = "; ".join(filter(None, ["compared in float64, which autocast leaves as it is", note]))
     return _verdict(modes, errors, {**refusals, **wrong}, note)
 
 
@@ -124,10 +137,10 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
 
     Args:
         loop: whose optimizer and losses have them.
-        names: which; None are learning rate, momentum and weight decay, the learning rate in a few groups, and all that
-            losses can be differentiated by.
+        names: which; None are learning rate, momentum and weight decay, the learning rate in a few groups, the decay of
+            an average, and all that losses can be differentiated by.
     """
-    problem, of_optimizer = loop.problem, loop.optimizer.hyperparameters
+    problem, of_optimizer = loop.problem, loop.update_hyperparameters
     usual = _USUAL if loop.optimizer.name in ("sgd", "nesterov") else _ADAPTIVE
     known = {**of_optimizer, **{name: value for name, value in usual.items() if name in of_optimizer}}
     of_losses = {
@@ -142,7 +155,7 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
     }
     found = {**known, **of_losses}
     if names is None:
-        names = dict.fromkeys([name for name in (*usual, *of_losses) if name in found])
+        names = dict.fromkeys([name for name in (*usual, EMA, *of_losses) if name in found])
         names = {name: None for name in names if name not in loop.settings.fixed}
         names |= {f"lr/{group}": None for group in loop.groups.names[:CHECKED_GROUPS] if "lr" in names}
     known_as = {name: name if name in found else split_group(name)[0] for name in names}
@@ -168,13 +181,13 @@ def finite_differences(loop: InnerLoop, hyperparameters: Hyperparameters, epsilo
 class _ReadingOnce(InnerLoop):
     """An inner loop whose batches are read once, so that data which is another one each time is the same."""
 
-    batches: dict[int, Batch]
+    batches: dict[tuple[int, int], Batch]
 
-    def batch(self, step: int, *, again: bool = False) -> Batch:
+    def batch(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
         self.batches = getattr(self, "batches", {})
-        if step not in self.batches:
-            self.batches[step] = super().batch(step, again=again)
-        return self.batches[step]
+        if (step, number) not in self.batches:
+            self.batches[step, number] = super().batch(step, number, again=again)
+        return self.batches[step, number]
 
 
 def _compare(
@@ -204,7 +217,10 @@ class _Comparison:
         self._loop = self._fresh_loop()
         self._differences: dict[tuple[str, int, float], float] = {}
         with self._loop.running():
-            self._batches = [self._loop.batch(step) for step in range(settings.steps)]
+            self._batches = [
+                [self._loop.batch(step, number) for number in range(problem.batches_in(step))]
+                for step in range(settings.steps)
+            ]
 
     def of(self, modes: list[str], tolerance: float) -> tuple[dict[str, float], Refusals, str]:
         obstacle = self._obstacle()
@@ -219,7 +235,7 @@ class _Comparison:
             except Exception as error:
                 wrong[mode] = f"{mode} mode fails after the first step ({in_one_line(error)}){self._named_culprit}"
                 continue
-            if abs(val_loss - self._loss) > 1e-8 * max(abs(self._loss), 1e-3):
+            if _differ(val_loss, self._loss):
                 wrong[mode] = (
                     f"{mode} mode trains another network than plain torch does (a validation loss of {val_loss:.8g}, "
                     f"not {self._loss:.8g}){self._named_culprit}"
@@ -248,18 +264,28 @@ class _Comparison:
         if not isfinite(self._loss):
             return "the run diverges in its first steps"
         with self._loop.running():
-            same = self._plain_loss(self._values) == self._loss
-        return "" if same else "no two trainings are the same"
+            if self._plain_loss(self._values) != self._loss:
+                return "no two trainings are the same"
+            nudged = self._plain_loss(self._values, nudge=_NUDGE)
+        if _differ(nudged, self._loss):
+            return (
+                "rounding decides how it trains, as where an optimizer that does not look at a gradient's size follows "
+                "one that is 0 but for rounding (that of a bias before a batch normalisation: leave such biases out)"
+            )
+        return ""
 
     def _fresh_loop(self) -> _ReadingOnce:
         loop = _ReadingOnce(self._problem, self._settings)
-        loop.batches = dict(enumerate(getattr(self, "_batches", ())))
+        loop.batches = {
+            (step, number): batch
+            for step, batches in enumerate(getattr(self, "_batches", ()))
+            for number, batch in enumerate(batches)
+        }
         return loop
 
-    def _plain_loss(self, values: Hyperparameters) -> float:
-        optimizer = self._loop.optimizer
-        if optimizer is OPTIMIZERS.get(optimizer.name):
-            return plain_val_loss(self._problem, self._loop, values, self._batches, DoublePrecision())
+    def _plain_loss(self, values: Hyperparameters, nudge: float = 0.0) -> float:
+        if is_built_in(self._loop.optimizer):
+            return plain_val_loss(self._problem, self._loop, values, self._batches, DoublePrecision(), nudge)
         with DoublePrecision():
             return self._loop.evaluate(self._loop.run(values)).loss
 
@@ -322,6 +348,11 @@ def _reduced(problem: Problem, examples: int | None) -> Problem:
     batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
     small = {"batch_size": batch_size, "eval_batch_size": size}
     return problem.replace(val=split.head(size), test=None, metrics={}, workers=0, **small)
+
+
+def _differ(val_loss: float, other: float) -> bool:
+    """Whether two validation losses after a few steps differ by more than rounding."""
+    return abs(val_loss - other) > 1e-8 * max(abs(other), 1e-3)
 
 
 def _or_infinite(error: float) -> float:

@@ -127,7 +127,7 @@ class EnsembleRun(ReverseRun):
                 hypergradients={name: windows[number].clone() for name, windows in self._of_members.items()},
                 val_loss=final.loss,
                 metrics=final.metrics,
-                params=member.unflatten(state.params),
+                params=member.unflatten(member.judged_weights(state)),
                 buffers=member.reported(state.buffers),
                 differentiation=self.differentiation,
                 reason=self.reason,

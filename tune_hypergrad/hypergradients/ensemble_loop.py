@@ -23,7 +23,7 @@ from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import MODEL_STREAM, InnerLoop, TrainingSettings, as_real
 from tune_hypergrad.hypergradients.member_draws import MemberDraws
 from tune_hypergrad.hypergradients.normalisation import batch_norm, instance_norm
-from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Slots
+from tune_hypergrad.hypergradients.optimizers import Slots, is_built_in
 from tune_hypergrad.hypergradients.partial_update import Block
 from tune_hypergrad.hypergradients.state import Buffers, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, StopGradient
@@ -91,23 +91,24 @@ class EnsembleLoop(InnerLoop):
         common = super().scalars(hyperparameters, step)
         return {name: value.repeat(len(self.seeds)) for name, value in common.items()}
 
-    def batch(self, step: int, *, again: bool = False) -> Batch:
-        """The runs' training batches of `step`: leaves of shape [S, b, ...]."""
+    def batch(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
+        """The runs' training batches `number` of `step`: leaves of shape [S, b, ...]."""
         split = self.split("train")
         if split.tensors is None:
-            batches = [self.cast(batch) for batch in self._training_data.get(step, again=again)]
+            found = self._training_data.get(self.draw(step, number), again=again)
+            batches = [self.cast(batch) for batch in found]
             return tree_map(lambda *leaves: torch.stack(leaves), *batches)
-        chosen = [member.indices(step) for member in self.members]
+        chosen = [member.indices(step, number) for member in self.members]
         if isinstance(chosen[0], slice):
             return tree_map(lambda tensor: tensor.expand(len(chosen), *tensor.shape), split.tensors)
         return split.batch(torch.stack(chosen))  # type: ignore[arg-type]
 
-    def tasks(self, step: int) -> Sequence[Task]:
-        return [task for member in self.members for task in member.tasks(step)]
+    def tasks(self, draw: int) -> Sequence[Task]:
+        return [task for member in self.members for task in member.tasks(draw)]
 
-    def seed_model(self, step: int) -> None:
-        """Seed the generators of every run for what a training step draws."""
-        self._draws.seed([fold_seed(seed, MODEL_STREAM, step) for seed in self.seeds])
+    def seed_model(self, step: int, number: int = 0) -> None:
+        """Seed the generators of every run for what batch `number` of a training step draws."""
+        self._draws.seed([fold_seed(seed, MODEL_STREAM, self.draw(step, number)) for seed in self.seeds])
         seed_everything(_COMMON_SEED)
 
     def at_training_loss(
@@ -119,6 +120,7 @@ class EnsembleLoop(InnerLoop):
         step: int,
         body: Callable[[Tensor, Callable[[], Buffers]], T],
         *,
+        number: int = 0,
         mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]] = lambda state: nullcontext(),
     ) -> T:
         """What `body` makes of a training step's losses, shape [S], and of what gives the buffers after it.
@@ -128,8 +130,9 @@ class EnsembleLoop(InnerLoop):
             buffers: buffers and frozen parameters by name, [S, ...]; they may be overwritten.
             h: the tuned hyperparameters' values in force, each of shape [S].
             batch: the training batches, of leaves [S, b, ...].
-            step: seeds what the step draws.
+            step: which one.
             body: takes the derivatives; weights and regularisers are no longer in place.
+            number: which of the step's batches they are; with the step, it seeds what is drawn.
             mode: what to run the losses in; made of the tensors that the step may overwrite.
 
         Raises:
@@ -138,7 +141,9 @@ class EnsembleLoop(InnerLoop):
 
         def of_member(index: Tensor, named: Any, buffers: Any, h: Any, batch: Any) -> Any:
             with self._draws.under(index):
-                return InnerLoop.at_training_loss(self, named, buffers, h, batch, step, _loss_and_buffers, mode=mode)
+                return InnerLoop.at_training_loss(
+                    self, named, buffers, h, batch, step, _loss_and_buffers, number=number, mode=mode
+                )
 
         # autograd records what vmap makes of it, so that backward passes are as cheap as those of one large model
         losses, after = vmap(of_member, randomness="error")(self._index, dict(named), dict(buffers), dict(h), batch)
@@ -160,16 +165,16 @@ class EnsembleLoop(InnerLoop):
         h: Mapping[str, Any],
         step: int,
         blocks: Sequence[Block] | None = None,
-        sizes: Sequence[int] | None = None,
+        shapes: Sequence[torch.Size] | None = None,
     ) -> tuple[Tensor, Slots]:
         """The optimizer's update of every run: `params`, `gradient` and the slots have shape [S, P], `h` [S]."""
         whole = blocks is None or (len(blocks) == 1 and len(blocks[0].members) == len(self._sizes))
-        if whole and self.optimizer is OPTIMIZERS.get(self.optimizer.name):  # these are made elementwise
+        if whole and is_built_in(self.optimizer) and not self.optimizer.by_parameter:  # these are made elementwise
             columns = {name: value[:, None] for name, value in h.items()}
-            return super().update(params, gradient, slots, columns, step, blocks, sizes)
+            return super().update(params, gradient, slots, columns, step, blocks, shapes)
 
         def of_member(params: Tensor, gradient: Tensor, slots: Slots, h: dict[str, Any]) -> tuple[Tensor, Slots]:
-            return InnerLoop.update(self, params, gradient, slots, h, step, blocks, sizes)
+            return InnerLoop.update(self, params, gradient, slots, h, step, blocks, shapes)
 
         return vmap(of_member)(params, gradient, slots, dict(h))
 
@@ -188,8 +193,8 @@ class EnsembleLoop(InnerLoop):
             for number, member in enumerate(self.members)
         ]
 
-    def step_cost(self, hessian_columns: int = 0) -> Cost:
-        return self._of_all(super().step_cost(hessian_columns))
+    def step_cost(self, step: int, hessian_columns: int = 0) -> Cost:
+        return self._of_all(super().step_cost(step, hessian_columns))
 
     def adjoint_cost(self) -> Cost:
         return self._of_all(super().adjoint_cost())

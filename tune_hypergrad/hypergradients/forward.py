@@ -81,7 +81,7 @@ class ForwardRun(HypergradientRun):
         self.columns_at_once = columns_at_once or len(self.columns)
         self._in_use = 0
         self.tangent_params = torch.zeros(len(self.columns), loop.size, device=loop.device, dtype=loop.dtype)
-        self.tangent_slots = tuple(torch.zeros_like(self.tangent_params) for _ in loop.optimizer.slots)
+        self.tangent_slots = tuple(torch.zeros_like(self.tangent_params) for _ in loop.slots)
         self.tangent_buffers: Buffers = {}  # of those that training has moved, each of shape [columns, *its own]
 
     @property
@@ -113,10 +113,10 @@ class ForwardRun(HypergradientRun):
         if fresh_segment and not reads_loss:  # Z = 0, so no Hessian product
             _, gradient, without, buffers = loop.training(self.state, h, step)
             dgradient = torch.zeros_like(dparams)
-            self.cost += loop.step_cost()
+            self.cost += loop.step_cost(step)
         else:
             gradient, dgradient, without, buffers = self._gradient_tangents(h, dparams, dh, step)
-            self.cost += loop.step_cost(hessian_columns=self._in_use)
+            self.cost += loop.step_cost(step, hessian_columns=self._in_use)
         if self.clip_hessian_product is not None:
             dgradient.clamp_(-self.clip_hessian_product, self.clip_hessian_product)
         blocks = step_blocks(self.state.counts, without)
@@ -157,10 +157,28 @@ class ForwardRun(HypergradientRun):
         loop, buffers = self.loop, self.state.buffers
         if not loop.knows_moving:
             loop.training(self.state, h, step)
+        found, count = self._tangents_on(buffers, h, dparams, dh, step, 0), loop.problem.batches_in(step)
+        for number in range(1, count):
+            gradient, dgradient, without, buffers = found
+            other = self._tangents_on(buffers, h, dparams, dh, step, number)
+            found = gradient + other[0], dgradient + other[1], without & other[2], other[3]
+        return found if count == 1 else (found[0] / count, found[1] / count, *found[2:])
+
+    def _tangents_on(
+        self,
+        buffers: Buffers,
+        h: dict[str, Tensor],
+        dparams: Tensor,
+        dh: dict[str, Tensor],
+        step: int,
+        number: int,
+    ) -> _Differentiated:
+        """What `_gradient_tangents` gives, of one of the step's batches, which begins with these buffers."""
+        loop = self.loop
         still = {n: buffer for n, buffer in buffers.items() if n not in loop.moving and has_derivatives(buffer)}
         found: _Differentiated | None
         try:
-            found, after = self._differentiate(h, dparams, dh, step)
+            found, after = self._differentiate(buffers, h, dparams, dh, step, number)
             moved_late = loop.note_changes(still, found[3])
         except RuntimeError:
             if not still:
@@ -169,7 +187,7 @@ class ForwardRun(HypergradientRun):
             loop.moving |= set(still)
             found, moved_late = None, True
         if moved_late:
-            again, after = self._differentiate(h, dparams, dh, step)
+            again, after = self._differentiate(buffers, h, dparams, dh, step, number)
             if found is not None:
                 _refuse_another_step(step, found[0], again[0])
             found = again
@@ -179,13 +197,19 @@ class ForwardRun(HypergradientRun):
         return found
 
     def _differentiate(
-        self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int
+        self,
+        buffers: Buffers,
+        h: dict[str, Tensor],
+        dparams: Tensor,
+        dh: dict[str, Tensor],
+        step: int,
+        number: int,
     ) -> tuple[_Differentiated, Buffers]:
-        """What `_gradient_tangents` gives, and the tangents of the buffers afterwards."""
-        loop, state, batch = self.loop, self.state, self.loop.batch(step)
+        """What `_tangents_on` gives, and the tangents of the buffers afterwards."""
+        loop, state, batch = self.loop, self.state, self.loop.batch(step, number)
         of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
-        moved = {name: state.buffers[name] for name in loop.differentiated(state.buffers)}
-        others = {name: buffer for name, buffer in state.buffers.items() if name not in moved}
+        moved = {name: buffers[name] for name in loop.differentiated(buffers)}
+        others = {name: buffer for name, buffer in buffers.items() if name not in moved}
         with_gradient: set[int] = set()
 
         def gradient_of(params: Tensor, moved: Buffers, values: dict[str, Tensor]) -> Any:
@@ -194,7 +218,9 @@ class ForwardRun(HypergradientRun):
                 for position, parameter in enumerate(named.values()):
                     parameter.register_hook(partial(_note, with_gradient, position))
                 buffers = {**loop.copies(others), **{name: buffer.clone() for name, buffer in moved.items()}}
-                return loop.at_training_loss(named, buffers, values, batch, step, _loss_and_buffers, mode=_stops)
+                return loop.at_training_loss(
+                    named, buffers, values, batch, step, _loss_and_buffers, number=number, mode=_stops
+                )
 
             gradient, buffers = grad(loss, has_aux=True)(params)
             return (gradient, {name: buffers[name] for name in moved}), buffers
@@ -206,7 +232,7 @@ class ForwardRun(HypergradientRun):
         # one dropout mask for all columns: they are tangents of the same step
         batched = vmap(tangent, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
         before = self._tangents_of(moved)
-        gradient, buffers = state.params, state.buffers
+        gradient = state.params
         chunks: list[tuple[Tensor, Buffers]] = []
         first = gradient
         for start in range(0, len(dparams), self.columns_at_once):
@@ -236,7 +262,8 @@ class ForwardRun(HypergradientRun):
         evaluation = self._segment_gradient(self.state, end)
         assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
         used = slice(0, self._in_use)
-        total = self.tangent_params[used] @ evaluation.gradient
+        judged = (self.tangent_params, *self.tangent_slots)[self.loop.validated]
+        total = judged[used] @ evaluation.gradient
         for name, tangents in self.tangent_buffers.items():
             gradient = as_real(evaluation.buffer_gradients[name]).flatten()
             total = total + as_real(tangents[used]).reshape(-1, len(gradient)) @ gradient

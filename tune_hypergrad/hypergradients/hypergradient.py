@@ -15,7 +15,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun, RunsInTurn, advance_together, why_in_turn
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings, adjoint_gradients
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
@@ -47,6 +47,9 @@ def hypergradient(
     horizon: int | None = None,
     differentiation: str = "auto",
     clip_gradient: float | None = None,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+    autocast: str | None = None,
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
     device: str | None = None,
@@ -62,7 +65,7 @@ def hypergradient(
             a trial's config, `{"lr": {"cosine": {"peak": [1], ...}}, "momentum": {"one_minus": [1]}}` (see `Curve` for
             the formulas); parts that are not tuned are `fixed`.
         steps: inner steps T.
-        optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`.
+        optimizer: name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own.
         fixed: hyperparameters without a derivative (numbers, windows of numbers, curves, or parts of a tuned curve);
             the rest take the defaults of `torch.optim` and of the train loss.
         seed: seeds initial weights, order of examples, augmentation and dropout. Several different seeds are an
@@ -70,6 +73,9 @@ def hypergradient(
         horizon: inner steps a hypergradient looks through: None or T exact, 1 greedy, in between truncated.
         differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory.
         clip_gradient: clamp the training gradient's elements to +- this value, as part of the step.
+        clip_norm: scale the training gradient down to this norm, as part of the step.
+        ema: judge an exponential moving average of the weights, of this decay.
+        autocast: "bfloat16" for the model's forward pass under `torch.autocast`.
         clip_hessian_product: clamp the Hessian products' elements (forward mode only; no longer exact).
         val_examples: validation examples per segment's gradient; None is the whole split.
         device: where to train; None leaves the model where its factory puts it.
@@ -86,7 +92,7 @@ def hypergradient(
     """
 
     def settings(seed: int) -> TrainingSettings:
-        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device)
+        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema, autocast)
 
     loop = (
         EnsembleLoop(problem, settings(0), seed) if isinstance(seed, Sequence) else InnerLoop(problem, settings(seed))
@@ -325,7 +331,14 @@ def _cheapest_right(
     windows, free = [len(v) for v in values.values()], free_memory(loop.device)
     while len(refusals) < 2:
         choice = choose_differentiation(
-            windows, loop.steps, horizon, state_bytes(loop), free, refusals, may_be_rejected
+            windows,
+            loop.steps,
+            horizon,
+            state_bytes(loop),
+            free,
+            refusals,
+            may_be_rejected,
+            adjoint_gradients(loop.problem),
         )
         refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
         if refusal is None:
@@ -346,6 +359,7 @@ def choose_differentiation(
     free_bytes: int,
     refusals: Mapping[str, str] | None = None,
     may_be_rejected: bool = False,
+    adjoint_step: float = GRADIENTS_PER["adjoint_step"],
 ) -> Choice:
     """The cheapest mode for hyperparameters with these numbers of windows whose memory fits.
 
@@ -358,13 +372,14 @@ def choose_differentiation(
         refusals: why "forward" or "reverse" cannot be taken.
         may_be_rejected: whether the run may turn out not to be worth it, which reverse mode knows before it goes back,
             and forward mode when all is paid for.
+        adjoint_step: gradient evaluations that going back over a step takes.
     """
     refusals = refusals or {}
     # a window of N is carried from its opening on: (N + 1) / 2 columns on average
     columns = sum((count + 1) / 2 for count in windows)
     carried = 1 - 1 / (horizon or steps)
     forward = GRADIENTS_PER["step"] + GRADIENTS_PER["hessian_column"] * columns * carried
-    reverse = GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]
+    reverse = GRADIENTS_PER["step"] + adjoint_step
     checkpointed = reverse + GRADIENTS_PER["step"]
     needed = state_bytes * steps
     states = f"{mebibytes(needed)} of states"

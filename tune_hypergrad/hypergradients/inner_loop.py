@@ -30,10 +30,11 @@ from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import find_groups, ungrouped
 from tune_hypergrad.hypergradients.ahead import BatchesAhead
+from tune_hypergrad.hypergradients.autocast import UnderAutocast, autocast_dtype
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
-from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer
-from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks
+from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer, guarded_sqrt
+from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks, update_each
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
 from tune_hypergrad.hypergradients.supported import once_differentiable, refuse_unsupported, twice_differentiable
@@ -46,6 +47,9 @@ from tune_hypergrad.sampling import epoch_order
 from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
+
+EMA = "ema"
+"""The hyperparameter that is the decay of the weights' average."""
 
 # What a draw is for; one stream each, so that none depends on how often another is used.
 _INITIALISATION, _ORDER, _AUGMENTATION, MODEL_STREAM, _VALIDATION, _VALIDATION_ORDER, _EVALUATED_DATA = range(7)
@@ -81,14 +85,32 @@ class TrainingSettings:
     """Clamp every element of the training gradient to +- this value; part of the step, and differentiated as such."""
     device: str | None = None
     """Where to train; None leaves the model where its factory puts it."""
+    clip_norm: float | None = None
+    """Scale the training gradient down to this norm over all weights where it is longer, as
+    `torch.nn.utils.clip_grad_norm_`: by min(1, clip_norm / (norm + 1e-6)), differentiated as part of the step."""
+    ema: float | None = None
+    """Judge an exponential moving average of the weights: average <- ema average + (1 - ema) weights after every step,
+    begun at the initial weights. It is the default of a hyperparameter of that name, which can be tuned."""
+    autocast: str | None = None
+    """What the model's forward pass is computed in, in training and evaluation: "bfloat16", as under `torch.autocast`,
+    with weights, gradients and optimizer state in the model's own type; None is that type."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise InputError(f"steps is {self.steps!r}: an inner run needs a whole number of at least 1")
         object.__setattr__(self, "fixed", ungrouped(self.fixed))
-        if self.clip_gradient is not None and not self.clip_gradient > 0:
+        for name in ("clip_gradient", "clip_norm"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise InputError(f"{name} is {limit!r}: give a positive number, or None for no clipping")
+        if self.autocast is not None:
+            autocast_dtype(self.autocast)
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema!r}: give the average's decay, at least 0 and below 1, or None")
+        if self.clip_gradient is not None and self.clip_norm is not None:
             raise InputError(
-                f"clip_gradient is {self.clip_gradient!r}: give a positive number, or None for no clipping"
+                f"clip_gradient is {self.clip_gradient!r} and clip_norm {self.clip_norm!r}: set one of them, to clip "
+                "elements or the norm"
             )
 
 
@@ -152,6 +174,19 @@ class InnerLoop:
         self.source, self.settings = problem, settings
         self.findings: dict[Any, Any] = {}  # of the derivatives, where the problem cannot remember them
         self.optimizer = get_optimizer(settings.optimizer)
+        judged = self.optimizer.validated if settings.ema is None else EMA
+        if settings.ema is not None and self.optimizer.validated is not None:
+            raise InputError(
+                f"optimizer {self.optimizer.name!r} averages the weights that are judged itself: leave ema out"
+            )
+        self.slots = (*self.optimizer.slots, *(() if settings.ema is None else (EMA,)))
+        """Names of a state's slots: the optimizer's, and the average of the weights where there is one."""
+        self.validated = 0 if judged is None else 1 + self.slots.index(judged)
+        """Where in `(params, *slots)` the weights are that evaluations judge."""
+        self.update_hyperparameters: dict[str, float] = dict(self.optimizer.hyperparameters)
+        """The optimizer's hyperparameters, and the decay of the average where there is one, with their defaults."""
+        if settings.ema is not None:
+            self.update_hyperparameters[EMA] = settings.ema
         with preserved_generators():
             seed_everything(fold_seed(settings.seed, _INITIALISATION))
             self.model: nn.Module = problem.model()
@@ -163,12 +198,18 @@ class InnerLoop:
             raise InputError("the model has no parameter that requires a gradient: there is nothing to train")
         self.device, self.dtype = first.device, first.dtype.to_real()
         self.problem = problem.with_own_measures(self.device, self.dtype)
+        if settings.autocast is not None:
+            lower = autocast_dtype(settings.autocast)
+            forward = UnderAutocast(self.problem.forward, self.device.type, lower, self.dtype)
+            self.problem = self.problem.replace(forward=forward)
         self.in_evaluation = parts_in_evaluation(self.model)
         self.objective = self.problem.objective(self.model)
         self._scope = _Scope(self.model, _loss_modules(self.problem, self.model))
         trainable = self._scope.names((n, p.detach()) for n, p in self._scope.named_parameters() if p.requires_grad)
         self._names = tuple(trainable)
         self._complex = {name for name, p in trainable.items() if p.is_complex()}
+        if self._complex and self.optimizer.by_parameter:
+            raise InputError(f"optimizer {self.optimizer.name!r} does not take complex parameters: choose another one")
         self._shapes = [as_real(p).shape for p in trainable.values()]
         self._sizes = [as_real(p).numel() for p in trainable.values()]
         self.groups = find_groups(problem.groups, self.model, trainable)
@@ -220,7 +261,7 @@ class InnerLoop:
         Raises:
             InputError: a name is unknown, tuned and fixed at once, or has no value and no default.
         """
-        of_optimizer, of_loss = self.optimizer.hyperparameters, self.problem.train_loss_hyperparameters
+        of_optimizer, of_loss = self.update_hyperparameters, self.problem.train_loss_hyperparameters
         of_regularisers = self.problem.regulariser_hyperparameters
         for name in (*of_loss, *of_regularisers):
             if name in of_optimizer:
@@ -250,6 +291,8 @@ class InnerLoop:
                     f"{name!r}: only hyperparameters of the optimizer have values by group, and {hyperparameter!r} is "
                     "one of the training loss"
                 )
+            if name == EMA:
+                raise InputError(f"{EMA!r} is given, but no average is kept: set {EMA} to its decay, such as 0.99")
             takes = ", ".join(of_loss) or "none (give Problem a train_loss with keyword-only arguments)"
             raise InputError(
                 f"unknown hyperparameter {name!r}: optimizer {self.optimizer.name!r} has {', '.join(of_optimizer)}, "
@@ -285,6 +328,8 @@ class InnerLoop:
             values.refuse_impossible(name)
             values = values.at_steps(self.steps)
         check_strength(self.problem, name, values)
+        if name == EMA and not all(0 <= value <= 1 for value in values):
+            raise InputError(f"{EMA!r} is {list(values)!r}: an average's decay is between 0 and 1")
 
     def _check_completeness(self, given: set[str]) -> None:
         for regulariser in self.problem.regularisers:
@@ -314,7 +359,10 @@ class InnerLoop:
 
     def initial_state(self) -> State:
         """Fresh weights (drawn from the seed), zero optimizer state, fresh buffers, no step taken."""
-        slots = tuple(torch.zeros_like(self._initial) for _ in self.optimizer.slots)
+        slots = tuple(
+            self._initial.clone() if name in (EMA, *self.optimizer.from_weights) else torch.zeros_like(self._initial)
+            for name in self.slots
+        )
         return State(self._initial.clone(), slots, dict(self._initial_buffers), (0,) * len(self._names))
 
     def scalars(self, hyperparameters: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -371,40 +419,48 @@ class InnerLoop:
         self._begin_reading()
 
     def _begin_reading(self) -> None:
-        self._training_data = BatchesAhead(self._readers["train"], self.tasks, self.steps)
+        self._training_data = BatchesAhead(self._readers["train"], self.tasks, self.steps * self.problem.accumulate)
         self._validation_data: dict[int, BatchesAhead] = {}  # by batch size
 
-    def batch(self, step: int, *, again: bool = False) -> Batch:
-        """The training batch of `step`, a function of (seed, step) only; `again`: it will be asked for again."""
+    def batch(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
+        """Training batch `number` of `step`, a function of (seed, step, number) only; `again`: it will be asked for
+        again."""
         split = self.split("train")
         if split.tensors is not None:
-            return self.cast(split.batch(self.indices(step)))
-        (batch,) = self._training_data.get(step, again=again)
+            return self.cast(split.batch(self.indices(step, number)))
+        (batch,) = self._training_data.get(self.draw(step, number), again=again)
         return self.cast(batch)
 
     def expect(self, steps: Sequence[int]) -> None:
         """Announce steps whose training batches will be asked for, in this order."""
-        self._training_data.expect(steps)
+        batches_in = self.problem.batches_in
+        self._training_data.expect([self.draw(step, number) for step in steps for number in range(batches_in(step))])
 
     def forget_batches(self) -> None:
         """Let go of training batches that were to be asked for again."""
         self._training_data.forget()
 
-    def tasks(self, step: int) -> Sequence[Task]:
-        """What to read of a data set for `step`."""
-        seed = fold_seed(self.settings.seed, _AUGMENTATION, step)
-        return [Task(seed, self.split("train").positions(self.indices(step)))]
+    def tasks(self, draw: int) -> Sequence[Task]:
+        """What to read of a data set for the batch with this draw."""
+        step, number = divmod(draw, self.problem.accumulate)
+        seed = fold_seed(self.settings.seed, _AUGMENTATION, draw)
+        return [Task(seed, self.split("train").positions(self.indices(step, number)))]
 
-    def indices(self, step: int) -> Tensor | slice:
-        """Which training examples `step` takes, shape [batch size], or all of them."""
+    def indices(self, step: int, number: int = 0) -> Tensor | slice:
+        """Which training examples batch `number` of `step` has, shape [batch size], or all of them."""
         if self.problem.sampler is None and self.problem.batch_size == len(self.split("train")):
             return slice(None)
-        epoch, chosen = self.problem.place(step)
+        epoch, chosen = self.problem.place(step, number)
         return self._epoch_order("train", epoch)[chosen]
 
-    def seed_model(self, step: int) -> None:
-        """Seed the global generators for what a training step draws: dropout, noise, augmentation on the device."""
-        seed_everything(fold_seed(self.settings.seed, MODEL_STREAM, step))
+    def draw(self, step: int, number: int) -> int:
+        """What seeds the draws of batch `number` of `step`: no two batches of a run have the same."""
+        return step * self.problem.accumulate + number
+
+    def seed_model(self, step: int, number: int = 0) -> None:
+        """Seed the global generators for what batch `number` of a training step draws: dropout, noise, augmentation on
+        the device."""
+        seed_everything(fold_seed(self.settings.seed, MODEL_STREAM, self.draw(step, number)))
 
     def val_batch(self, number: int, size: int) -> Batch:
         """Batch `number` of the validation split, of `size` examples or all of them, in passes of a random order."""
@@ -465,20 +521,22 @@ class InnerLoop:
         step: int,
         body: Callable[[Tensor, Callable[[], Buffers]], T],
         *,
+        number: int = 0,
         mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]] = lambda state: nullcontext(),
     ) -> T:
-        """What `body` makes of a training step's loss, shape [], and of what gives the buffers after it.
+        """What `body` makes of the loss of a training step's batch, shape [], and of what gives the buffers after it.
 
         Args:
             named: the trainable parameters by name.
             buffers: buffers and frozen parameters by name; they may be overwritten.
             h: the tuned hyperparameters' values in force, 0-dim, by name.
             batch: the training batch.
-            step: seeds what the step draws.
+            step: which one.
             body: takes the derivatives, while weights and regularisers are in place.
+            number: which of the step's batches it is; with the step, it seeds what is drawn.
             mode: what to run it all in; made of the tensors that the step may overwrite.
         """
-        self.seed_model(step)
+        self.seed_model(step, number)
         values = {**self.held_at(step), **h}
         batch = self.objective.transform(batch, values)
         target = self.problem.target(batch)
@@ -497,7 +555,18 @@ class InnerLoop:
         return self.within({**buffers, **used}, at_loss, training=True)
 
     def training(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> Training:
-        """The gradient of a step's training loss; `again`: the step will be taken again."""
+        """The gradient of a step's training loss, the mean over its batches; `again`: the step will be taken again."""
+        return mean_training(self.trainings(state, h, step, again=again))
+
+    def trainings(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> Iterator[Training]:
+        """The gradients of a step's batches; each has the buffers that the one before leaves."""
+        for number in range(self.problem.batches_in(step)):
+            found = self._training_on(state, h, step, number, again=again)
+            state = state._replace(buffers=found.buffers)
+            yield found
+
+    def _training_on(self, state: State, h: Mapping[str, Any], step: int, number: int, *, again: bool) -> Training:
+        """The gradient of the loss of a step's batch."""
         named = {name: p.detach().requires_grad_() for name, p in self.unflatten(state.params).items()}
         buffers = self.copies(state.buffers)
 
@@ -506,8 +575,8 @@ class InnerLoop:
 
         with torch.enable_grad(), DataWrites(buffers.values()).noted() as writes:
             versions = {name: buffer._version for name, buffer in buffers.items()}
-            batch = self.batch(step, again=again)
-            loss, found, after = self.at_training_loss(named, buffers, h, batch, step, differentiate)
+            batch = self.batch(step, number, again=again)
+            loss, found, after = self.at_training_loss(named, buffers, h, batch, step, differentiate, number=number)
         gradient, without = self._together(named, found)
         traceless = {name for name, buffer in buffers.items() if writes.have_changed(buffer)}
         traced = {name for name, buffer in buffers.items() if after[name] is not buffer}
@@ -575,9 +644,9 @@ class InnerLoop:
         h: Mapping[str, Any],
         step: int,
         blocks: Sequence[Block] | None = None,
-        sizes: Sequence[int] | None = None,
+        shapes: Sequence[torch.Size] | None = None,
     ) -> tuple[Tensor, Slots]:
-        """The optimizer's update, gradient clipping included.
+        """The optimizer's update, gradient clipping and averaging included.
 
         Args:
             params: shape [P].
@@ -586,21 +655,36 @@ class InnerLoop:
             h: the tuned hyperparameters' values in force.
             step: the inner step.
             blocks: which parameters step; None: all, for which this is step `step`.
-            sizes: the parameters' numbers of elements, where these are not those of the model.
+            shapes: the parameters' shapes, where these are not those of the model.
         """
-        clip = self.settings.clip_gradient
-        if clip is not None:
-            gradient = gradient.clamp(-clip, clip)
-        values = {**self.optimizer.hyperparameters, **self.held_at(step), **h}
-        counts = sizes or self._sizes
+        gradient = self._clipped(gradient)
+        values = {**self.update_hyperparameters, **self.held_at(step), **h}
+        shapes = self._shapes if shapes is None else shapes
+        sizes = [shape.numel() for shape in shapes]
 
         def of_block(params: Tensor, gradient: Tensor, slots: Slots, block: Block) -> tuple[Tensor, Slots]:
-            own = self.groups.spread(values, counts, block.members, params)
+            own = self.groups.spread(values, sizes, block.members, params)
             return self.optimizer.update(params, gradient, slots, own, block.taken)
 
+        own = slots[: len(self.optimizer.slots)]
         if blocks is None:
-            return of_block(params, gradient, slots, Block(step, tuple(range(len(counts)))))
-        return update_blocks(of_block, blocks, counts, params, gradient, slots)
+            blocks = [Block(step, tuple(range(len(shapes))))]
+        if self.optimizer.by_parameter:
+            params, own = update_each(of_block, blocks, shapes, params, gradient, own)
+        else:
+            params, own = update_blocks(of_block, blocks, sizes, params, gradient, own)
+        averages = (values[EMA] * average + (1 - values[EMA]) * params for average in slots[len(own) :])
+        return params, (*own, *averages)
+
+    def _clipped(self, gradient: Tensor) -> Tensor:
+        """A gradient of shape [..., P] as the settings clip it."""
+        limit, norm_limit = self.settings.clip_gradient, self.settings.clip_norm
+        if limit is not None:
+            return gradient.clamp(-limit, limit)
+        if norm_limit is not None:
+            norm = guarded_sqrt((gradient**2).sum(-1, keepdim=True))
+            return gradient * (norm_limit / (norm + 1e-6)).clamp(max=1)
+        return gradient
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
         """One plain training step."""
@@ -625,7 +709,7 @@ class InnerLoop:
     def evaluate(
         self, state: State, which: str = "val", *, gradient: bool = False, examples: int | None = None, draw: int = 0
     ) -> Evaluation:
-        """Loss and metrics of a split, in evaluation mode; with `gradient`, the loss's by the weights as well.
+        """Loss and metrics of a split, in evaluation mode; with `gradient`, the loss's by the judged weights as well.
 
         Args:
             which: "train", "val" or "test".
@@ -637,26 +721,32 @@ class InnerLoop:
         total = len(split) if sample is None else len(sample)
         ends = [(start, min(start + size, total)) for start in range(0, total, size)]
         batches = [slice(*pair) if sample is None else sample[slice(*pair)] for pair in ends]
-        return self._evaluator.evaluate(state, which, batches, gradient=gradient, metrics=sample is None)
+        judged = state._replace(params=self.judged_weights(state))
+        return self._evaluator.evaluate(judged, which, batches, gradient=gradient, metrics=sample is None)
+
+    def judged_weights(self, state: State) -> Tensor:
+        """The weights of a state that evaluations judge: the trained ones, or their average."""
+        return (state.params, *state.slots)[self.validated]
 
     def seed_evaluation(self) -> None:
         """Seed the global generators for what an evaluation draws."""
         seed_everything(fold_seed(self.settings.seed, _VALIDATION))
 
-    def step_cost(self, hessian_columns: int = 0) -> Cost:
-        """Cost of one training step that also carries `hessian_columns` tangent columns."""
+    def step_cost(self, step: int, hessian_columns: int = 0) -> Cost:
+        """Cost of a training step that also carries `hessian_columns` tangent columns."""
         tangents = hessian_columns * GRADIENTS_PER["hessian_column"]
         gradients = GRADIENTS_PER["step"] + tangents
-        return Cost(steps=1, examples=self.problem.batch_size, gradients=gradients, hypergradients=tangents)
+        return Cost(steps=1, examples=self.problem.step_length(step), gradients=gradients, hypergradients=tangents)
 
     def adjoint_cost(self) -> Cost:
         """Cost of going back over one training step."""
-        return Cost(gradients=GRADIENTS_PER["adjoint_step"], hypergradients=GRADIENTS_PER["adjoint_step"])
+        spent = adjoint_gradients(self.problem)
+        return Cost(gradients=spent, hypergradients=spent)
 
     def eval_cost(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
         """Cost of evaluating a split, or `examples` of it, with or without its gradient."""
         total = len(self.split(which))
-        batches = (total if examples is None else min(examples, total)) / self.problem.batch_size
+        batches = (total if examples is None else min(examples, total)) / self.problem.examples_per_step
         if gradient:
             spent = batches * GRADIENTS_PER["val_gradient"]
             return Cost(gradients=spent, hypergradients=spent)
@@ -708,6 +798,27 @@ class InnerLoop:
             return None
         generator = torch.Generator().manual_seed(fold_seed(self.settings.seed, _VALIDATION, draw))
         return torch.randperm(len(split), generator=generator)[:examples].to(self.device)
+
+
+def mean_training(parts: Iterable[Training]) -> Training:
+    """The mean of a step's batches: of their losses and gradients, with the last one's buffers."""
+    several, count = iter(parts), 1
+    mean = next(several)
+    for part in several:
+        count += 1
+        mean = Training(
+            mean.loss + part.loss,
+            mean.gradient + part.gradient,
+            mean.without_gradient & part.without_gradient,
+            part.buffers,
+        )
+    return mean if count == 1 else mean._replace(loss=mean.loss / count, gradient=mean.gradient / count)
+
+
+def adjoint_gradients(problem: Problem) -> float:
+    """Gradient evaluations that going back over one training step takes: where it has several batches, their mean
+    gradient has to be known before any of them is gone back through."""
+    return GRADIENTS_PER["adjoint_step"] + (GRADIENTS_PER["step"] if problem.accumulate > 1 else 0.0)
 
 
 def _whole_and_parts(

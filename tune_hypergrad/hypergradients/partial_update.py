@@ -70,3 +70,25 @@ def update_blocks(
                 parts[member] = part
     flat = [torch.cat(parts) for parts in after]
     return flat[0], tuple(flat[1:])
+
+
+def update_each(
+    update: Update,
+    blocks: Sequence[Block],
+    shapes: Sequence[torch.Size],
+    params: Tensor,
+    gradient: Tensor,
+    slots: Slots,
+) -> tuple[Tensor, Slots]:
+    """The step of some blocks of parameters by an optimizer that takes one parameter at a time, in its shape."""
+    sizes = [shape.numel() for shape in shapes]
+    after = [list(each.split(sizes)) for each in (params, *slots)]
+    gradients = gradient.split(sizes)
+    for block in blocks:
+        for member in block.members:
+            own = [parts[member].reshape(shapes[member]) for parts in (*after, gradients)]
+            moved = update(own[0], own[-1], tuple(own[1:-1]), Block(block.taken, (member,)))
+            for parts, whole in zip(after, (moved[0], *moved[1]), strict=True):
+                parts[member] = whole.expand(shapes[member]).reshape(-1)
+    flat = [torch.cat(parts) for parts in after]
+    return flat[0], tuple(flat[1:])

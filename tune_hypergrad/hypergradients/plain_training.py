@@ -6,19 +6,20 @@ Only the initial weights, the batches and the seeds of random draws come from th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from tune_hypergrad.batches import Batch
 from tune_hypergrad.figures import as_mean
 from tune_hypergrad.groups import in_group
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.inner_loop import EMA, InnerLoop
+from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
@@ -30,16 +31,70 @@ TORCH_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
+    "adafactor": torch.optim.Adafactor,
 }
 """torch's own, by the names of the engine's."""
+
+
+class ByEquation(torch.optim.Optimizer):
+    """An optimizer of the engine that torch lacks: its update equation, parameter by parameter.
+
+    Args:
+        params: the groups of what it trains.
+        optimizer: whose equation is elementwise.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], optimizer: Optimizer) -> None:
+        super().__init__(params, dict(optimizer.hyperparameters))
+        self._optimizer = optimizer
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """A step of those that have a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self._state_of(parameter)
+                    count = state["count"]
+                    moved, slots = self._optimizer.update(
+                        parameter.clone(), parameter.grad, state["slots"], group, count
+                    )
+                    parameter.copy_(moved)
+                    state.update(slots=slots, count=count + 1)
+
+    def judged(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters with what validation takes in their place."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                judged = self._optimizer.validated
+                place = None if judged is None else self._optimizer.slots.index(judged)
+                yield parameter, parameter if place is None else self._state_of(parameter)["slots"][place]
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            slots = tuple(
+                parameter.detach().clone() if name in self._optimizer.from_weights else torch.zeros_like(parameter)
+                for name in self._optimizer.slots
+            )
+            state.update(slots=slots, count=0)
+        return state
+
+
+def _optimizer_of(loop: InnerLoop, trained: nn.Module) -> torch.optim.Optimizer:
+    groups = _param_groups(trained, loop)
+    if loop.optimizer.name in TORCH_OPTIMIZERS:
+        return TORCH_OPTIMIZERS[loop.optimizer.name](groups, lr=1.0)
+    return ByEquation(groups, loop.optimizer)
 
 
 def plain_val_loss(
     problem: Problem,
     loop: InnerLoop,
     hyperparameters: Hyperparameters,
-    batches: Sequence[Batch],
+    batches: Sequence[Sequence[Batch]],
     mode: AbstractContextManager[Any],
+    nudge: float = 0.0,
 ) -> float:
     """The validation loss after training with `torch.optim` and `loss.backward()`.
 
@@ -47,8 +102,9 @@ def plain_val_loss(
         problem: what is trained; its factory makes a model of its own.
         loop: gives the initial weights, the settings and the seeds; entered.
         hyperparameters: values by name, each of shape [N].
-        batches: the batch of every step.
+        batches: those of every step.
         mode: what forward and backward passes run in.
+        nudge: relative change of all initial weights.
     """
     problem = problem.with_own_measures(loop.device, loop.dtype)
     model = _with_state_of(problem.model().to(loop.device), loop.model)
@@ -56,26 +112,41 @@ def plain_val_loss(
     objective = problem.objective(model)
     losses = [loss for loss in (problem.loss, problem.train_loss) if isinstance(loss, nn.Module)]
     trained = nn.ModuleList([model, *losses])
-    optimizer = TORCH_OPTIMIZERS[loop.optimizer.name](_param_groups(trained, loop), lr=1.0)
+    optimizer = _optimizer_of(loop, trained)
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.mul_(1 + nudge)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for step, batch in enumerate(batches):
+    averages: list[tuple[Tensor, Tensor]] = [(p, p.detach().clone()) for p in trained.parameters() if p.requires_grad]
+    for step, of_step in enumerate(batches):
         trained.train()
         set_training(model, in_evaluation)
-        values = {**loop.held_at(step), **loop.scalars(hyperparameters, step)}
-        _set(optimizer, {**loop.optimizer.hyperparameters, **values})
+        values: dict[str, Any] = {**loop.held_at(step), **loop.scalars(hyperparameters, step)}
+        _set(optimizer, {**loop.update_hyperparameters, **values})
         optimizer.zero_grad()
-        loop.seed_model(step)
-        batch = objective.transform(batch, values)
-        target = problem.target(batch)
-        changed = {name: named[name] * factor for name, factor in objective.weight_factors(named, values).items()}
-        with mode, objective.acting(values) as activations:
-            with _reparametrize_module(model, changed):
-                output = problem.predict(model, batch)
-            prediction = Prediction(output, activations)
-            objective.loss(prediction, target, lambda: named, values).backward()
+        for number, batch in enumerate(of_step):
+            loop.seed_model(step, number)
+            batch = objective.transform(batch, values)
+            target = problem.target(batch)
+            changed = {name: named[name] * factor for name, factor in objective.weight_factors(named, values).items()}
+            with mode, objective.acting(values) as activations:
+                with _reparametrize_module(model, changed):
+                    output = problem.predict(model, batch)
+                prediction = Prediction(output, activations)
+                (objective.loss(prediction, target, lambda: named, values) / len(of_step)).backward()
         if loop.settings.clip_gradient is not None:
             torch.nn.utils.clip_grad_value_(trained.parameters(), loop.settings.clip_gradient)
+        if loop.settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), loop.settings.clip_norm)
         optimizer.step()
+        if loop.settings.ema is not None:
+            for parameter, average in averages:
+                average.lerp_(parameter.detach(), 1 - float(values.get(EMA, loop.settings.ema)))
+    if loop.settings.ema is None and isinstance(optimizer, ByEquation):
+        averages = list(optimizer.judged())
+    if loop.validated:
+        for parameter, average in averages:
+            parameter.data = average
     trained.eval()
     loop.seed_evaluation()
     (batch,) = loop.evaluation_batches("val", [slice(0, len(loop.split("val")))])
@@ -108,6 +179,8 @@ def _set(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
         group.update({name: float(value) for name, value in own.items() if name in group})
         if "betas" in group:
             group["betas"] = float(own["beta1"]), float(own["beta2"])
+        if "beta2_decay" in group:
+            group["eps"] = None, float(own["eps2"])
 
 
 def differences(

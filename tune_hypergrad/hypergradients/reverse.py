@@ -12,8 +12,9 @@ between which segments are trained again. The cost does not depend on how many h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
 from math import inf, isqrt, nan
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Training, mean_training
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.partial_update import step_blocks
 from tune_hypergrad.hypergradients.run import HypergradientRun
@@ -93,7 +94,7 @@ class ReverseRun(HypergradientRun):
         self._losses.append(loss)
 
     def _plain_step(self, state: State, step: int) -> tuple[State, Tensor]:
-        self.cost += self.loop.step_cost()
+        self.cost += self.loop.step_cost(step)
         # its batch is used once more on the way back
         again = self.reject_above > -inf
         return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step, again=again)
@@ -113,9 +114,10 @@ class ReverseRun(HypergradientRun):
         """Take the adjoint of the validation loss at the end of a segment."""
         evaluation = self._segment_gradient(self._state_before(end), end)
         assert evaluation.gradient is not None and evaluation.buffer_gradients is not None
-        self._adjoint = (
-            evaluation.gradient,
-            *(torch.zeros_like(evaluation.gradient) for _ in self.loop.optimizer.slots),
+        gradient = evaluation.gradient
+        self._adjoint = tuple(
+            gradient if position == self.loop.validated else torch.zeros_like(gradient)
+            for position in range(1 + len(self.loop.slots))
         )
         self._buffer_adjoint = evaluation.buffer_gradients
 
@@ -245,37 +247,120 @@ def adjoint_step(
         buffer_adjoint: of the differentiated buffers after the step, by name.
         mode: what the step runs in; None is `differentiable`.
     """
+    count, before = loop.problem.batches_in(step), [state.buffers]
+    through: list[_ThroughUpdate] = []  # once the gradient is known
+
+    def to_gradient(gradient: Tensor, without: frozenset[int]) -> Tensor:
+        if not through:
+            through.append(_through_update(loop, state, gradient, without, h, step, adjoint))
+        return through[0].to_gradient / count
+
+    with torch.enable_grad():
+        if count > 1:  # their mean gradient, before any of them is gone back through
+            mean = mean_training(_noting_buffers(loop.trainings(state, h, step, again=True), before))
+            to_gradient(mean.gradient, mean.without_gradient)
+        pulled: list[_ThroughBatch] = []
+        for number in reversed(range(count)):
+            own = state._replace(buffers=before[number])
+            pulled.append(_through_batch(loop, own, h, step, number, to_gradient, buffer_adjoint, mode))
+            buffer_adjoint = pulled[-1].buffer_adjoint
+    update = through[0]
+    return Pulled(
+        _sum([each.loss for each in reversed(pulled)]) / count,
+        _sum([each.gradient for each in pulled]) / count,
+        (_sum([update.to_params, *(each.to_params for each in pulled)]), *update.to_slots),
+        buffer_adjoint,
+        {name: _sum([value, *(each.to_h[name] for each in pulled)]) for name, value in update.to_h.items()},
+    )
+
+
+class _ThroughUpdate(NamedTuple):
+    """The adjoint of an optimizer's update: what it gives its weights, gradient, slots and hyperparameters."""
+
+    to_params: Tensor
+    to_gradient: Tensor
+    to_slots: tuple[Tensor, ...]
+    to_h: dict[str, Tensor]
+
+
+def _through_update(
+    loop: InnerLoop,
+    state: State,
+    gradient: Tensor,
+    without_gradient: frozenset[int],
+    h: dict[str, Tensor],
+    step: int,
+    adjoint: tuple[Tensor, ...],
+) -> _ThroughUpdate:
+    leaves = [constant(tensor).requires_grad_() for tensor in (state.params, gradient, *state.slots)]
+    blocks = step_blocks(state.counts, without_gradient)
+    updated, slots = loop.update(leaves[0], leaves[1], tuple(leaves[2:]), h, step, blocks)
+    to_params, to_gradient, *rest = _products((updated, *slots), [*leaves, *h.values()], adjoint)
+    return _ThroughUpdate(
+        to_params, to_gradient, tuple(rest[: len(slots)]), dict(zip(h, rest[len(slots) :], strict=True))
+    )
+
+
+class _ThroughBatch(NamedTuple):
+    """The adjoint of a batch's gradient and of the buffers that it moves."""
+
+    loss: Tensor
+    gradient: Tensor
+    to_params: Tensor
+    buffer_adjoint: Buffers
+    to_h: dict[str, Tensor]
+
+
+def _through_batch(
+    loop: InnerLoop,
+    state: State,
+    h: dict[str, Tensor],
+    step: int,
+    number: int,
+    to_gradient: Callable[[Tensor, frozenset[int]], Tensor],
+    buffer_adjoint: Buffers,
+    mode: StepMode | None,
+) -> _ThroughBatch:
+    """Go back through the gradient of a step's batch, given what is carried to it and to the buffers after it."""
     named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
     moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
     cotangents = [buffer_adjoint.get(name, torch.zeros_like(buffer)) for name, buffer in moved.items()]
 
-    def pull(loss: Tensor, present: Callable[[], Buffers]) -> Pulled:
+    def pull(loss: Tensor, present: Callable[[], Buffers]) -> _ThroughBatch:
         gradient, without = loop.gradient_of(loss, named)
-        after = present()
-        leaves = [constant(tensor).requires_grad_() for tensor in (state.params, gradient, *state.slots)]
-        blocks = step_blocks(state.counts, without)
-        updated, slots = loop.update(leaves[0], leaves[1], tuple(leaves[2:]), h, step, blocks)
-        to_params, to_gradient, *rest = _products((updated, *slots), [*leaves, *h.values()], adjoint)
+        after, to_this = present(), to_gradient(gradient, without)
         with through_stops():
-            through_gradient = _products(
+            products = _products(
                 (gradient, *(after[name] for name in moved)),
                 [*named.values(), *moved.values(), *h.values()],
-                (to_gradient, *cotangents),
+                (to_this, *cotangents),
             )
-        by_named, by_moved = through_gradient[: len(named)], through_gradient[len(named) : len(named) + len(moved)]
-        to_h = zip(h, rest[len(slots) :], through_gradient[len(named) + len(moved) :], strict=True)
-        return Pulled(
+        by_named, by_moved, by_h = (
+            products[: len(named)],
+            products[len(named) : len(named) + len(moved)],
+            products[len(named) + len(moved) :],
+        )
+        return _ThroughBatch(
             constant(loss),
             constant(gradient),
-            (to_params + loop.flatten(dict(zip(named, by_named, strict=True))), *rest[: len(slots)]),
+            loop.flatten(dict(zip(named, by_named, strict=True))),
             dict(zip(moved, by_moved, strict=True)),
-            {name: a + b for name, a, b in to_h},
+            dict(zip(h, by_h, strict=True)),
         )
 
-    with torch.enable_grad():
-        batch = loop.batch(step)
-        buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-        return loop.at_training_loss(named, buffers, h, batch, step, pull, mode=mode or differentiable)
+    batch = loop.batch(step, number)
+    buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
+    return loop.at_training_loss(named, buffers, h, batch, step, pull, number=number, mode=mode or differentiable)
+
+
+def _noting_buffers(parts: Iterable[Training], noted: list[Buffers]) -> Iterator[Training]:
+    for part in parts:
+        noted.append(part.buffers)
+        yield part
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
 
 
 def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> None:

@@ -31,7 +31,8 @@ class HypergradientResult:
     metrics: dict[str, float]
     """The problem's metrics over the validation split."""
     params: dict[str, Tensor]
-    """The trained parameters by name; those of a loss that is a module are called `loss.<name>`."""
+    """The trained parameters by name, averaged ones where the run averages them; those of a loss that is a module are
+    called `loss.<name>`."""
     buffers: dict[str, Tensor]
     """The model's buffers by name, and those of its frozen parameters that training has changed."""
     differentiation: str
@@ -206,7 +207,7 @@ class HypergradientRun(ABC):
             hypergradients={name: values.clone() for name, values in self.hypergradients.items()},
             val_loss=self.final.loss,
             metrics=self.final.metrics,
-            params=self.loop.unflatten(self.state.params),
+            params=self.loop.unflatten(self.loop.judged_weights(self.state)),
             buffers=self.loop.reported(self.state.buffers),
             differentiation=self.differentiation,
             reason=self.reason,

@@ -13,7 +13,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.check import CHECKED_GROUPS, check_problem, usual_values
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
-from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
+from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
@@ -98,6 +98,9 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
         fixed=fixed,
         seed=settings.seed,
         clip_gradient=settings.clip_gradient,
+        clip_norm=settings.clip_norm,
+        ema=settings.ema,
+        autocast=settings.autocast,
         device=settings.device,
         examples=EXAMPLES,
     )
@@ -119,12 +122,12 @@ def _of_few_groups(values: Mapping[str, T]) -> dict[str, T]:
 
 def _findings(loop: InnerLoop) -> dict[Any, Any]:
     """Where to remember: with the problem, or with the loop, whose optimizer may be like no other."""
-    known = loop.optimizer is OPTIMIZERS.get(loop.optimizer.name)
-    return loop.source.findings if known else loop.findings
+    return loop.source.findings if is_built_in(loop.optimizer) else loop.findings
 
 
 def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:
     settings = loop.settings
     fixed = tuple(sorted(flat_values(settings.fixed).items()))
-    clips = settings.clip_gradient is not None
-    return loop.optimizer.name, loop.device.type, clips, fixed, *sorted(base_names(hyperparameters))
+    optional = settings.clip_gradient, settings.clip_norm, settings.ema, settings.autocast
+    recipe = tuple(value is not None for value in optional)
+    return loop.optimizer.name, loop.device.type, recipe, fixed, *sorted(base_names(hyperparameters))

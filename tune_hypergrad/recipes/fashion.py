@@ -173,7 +173,7 @@ def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed
     def work() -> None:
         nonlocal state, step, cost
         state = loop.step(state, {}, step)
-        step, cost = step + 1, cost + loop.step_cost()
+        step, cost = step + 1, cost + loop.step_cost(step)
         if step % loop.problem.steps_per_epoch == 0 or step == loop.steps:
             judged = loop.evaluate(state)
             cost += loop.eval_cost("val")

@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget, Cost
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.ledger import (
     BUDGET_SPENT,
     LEDGER_FILE,
@@ -284,7 +285,11 @@ class PortfolioSearch(Searcher):
         self._placed(trial.trial_id)
         asked = trial.placement_group_factory
         resources: dict[str, float] = {} if asked is None else asked.required_resources
-        suggestion = {key: value for key, value in trial.config.items() if key != PORTFOLIO}
+        suggestion = {
+            key: value.name if isinstance(value, Optimizer) else value
+            for key, value in trial.config.items()
+            if key != PORTFOLIO
+        }
         retrains = {key: value for key, value in trial.config[PORTFOLIO].items() if key == RETRAINS}
         named = _named(trial.config, trial.trial_id)
         self.ledger.write("start", **named, **retrains, config=suggestion, resources=resources)

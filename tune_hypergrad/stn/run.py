@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,7 +72,10 @@ class SelfTuningSettings:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise InputError(f"unknown variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
-        get_optimizer(self.hyper_optimizer)
+        if get_optimizer(self.hyper_optimizer).validated is not None:
+            raise InputError(
+                f"hyper_optimizer {self.hyper_optimizer!r} moves an average of weights: choose another one"
+            )
         for name, least in (("train_steps", 1), ("val_steps", 0), ("val_batch_size", 1)):
             value = getattr(self, name)
             if name == "val_batch_size" and value is None:
@@ -111,6 +114,11 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
             the loss has parameters.
     """
     problem = loop.problem
+    if loop.validated:
+        raise InputError(
+            "a self-tuning network has no average of weights to judge: leave ema out, and take an optimizer that "
+            "trains the weights it judges"
+        )
     known = {**problem.regulariser_hyperparameters, **problem.train_loss_hyperparameters}
     for definition in tuned:
         name = definition.name
@@ -152,7 +160,8 @@ def unlike_batches(loop: InnerLoop) -> Iterator[int]:
     taken = {size for shape in (*shapes, *(p.shape for p in loop.model.parameters())) for size in shape}
     sizes = range(3, len(loop.split("train")) + 1, 2)
     before = loop.problem
-    loop.problem = before.replace(batch_size=next((size for size in sizes if size not in taken), before.batch_size))
+    size = next((size for size in sizes if size not in taken), before.batch_size)
+    loop.problem = before.replace(batch_size=size, accumulate=1)
     try:
         yield loop.problem.batch_size
     finally:
@@ -338,10 +347,38 @@ class SelfTuningRun:
         held = loop.held_at(step)
         self._path[step] = torch.tensor([*self.values.values(), *held.values()], dtype=torch.float64)
         self.network.train()
-        batch = loop.batch(step)
-        perturbations = self._perturbations(_TRAINING_PERTURBATION, step, loop.problem.batch_length(step))
-        loop.seed_model(step)
-        gradients = training_gradients(
+        count = loop.problem.batches_in(step)
+        gradients = _mean_gradients([self._training_gradients(held, step, number) for number in range(count)])
+        # weight decay pulls weights to zero, not their responses
+        undecayed = {"weight_decay": 0.0} if "weight_decay" in loop.optimizer.hyperparameters else {}
+        for index, (parameters, found, h) in enumerate(
+            ((self._general, gradients[0], {}), (self._responses, gradients[1], undecayed))
+        ):
+            gradient = torch.cat([found.get(name, torch.zeros_like(p)).reshape(-1) for name, p in parameters.items()])
+            without = {position for position, name in enumerate(parameters) if name not in found}
+            blocks, shapes = step_blocks(self._counts[index], without), [p.shape for p in parameters.values()]
+            with torch.no_grad():
+                weights, self._slots[index] = loop.update(
+                    self._weights[index], gradient, self._slots[index], h, step, blocks, shapes
+                )
+                self._weights[index].copy_(weights)
+            self._counts[index] = counted(self._counts[index], without)
+        self.position += 1
+        gradients_spent = GRADIENTS_PER["delta_stn_step" if self.variant.linearised else "stn_step"]
+        self.cost += Cost(
+            steps=1,
+            examples=loop.problem.step_length(step),
+            gradients=gradients_spent,
+            hypergradients=gradients_spent - GRADIENTS_PER["step"],
+        )
+
+    def _training_gradients(self, held: Mapping[str, float], step: int, number: int) -> tuple[_ByName, _ByName]:
+        """Of a step's batch, by general and by response parameters; the network's buffers go on."""
+        loop = self.loop
+        batch, drawn = loop.batch(step, number), loop.draw(step, number)
+        perturbations = self._perturbations(_TRAINING_PERTURBATION, drawn, loop.problem.batch_length(step, number))
+        loop.seed_model(step, number)
+        return training_gradients(
             self.network,
             self.tuned,
             self.variant,
@@ -351,28 +388,6 @@ class SelfTuningRun:
             held,
             forward=loop.problem.predict,
             target=loop.problem.target,
-        )
-        # weight decay pulls weights to zero, not their responses
-        undecayed = {"weight_decay": 0.0} if "weight_decay" in loop.optimizer.hyperparameters else {}
-        for index, (parameters, found, h) in enumerate(
-            ((self._general, gradients[0], {}), (self._responses, gradients[1], undecayed))
-        ):
-            gradient = torch.cat([found.get(name, torch.zeros_like(p)).reshape(-1) for name, p in parameters.items()])
-            without = {position for position, name in enumerate(parameters) if name not in found}
-            blocks, sizes = step_blocks(self._counts[index], without), [p.numel() for p in parameters.values()]
-            with torch.no_grad():
-                weights, self._slots[index] = loop.update(
-                    self._weights[index], gradient, self._slots[index], h, step, blocks, sizes
-                )
-                self._weights[index].copy_(weights)
-            self._counts[index] = counted(self._counts[index], without)
-        self.position += 1
-        gradients_spent = GRADIENTS_PER["delta_stn_step" if self.variant.linearised else "stn_step"]
-        self.cost += Cost(
-            steps=1,
-            examples=loop.problem.batch_length(step),
-            gradients=gradients_spent,
-            hypergradients=gradients_spent - GRADIENTS_PER["step"],
         )
 
     def _validate(self) -> None:
@@ -405,7 +420,7 @@ class SelfTuningRun:
             limit = log(torch.finfo(self.loop.dtype).max) / 2
             self.tuned.log_scales.copy_(log_scales.clamp(-limit, limit))
         self.val_steps += 1
-        spent = size / loop.problem.batch_size * GRADIENTS_PER["self_tuning_val_step"]
+        spent = size / loop.problem.examples_per_step * GRADIENTS_PER["self_tuning_val_step"]
         self.cost += Cost(gradients=spent, hypergradients=spent)
 
     def _perturbations(self, stream: int, number: int, examples: int) -> Tensor:
@@ -419,6 +434,20 @@ class SelfTuningRun:
     def _plain_state_dict(self) -> dict[str, Any]:
         state = self.network.general_state_dict(self._present_inputs())
         return {name: _copied(value) for name, value in state.items()}
+
+
+_ByName = dict[str, Tensor]
+
+
+def _mean_gradients(batches: Sequence[tuple[_ByName, _ByName]]) -> list[_ByName]:
+    """The mean over a step's batches, of each kind of parameters; of those that have one in some batch."""
+    means: list[_ByName] = []
+    for found in zip(*batches, strict=True):
+        total: _ByName = {}
+        for gradients in found:
+            total |= {name: total[name] + g if name in total else g for name, g in gradients.items()}
+        means.append(total if len(found) == 1 else {name: g / len(found) for name, g in total.items()})
+    return means
 
 
 def _copied(value: Any) -> Any:

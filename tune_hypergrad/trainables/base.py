@@ -22,6 +22,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
+from tune_hypergrad.hypergradients.inner_loop import EMA
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
@@ -42,7 +43,7 @@ class TrialSettings:
     steps: int
     """Inner steps in one training run."""
     optimizer: str | Optimizer = "sgd"
-    """Inner optimizer: "sgd", "nesterov", "adam", "adamw", "rmsprop", or an `Optimizer`."""
+    """Name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Hyperparameters held (numbers, or windows of numbers); the rest take the defaults of `torch.optim` and of the
     train loss."""
@@ -51,6 +52,13 @@ class TrialSettings:
     index is folded in, so that repeats differ."""
     clip_gradient: float | None = None
     """Clamp every element of the training gradient to +- this value."""
+    clip_norm: float | None = None
+    """Scale the training gradient down to this norm over all weights."""
+    ema: float | None = None
+    """Judge an exponential moving average of the weights, of this decay; a trial's config may have it as a
+    hyperparameter."""
+    autocast: str | None = None
+    """"bfloat16" for the model's forward pass under `torch.autocast`."""
     reports: int = 10
     """Results in one training run; each evaluates the validation and test splits where that makes sense."""
 
@@ -265,7 +273,7 @@ def split_config(
     """
     repeat = config.get(TRIAL_INDEX, 0)
     config = {name: value for name, value in {**settings.constants(), **config}.items() if name not in _OF_SEARCHERS}
-    names = {f.name for f in fields(settings)}
+    names = {f.name for f in fields(settings)} - {EMA}
     arguments = {name: config[name] for name in problem.model_hyperparameters if name in config}
     changes: dict[str, Any] = {"model": partial(problem.model, **arguments)} if arguments else {}
     if "batch_size" in config:

@@ -60,7 +60,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
             for step in steps:
                 self._state = loop.step(self._state, loop.scalars(self._hyperparameters, step), step)
                 self._step += 1
-                self._spent += loop.step_cost()
+                self._spent += loop.step_cost(step)
             evaluation = loop.evaluate(self._state)
             self._spent += loop.eval_cost("val")
             return {

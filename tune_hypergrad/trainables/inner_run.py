@@ -127,7 +127,7 @@ class InnerRun(ProblemTrainable):
         loop = settings.make_loop(problem)
         loop.check_names({})
         if check:  # at what is sure to be tuned, since only trials know the rest
-            names = loop.optimizer.hyperparameters if settings.tuned is None else base_names(settings.tuned)
+            names = loop.update_hyperparameters if settings.tuned is None else base_names(settings.tuned)
             values = {name: v for name, v in usual_values(loop).items() if name in names}
             settings.make_run(loop, values, check=True)
 
