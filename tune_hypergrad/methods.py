@@ -16,7 +16,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 from ray.tune.search.sample import Float, Function, LogUniform
 
-from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.hypergradients import Descent, Optimizer, SearchSettings, get_optimizer
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
@@ -233,12 +233,12 @@ def _by_hypergradients(task: Task) -> Searcher:
     """One trial for every run of the robust search, which confirms what it finds as far as the budget has room."""
     affordable = task.trainings is not None and task.trainings >= _LEAST_TRAININGS
     settings = SearchSettings(trainings=task.trainings if affordable else None)
-    return _hypergradient_search(task, _derivable(task), settings)
+    return _hypergradient_search(task, _differentiable(task), settings)
 
 
 def _by_the_papers_rule(task: Task) -> Searcher:
     """The paper's search: linear scales within the space's bounds, from zero or the bound nearest to it."""
-    return _hypergradient_search(task, _linear(_derivable(task)), SearchSettings(rule="paper"))
+    return _hypergradient_search(task, _linear(_differentiable(task)), SearchSettings(rule="paper"))
 
 
 def _hypergradient_search(task: Task, tuned: Mapping[str, Any], settings: SearchSettings) -> Searcher:
@@ -277,9 +277,23 @@ def _derivable(task: Task) -> dict[str, Any]:
     return {name: value for name, value in task.space.items() if name not in without}
 
 
+def _differentiable(task: Task) -> dict[str, Any]:
+    """What hypergradients tune.
+
+    Raises:
+        UnsuitedError: there is nothing, or something that has no derivative, such as a choice.
+    """
+    tuned = _derivable(task)
+    try:
+        gradient_ranges(tuned)
+    except InputError as error:
+        raise UnsuitedError(str(error)) from error
+    return tuned
+
+
 def _constants(task: Task) -> dict[str, Any]:
     """What has a derivative, without windows: hypergradient descent makes its own schedule."""
-    return {name: without_schedule(value) for name, value in _derivable(task).items()}
+    return {name: without_schedule(value) for name, value in _differentiable(task).items()}
 
 
 def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searcher]:
@@ -299,11 +313,11 @@ def _inside(task: Task) -> dict[str, Any]:
     """What a self-tuning network tunes.
 
     Raises:
-        InputError: the search space has none of it.
+        UnsuitedError: the search space has none of it.
     """
     inside = task.part(of_training_loss=True)
     if not inside:
-        raise InputError(
+        raise UnsuitedError(
             f"a self-tuning network has nothing to tune in {', '.join(task.space)}: the search space needs a "
             "hyperparameter of the problem's regularisers or train loss"
         )

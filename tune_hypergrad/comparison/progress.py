@@ -8,8 +8,8 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
@@ -82,14 +82,17 @@ class Overview:
     """Seconds since the first look."""
     left: float | None
     """Seconds until all budgets are spent at the speed so far; None while it is unknown."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Methods that cannot run, and why."""
 
 
-def make_display(mode: str) -> Display:
+def make_display(mode: str, left_out: Mapping[str, str] | None = None) -> Display:
     """A display by name.
 
     Args:
         mode: "auto" for people, wherever they look from; "quiet" for nothing; "json" for a JSON object a line on
             standard output.
+        left_out: methods that cannot run, and why.
 
     Raises:
         InputError: another name.
@@ -97,13 +100,13 @@ def make_display(mode: str) -> Display:
     if mode == "quiet":
         return Quiet()
     if mode == "json":
-        return JsonLines()
+        return JsonLines(left_out)
     if mode != "auto":
         raise InputError(f"progress is {mode!r}: it is one of auto, quiet, json")
     console = Console(stderr=True)
     if console.is_jupyter:
-        return Notebook()
-    return Terminal() if console.is_terminal else Log()
+        return Notebook(left_out)
+    return Terminal(left_out) if console.is_terminal else Log(left_out)
 
 
 class Quiet:
@@ -122,13 +125,15 @@ class _Shown(ABC):
     seconds: ClassVar[float]
     """Between two times at which something is shown, at least."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: Mapping[str, str] | None = None) -> None:
+        self._left_out = dict(left_out or {})
         self._speed = Speed()
         self._last: float | None = None
         self._failed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_failed": self._failed}  # handles do not pickle, and other processes have other clocks
+        # handles do not pickle, and other processes have other clocks
+        return {"_failed": self._failed, "_left_out": self._left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
@@ -141,7 +146,7 @@ class _Shown(ABC):
             return
         self._last = now
         try:
-            self.show(self._speed.overview(statuses, now), finished)
+            self.show(replace(self._speed.overview(statuses, now), left_out=self._left_out), finished)
             if finished:
                 self.end()
         except Exception:
@@ -192,8 +197,8 @@ class Terminal(_Shown):
 
     seconds = 0.25
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, left_out: Mapping[str, str] | None = None) -> None:
+        super().__init__(left_out)
         self._live: Live | None = None
 
     def show(self, overview: Overview, finished: bool) -> None:
@@ -222,7 +227,8 @@ class Log(_Shown):
 
 
 class JsonLines(_Shown):
-    """JSON objects on standard output, a line each: what `Overview` has, its `rows` as `methods`, and `finished`."""
+    """JSON objects on standard output, a line each: what `Overview` has, its `rows` as `methods`, `finished`, and
+    `left_out` where methods are."""
 
     seconds = 1.0
 
@@ -232,7 +238,8 @@ class JsonLines(_Shown):
             {**vars(row), "val_loss": row.val_loss if math.isfinite(row.val_loss) else None} for row in overview.rows
         ]
         totals = {"share": overview.share, "elapsed": overview.elapsed, "left": overview.left, "finished": finished}
-        print(json.dumps({**totals, "methods": methods}), flush=True)
+        left_out = {"left_out": overview.left_out} if overview.left_out else {}
+        print(json.dumps({**totals, "methods": methods, **left_out}), flush=True)
 
 
 class Notebook(_Shown):
@@ -240,8 +247,8 @@ class Notebook(_Shown):
 
     seconds = 1.0
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, left_out: Mapping[str, str] | None = None) -> None:
+        super().__init__(left_out)
         self._handle: Any = None
 
     def show(self, overview: Overview, finished: bool) -> None:
@@ -249,6 +256,7 @@ class Notebook(_Shown):
         import pandas as pd
 
         cells = [_cells(row) for row in overview.rows]
+        cells += [(method, "", "", "", f"left out: {reason}") for method, reason in overview.left_out.items()]
         frame = pd.DataFrame([*cells, ("all", _percent(overview.share), "", "", _time_text(overview, finished))])
         frame.columns = ["method", "budget spent", "trials (running)", "validation loss", ""]
         frame = frame.set_index("method")
@@ -286,6 +294,8 @@ def progress_table(overview: Overview, finished: bool = False) -> Table:
         method, percent, trials, loss, note = _cells(row)
         bar = "" if row.share is None else ProgressBar(total=1.0, completed=row.share, width=20)
         table.add_row(_cut(method), bar, percent, trials, loss, _cut(note))
+    for method, reason in overview.left_out.items():
+        table.add_row(_cut(method), "", "", "", "", _cut(f"left out: {reason}"))
     bar = ProgressBar(total=1.0, completed=overview.share, width=20)
     table.add_row("all", bar, _percent(overview.share))
     return table
@@ -299,6 +309,7 @@ def progress_line(overview: Overview, finished: bool = False) -> str:
         share = f"{_percent(row.share)}, " if row.share is not None else ""
         failed = f", {row.failed} failed" if row.failed else ""
         parts.append(f"{row.method} {share}{row.trials} trials{failed}{loss}")
+    parts += [f"{method} left out" for method in overview.left_out]
     return "; ".join([f"{_percent(overview.share)} of the budgets spent, {_time_text(overview, finished)}", *parts])
 
 

@@ -232,7 +232,7 @@ class Comparison:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """One row a method, the best first: budget spent, trials, incumbents by validation and their retrainings on the
-        test split, and what went wrong."""
+        test split, and what went wrong; at the end those that were left out, with the reason."""
         rows = []
         for method in self.ranking:
             own = self.accounts[self.accounts["method"] == method]
@@ -246,6 +246,7 @@ class Comparison:
                 row |= {measure: values.mean(), f"{measure}_min": values.min(), f"{measure}_max": values.max()}
             row |= {"trouble": "; ".join(trouble.text for trouble in self.troubles(method))}
             rows.append({**row, "reason": "; ".join(dict.fromkeys(own["reason"].dropna()))})
+        rows += [{"method": name, "trials": 0, "reason": f"left out: {why}"} for name, why in self.left_out.items()]
         return pd.DataFrame(rows)
 
     @cached_property
@@ -417,6 +418,11 @@ class Comparison:
     def methods(self) -> list[str]:
         """Names, in the order in which they were given."""
         return [method["name"] for method in self.settings["methods"]]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Methods that could not run, by name, and the reason of each."""
+        return dict(self.settings.get("left_out", {}))
 
     @property
     def ranking(self) -> list[str]:

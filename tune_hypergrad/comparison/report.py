@@ -84,7 +84,8 @@ def summary_table(comparison: Comparison) -> Table:
         for i, cells in zip(shown, zip(*rows, strict=True), strict=True)
     ]
     title = f"{comparison.settings.get('problem', 'Comparison')}: {tables.state(comparison)}"
-    table = Table(*columns, title=title, caption=_causes(troubles), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    causes = _causes(troubles, comparison.left_out)
+    table = Table(*columns, title=title, caption=causes, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     means = [comparison.final_regret(row[0]).mean() for row in text.rows]
     best = min((mean for mean in means if np.isfinite(mean)), default=None)
     for row, mean in zip(rows, means, strict=True):
@@ -105,6 +106,7 @@ def summary_text(comparison: Comparison) -> str:
         "\n".join(f"- {note}" for note in tables.notes(comparison)),
         "## Methods",
         _markdown(tables.methods(comparison)),
+        *([_markdown(tables.left_out(comparison))] if comparison.left_out else []),
         f"## Costs in {COST_LABELS[comparison.budget.unit]}, means over seeds",
         _markdown(tables.costs(comparison)),
         "## Failures",
@@ -226,6 +228,7 @@ def _page(comparison: Comparison, drawn: Mapping[str, list[dict[str, object]]]) 
         colors={method: look.color(method) for method in comparison.methods},
         results=tables.results(comparison),
         methods=tables.methods(comparison),
+        left_out=tables.left_out(comparison),
         costs=tables.costs(comparison),
         failures=tables.failures(comparison),
         space=tables.space(comparison),
@@ -316,8 +319,9 @@ def _terminal_column(column: Column, cells: Sequence[str], whole: bool, narrow: 
     )
 
 
-def _causes(troubles: Mapping[str, Sequence[Trouble]]) -> Text | None:
+def _causes(troubles: Mapping[str, Sequence[Trouble]], left_out: Mapping[str, str]) -> Text | None:
     lines = [f"{method}: {each.text}" for method, found in troubles.items() for each in found if each.cause]
+    lines += [f"{method} is left out: {reason}" for method, reason in left_out.items()]
     return Text("\n".join(shortened(line, _CAUSE_LETTERS) for line in lines), justify="left") if lines else None
 
 

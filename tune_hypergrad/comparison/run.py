@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shutil
 import time
@@ -65,6 +66,8 @@ _TRIALS_FOLDER = "trials"
 _BEFORE = (COMMAND_FILE, "settings.tmp")  # what a folder may have before anything has begun there
 _BESIDE_LEDGER = (SETTINGS_FILE, "settings.tmp", SNAPSHOT_FILE, "snapshot.tmp", _TRIALS_FOLDER)
 _OF_RUNS = ("out", "resume", "max_failures", "storage", "address", "progress", "callbacks")
+_logger = logging.getLogger(__name__)
+
 _PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "numpy")
 
 
@@ -109,8 +112,8 @@ def compare(
 
     Args:
         problem: what is trained.
-        methods: names of built-in methods, or `Method`s of your own; by default all that can work on the problem but
-            the ablation "centered-stn".
+        methods: names of built-in methods, or `Method`s of your own; by default all but the ablation "centered-stn".
+            Those that cannot work on the problem are left out, and the reason is told.
         budget: what every method with every seed may spend, such as "600e" (see `Budget.parse`). At the most one
             result of one trial goes over it. Retraining is not part of it.
         space: Ray domains by name, the same for all; by default a learning-rate schedule of 7 windows, momentum and
@@ -188,7 +191,7 @@ def _plan(
     return Plan(
         problem=problem,
         task=task,
-        methods=chosen_methods(methods, task),
+        methods=chosen_methods(methods),
         budget=limit,
         seeds=seeds,
         resources={"cpu": 1} if resources is None else resources,
@@ -213,7 +216,10 @@ def run_plan(
     """Carry a plan out, or go on with it, and write the report; arguments are those of `compare` when `checked`, and so
     are errors."""
     folder = Path(out).resolve()
-    display = make_display(progress)
+    plan = (_as_begun(plan, folder) if resume else plan).suited()
+    for name, reason in plan.left_out.items():
+        _logger.warning("%s is left out: %s", name, reason)
+    display = make_display(progress, plan.left_out)
     trainables, searchers = plan.trainables(), plan.searchers()
     key = _key_of(folder, plan, storage) if resume else _new_key(folder)
     trials = joined(storage, f"{folder.name}-{key}") if storage else str(folder)
@@ -377,6 +383,15 @@ def _forget(folder: Path, trials: str) -> None:
     with suppress(FileNotFoundError):
         if "://" not in trials:
             shutil.rmtree(trials)
+
+
+def _as_begun(plan: Plan, folder: Path) -> Plan:
+    """A plan without the methods that were left out as the comparison in a folder began."""
+    file = folder / SETTINGS_FILE
+    reasons = json.loads(file.read_text()).get("left_out", {}) if file.is_file() else {}
+    known = {method.name: reasons[method.name] for method in plan.methods if method.name in reasons}
+    left = tuple(method for method in plan.methods if method.name not in known)
+    return replace(plan, methods=left, left_out=known)
 
 
 def _key_of(folder: Path, plan: Plan, storage: str | None) -> str:

@@ -158,6 +158,12 @@ def methods(comparison: Comparison) -> TextTable:
     return TextTable(columns, rows)
 
 
+def left_out(comparison: Comparison) -> TextTable:
+    """One row a method that could not run: why."""
+    columns = [Column("method", number=False), Column("left out, since", number=False)]
+    return TextTable(columns, [[name, reason] for name, reason in comparison.left_out.items()])
+
+
 def costs(comparison: Comparison) -> TextTable:
     """One row a method: what the budget went into, and what was lost beside it; means over seeds."""
     parts = spending_parts(comparison)
@@ -219,6 +225,8 @@ def notes(comparison: Comparison) -> list[str]:
         told = ", ".join(f"{method} {count} of {seeds}" for method, count in judged.items() if count < seeds)
         if told:
             found.append(f"Not every seed's last incumbent could be tested, and regret is that of fewer: {told}.")
+    if comparison.left_out:
+        found.append(f"Left out, since they cannot run here: {', '.join(comparison.left_out)}.")
     if comparison.interruptions:
         times = {1: "once", 2: "twice"}.get(len(comparison.interruptions), f"{len(comparison.interruptions)} times")
         found.append(f"The comparison was interrupted {times}; what was done again is lost, and not of any budget.")

@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, UnsuitedError
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
@@ -135,7 +135,8 @@ class ProblemTrainable(tune.Trainable):
             **settings: fields of `cls.Settings`.
 
         Raises:
-            InputError: an unknown setting, or a problem that does not run or has no right hypergradients.
+            InputError: an unknown setting, or a problem that does not run.
+            UnsuitedError: this trainable cannot work on the problem, such as for want of right hypergradients.
         """
         names = [f.name for f in fields(cls.Settings)]
         for name in settings:
@@ -143,7 +144,10 @@ class ProblemTrainable(tune.Trainable):
                 raise InputError(f"{cls.__name__} has no setting {name!r}: it has {', '.join(names)}")
         problem.check()
         made = cls.Settings(**settings)
-        cls.validate(*split_config(problem, made, {}), check=check)
+        try:
+            cls.validate(*split_config(problem, made, {}), check=check)
+        except InputError as error:
+            raise UnsuitedError(str(error)) from error
         return tune.with_parameters(cls, problem=stored(problem), settings=made)  # type: ignore[no-any-return]
 
     @classmethod
