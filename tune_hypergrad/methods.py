@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from math import cos, pi
 from numbers import Integral
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from ray import tune
@@ -43,6 +43,15 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+class JudgedBy(NamedTuple):
+    """What trials are judged by."""
+
+    metric: str
+    """A key of their results."""
+    mode: str
+    """"min" or "max"."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What a method is to work on."""
@@ -75,6 +84,11 @@ class Task:
     start: Mapping[str, Any] | None = None
     """A person's own settings, from which every method begins: a value for everything in the space that has a domain,
     in the space's form (`{"0": ..., "1": ...}` for a schedule); None leaves the beginning to each method."""
+
+    @property
+    def judged_by(self) -> JudgedBy:
+        """What a Ray searcher is given as `metric` and `mode`: the problem's objective."""
+        return JudgedBy(self.problem.criterion.column, self.problem.criterion.mode)
 
     @property
     def self_tuning_steps(self) -> int:
@@ -168,13 +182,13 @@ class Method:
     """A way to choose hyperparameters: any Ray searcher, with the trainable that its trials run.
 
     ```python
-    tpe = Method("tpe", searcher=lambda task: OptunaSearch(metric="val_loss", mode="min", seed=task.seed))
+    tpe = Method("tpe", searcher=lambda task: OptunaSearch(**task.judged_by._asdict(), seed=task.seed))
     compare(problem, ["fds", "bohb", tpe], budget="600e")
     ```
 
     A searcher without a space of its own is given the task's, as Ray gives it the Tuner's `param_space`. Trials report
-    `val_loss` and, in the unit of the budget, `cost/...`, as all trainables of this package do; seconds are taken by
-    the clock where a trainable does not say.
+    `val_loss`, the objective's metric and, in the unit of the budget, `cost/...`, as all trainables of this package do;
+    seconds are taken by the clock where a trainable does not say.
     """
 
     name: str
@@ -215,7 +229,7 @@ def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Tas
     def of_task(task: Task) -> Searcher:
         arguments = [getattr(task, name) for name in settings]
         points = None if task.start is None else [task.start]
-        return search(task.space, "val_loss", "min", *arguments, task.seed, points_to_evaluate=points)
+        return search(task.space, *task.judged_by, *arguments, task.seed, points_to_evaluate=points)
 
     return of_task
 
@@ -251,8 +265,8 @@ def _hypergradient_search(task: Task, tuned: Mapping[str, Any], settings: Search
     start = {name: value for name, value in (task.start or {}).items() if name in tuned}
     return HypergradientSearch(
         tuned,
-        metric="val_loss",
-        mode="min",
+        metric=task.judged_by.metric,
+        mode=task.judged_by.mode,
         points_to_evaluate=[start] if start else None,
         seed=task.seed,
         **{f.name: getattr(settings, f.name) for f in fields(settings)},
@@ -304,7 +318,7 @@ def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searc
         tuned = space(task)
         origin = Descent(gradient_ranges(tuned)[0]).values
         point = {**in_form_of(tuned, origin), **_in_form(tuned, _start_of(task, tuned))}
-        return RandomSearch(tuned, metric="val_loss", mode="min", seed=task.seed, points_to_evaluate=[point])
+        return RandomSearch(tuned, *task.judged_by, seed=task.seed, points_to_evaluate=[point])
 
     return of_task
 
@@ -350,7 +364,7 @@ def _around_self_tuning(task: Task) -> Searcher:
         return _seeds(task)
     known = {name: entry for name, entry in outside.items() if name in customary(task.optimizer)}
     first = {**_customary_point(known, task), **_in_form(outside, _start_of(task, outside))}
-    return RandomSearch(outside, "val_loss", "min", seed=task.seed, points_to_evaluate=[first])
+    return RandomSearch(outside, *task.judged_by, seed=task.seed, points_to_evaluate=[first])
 
 
 def _customary_point(space: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -394,7 +408,7 @@ def _on_edge(domain: Any, value: float) -> bool:
 
 def _seeds(task: Task) -> Searcher:
     """Nothing is searched: trials differ by their random numbers."""
-    return RandomSearch({"seed": tune.randint(0, 2**31)}, "val_loss", "min", seed=task.seed)
+    return RandomSearch({"seed": tune.randint(0, 2**31)}, *task.judged_by, seed=task.seed)
 
 
 def _cosine(task: Task) -> Trainable:

@@ -198,7 +198,8 @@ class Plan:
             contenders.append(Contender(Account(GRID, 0), QueueSearch(self.grid), None, None, kinds[GRID], {"seed": 0}))
         again = RetrainingSearch(folder, key, self.retraining, self.problem.model_hyperparameters)
         contenders.append(Contender(Account(RETRAINING, 0), again, None, None, kinds[RETRAINING]))
-        return PortfolioSearch(contenders, folder, key, max_concurrent=self.max_concurrent)
+        criterion = self.problem.criterion
+        return PortfolioSearch(contenders, folder, key, max_concurrent=self.max_concurrent, criterion=criterion)
 
     def _searcher(self, method: Method, seed: int) -> Searcher:
         # methods of one seed do not share their draws, lest they look at the same configurations
@@ -207,7 +208,7 @@ class Plan:
         searcher = method.searcher(task)
         if not isinstance(searcher, Searcher):
             raise InputError(f"{method.name}'s searcher is a {type(searcher).__name__}: make a ray.tune Searcher")
-        searcher.set_search_properties("val_loss", "min", dict(task.space))
+        searcher.set_search_properties(*task.judged_by, dict(task.space))
         return searcher
 
     def check_resources(self) -> None:
@@ -241,6 +242,8 @@ class Plan:
         return {
             "version": _VERSION,
             "problem": self.problem.name,
+            "objective": self.problem.objective,
+            "directions": self.problem.declared_directions,
             "steps": self.task.steps,
             "optimizer": get_optimizer(self.task.optimizer).name,
             "steps_per_epoch": self.problem.steps_per_epoch,

@@ -22,11 +22,12 @@ from rich.text import Text
 
 from tune_hypergrad.comparison import pictures, tables
 from tune_hypergrad.comparison.drawing import COST_LABELS, INK, NARROW, shortened
-from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.comparison.records import Comparison, measure_label
 from tune_hypergrad.comparison.series import Granted, distinct_units
 from tune_hypergrad.comparison.tables import Column, TextTable
 from tune_hypergrad.comparison.troubles import Trouble
 from tune_hypergrad.comparison.verdict import cost_in_words, verdict_text
+from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.curves import Curve
 from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
@@ -124,8 +125,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     costs = {each: f"cost in {cost_in_words(comparison, each, 0)[1]}" for each in (*units, comparison.budget.unit)}
     measure = comparison.yardstick
     regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.ranking)
-    own = comparison.accounts.groupby("method", sort=False)["val_loss"]
+    own = comparison.accounts.groupby("method", sort=False)[OBJECTIVE]
     losses = "; ".join(f"{method} {_mean(values)}" for method, values in own)
+    judged = measure_label(comparison.criterion.column)
     regret = f"{tables.regret_heading(measure).capitalize()} of the incumbents against"
     shares = (comparison.settings.get("retraining") or {}).get("shares", (1.0,))
     which = ", ".join(f"{100 * share:g}" for share in shares)
@@ -155,9 +157,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
         "validation": [
             Picture(
                 "validation",
-                f"Validation loss of the incumbents against {costs[comparison.budget.unit]}.",
-                f"Lowest validation loss so far of every method against {costs[comparison.budget.unit]}. At the end: "
-                f"{losses}.",
+                f"{judged.capitalize()} of the incumbents against {costs[comparison.budget.unit]}.",
+                f"{'Highest' if comparison.criterion.larger_is_better else 'Lowest'} {judged} so far of every method "
+                f"against {costs[comparison.budget.unit]}. At the end: {losses}.",
                 partial(pictures.validation, comparison, comparison.budget.unit),
             )
         ],
@@ -227,6 +229,7 @@ def _page(comparison: Comparison, drawn: Mapping[str, list[dict[str, object]]]) 
         unit=COST_LABELS[comparison.budget.unit],
         colors={method: look.color(method) for method in comparison.methods},
         results=tables.results(comparison),
+        judged=measure_label(comparison.criterion.column),
         methods=tables.methods(comparison),
         left_out=tables.left_out(comparison),
         costs=tables.costs(comparison),

@@ -219,7 +219,7 @@ def run_plan(
     plan = (_as_begun(plan, folder) if resume else plan).suited()
     for name, reason in plan.left_out.items():
         _logger.warning("%s is left out: %s", name, reason)
-    display = make_display(progress, plan.left_out)
+    display = make_display(progress, plan.left_out, plan.problem.criterion)
     trainables, searchers = plan.trainables(), plan.searchers()
     key = _key_of(folder, plan, storage) if resume else _new_key(folder)
     trials = joined(storage, f"{folder.name}-{key}") if storage else str(folder)
@@ -328,7 +328,7 @@ def _run(
     callbacks: Sequence[Callback],
 ) -> bool:
     """Run or go on, with Ray's files in the folder `trials`; whether it came to its end."""
-    parameters = {"trainables": dict(trainables), "unit": plan.budget.unit, "metric": "val_loss"}
+    parameters = {"trainables": dict(trainables), "unit": plan.budget.unit, "criterion": plan.problem.criterion}
     dispatching = tune.with_parameters(Dispatching, **parameters)
     factories = plan.factories()
     trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
@@ -344,8 +344,8 @@ def _run(
             tune_config=TuneConfig(
                 search_alg=plan.portfolio(searchers, folder, key),
                 scheduler=PatientScheduler(),
-                metric="val_loss",
-                mode="min",
+                metric=plan.problem.criterion.column,
+                mode=plan.problem.criterion.mode,
                 num_samples=-1,
                 reuse_actors=True,
                 trial_name_creator=_trial_name,

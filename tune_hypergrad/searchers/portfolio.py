@@ -21,6 +21,7 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget, Cost
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.ledger import (
     BUDGET_SPENT,
@@ -131,7 +132,7 @@ class PortfolioSearch(Searcher):
         folder: gets the ledger, schedules that are too long for it, and a copy of Ray's last snapshot.
         key: by which `PortfolioStopper` and callbacks find this object; Ray restores them apart.
         max_concurrent: trials of all methods together that may run at once; None leaves it to the cluster.
-        metric: result that trials are judged by, the lower the better.
+        criterion: what trials are judged by.
     """
 
     def __init__(
@@ -141,14 +142,15 @@ class PortfolioSearch(Searcher):
         key: str,
         *,
         max_concurrent: int | None = None,
-        metric: str = "val_loss",
+        criterion: Criterion | None = None,
     ) -> None:
-        super().__init__(metric=metric, mode="min")
+        self.criterion = criterion or Criterion()
+        super().__init__(metric=self.criterion.column, mode=self.criterion.mode)
         self.contenders = {contender.account: contender for contender in contenders}
         self.key, self.max_concurrent = key, max_concurrent
         self.finished = False
         """Whether nothing will be suggested any more."""
-        self.ledger = Ledger(folder / LEDGER_FILE)
+        self.ledger = Ledger(folder / LEDGER_FILE, self.criterion)
         self._folder = folder
         self._accounts: dict[str, Account] = {}
         self._waiting: dict[str, str] = {}  # trial to the kind of resources that it waits for
@@ -218,7 +220,7 @@ class PortfolioSearch(Searcher):
         """
         _PORTFOLIOS[self.key] = self
         trials = saved_trials(str(Path(checkpoint_path).parent)) or {}
-        self.ledger = Ledger(self._folder / LEDGER_FILE)
+        self.ledger = Ledger(self._folder / LEDGER_FILE, self.criterion)
         self.ledger.write("resume", known=list(trials))
         state = pickle.loads(Path(checkpoint_path).read_bytes())
         known: set[str] = set()
@@ -330,9 +332,9 @@ class PortfolioSearch(Searcher):
 
     @property
     def best(self) -> dict[Account, float]:
-        """The lowest validation loss of every account that has one, for progress displays."""
-        losses = {account: self.ledger.val_loss(account) for account in self.contenders}
-        return {account: loss for account, loss in losses.items() if math.isfinite(loss)}
+        """The best score of every account that has one, less being better, for progress displays."""
+        scores = {account: self.ledger.score(account) for account in self.contenders}
+        return {account: score for account, score in scores.items() if math.isfinite(score)}
 
     def ended_accounts(self) -> list[Account]:
         """Those that suggest nothing more and of which no trial runs."""

@@ -18,6 +18,7 @@ from ray import tune
 from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.criterion import OBJECTIVE, Criterion
 from tune_hypergrad.errors import InputError, UnsuitedError
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
@@ -221,7 +222,8 @@ class ProblemTrainable(tune.Trainable):
         result = self.work()
         self._seconds += time.perf_counter() - begun - (self._uncharged - uncharged)
         seconds = Cost(device_seconds=self._seconds * self._devices, wall_seconds=self._seconds)
-        self._last = {**result, **(self.spent + seconds).as_result()}
+        objective = objective_results(self._problem.criterion, result)
+        self._last = {**result, **objective, **(self.spent + seconds).as_result()}
         return dict(self._last)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -292,6 +294,13 @@ def _steps_within(epochs: Any, steps_per_epoch: int) -> int:
 def evaluation_results(split: str, evaluation: Evaluation) -> dict[str, float]:
     """Flat scalars such as `val_loss`, `val_accuracy`."""
     return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
+
+
+def objective_results(criterion: Criterion, result: Mapping[str, Any]) -> dict[str, Any]:
+    """`objective`, the figure of a result that the problem's objective names, and `best_objective` where the result
+    has an incumbent's."""
+    columns = {OBJECTIVE: criterion.column, f"best_{OBJECTIVE}": f"best_{criterion.column}"}
+    return {name: result[column] for name, column in columns.items() if column in result}
 
 
 def run_position(step: int, steps: int, completed: int | None = None) -> dict[str, int]:
