@@ -103,6 +103,8 @@ class Ledger:
     - `retry`: the process failed and will be started again; `error`.
     - `stop`: of an account, not a trial: nothing more is suggested; `reason`.
     - `resume`: the experiment goes on after an interruption; `known`, the ids of trials that Ray remembers.
+    - `extend`: the comparison had come to its end, and goes on with more; `budget_before`, or null where that stays,
+      `methods` and `seeds` that are new, and `reopened`, the accounts that go on. What was before stays.
 
     A result whose iteration is not above the trial's last one repeats work since a checkpoint: what it repeats no
     longer counts, and its cost is lost. So is everything of a trial that is not known on resuming. Lost work was not
@@ -128,6 +130,8 @@ class Ledger:
         self._trials: dict[Account, list[TrialRecord]] = {}
         self._spent: dict[Account, Cost] = {}
         self._lost: dict[Account, Cost] = {}
+        self._settled: dict[Account, str] = {}  # those that have stopped before an extension, and stay so
+        self._kept: set[str] = set()  # trials from before an extension
         self._lines, self._opened = 0, False
         if path is not None:
             for event in read_events(path):
@@ -208,12 +212,16 @@ class Ledger:
         kind, line = event["event"], self._lines
         self._lines += 1
         if kind == "resume":
-            known = set(event["known"])
+            known = {*event["known"], *self._kept}
             for trial_id, record in self.trials.items():
                 if trial_id not in known:
                     self._lose(record, 0)
                     record.status = "forgotten"
-            self.stopped.clear()  # each says so again
+            self.stopped = dict(self._settled)  # the others say so again
+        elif kind == "extend":
+            reopened = {Account(*account) for account in event["reopened"]}
+            self._settled = {account: why for account, why in self.stopped.items() if account not in reopened}
+            self.stopped, self._kept = dict(self._settled), set(self.trials)
         elif kind == "stop":
             self.stopped[Account(event["method"], event["seed"])] = event["reason"]
         else:

@@ -205,6 +205,9 @@ class Method:
     """Trials of one seed that it can run at once; None is no limit."""
     tunable: Callable[[Task], Mapping[str, Any]] = field(default=lambda task: task.space)
     """The part of a task's space that it can tune."""
+    plans_budget: bool = False
+    """Whether its searcher plans for `Task.trainings`. Where a comparison gets more budget, the search of such a method
+    begins again from its incumbent, with what is left; others go on where they were."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -429,6 +432,7 @@ METHODS: dict[str, Method] = {
             _inner_runs,
             description="forward-mode differentiation with sharing: descend by exact hypergradients of whole runs",
             tunable=_derivable,
+            plans_budget=True,
         ),
         Method(
             "fds-paper",

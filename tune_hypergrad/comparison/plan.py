@@ -15,6 +15,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.growth import Beginning
 from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
 from tune_hypergrad.comparison.records import GRID, RETRAINING, START
 from tune_hypergrad.comparison.reference import grid_points
@@ -77,6 +78,8 @@ class Plan:
     """The settings that methods begin from, as they were given and complete; `task` has them in the space's form."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Methods that do not take part since they cannot work on the task, by name, and the reason of each."""
+    beginning: Beginning | None = None
+    """What an extension begins with, if this is one."""
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
     """What trials run, by method, as far as it has been made: trying a problem out takes time."""
 
@@ -205,6 +208,8 @@ class Plan:
         # methods of one seed do not share their draws, lest they look at the same configurations
         own = fold_seed(seed, crc32(method.name.encode())) % 2**32
         task = replace(self.task, seed=own)
+        if self.beginning is not None and Account(method.name, seed) in self.beginning.known:
+            task = _going_on(task, Account(method.name, seed), self.beginning)
         searcher = method.searcher(task)
         if not isinstance(searcher, Searcher):
             raise InputError(f"{method.name}'s searcher is a {type(searcher).__name__}: make a ray.tune Searcher")
@@ -272,6 +277,16 @@ class Plan:
                 "same_training": self.retraining.same_training,
             },
         }
+
+
+def _going_on(task: Task, account: Account, beginning: Beginning) -> Task:
+    """The task of an account that has worked before: with draws of its own, from its incumbent, with what is left."""
+    return replace(
+        task,
+        seed=fold_seed(task.seed, beginning.number) % 2**32,
+        start=beginning.starts.get(account, task.start),
+        trainings=beginning.trainings.get(account, task.trainings),
+    )
 
 
 SPACES: Mapping[str | None, Callable[[str | Optimizer, int], dict[str, Any]]] = {

@@ -167,7 +167,7 @@ class Comparison:
             if row is not None:
                 done.append({**row, "ended": when, "status": status, "error": error})
 
-        latest = 0.0
+        latest, kept = 0.0, set[str]()
         for event in self.events:
             kind, when = event["event"], event["time"]
             if kind == "start":
@@ -178,11 +178,14 @@ class Comparison:
                 rows[event["id"]] = {**{key: event[key] for key in keys}, "started": when, **granted, **retrains}
             elif kind in ("end", "retry"):
                 close(event["id"], when, event.get("status", "retried"), event.get("error"))
+            elif kind == "extend":
+                kept = {row["id"] for row in done}
             elif kind == "resume":
+                known = {*event["known"], *kept}
                 for row in done:
-                    row["status"] = row["status"] if row["id"] in event["known"] else "forgotten"
+                    row["status"] = row["status"] if row["id"] in known else "forgotten"
                 for trial_id in list(rows):
-                    close(trial_id, latest, "retried" if trial_id in event["known"] else "forgotten")
+                    close(trial_id, latest, "retried" if trial_id in known else "forgotten")
             latest = when
         running = [{**row, "ended": np.nan, "status": "running", "error": None} for row in rows.values()]
         return pd.DataFrame(sorted([*done, *running], key=lambda row: float(row["started"])))
@@ -229,7 +232,7 @@ class Comparison:
         still the incumbent), `spent/<unit>` (of the account when the incumbent was found), training_seed, val_loss,
         test_loss, test_<metric>, ...
         """
-        jobs = {event["id"]: event["retrains"] for event in self.events if "retrains" in event}
+        jobs = {event["id"]: event["retrains"] for event in self._relabelled if "retrains" in event}
         last = {
             event["id"]: event
             for line, event in enumerate(self.events)
@@ -334,9 +337,50 @@ class Comparison:
 
     @property
     def interruptions(self) -> list[tuple[float, float]]:
-        """When nothing ran: from the last event before an interruption to the resuming, in seconds since 1970."""
+        """From the last event before an interruption to the resuming, in seconds since 1970."""
+        return self._gaps("resume")
+
+    @property
+    def breaks(self) -> list[tuple[float, float]]:
+        """When nothing ran, in seconds since 1970: interruptions, and before the comparison was extended."""
+        return self._gaps("resume", "extend")
+
+    def _gaps(self, *kinds: str) -> list[tuple[float, float]]:
         pairs = zip(self.events, self.events[1:], strict=False)
-        return [(before["time"], event["time"]) for before, event in pairs if event["event"] == "resume"]
+        return [(before["time"], event["time"]) for before, event in pairs if event["event"] in kinds]
+
+    @property
+    def extensions(self) -> list[dict[str, Any]]:
+        """The ledger's events of the comparison's extensions: `time`, `budget_before` (amount and unit; None where it
+        stayed), `methods` and `seeds` that were added."""
+        return [event for event in self.events if event["event"] == "extend"]
+
+    @property
+    def _relabelled(self) -> list[dict[str, Any]]:
+        """The events, in which what was trained again before an extension has the share of the present budget after
+        which it is still the incumbent; what is none at those shares any more has the former's part of it."""
+        if not self.extensions:
+            return self.events
+        last = max(line for line, event in enumerate(self.events) if event["event"] == "extend")
+        amounts = [event["budget_before"][0] for event in self.extensions if event["budget_before"]]
+        told, scale = [], (amounts or [self.budget.amount])[0] / self.budget.amount
+        for line, event in enumerate(self.events):
+            if event["event"] == "extend" and event["budget_before"]:
+                amounts = amounts[1:]
+                scale = (amounts or [self.budget.amount])[0] / self.budget.amount
+            if line < last and "retrains" in event and event["retrains"]["method"] not in (GRID, START):
+                event = {**event, "retrains": self._with_present_share(event["retrains"], scale)}
+            told.append(event)
+        return told
+
+    def _with_present_share(self, job: Mapping[str, Any], scale: float) -> dict[str, Any]:
+        unit, rows = f"spent/{self.budget.unit}", self.incumbents(Account(job["method"], job["seed"]))
+        later = rows.loc[rows[unit] > job[unit], unit]
+        if later.empty:
+            return {**job, "share": 1.0}
+        planned = [share for share in self.settings["retraining"]["shares"] if share < 1]
+        lasting = [s for s in planned if job[unit] <= s * self.budget.amount < float(later.min())]
+        return {**job, "share": max(lasting, default=job["share"] * scale)}
 
     @property
     def test_measures(self) -> list[str]:

@@ -235,12 +235,22 @@ def notes(comparison: Comparison) -> list[str]:
         told = ", ".join(f"{method} {count} of {seeds}" for method, count in counts.items() if count < seeds)
         if told:
             found.append(f"Not every seed's last incumbent could be tested, and regret is that of fewer: {told}.")
+    found += [_extended(event, comparison.budget.unit) for event in comparison.extensions]
     if comparison.left_out:
         found.append(f"Left out, since they cannot run here: {', '.join(comparison.left_out)}.")
     if comparison.interruptions:
         times = {1: "once", 2: "twice"}.get(len(comparison.interruptions), f"{len(comparison.interruptions)} times")
         found.append(f"The comparison was interrupted {times}; what was done again is lost, and not of any budget.")
     return found
+
+
+def _extended(event: dict[str, Any], unit: str) -> str:
+    """What was added to a comparison, and when."""
+    added = [f"the budget, before {amount(event['budget_before'][0])} {unit}"] if event["budget_before"] else []
+    for noun, names in (("method", event["methods"]), ("seed", event["seeds"])):
+        added += [f"the {noun}{'s' if len(names) > 1 else ''} {', '.join(map(str, names))}"] if names else []
+    when = datetime.fromtimestamp(event["time"], timezone.utc)
+    return f"Extended on {when:%Y-%m-%d %H:%M} UTC: {'; '.join(added)}. What was done before is kept and counted."
 
 
 def _about_columns(comparison: Comparison) -> list[str]:
@@ -400,7 +410,7 @@ def _date(started: str | None) -> str:
 def _running_time(comparison: Comparison) -> str:
     if not comparison.events:
         return ""
-    idle = sum(end - start for start, end in comparison.interruptions)
+    idle = sum(end - start for start, end in comparison.breaks)
     seconds = comparison.events[-1]["time"] - comparison.events[0]["time"] - idle
     if seconds < 90:
         return f"{seconds:.0f} s"

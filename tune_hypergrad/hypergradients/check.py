@@ -314,7 +314,8 @@ def _reduced(problem: Problem, examples: int | None) -> Problem:
     split: Split = problem.val  # type: ignore[assignment]
     size = min(len(split), examples or _VAL_EXAMPLES)
     batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
-    return problem.replace(val=split.head(size), test=None, metrics={}, batch_size=batch_size, eval_batch_size=size)
+    without: dict[str, Any] = {"test": None, "metrics": {}, "objective": None, "directions": {}}
+    return problem.replace(val=split.head(size), **without, batch_size=batch_size, eval_batch_size=size)
 
 
 def _or_infinite(error: float) -> float:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,6 +238,25 @@ class PortfolioSearch(Searcher):
         self._strangers = set(self._accounts) - known
         self._cut, self._waiting = set(state["cut"]), {}
         self._ended = list(state["ended"])
+
+    def extend(self, saved: bytes | None, fresh: Collection[Account]) -> None:
+        """Begin where another portfolio of the same folder came to its end.
+
+        Args:
+            saved: what that one wrote with `save`.
+            fresh: accounts whose searchers begin anew.
+        """
+        state = {"searchers": {}, "counts": {}} if saved is None else pickle.loads(saved)
+        for account, contender in self.contenders.items():
+            names = [record.name for record in self.ledger.trials_of(account)]
+            contender.suggested = max((int(name.rpartition("-")[2]) for name in names), default=0)
+            if account in self.ledger.stopped or account in fresh:
+                continue
+            if account in state["counts"]:
+                *_, contender.largest, contender.longest = state["counts"][account]
+            searcher = state["searchers"].get(account)
+            if searcher is not None:
+                self._call(contender, restore_among, contender.searcher, searcher, (), {}, ())
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Called by Ray's `Tuner.restore`."""
