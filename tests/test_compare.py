@@ -370,7 +370,7 @@ def test_ctrl_c_leaves_a_report_and_resuming_ends_it(ray_session, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) != 0
     assert (out / "report.html").exists() and "unfinished" in (out / "summary.md").read_text().lower()
-    with pytest.raises(InputError, match="another budget"):
+    with pytest.raises(InputError, match="a budget of 900 gradients, more than 60"):
         compare(tiny_problem(), ["fds", "bohb", "rs"], budget="10e", **QUICK, out=out, resume=True)
     with pytest.raises(InputError, match="is not empty"):
         compare(tiny_problem(), ["fds", "bohb", "rs"], budget="150e", **QUICK, out=out)

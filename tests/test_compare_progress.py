@@ -18,8 +18,8 @@ from tune_hypergrad.ledger import Account
 INF = float("inf")
 
 
-def status(method="fds", seed=0, share=0.5, trials=2, running=1, val_loss=0.25, reason=None, failed=0):
-    return Status(Account(method, seed), share, trials, running, val_loss, reason, failed)
+def status(method="fds", seed=0, share=0.5, trials=2, running=1, score=0.25, reason=None, failed=0):
+    return Status(Account(method, seed), share, trials, running, score, reason, failed)
 
 
 @pytest.fixture
@@ -37,10 +37,8 @@ def shown(renderable, width=100):
 
 
 def test_seeds_of_a_method_are_one_row():
-    (row,) = progress.rows(
-        [status(share=0.2), status(seed=1, share=1.3, trials=5, val_loss=0.1, reason="budget spent")]
-    )
-    assert (row.share, row.trials, row.running, row.val_loss, row.reason) == (0.6, 7, 2, 0.1, None)
+    (row,) = progress.rows([status(share=0.2), status(seed=1, share=1.3, trials=5, score=0.1, reason="budget spent")])
+    assert (row.share, row.trials, row.running, row.score, row.reason) == (0.6, 7, 2, 0.1, None)
 
 
 def test_a_row_says_why_all_seeds_have_stopped():
@@ -75,7 +73,7 @@ def test_the_table_has_a_line_for_each_method_and_one_for_all(width):
     speed.overview([status(share=0.0)], 0.0)
     many = [
         status(share=0.62),
-        status("broken", share=0.0, val_loss=INF, reason="3 trials in a row failed: " + 9 * "error "),
+        status("broken", share=0.0, score=INF, reason="3 trials in a row failed: " + 9 * "error "),
     ]
     lines = shown(progress.progress_table(speed.overview(many, 125.0)), width).splitlines()
     assert len(lines) == 5 and all(len(line) <= width for line in lines)
@@ -131,9 +129,9 @@ def test_a_log_gets_a_line_every_half_minute_and_at_the_end(clock, capsys):
 def test_json_is_one_valid_object_a_line_once_a_second(clock, capsys):
     display = JsonLines()
     for _ in range(8):
-        display.update([status(), status("rs", val_loss=INF)])
+        display.update([status(), status("rs", score=INF)])
         clock.seconds += 0.25
-    display.update([status(), status("rs", val_loss=INF)], finished=True)
+    display.update([status(), status("rs", score=INF)], finished=True)
 
     def refuse(name):
         raise ValueError(name)

@@ -11,6 +11,7 @@ from tune_hypergrad.budget import UNITS
 from tune_hypergrad.comparison import records
 from tune_hypergrad.comparison.records import RETRAINING, SCHEDULES_FOLDER, Comparison, larger_is_better, measure_label
 from tune_hypergrad.comparison.tables import notes
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
 from tune_hypergrad.schedules import Schedule
@@ -290,10 +291,11 @@ class TestConfirmations:
                 "run/confirmations": [count for _, count, _, _ in rows],
                 "run/fallen": [fallen for _, _, fallen, _ in rows],
                 "val_loss": [loss for *_, loss in rows],
+                "objective": [loss for *_, loss in rows],
                 "spent/gradients": [float(spent) for spent in range(1, len(rows) + 1)],
             }
         )
-        found = records._incumbents_among(frame)
+        found = records._incumbents_among(frame, Criterion())
         return list(zip(found["schedule/lr"], found["spent/gradients"], strict=True))
 
     def test_more_confirmations_go_first(self) -> None:

@@ -17,6 +17,7 @@ from ray.tune.result import RESULT_DUPLICATE, TRIAL_INFO
 from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import FDS, HD, Budget, FixedSchedule, InputError, Schedule, continuing, schedule
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.ledger import LEDGER_FILE, Account, read_events
 from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch, PortfolioStopper, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
@@ -89,7 +90,7 @@ def info(trial_id="t0", **granted):
 
 def make(trainables=None, config=None, unit="gradients", storage=None, trial=None):
     trainables = trainables or {"a": Counted, "b": Other}
-    made = tune.with_parameters(Dispatching, trainables=trainables, unit=unit, metric="val_loss")
+    made = tune.with_parameters(Dispatching, trainables=trainables, unit=unit, criterion=Criterion())
     return made(config={**(config or config_of()), TRIAL_INFO: trial or info()}, storage=storage)
 
 
@@ -638,7 +639,7 @@ def test_trials_of_classes_and_functions_share_actors(ray_session, tmp_path, mon
     }
     contenders = [Contender(Account(name, 0), QueueSearch(queue), Budget(1e6)) for name, queue in queues.items()]
     portfolio = PortfolioSearch(contenders, tmp_path, "of a run")
-    dispatching = tune.with_parameters(Dispatching, trainables=trainables, unit="gradients", metric="val_loss")
+    dispatching = tune.with_parameters(Dispatching, trainables=trainables, unit="gradients", criterion=Criterion())
     tuner = tune.Tuner(
         dispatching,
         tune_config=TuneConfig(search_alg=portfolio, metric="val_loss", mode="min", num_samples=-1, reuse_actors=True),

@@ -152,10 +152,10 @@ def test_a_run_is_completed_as_a_result_says_and_a_trial_that_failed_has_to_coun
         if status:
             ledger.write("end", **named("a"), status=status)
         assert ledger.completed_run(FDS) is ended
-        assert ledger.val_loss(FDS) == (0.5 if ended else math.inf)
+        assert ledger.score(FDS) == (0.5 if ended else math.inf)
     ledger.write("end", **named("a"), status="failed", error="killed")
     assert ledger.completed_run(FDS) is of_failed
-    assert ledger.val_loss(FDS) == (0.5 if of_failed else math.inf)
+    assert ledger.score(FDS) == (0.5 if of_failed else math.inf)
 
 
 @pytest.mark.parametrize("reported", [{}, position(5, 5)])
@@ -170,7 +170,7 @@ def test_beside_failed_trials_one_that_was_cut_short_has_completed_no_run(report
     result(ledger, "c", 1, 5, val_loss=0.7, **reported)
     assert not ledger.completed_run(FDS), "it may fail yet"
     ledger.write("end", **named("c"), status="completed")
-    assert ledger.completed_run(FDS) and ledger.val_loss(FDS) == 0.5
+    assert ledger.completed_run(FDS) and ledger.score(FDS) == 0.5
 
 
 def test_the_lowest_validation_loss_is_of_trained_weights_and_of_work_that_counts():
@@ -178,15 +178,15 @@ def test_the_lowest_validation_loss_is_of_trained_weights_and_of_work_that_count
     losses = [(0.1, position(0, 10)), (0.5, position(10, 10)), (0.2, position(10, 10)), (math.nan, position(10, 10))]
     for iteration, (loss, reported) in enumerate(losses):
         result(ledger, "a", iteration, 5, val_loss=loss, **reported)
-    assert ledger.val_loss(FDS) == 0.2
+    assert ledger.score(FDS) == 0.2
     result(ledger, "a", 2, 5, val_loss=0.4, **position(10, 10))
-    assert ledger.val_loss(FDS) == 0.4 and ledger.val_loss(RS) == math.inf
+    assert ledger.score(FDS) == 0.4 and ledger.score(RS) == math.inf
     result(ledger, "a", 1, 5, val_loss=0.3, **position(5, 10))
-    assert ledger.val_loss(FDS) == math.inf, "the run that had ended is lost"
+    assert ledger.score(FDS) == math.inf, "the run that had ended is lost"
     result(ledger, "b", 1, 5, val_loss=0.7, **position(10, 10))
-    assert ledger.val_loss(FDS) == 0.3
+    assert ledger.score(FDS) == 0.3
     ledger.write("resume", known=["a"])
-    assert ledger.val_loss(FDS) == math.inf
+    assert ledger.score(FDS) == math.inf
 
 
 @pytest.mark.parametrize("said", ["budget spent", "search ended"])

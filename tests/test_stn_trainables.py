@@ -54,6 +54,7 @@ def test_a_result_for_every_epoch(trainable):
     assert [result["run/step"] for result in results] == [result["run/steps"] for result in results]
     assert [result["run/step"] for result in results] == [EPOCH, 2 * EPOCH, 3 * EPOCH, 4 * EPOCH]
     figures = [f"{split}_{figure}" for split in ("val", "test") for figure in ("loss", "accuracy")]
+    figures += ["objective"]
     schedule = [f"schedule/{name}" for name in TUNED]
     run = ["run/step", "run/steps"]
     expected = {*figures, *schedule, *(f"best_{name}" for name in (*figures, *schedule)), *Cost().as_result(), *run}

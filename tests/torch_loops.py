@@ -52,7 +52,7 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
     with loop.running():
         model = fresh_model(problem, loop.model)
         loss, train_loss = _own_losses(problem)
-        objective = problem.objective(model)  # attaches the regularisers
+        objective = problem.training_objective(model)  # attaches the regularisers
         trained = nn.ModuleList(each for each in (model, loss, train_loss) if isinstance(each, nn.Module))
         switch = train_mode(model)
         theirs = TORCH_OPTIMIZERS[optimizer]([p for p in trained.parameters() if p.requires_grad])

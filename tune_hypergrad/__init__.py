@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         HypergradientSearch,
         RandomSearch,
         hpbandster_result,
+        starting_points,
     )
     from tune_hypergrad.space import complement, schedule
     from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun, continuing
@@ -57,6 +58,7 @@ _MODULES = {
     "hpbandster_result": "searchers",
     "hypergradient": "hypergradients",
     "schedule": "space",
+    "starting_points": "searchers",
 }
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "hpbandster_result",
     "hypergradient",
     "schedule",
+    "starting_points",
 ]
 
 

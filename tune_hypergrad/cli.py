@@ -43,6 +43,9 @@ FIRST: dict[str, Any] = {
 """What `compare` compares where no problem is named, for who gives no other option: trainings so short that customary
 settings fall well short of the best, each a fraction of a second, and a grid that says what the best is."""
 
+_GROW = ("budget", "method", "seeds")
+"""Options by which a finished comparison may be extended."""
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 
@@ -73,7 +76,13 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for everything; it must not hold an earlier run.")] = Path(
         "results"
     ),
-    resume: Annotated[Path | None, typer.Option(help="Go on with the comparison in this folder.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the comparison in this folder; one that is finished is extended by a larger --budget, "
+            "further --method and more --seeds."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Run every method so many times.", min=1)] = 1,
     first_seed: Annotated[int, typer.Option(help="The seeds count from here.", min=0)] = 0,
     epochs: Annotated[float, typer.Option(help="Length of one training run.")] = 10.0,
@@ -130,10 +139,12 @@ def compare(
     by_person = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if resume is not None:
         for name in by_person:
-            if name not in ("address", "progress"):
+            if name not in ("address", "progress", *_GROW):
                 option = repr(problem) if name == "problem" else "--" + name.replace("_", "-")
                 raise InputError(f"--resume {resume} goes on with what was begun there: leave out {option}")
+        added = {name: given[name] for name in by_person if name in _GROW}
         given = {**_saved_command(resume), "out": resume, "address": address, "progress": progress}
+        given = _extended(given, _grown(resume), added)
     elif problem is None:
         given |= {name: value for name, value in FIRST.items() if name not in by_person}
     _compare(**given, again=resume is not None)
@@ -226,6 +237,31 @@ def _saved_command(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{folder} has no {COMMAND_FILE}: give the folder that `tune-hypergrad compare --out` wrote")
     return dict(json.loads(file.read_text()))
+
+
+def _grown(folder: Path) -> dict[str, Any]:
+    """What a comparison in a folder has been extended to; empty where it has not."""
+    file = folder / "settings.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    if not settings.get("extensions"):
+        return {}
+    names = [*(method["name"] for method in settings["methods"]), *settings.get("left_out", ())]
+    return {"budget": settings["budget"], "method": names, "seeds": len(settings["seeds"])}
+
+
+def _extended(command: dict[str, Any], grown: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    """A saved command as the comparison has been extended since, and is to be now; methods come beside those there
+    are."""
+    from tune_hypergrad.budget import Budget
+    from tune_hypergrad.methods import BY_DEFAULT
+
+    there = grown.get("method") or command["method"] or BY_DEFAULT
+    command = {**command, **grown, **added}
+    if grown and "budget" not in added:
+        command["budget"] = Budget(*grown["budget"])
+    if "method" in added:
+        command["method"] = list(dict.fromkeys([*there, *added["method"]]))
+    return command
 
 
 def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None, name: str | None) -> dict[str, Any]:

@@ -10,6 +10,11 @@ class InputError(ValueError):
     """Something the user passed cannot work; the message is one line with culprit and remedy."""
 
 
+class UnsuitedError(InputError):
+    """A method cannot work on a problem, or on a search space, that others may be able to work on; the message is one
+    line with the reason."""
+
+
 def in_one_line(error: BaseException) -> str:
     """An exception's type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.criterion import Criterion
 
 LEDGER_FILE = "ledger.jsonl"
 """In a comparison's folder: one JSON object a line, appended as things happen."""
@@ -39,8 +40,9 @@ class Charge(NamedTuple):
     iteration: int
     cost: Cost
     line: int
-    val_loss: float
-    """The lowest so far of weights that had been trained; inf where there is none."""
+    score: float
+    """The lowest so far, by the ledger's criterion turned so that less is better, of weights that had been trained; inf
+    where there is none."""
     end_judged: bool
     """Whether a result so far judged a training run as far as it was to go, or did not say how far it had come."""
     end_counted: bool
@@ -71,9 +73,9 @@ class TrialRecord:
         return self.spent - self.charges[-2].cost if len(self.charges) > 1 else self.spent
 
     @property
-    def val_loss(self) -> float:
+    def score(self) -> float:
         """The lowest of weights that had been trained; inf where there is none."""
-        return self.charges[-1].val_loss if self.charges else math.inf
+        return self.charges[-1].score if self.charges else math.inf
 
     @property
     def judged_end(self) -> bool:
@@ -101,6 +103,8 @@ class Ledger:
     - `retry`: the process failed and will be started again; `error`.
     - `stop`: of an account, not a trial: nothing more is suggested; `reason`.
     - `resume`: the experiment goes on after an interruption; `known`, the ids of trials that Ray remembers.
+    - `extend`: the comparison had come to its end, and goes on with more; `budget_before`, or null where that stays,
+      `methods` and `seeds` that are new, and `reopened`, the accounts that go on. What was before stays.
 
     A result whose iteration is not above the trial's last one repeats work since a checkpoint: what it repeats no
     longer counts, and its cost is lost. So is everything of a trial that is not known on resuming. Lost work was not
@@ -110,12 +114,13 @@ class Ledger:
 
     Args:
         path: the file that holds the events so far, if it exists, and gets those to come; None keeps them in memory.
+        criterion: what results are judged by.
 
     A last line that the end of a process has torn is passed over, and cut off before the next is written.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None, criterion: Criterion | None = None) -> None:
+        self.path, self._criterion = path, criterion or Criterion()
         self.trials: dict[str, TrialRecord] = {}
         """By Ray's id."""
         self.stopped: dict[Account, str] = {}
@@ -125,6 +130,8 @@ class Ledger:
         self._trials: dict[Account, list[TrialRecord]] = {}
         self._spent: dict[Account, Cost] = {}
         self._lost: dict[Account, Cost] = {}
+        self._settled: dict[Account, str] = {}  # those that have stopped before an extension, and stay so
+        self._kept: set[str] = set()  # trials from before an extension
         self._lines, self._opened = 0, False
         if path is not None:
             for event in read_events(path):
@@ -179,10 +186,11 @@ class Ledger:
         failing = any(trial.status == "failed" for trial in trials)
         return any(trial.completed_run or (trial.judged_end and not failing) for trial in trials)
 
-    def val_loss(self, account: Account) -> float:
-        """The lowest validation loss that an account's trials have come to; inf while no run has been completed."""
-        losses = [trial.val_loss for trial in self.trials_of(account)]
-        return min(losses) if self.completed_run(account) else math.inf
+    def score(self, account: Account) -> float:
+        """The lowest that an account's trials have come to, by the criterion turned so that less is better; inf while
+        no run has been completed."""
+        scores = [trial.score for trial in self.trials_of(account)]
+        return min(scores) if self.completed_run(account) else math.inf
 
     def reason(self, account: Account) -> str | None:
         """Why an account suggests nothing more, and what its budget went into where it never completed a run; None
@@ -204,12 +212,16 @@ class Ledger:
         kind, line = event["event"], self._lines
         self._lines += 1
         if kind == "resume":
-            known = set(event["known"])
+            known = {*event["known"], *self._kept}
             for trial_id, record in self.trials.items():
                 if trial_id not in known:
                     self._lose(record, 0)
                     record.status = "forgotten"
-            self.stopped.clear()  # each says so again
+            self.stopped = dict(self._settled)  # the others say so again
+        elif kind == "extend":
+            reopened = {Account(*account) for account in event["reopened"]}
+            self._settled = {account: why for account, why in self.stopped.items() if account not in reopened}
+            self.stopped, self._kept = dict(self._settled), set(self.trials)
         elif kind == "stop":
             self.stopped[Account(event["method"], event["seed"])] = event["reason"]
         else:
@@ -230,7 +242,7 @@ class Ledger:
         while kept and record.charges[kept - 1].iteration >= result["iteration"]:
             kept -= 1
         self._lose(record, kept)
-        charge = _charge_of(result, line, record.charges[-1] if kept else None)
+        charge = _charge_of(result, line, record.charges[-1] if kept else None, self._criterion)
         self._spent[record.account] = self.spent(record.account) + charge.cost - record.spent
         record.charges.append(charge)
 
@@ -246,14 +258,17 @@ class Ledger:
             self._lost[record.account] = self.lost(record.account) + lost
 
 
-def _charge_of(result: Mapping[str, Any], line: int, before: Charge | None) -> Charge:
-    step, steps, val_loss = (_number(result, name) for name in ("run/step", "run/steps", "val_loss"))
+def _charge_of(result: Mapping[str, Any], line: int, before: Charge | None, criterion: Criterion) -> Charge:
+    step, steps, judged = (_number(result, name) for name in ("run/step", "run/steps", criterion.column))
     trained = step != 0
     return Charge(
         result["iteration"],
         Cost.from_result(result),
         line,
-        min(val_loss if trained and math.isfinite(val_loss) else math.inf, before.val_loss if before else math.inf),
+        min(
+            criterion.turned(judged) if trained and math.isfinite(judged) else math.inf,
+            before.score if before else math.inf,
+        ),
         (trained and not step < steps) or (before is not None and before.end_judged),
         _number(result, "run/completed") > 0 or (before is not None and before.end_counted),
     )

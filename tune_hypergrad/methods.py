@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from math import cos, pi
 from numbers import Integral
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from ray import tune
@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.sample import Float, Function, LogUniform
 
 from tune_hypergrad.curves import split_group
-from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import Groups
 from tune_hypergrad.hypergradients import (
     Descent,
@@ -52,6 +52,15 @@ _STEPS_PER_REPORT = 150  # what a result costs beside them is little
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number, Python's or NumPy's; booleans are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+class JudgedBy(NamedTuple):
+    """What trials are judged by."""
+
+    metric: str
+    """A key of their results."""
+    mode: str
+    """"min" or "max"."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,11 @@ class Task:
         """How its trials train besides their hyperparameters: settings that every trainable has."""
         names = ("steps", "optimizer", "clip_gradient", "clip_norm", "ema", "autocast", "check")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def judged_by(self) -> JudgedBy:
+        """What a Ray searcher is given as `metric` and `mode`: the problem's objective."""
+        return JudgedBy(self.problem.criterion.column, self.problem.criterion.mode)
 
     @property
     def self_tuning_steps(self) -> int:
@@ -226,13 +240,13 @@ class Method:
     """A way to choose hyperparameters: any Ray searcher, with the trainable that its trials run.
 
     ```python
-    tpe = Method("tpe", searcher=lambda task: OptunaSearch(metric="val_loss", mode="min", seed=task.seed))
+    tpe = Method("tpe", searcher=lambda task: OptunaSearch(**task.judged_by._asdict(), seed=task.seed))
     compare(problem, ["fds", "bohb", tpe], budget="600e")
     ```
 
     A searcher without a space of its own is given the task's, as Ray gives it the Tuner's `param_space`. Trials report
-    `val_loss` and, in the unit of the budget, `cost/...`, as all trainables of this package do; seconds are taken by
-    the clock where a trainable does not say.
+    `val_loss`, the objective's metric and, in the unit of the budget, `cost/...`, as all trainables of this package do;
+    seconds are taken by the clock where a trainable does not say.
     """
 
     name: str
@@ -249,6 +263,9 @@ class Method:
     """Trials of one seed that it can run at once; None is no limit."""
     tunable: Callable[[Task], Mapping[str, Any]] = field(default=lambda task: task.space)
     """The part of a task's space that it can tune."""
+    plans_budget: bool = False
+    """Whether its searcher plans for `Task.trainings`. Where a comparison gets more budget, the search of such a method
+    begins again from its incumbent, with what is left; others go on where they were."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -273,7 +290,7 @@ def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Tas
     def of_task(task: Task) -> Searcher:
         arguments = [getattr(task, name) for name in settings]
         points = None if task.start is None else [task.start]
-        return search(task.space, "val_loss", "min", *arguments, task.seed, points_to_evaluate=points)
+        return search(task.space, *task.judged_by, *arguments, task.seed, points_to_evaluate=points)
 
     return of_task
 
@@ -290,12 +307,12 @@ def _by_hypergradients(task: Task) -> Searcher:
     """One trial for every run of the robust search, which confirms what it finds as far as the budget has room."""
     affordable = task.trainings is not None and task.trainings >= _LEAST_TRAININGS
     settings = SearchSettings(trainings=task.trainings if affordable else None)
-    return _hypergradient_search(task, _derivable(task), settings)
+    return _hypergradient_search(task, _differentiable(task), settings)
 
 
 def _by_the_papers_rule(task: Task) -> Searcher:
     """The paper's search: linear scales within the space's bounds, from zero or the bound nearest to it."""
-    return _hypergradient_search(task, _linear(_derivable(task)), SearchSettings(rule="paper"))
+    return _hypergradient_search(task, _linear(_differentiable(task)), SearchSettings(rule="paper"))
 
 
 def _hypergradient_search(task: Task, tuned: Mapping[str, Any], settings: SearchSettings) -> Searcher:
@@ -308,8 +325,8 @@ def _hypergradient_search(task: Task, tuned: Mapping[str, Any], settings: Search
     start = {name: value for name, value in (task.start or {}).items() if name in tuned}
     return HypergradientSearch(
         tuned,
-        metric="val_loss",
-        mode="min",
+        metric=task.judged_by.metric,
+        mode=task.judged_by.mode,
         points_to_evaluate=[start] if start else None,
         seed=task.seed,
         **{f.name: getattr(settings, f.name) for f in fields(settings)},
@@ -334,9 +351,23 @@ def _derivable(task: Task) -> dict[str, Any]:
     return {name: value for name, value in task.space.items() if name not in without}
 
 
+def _differentiable(task: Task) -> dict[str, Any]:
+    """What hypergradients tune.
+
+    Raises:
+        UnsuitedError: there is nothing, or something that has no derivative, such as a choice.
+    """
+    tuned = _derivable(task)
+    try:
+        gradient_ranges(tuned)
+    except InputError as error:
+        raise UnsuitedError(str(error)) from error
+    return tuned
+
+
 def _constants(task: Task) -> dict[str, Any]:
     """What has a derivative, without windows: hypergradient descent makes its own schedule."""
-    return {name: without_schedule(value) for name, value in _derivable(task).items()}
+    return {name: without_schedule(value) for name, value in _differentiable(task).items()}
 
 
 def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searcher]:
@@ -347,7 +378,7 @@ def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searc
         tuned = space(task)
         origin = Descent(gradient_ranges(tuned)[0]).values
         point = {**in_form_of(tuned, origin), **_in_form(tuned, _start_of(task, tuned))}
-        return RandomSearch(tuned, metric="val_loss", mode="min", seed=task.seed, points_to_evaluate=[point])
+        return RandomSearch(tuned, *task.judged_by, seed=task.seed, points_to_evaluate=[point])
 
     return of_task
 
@@ -356,11 +387,11 @@ def _inside(task: Task) -> dict[str, Any]:
     """What a self-tuning network tunes.
 
     Raises:
-        InputError: the search space has none of it.
+        UnsuitedError: the search space has none of it.
     """
     inside = task.part(of_training_loss=True)
     if not inside:
-        raise InputError(
+        raise UnsuitedError(
             f"a self-tuning network has nothing to tune in {', '.join(task.space)}: the search space needs a "
             "hyperparameter of the problem's regularisers or train loss"
         )
@@ -406,7 +437,7 @@ def _around_self_tuning(task: Task) -> Searcher:
         return _seeds(task)
     known = {name: entry for name, entry in outside.items() if name in customary(task.optimizer)}
     first = {**_customary_point(known, task), **_in_form(outside, _start_of(task, outside))}
-    return RandomSearch(outside, "val_loss", "min", seed=task.seed, points_to_evaluate=[first])
+    return RandomSearch(outside, *task.judged_by, seed=task.seed, points_to_evaluate=[first])
 
 
 def _customary_point(space: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -450,7 +481,7 @@ def _on_edge(domain: Any, value: float) -> bool:
 
 def _seeds(task: Task) -> Searcher:
     """Nothing is searched: trials differ by their random numbers."""
-    return RandomSearch({"seed": tune.randint(0, 2**31)}, "val_loss", "min", seed=task.seed)
+    return RandomSearch({"seed": tune.randint(0, 2**31)}, *task.judged_by, seed=task.seed)
 
 
 def _cosine(task: Task) -> Trainable:
@@ -471,6 +502,7 @@ METHODS: dict[str, Method] = {
             _inner_runs,
             description="forward-mode differentiation with sharing: descend by exact hypergradients of whole runs",
             tunable=_derivable,
+            plans_budget=True,
         ),
         Method(
             "fds-paper",

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
 
 from tune_hypergrad.batches import Batch, Forward, as_tree, call_model, default_loss, target_of
+from tune_hypergrad.criterion import LOSS, MODES, Criterion
 from tune_hypergrad.data import Source, Split, cast_batch
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.figures import QuotientsOf, as_mean, detached, is_accumulating, is_of_whole_split, part_of
@@ -68,6 +69,14 @@ class Problem:
 
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor | float]] = field(default_factory=dict)
     """`metric(output, target)`, each a mean over the batch, reported as `val_<name>` and `test_<name>`."""
+
+    objective: str | None = None
+    """What incumbents are chosen by, and what black-box methods optimise: a direction and a metric, such as "max
+    accuracy" or "min error". None is "min loss", the validation loss, which hypergradients follow in any case."""
+
+    directions: Mapping[str, str] = field(default_factory=dict)
+    """"min" or "max" by the name of a metric: which way is better, for reports. The objective says its own; of others
+    reports guess it by the name."""
 
     batch_size: int = 128
     """Training examples in a batch; the training split's length means full-batch steps."""
@@ -133,6 +142,7 @@ class Problem:
                 raise InputError(f"{which} is {size!r}: it must be a whole number of at least 1")
         self._check_regularisers()
         refuse_form(self.groups)
+        self._check_directions()
         if self.batch_size > self.examples_per_epoch:
             raise InputError(
                 f"batch_size {self.batch_size} is above the training split's {self.examples_per_epoch} examples: "
@@ -327,7 +337,12 @@ class Problem:
             values["params"] = params()
         return cast(Tensor, as_mean(self.train_loss(output, target, **values)))
 
-    def objective(self, model: nn.Module) -> Objective:
+    @cached_property
+    def criterion(self) -> Criterion:
+        """The objective, read."""
+        return Criterion() if self.objective is None else Criterion.parse(self.objective, self.metrics)
+
+    def training_objective(self, model: nn.Module) -> Objective:
         """The training loss with the regularisers attached to `model`, once."""
         return Objective(self.compute_train_loss, self.regularisers, model)
 
@@ -472,7 +487,7 @@ class Problem:
     def _check_regularised_step(self, model: nn.Module, reference: Tensor) -> None:
         """One training prediction, its loss and its gradient, with every regulariser at work."""
         model.train()
-        objective = _attempt("attaching the regularisers", self.objective, model)
+        objective = _attempt("attaching the regularisers", self.training_objective, model)
         values = dict(self.train_loss_hyperparameters)
         if any(map(isnan, values.values())):
             return  # what has no default has no value that is sure to make sense
@@ -499,6 +514,26 @@ class Problem:
             "the gradient of the training loss",
             lambda: torch.autograd.grad(loss, list(named.values()), allow_unused=True),
         )
+
+    def _check_directions(self) -> None:
+        if not isinstance(self.directions, Mapping):
+            raise InputError(f'directions is {self.directions!r}: give a dict such as {{"error": "min"}}')
+        for name, direction in self.directions.items():
+            if name not in self.metrics:
+                known = ", ".join(self.metrics) or "none"
+                raise InputError(f"directions has {name!r}, which is no metric: there are {known}")
+            if direction not in MODES:
+                raise InputError(f'directions has {name!r}: {direction!r}: it is "min" or "max"')
+        if self.directions.get(self.criterion.metric, self.criterion.mode) != self.criterion.mode:
+            raise InputError(
+                f"objective is {self.objective!r}, but directions has the opposite for {self.criterion.metric!r}: "
+                "correct one"
+            )
+
+    @property
+    def declared_directions(self) -> dict[str, str]:
+        """ "min" or "max" of the loss and of every metric of which it was said."""
+        return {LOSS: "min", **self.directions, self.criterion.metric: self.criterion.mode}
 
     def _check_regularisers(self) -> None:
         if not isinstance(self.regularisers, Sequence):

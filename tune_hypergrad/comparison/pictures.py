@@ -13,9 +13,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from tune_hypergrad.comparison import drawing
 from tune_hypergrad.comparison.drawing import GREY, INK, WIDE, Look, styled
-from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.comparison.records import Comparison, measure_label
 from tune_hypergrad.comparison.series import Curve, Granted, curves, spending_parts, thinned
 from tune_hypergrad.comparison.verdict import cost_in_words
+from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
 
@@ -53,12 +54,13 @@ def regrets(comparison: Comparison, units: Sequence[str], *, width: float = WIDE
 
 @styled
 def validation(comparison: Comparison, unit: str = "gradients", *, width: float = WIDE) -> Figure:
-    """Validation loss of every method's incumbents against cost, the mean and the range over seeds."""
+    """The objective, by default the validation loss, of every method's incumbents against cost, the mean and the range
+    over seeds."""
     figure, (axes,) = drawing.panels(1, width)
-    found = curves(comparison.history, "val_loss", unit, comparison.accounts)
+    found = curves(comparison.history, OBJECTIVE, unit, comparison.accounts)
     _draw(axes, found, comparison, unit, ticks=round(width))
     drawing.scale_losses(axes, found)
-    axes.set_ylabel("validation loss")
+    axes.set_ylabel(measure_label(comparison.criterion.column))
     drawing.heading(axes, _seeds_text(comparison), width)
     look_of(comparison).legend_of_curves(figure, found)
     return figure

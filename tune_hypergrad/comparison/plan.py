@@ -15,13 +15,14 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.growth import Beginning
 from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
 from tune_hypergrad.comparison.records import GRID, RETRAINING, START
 from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.comparison.session import grows
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
-from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import regrouped
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.optimizers import is_built_in
@@ -80,6 +81,12 @@ class Plan:
     """Trials at once."""
     start: Mapping[str, Any] | None = None
     """The settings that methods begin from, as they were given and complete; `task` has them in the space's form."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Methods that do not take part since they cannot work on the task, by name, and the reason of each."""
+    beginning: Beginning | None = None
+    """What an extension begins with, if this is one."""
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What trials run, by method, as far as it has been made: trying a problem out takes time."""
 
     def __post_init__(self) -> None:
         self.grid  # noqa: B018, what cannot work is found here
@@ -95,6 +102,30 @@ class Plan:
             return []
         return grid_points(self.task.space, int(self.reference.removeprefix(f"{GRID}:")))
 
+    def suited(self) -> Plan:
+        """This plan without the methods that cannot work on the task, each left out with its reason.
+
+        Raises:
+            InputError: none is left, or plain training cannot work on the task, and so nothing can.
+        """
+        unsuited: dict[str, UnsuitedError] = {}
+        for method in self.methods:
+            try:
+                self._trainable(method)
+                self._searcher(method, self.seeds[0])
+            except UnsuitedError as error:
+                unsuited[method.name] = error
+        if not unsuited:
+            return self
+        plain_training(self.task)
+        left = tuple(method for method in self.methods if method.name not in unsuited)
+        if not left:
+            first, *others = unsuited
+            told = f"; nor can {' and '.join(others)} run" if others else ""
+            raise InputError(f"{first}: {unsuited[first]}{told}")
+        reasons = {name: str(error) for name, error in unsuited.items()}
+        return replace(self, methods=left, left_out={**self.left_out, **reasons})
+
     def trainables(self) -> dict[str, Any]:
         """What each method's trials run.
 
@@ -108,14 +139,19 @@ class Plan:
         return made
 
     def _trainable(self, method: Method) -> Any:
+        if method.name in self._made:
+            return self._made[method.name]
         try:
             made = method.trainable(self.task)
+        except UnsuitedError:
+            raise
         except InputError as error:
             raise InputError(f"{method.name}: {error}") from error
         if not callable(made):
             raise InputError(
                 f"{method.name}'s trainable is {made!r}: make a ray.tune Trainable, or a function of a config"
             )
+        self._made[method.name] = made
         return made
 
     def factories(self) -> dict[str, PlacementGroupFactory]:
@@ -170,16 +206,19 @@ class Plan:
             contenders.append(Contender(Account(GRID, 0), QueueSearch(self.grid), None, None, kinds[GRID], {"seed": 0}))
         again = RetrainingSearch(folder, key, self.retraining, self.problem.model_hyperparameters)
         contenders.append(Contender(Account(RETRAINING, 0), again, None, None, kinds[RETRAINING]))
-        return PortfolioSearch(contenders, folder, key, max_concurrent=self.max_concurrent)
+        criterion = self.problem.criterion
+        return PortfolioSearch(contenders, folder, key, max_concurrent=self.max_concurrent, criterion=criterion)
 
     def _searcher(self, method: Method, seed: int) -> Searcher:
         # methods of one seed do not share their draws, lest they look at the same configurations
         own = fold_seed(seed, crc32(method.name.encode())) % 2**32
         task = replace(self.task, seed=own)
+        if self.beginning is not None and Account(method.name, seed) in self.beginning.known:
+            task = _going_on(task, Account(method.name, seed), self.beginning)
         searcher = method.searcher(task)
         if not isinstance(searcher, Searcher):
             raise InputError(f"{method.name}'s searcher is a {type(searcher).__name__}: make a ray.tune Searcher")
-        searcher.set_search_properties("val_loss", "min", regrouped(task.space))
+        searcher.set_search_properties(*task.judged_by, regrouped(task.space))
         return searcher
 
     def check_resources(self) -> None:
@@ -214,6 +253,8 @@ class Plan:
         return {
             "version": _VERSION,
             "problem": self.problem.name,
+            "objective": self.problem.objective,
+            "directions": self.problem.declared_directions,
             "steps": self.task.steps,
             "optimizer": optimizer.name,
             "own_optimizer": None if is_built_in(optimizer) else repr(optimizer),
@@ -232,6 +273,7 @@ class Plan:
                 }
                 for method in self.methods
             ],
+            "left_out": dict(self.left_out),
             "seeds": list(self.seeds),
             "space": {name: _in_words(entry) for name, entry in self.task.space.items()},
             "reference": self.reference,
@@ -242,6 +284,16 @@ class Plan:
                 "same_training": self.retraining.same_training,
             },
         }
+
+
+def _going_on(task: Task, account: Account, beginning: Beginning) -> Task:
+    """The task of an account that has worked before: with draws of its own, from its incumbent, with what is left."""
+    return replace(
+        task,
+        seed=fold_seed(task.seed, beginning.number) % 2**32,
+        start=beginning.starts.get(account, task.start),
+        trainings=beginning.trainings.get(account, task.trainings),
+    )
 
 
 SPACES: Mapping[str | None, Callable[[str | Optimizer, int], dict[str, Any]]] = {
@@ -280,10 +332,14 @@ def is_black_box(method: Method) -> bool:
     return method.trainable is plain_training and method.name != FLOOR
 
 
-def chosen_methods(methods: Iterable[str | Method] | None, task: Task) -> tuple[Method, ...]:
-    """The methods that take part; by default those that can work on the task."""
+def chosen_methods(methods: Iterable[str | Method] | None) -> tuple[Method, ...]:
+    """The methods that take part, by default those of `BY_DEFAULT`.
+
+    Raises:
+        InputError: there is none, one is not known, or two have the same name.
+    """
     if methods is None:
-        return tuple(method for method in map(get_method, BY_DEFAULT) if _can_work(method, task))
+        return tuple(map(get_method, BY_DEFAULT))
     chosen = [method if isinstance(method, Method) else get_method(method) for method in methods]
     names = [method.name for method in chosen]
     for name in names:
@@ -294,10 +350,6 @@ def chosen_methods(methods: Iterable[str | Method] | None, task: Task) -> tuple[
     if not chosen:
         raise InputError(f"there are no methods to compare: choose some of {', '.join(METHODS)}")
     return tuple(chosen)
-
-
-def _can_work(method: Method, task: Task) -> bool:
-    return method.name == FLOOR or bool(method.tunable(task))
 
 
 def _tunable(method: Method, task: Task) -> Mapping[str, Any]:

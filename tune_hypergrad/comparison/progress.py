@@ -8,8 +8,8 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_hypergrad.comparison.records import GRID, RETRAINING, START
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
 
@@ -38,8 +39,8 @@ class Status:
     """Begun so far."""
     running: int
     """Of them, now."""
-    val_loss: float
-    """The incumbent's; inf where there is none."""
+    score: float
+    """The incumbent's, so that less is better; inf where there is none."""
     reason: str | None
     """Why nothing more is suggested; None while it goes on."""
     failed: int = 0
@@ -65,7 +66,8 @@ class Row:
     """Of its budgets; None for those that have none."""
     trials: int
     running: int
-    val_loss: float
+    score: float
+    """The best incumbent's, so that less is better; inf where there is none."""
     reason: str | None
     """None while one of them goes on."""
     failed: int
@@ -82,14 +84,20 @@ class Overview:
     """Seconds since the first look."""
     left: float | None
     """Seconds until all budgets are spent at the speed so far; None while it is unknown."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Methods that cannot run, and why."""
+    criterion: Criterion = field(default_factory=Criterion)
+    """What incumbents are chosen by."""
 
 
-def make_display(mode: str) -> Display:
+def make_display(mode: str, left_out: Mapping[str, str] | None = None, criterion: Criterion | None = None) -> Display:
     """A display by name.
 
     Args:
         mode: "auto" for people, wherever they look from; "quiet" for nothing; "json" for a JSON object a line on
             standard output.
+        left_out: methods that cannot run, and why.
+        criterion: what incumbents are chosen by; None: the validation loss.
 
     Raises:
         InputError: another name.
@@ -97,13 +105,13 @@ def make_display(mode: str) -> Display:
     if mode == "quiet":
         return Quiet()
     if mode == "json":
-        return JsonLines()
+        return JsonLines(left_out, criterion)
     if mode != "auto":
         raise InputError(f"progress is {mode!r}: it is one of auto, quiet, json")
     console = Console(stderr=True)
     if console.is_jupyter:
-        return Notebook()
-    return Terminal() if console.is_terminal else Log()
+        return Notebook(left_out, criterion)
+    return Terminal(left_out, criterion) if console.is_terminal else Log(left_out, criterion)
 
 
 class Quiet:
@@ -122,13 +130,15 @@ class _Shown(ABC):
     seconds: ClassVar[float]
     """Between two times at which something is shown, at least."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: Mapping[str, str] | None = None, criterion: Criterion | None = None) -> None:
+        self._left_out, self._criterion = dict(left_out or {}), criterion or Criterion()
         self._speed = Speed()
         self._last: float | None = None
         self._failed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_failed": self._failed}  # handles do not pickle, and other processes have other clocks
+        # handles do not pickle, and other processes have other clocks
+        return {name: getattr(self, name) for name in ("_failed", "_left_out", "_criterion")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
@@ -141,7 +151,8 @@ class _Shown(ABC):
             return
         self._last = now
         try:
-            self.show(self._speed.overview(statuses, now), finished)
+            overview = self._speed.overview(statuses, now)
+            self.show(replace(overview, left_out=self._left_out, criterion=self._criterion), finished)
             if finished:
                 self.end()
         except Exception:
@@ -192,8 +203,8 @@ class Terminal(_Shown):
 
     seconds = 0.25
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, left_out: Mapping[str, str] | None = None, criterion: Criterion | None = None) -> None:
+        super().__init__(left_out, criterion)
         self._live: Live | None = None
 
     def show(self, overview: Overview, finished: bool) -> None:
@@ -222,17 +233,22 @@ class Log(_Shown):
 
 
 class JsonLines(_Shown):
-    """JSON objects on standard output, a line each: what `Overview` has, its `rows` as `methods`, and `finished`."""
+    """JSON objects on standard output, a line each: what `Overview` has, its `rows` as `methods`, `finished`, and
+    `left_out` where methods are."""
 
     seconds = 1.0
 
     def show(self, overview: Overview, finished: bool) -> None:
         """Write a line."""
+        judged = overview.criterion
         methods = [
-            {**vars(row), "val_loss": row.val_loss if math.isfinite(row.val_loss) else None} for row in overview.rows
+            {**own, judged.column: judged.turned(score) if math.isfinite(score) else None}
+            for own in (dict(vars(row)) for row in overview.rows)
+            for score in (own.pop("score"),)
         ]
         totals = {"share": overview.share, "elapsed": overview.elapsed, "left": overview.left, "finished": finished}
-        print(json.dumps({**totals, "methods": methods}), flush=True)
+        left_out = {"left_out": overview.left_out} if overview.left_out else {}
+        print(json.dumps({**totals, "methods": methods, **left_out}), flush=True)
 
 
 class Notebook(_Shown):
@@ -240,17 +256,19 @@ class Notebook(_Shown):
 
     seconds = 1.0
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, left_out: Mapping[str, str] | None = None, criterion: Criterion | None = None) -> None:
+        super().__init__(left_out, criterion)
         self._handle: Any = None
 
     def show(self, overview: Overview, finished: bool) -> None:
         """Show the frame."""
         import pandas as pd
 
-        cells = [_cells(row) for row in overview.rows]
+        cells = [_cells(row, overview.criterion) for row in overview.rows]
+        cells += [(method, "", "", "", f"left out: {reason}") for method, reason in overview.left_out.items()]
         frame = pd.DataFrame([*cells, ("all", _percent(overview.share), "", "", _time_text(overview, finished))])
-        frame.columns = ["method", "budget spent", "trials (running)", "validation loss", ""]
+        heading = f"validation {overview.criterion.metric}"
+        frame.columns = ["method", "budget spent", "trials (running)", heading, ""]
         frame = frame.set_index("method")
         if self._handle is None:
             self._handle = import_module("IPython.display").display(frame, display_id=True)
@@ -265,8 +283,7 @@ def rows(statuses: Sequence[Status]) -> list[Row]:
         own = [status for status in statuses if status.account.method == method]
         reasons = [status.reason for status in own]
         share = sum(min(1.0, status.share) for status in own) / len(own) if _has_budget(method) else None
-        losses = [status.val_loss for status in own if math.isfinite(status.val_loss)]
-        best = min(losses, default=math.inf) if share is not None else math.inf
+        best = min((status.score for status in own), default=math.inf) if share is not None else math.inf
         reason = None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
         trials, failed = sum(s.trials for s in own), sum(s.failed for s in own)
         made.append(Row(method, share, trials, sum(s.running for s in own), best, reason, failed))
@@ -279,13 +296,15 @@ def progress_table(overview: Overview, finished: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
     table.add_column("method", style="bold")
     table.add_column("budget", min_width=8)
-    for heading in ("", "trials", "val loss"):
+    for heading in ("", "trials", f"val {overview.criterion.metric}"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for row in overview.rows:
-        method, percent, trials, loss, note = _cells(row)
+        method, percent, trials, loss, note = _cells(row, overview.criterion)
         bar = "" if row.share is None else ProgressBar(total=1.0, completed=row.share, width=20)
         table.add_row(_cut(method), bar, percent, trials, loss, _cut(note))
+    for method, reason in overview.left_out.items():
+        table.add_row(_cut(method), "", "", "", "", _cut(f"left out: {reason}"))
     bar = ProgressBar(total=1.0, completed=overview.share, width=20)
     table.add_row("all", bar, _percent(overview.share))
     return table
@@ -295,10 +314,12 @@ def progress_line(overview: Overview, finished: bool = False) -> str:
     """What a log gets."""
     parts = []
     for row in overview.rows:
-        loss = f", val loss {row.val_loss:.4g}" if math.isfinite(row.val_loss) else ""
+        judged = overview.criterion
+        loss = f", val {judged.metric} {judged.turned(row.score):.4g}" if math.isfinite(row.score) else ""
         share = f"{_percent(row.share)}, " if row.share is not None else ""
         failed = f", {row.failed} failed" if row.failed else ""
         parts.append(f"{row.method} {share}{row.trials} trials{failed}{loss}")
+    parts += [f"{method} left out" for method in overview.left_out]
     return "; ".join([f"{_percent(overview.share)} of the budgets spent, {_time_text(overview, finished)}", *parts])
 
 
@@ -314,9 +335,9 @@ def _has_budget(method: str) -> bool:
     return method not in (RETRAINING, GRID, START)
 
 
-def _cells(row: Row) -> tuple[str, str, str, str, str]:
+def _cells(row: Row, judged: Criterion) -> tuple[str, str, str, str, str]:
     running = f" ({row.running})" if row.running else ""
-    loss = f"{row.val_loss:.4g}" if math.isfinite(row.val_loss) else "-"
+    loss = f"{judged.turned(row.score):.4g}" if math.isfinite(row.score) else "-"
     failed = f"{row.failed} failed" if row.failed else ""
     note = "; ".join(filter(None, (failed, row.reason)))
     return row.method, "" if row.share is None else _percent(row.share), f"{row.trials}{running}", loss, note

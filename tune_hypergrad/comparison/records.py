@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 
 from tune_hypergrad.budget import UNITS, Budget, Cost
 from tune_hypergrad.comparison.troubles import Trouble, find_troubles
+from tune_hypergrad.criterion import OBJECTIVE, Criterion
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
 from tune_hypergrad.schedules import Schedule
@@ -41,21 +43,18 @@ class Yardstick:
     """What regret is measured in, and from where."""
 
     column: str
-    """Of `retrained`; "val_loss" where nothing was measured on a test split."""
+    """Of `retrained`; the objective's, such as "val_loss", where nothing was measured on a test split."""
     reference: float
     """What regret is the shortfall from; NaN where nothing was measured."""
     source: str
     """"given", "grid", or "best" for the best seen."""
+    larger_is_better: bool = False
+    """As for accuracies; losses and errors are the other way round."""
 
     @property
     def label(self) -> str:
         """For axes and headings."""
         return measure_label(self.column)
-
-    @property
-    def larger_is_better(self) -> bool:
-        """As for accuracies; losses and errors are the other way round."""
-        return bool(larger_is_better(self.column))
 
     @property
     def percent(self) -> bool:
@@ -65,7 +64,7 @@ class Yardstick:
     @property
     def tested(self) -> bool:
         """Whether it was measured on the test split."""
-        return self.column != "val_loss"
+        return not self.column.startswith("val_")
 
     def regret(self, value: Any) -> Any:
         """The shortfall of a value, or of each in a series."""
@@ -101,6 +100,18 @@ class Comparison:
         return dict(json.loads((self.folder / SETTINGS_FILE).read_text()))
 
     @property
+    def criterion(self) -> Criterion:
+        """What incumbents are chosen by, the problem's objective."""
+        said = self.settings.get("objective")
+        return Criterion() if said is None else Criterion.parse(said)
+
+    def larger_is_better(self, measure: str) -> bool | None:
+        """Whether a column such as "test_accuracy" is better the larger it is: as the problem says, else by its name;
+        None where neither tells."""
+        said = self.settings.get("directions", {}).get(measure.partition("_")[2])
+        return larger_is_better(measure) if said is None else said == "max"
+
+    @property
     def budget(self) -> Budget:
         """What every method with every seed may spend."""
         return Budget(*self.settings["budget"])
@@ -121,7 +132,8 @@ class Comparison:
 
         Columns: method, seed, trial (name), id, iteration, time, `lost` (whether it does not count, since its work was
         done again), `cost/<unit>` (the trial's, cumulative), `spent/<unit>` (the account's after this result, work
-        lost not included), val_loss, val_<metric>, `schedule/...`, whatever else a trainable reports.
+        lost not included), val_loss, val_<metric>, objective (what the criterion names of them), `schedule/...`,
+        whatever else a trainable reports.
         """
         rows = []
         spent: dict[Account, Cost] = {}  # by what counts in the end, so that it never falls when work is lost later
@@ -135,7 +147,8 @@ class Comparison:
             if not lost:
                 spent[account], latest[event["id"]] = after, cost
             row = {key: value for key, value in event.items() if key not in _BOOKKEEPING}
-            rows.append({**row, "val_loss": _number(event.get("val_loss")), **_by_unit("spent", after), "lost": lost})
+            row |= {"val_loss": _number(event.get("val_loss")), OBJECTIVE: _number(event.get(self.criterion.column))}
+            rows.append({**row, **_by_unit("spent", after), "lost": lost})
         return pd.DataFrame(rows)
 
     @cached_property
@@ -154,7 +167,7 @@ class Comparison:
             if row is not None:
                 done.append({**row, "ended": when, "status": status, "error": error})
 
-        latest = 0.0
+        latest, kept = 0.0, set[str]()
         for event in self.events:
             kind, when = event["event"], event["time"]
             if kind == "start":
@@ -165,11 +178,14 @@ class Comparison:
                 rows[event["id"]] = {**{key: event[key] for key in keys}, "started": when, **granted, **retrains}
             elif kind in ("end", "retry"):
                 close(event["id"], when, event.get("status", "retried"), event.get("error"))
+            elif kind == "extend":
+                kept = {row["id"] for row in done}
             elif kind == "resume":
+                known = {*event["known"], *kept}
                 for row in done:
-                    row["status"] = row["status"] if row["id"] in event["known"] else "forgotten"
+                    row["status"] = row["status"] if row["id"] in known else "forgotten"
                 for trial_id in list(rows):
-                    close(trial_id, latest, "retried" if trial_id in event["known"] else "forgotten")
+                    close(trial_id, latest, "retried" if trial_id in known else "forgotten")
             latest = when
         running = [{**row, "ended": np.nan, "status": "running", "error": None} for row in rows.values()]
         return pd.DataFrame(sorted([*done, *running], key=lambda row: float(row["started"])))
@@ -181,7 +197,7 @@ class Comparison:
         Columns: method, seed, trials (not forgotten), results (that count), failed (trials), completed (whether a
         training run came to its end), `spent/<unit>`, `lost/<unit>` (work done again), `failed/<unit>` (the part of
         `spent` in trials that failed), share (of the budget spent), reason (why nothing more was suggested; None while
-        it goes on), val_loss (the incumbent's).
+        it goes on), val_loss and objective (the incumbent's).
         """
         rows = []
         for account in self._accounts():
@@ -199,6 +215,7 @@ class Comparison:
                     "share": self.budget.spent_by(spent),
                     "reason": self.ledger.reason(account),
                     "val_loss": float(best["val_loss"].iloc[0]) if len(best) else np.nan,
+                    OBJECTIVE: float(best[OBJECTIVE].iloc[0]) if len(best) else np.nan,
                     **_by_unit("spent", spent),
                     **_by_unit("lost", self.ledger.lost(account)),
                     **_by_unit("failed", self.ledger.failed(account)),
@@ -215,7 +232,7 @@ class Comparison:
         still the incumbent), `spent/<unit>` (of the account when the incumbent was found), training_seed, val_loss,
         test_loss, test_<metric>, ...
         """
-        jobs = {event["id"]: event["retrains"] for event in self.events if "retrains" in event}
+        jobs = {event["id"]: event["retrains"] for event in self._relabelled if "retrains" in event}
         last = {
             event["id"]: event
             for line, event in enumerate(self.events)
@@ -232,7 +249,7 @@ class Comparison:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """One row a method, the best first: budget spent, trials, incumbents by validation and their retrainings on the
-        test split, and what went wrong."""
+        test split, and what went wrong; at the end those that were left out, with the reason."""
         rows = []
         for method in self.ranking:
             own = self.accounts[self.accounts["method"] == method]
@@ -240,34 +257,41 @@ class Comparison:
             row |= {"failed": int(own["failed"].sum()), "share": own["share"].mean()}
             row |= {"val_loss": own["val_loss"].mean(), "val_loss_min": own["val_loss"].min()}
             row |= {"val_loss_max": own["val_loss"].max()}
+            if not self.criterion.is_loss:
+                row |= {self.criterion.column: own[OBJECTIVE].mean()}
             tested = self.final_figures(method)
             for measure in self.test_measures:
                 values = tested[measure] if measure in tested else pd.Series(dtype=float)
                 row |= {measure: values.mean(), f"{measure}_min": values.min(), f"{measure}_max": values.max()}
             row |= {"trouble": "; ".join(trouble.text for trouble in self.troubles(method))}
             rows.append({**row, "reason": "; ".join(dict.fromkeys(own["reason"].dropna()))})
+        rows += [{"method": name, "trials": 0, "reason": f"left out: {why}"} for name, why in self.left_out.items()]
         return pd.DataFrame(rows)
 
     @cached_property
     def yardstick(self) -> Yardstick:
-        """The first of `test_measures` of which it is known what is better, or the validation loss, and the settings'
-        reference for it."""
+        """The first of `test_measures` of which it is known what is better, or the objective by validation, and the
+        settings' reference for it."""
         wanted, grid = self.settings.get("reference", "best"), self._means_of_retrainings(grid=True)
         own = self._means_of_retrainings(grid=False)
-        measures = [measure for measure in self.test_measures if larger_is_better(measure) is not None]
+        measures = [measure for measure in self.test_measures if self.larger_is_better(measure) is not None]
         if own.empty or not measures:
-            return Yardstick("val_loss", float(self.accounts["val_loss"].min()), "best")
+            criterion, seen = self.criterion, self.accounts[OBJECTIVE]
+            best = float(criterion.turned(criterion.turned(seen).min()))
+            return Yardstick(criterion.column, best, "best", criterion.larger_is_better)
         column = measures[0]
+        larger = bool(self.larger_is_better(column))
         if not isinstance(wanted, str):
-            return Yardstick(column, float(wanted), "given")
+            return Yardstick(column, float(wanted), "given", larger)
         source = "grid" if wanted.partition(":")[0] == GRID and not grid.empty else "best"
         seen = (grid[grid["share"] == grid["share"].max()] if source == "grid" else own)[column]
-        return Yardstick(column, float(seen.max() if larger_is_better(column) else seen.min()), source)
+        return Yardstick(column, float(seen.max() if larger else seen.min()), source, larger)
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """The `incumbents` of all accounts, each account's in order: columns method, seed, `spent/<unit>`, val_loss."""
-        columns = ["method", "seed", *(f"spent/{unit}" for unit in UNITS), "val_loss"]
+        """The `incumbents` of all accounts, each account's in order: columns method, seed, `spent/<unit>`, val_loss,
+        objective."""
+        columns = ["method", "seed", *(f"spent/{unit}" for unit in UNITS), "val_loss", OBJECTIVE]
         frames = [self.incumbents(account).reindex(columns=columns) for account in self._accounts()]
         return pd.concat([own for own in frames if len(own)] or frames[:1], ignore_index=True)
 
@@ -278,13 +302,13 @@ class Comparison:
 
         Columns: method, seed, `spent/<unit>` (of the account when the incumbent was found), value (of the yardstick,
         the mean over the training seeds), regret. Without retrainings on a test split they are the incumbents' own
-        validation losses.
+        figures by validation.
         """
         columns = ["method", "seed", *(f"spent/{unit}" for unit in UNITS), "value"]
         if self.yardstick.tested:
             frame = self._means_of_retrainings(grid=False).rename(columns={self.yardstick.column: "value"})
         else:
-            frame = self.history.rename(columns={"val_loss": "value"})
+            frame = self.history.rename(columns={OBJECTIVE: "value"})
         frame = frame.reindex(columns=columns).reset_index(drop=True)
         frame["regret"] = self.yardstick.regret(frame["value"])
         return frame
@@ -313,15 +337,58 @@ class Comparison:
 
     @property
     def interruptions(self) -> list[tuple[float, float]]:
-        """When nothing ran: from the last event before an interruption to the resuming, in seconds since 1970."""
+        """From the last event before an interruption to the resuming, in seconds since 1970."""
+        return self._gaps("resume")
+
+    @property
+    def breaks(self) -> list[tuple[float, float]]:
+        """When nothing ran, in seconds since 1970: interruptions, and before the comparison was extended."""
+        return self._gaps("resume", "extend")
+
+    def _gaps(self, *kinds: str) -> list[tuple[float, float]]:
         pairs = zip(self.events, self.events[1:], strict=False)
-        return [(before["time"], event["time"]) for before, event in pairs if event["event"] == "resume"]
+        return [(before["time"], event["time"]) for before, event in pairs if event["event"] in kinds]
+
+    @property
+    def extensions(self) -> list[dict[str, Any]]:
+        """The ledger's events of the comparison's extensions: `time`, `budget_before` (amount and unit; None where it
+        stayed), `methods` and `seeds` that were added."""
+        return [event for event in self.events if event["event"] == "extend"]
+
+    @property
+    def _relabelled(self) -> list[dict[str, Any]]:
+        """The events, in which what was trained again before an extension has the share of the present budget after
+        which it is still the incumbent; what is none at those shares any more has the former's part of it."""
+        if not self.extensions:
+            return self.events
+        last = max(line for line, event in enumerate(self.events) if event["event"] == "extend")
+        amounts = [event["budget_before"][0] for event in self.extensions if event["budget_before"]]
+        told, scale = [], (amounts or [self.budget.amount])[0] / self.budget.amount
+        for line, event in enumerate(self.events):
+            if event["event"] == "extend" and event["budget_before"]:
+                amounts = amounts[1:]
+                scale = (amounts or [self.budget.amount])[0] / self.budget.amount
+            if line < last and "retrains" in event and event["retrains"]["method"] not in (GRID, START):
+                event = {**event, "retrains": self._with_present_share(event["retrains"], scale)}
+            told.append(event)
+        return told
+
+    def _with_present_share(self, job: Mapping[str, Any], scale: float) -> dict[str, Any]:
+        unit, rows = f"spent/{self.budget.unit}", self.incumbents(Account(job["method"], job["seed"]))
+        later = rows.loc[rows[unit] > job[unit], unit]
+        if later.empty:
+            return {**job, "share": 1.0}
+        planned = [share for share in self.settings["retraining"]["shares"] if share < 1]
+        lasting = [s for s in planned if job[unit] <= s * self.budget.amount < float(later.min())]
+        return {**job, "share": max(lasting, default=job["share"] * scale)}
 
     @property
     def test_measures(self) -> list[str]:
-        """Columns of `retrained` that were measured on the test split: metrics first, then the loss."""
+        """Columns of `retrained` that were measured on the test split: the one that the problem's objective names, if
+        it names one, then metrics, then the loss."""
         found = [name for name in self.retrained if str(name).startswith("test_")]
-        return sorted(map(str, found), key=lambda name: (name == "test_loss", name))
+        named = f"test_{self.criterion.metric}" if self.settings.get("objective") else None
+        return sorted(map(str, found), key=lambda name: (name != named, name == "test_loss", name))
 
     def final_figures(self, method: str) -> pd.DataFrame:
         """A method's last incumbents retrained: one row a seed, the mean over the trainings' seeds."""
@@ -332,29 +399,34 @@ class Comparison:
         return own[own["share"] == 1].groupby("seed").mean(numeric_only=True).reset_index()
 
     def incumbents(self, account: Account) -> pd.DataFrame:
-        """The results at which an account's validation loss was the lowest so far, within its budget, if it has one; of
-        a search that confirms its schedules, the lowest of the best confirmed so far.
+        """The results at which an account's objective was the best so far, within its budget, if it has one; of a
+        search that confirms its schedules, the best of those confirmed most often so far.
 
+        The objective is the validation loss, the lower the better, or the metric that the problem names; of a schedule
+        that is being confirmed it is the mean over the confirmations.
         Where there is a start, its result with the same seed is among them, as if every method had trained it first;
-        of equal losses it goes before. An account that has not completed a run has no others, and figures of an
+        of equals it goes before. An account that has not completed a run has no others, and figures of an
         untrained model are none.
         """
         frame = self.results
         if frame.empty:
-            return frame.reindex(columns=["method", "seed", "val_loss", *(f"spent/{unit}" for unit in UNITS)])
+            return frame.reindex(
+                columns=["method", "seed", "val_loss", OBJECTIVE, *(f"spent/{unit}" for unit in UNITS)]
+            )
         own = frame[(frame["method"] == account.method) & (frame["seed"] == account.seed) & ~frame["lost"]]
         unit = f"spent/{self.budget.unit}"
         before = own[unit].shift(fill_value=0)
         within = (before < self.budget.amount) | (account.method == GRID)
         trained = (own["run/step"] != 0) if "run/step" in own else True
-        own = own[within & trained & np.isfinite(own["val_loss"]) & self.ledger.completed_run(account)]
+        finite = np.isfinite(own["val_loss"]) & np.isfinite(own[OBJECTIVE])
+        own = own[within & trained & finite & self.ledger.completed_run(account)]
         if account.method != GRID:
             of_start = self.start_results[self.start_results["seed"] == account.seed]
             if account.method == START:
                 return of_start
             if len(of_start):
                 own = pd.concat([of_start, own]).sort_values(unit, kind="stable")
-        return _incumbents_among(own.reset_index(drop=True))
+        return _incumbents_among(own.reset_index(drop=True), self.criterion)
 
     @cached_property
     def start_results(self) -> pd.DataFrame:
@@ -365,17 +437,19 @@ class Comparison:
             return own.reindex(columns=["seed", *own.columns.difference(["seed"])])
         last = own.drop_duplicates("seed", keep="last")
         ended = last["run/step"] == last["run/steps"] if "run/step" in last else True
-        return last[ended & np.isfinite(last["val_loss"])]
+        return last[ended & np.isfinite(last["val_loss"]) & np.isfinite(last[OBJECTIVE])]
 
     def gain(self, method: str) -> pd.DataFrame:
         """What a method's last incumbents gained over the start, one row for every seed of which both are known.
 
-        Columns: seed, val_loss (the start's less the incumbent's), value (in the yardstick, tested with the same
-        training seeds; in points of per cent where regret is; NaN where one is not tested). Better is above 0.
+        Columns: seed, val_loss (the start's less the incumbent's), objective (by which the incumbent's is better),
+        value (in the yardstick, tested with the same training seeds; in points of per cent where regret is; NaN where
+        one is not tested). Better is above 0.
         """
-        own = self.accounts[self.accounts["method"] == method].set_index("seed")["val_loss"]
-        start = self.start_results.set_index("seed")["val_loss"].astype(float)
-        found = pd.DataFrame({"val_loss": start - own}).dropna()
+        columns = ["val_loss", OBJECTIVE]
+        own = self.accounts[self.accounts["method"] == method].set_index("seed")[columns]
+        found = (self.start_results.set_index("seed")[columns].astype(float) - own).dropna()
+        found[OBJECTIVE] = self.criterion.turned(found[OBJECTIVE])
         found["value"] = np.nan
         tested = self.final_figures(START)
         if self.yardstick.tested and len(tested):
@@ -394,16 +468,16 @@ class Comparison:
         )
 
     def schedule(self, method: str, seed: int | None = None) -> Schedule:
-        """The schedule of a method's incumbent; by default that of the seed with the lowest validation loss.
+        """The schedule of a method's incumbent; by default that of the seed with the best objective.
 
         Raises:
             InputError: there is none.
         """
         own = self.accounts[self.accounts["method"] == method]
-        own = own[np.isfinite(own["val_loss"])] if seed is None else own[own["seed"] == seed]
+        own = own[np.isfinite(own[OBJECTIVE])] if seed is None else own[own["seed"] == seed]
         rows = pd.DataFrame()
         if not own.empty:
-            best = own.loc[own["val_loss"].idxmin()] if seed is None else own.iloc[0]
+            best = own.loc[self.criterion.turned(own[OBJECTIVE]).idxmin()] if seed is None else own.iloc[0]
             rows = self.incumbents(Account(method, int(best["seed"])))
         if rows.empty:
             raise InputError(f"{method} has no incumbent in {self.folder}: it is one of {', '.join(self.methods)}")
@@ -417,6 +491,11 @@ class Comparison:
     def methods(self) -> list[str]:
         """Names, in the order in which they were given."""
         return [method["name"] for method in self.settings["methods"]]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Methods that could not run, by name, and the reason of each."""
+        return dict(self.settings.get("left_out", {}))
 
     @property
     def ranking(self) -> list[str]:
@@ -459,32 +538,39 @@ class Comparison:
         return [Account(method, seed) for method in self.methods for seed in self.settings["seeds"]]
 
 
-def _incumbents_among(results: pd.DataFrame) -> pd.DataFrame:
+def _incumbents_among(results: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
     """The rows, among an account's results in their order, at which the incumbent became another one.
 
-    The mean over more trainings that confirm a schedule goes before one over fewer, then the lower validation loss
-    does. A schedule that falls in a confirmation counts no longer: then the best of the others is the incumbent again,
-    at the cost spent by then.
+    The mean over more trainings that confirm a schedule goes before one over fewer, then the better objective does. A
+    schedule that falls in a confirmation counts no longer: then the best of the others is the incumbent again, at the
+    cost spent by then.
     """
+    scores = criterion.turned(results[OBJECTIVE])
     if CONFIRMATIONS not in results or not results[CONFIRMATIONS].fillna(0).any():
-        best_before = results["val_loss"].cummin().shift()
-        return results[best_before.isna() | (results["val_loss"] < best_before)]
+        best_before = scores.cummin().shift()
+        return results[best_before.isna() | (scores < best_before)]
     counts = results[CONFIRMATIONS].fillna(0)
     fallen = results.get(FALLEN, pd.Series(False, results.index)).fillna(False).astype(bool)
     of_schedules = results.filter(regex=f"^schedule/|^{SCHEDULE_COLUMN}$")
     schedules = ["|".join(map(str, values)) for values in of_schedules.itertuples(index=False)]
-    standing: dict[str, tuple[float, float, int]] = {}  # by schedule: confirmations, negative; loss; row
+    confirmed: dict[str, list[float]] = {}  # by schedule: scores of its confirmations
+    standing: dict[str, tuple[float, float, int]] = {}  # by schedule: confirmations, negative; score; row
     changes: list[tuple[int, int]] = []  # rows: of an incumbent, and at which it became that
     for row, (schedule, count) in enumerate(zip(schedules, counts, strict=True)):
-        known, now = standing.get(schedule), (-count, float(results["val_loss"].iloc[row]), row)
+        if count and not criterion.is_loss:  # of which a result has the mean itself
+            confirmed[schedule] = [*confirmed.get(schedule, ()), float(scores.iloc[row])]
+            scores.iloc[row] = fmean(confirmed[schedule])
+        known, now = standing.get(schedule), (-count, float(scores.iloc[row]), row)
         if fallen.iloc[row]:
             standing.pop(schedule, None)
+            confirmed.pop(schedule, None)
         elif known is None or count > -known[0] or (count == 0 == known[0] and now < known):
             standing[schedule] = now
         best = min(standing.values(), default=None)
         if best is not None and (not changes or changes[-1][0] != best[2]):
             changes.append((best[2], row))
     spent = [column for column in results if str(column).startswith("spent/")]
+    results = results.assign(**{OBJECTIVE: criterion.turned(scores)})
     incumbents = results.iloc[[best for best, _ in changes]].reset_index(drop=True)
     incumbents[spent] = results.iloc[[row for _, row in changes]][spent].to_numpy()
     return incumbents

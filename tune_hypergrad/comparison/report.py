@@ -22,11 +22,12 @@ from rich.text import Text
 
 from tune_hypergrad.comparison import pictures, tables
 from tune_hypergrad.comparison.drawing import COST_LABELS, INK, NARROW, shortened
-from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.comparison.records import Comparison, measure_label
 from tune_hypergrad.comparison.series import Granted, distinct_units
 from tune_hypergrad.comparison.tables import Column, TextTable
 from tune_hypergrad.comparison.troubles import Trouble
 from tune_hypergrad.comparison.verdict import cost_in_words, verdict_text
+from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.curves import Curve
 from tune_hypergrad.trainables.base import SCHEDULE_FILE
 
@@ -84,7 +85,8 @@ def summary_table(comparison: Comparison) -> Table:
         for i, cells in zip(shown, zip(*rows, strict=True), strict=True)
     ]
     title = f"{comparison.settings.get('problem', 'Comparison')}: {tables.state(comparison)}"
-    table = Table(*columns, title=title, caption=_causes(troubles), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    causes = _causes(troubles, comparison.left_out)
+    table = Table(*columns, title=title, caption=causes, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     means = [comparison.final_regret(row[0]).mean() for row in text.rows]
     best = min((mean for mean in means if np.isfinite(mean)), default=None)
     for row, mean in zip(rows, means, strict=True):
@@ -105,6 +107,7 @@ def summary_text(comparison: Comparison) -> str:
         "\n".join(f"- {note}" for note in tables.notes(comparison)),
         "## Methods",
         _markdown(tables.methods(comparison)),
+        *([_markdown(tables.left_out(comparison))] if comparison.left_out else []),
         f"## Costs in {COST_LABELS[comparison.budget.unit]}, means over seeds",
         _markdown(tables.costs(comparison)),
         "## Failures",
@@ -122,8 +125,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     costs = {each: f"cost in {cost_in_words(comparison, each, 0)[1]}" for each in (*units, comparison.budget.unit)}
     measure = comparison.yardstick
     regrets = "; ".join(f"{method} {_mean(comparison.final_regret(method))}" for method in comparison.ranking)
-    own = comparison.accounts.groupby("method", sort=False)["val_loss"]
+    own = comparison.accounts.groupby("method", sort=False)[OBJECTIVE]
     losses = "; ".join(f"{method} {_mean(values)}" for method, values in own)
+    judged = measure_label(comparison.criterion.column)
     regret = f"{tables.regret_heading(measure).capitalize()} of the incumbents against"
     shares = (comparison.settings.get("retraining") or {}).get("shares", (1.0,))
     which = ", ".join(f"{100 * share:g}" for share in shares)
@@ -153,9 +157,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
         "validation": [
             Picture(
                 "validation",
-                f"Validation loss of the incumbents against {costs[comparison.budget.unit]}.",
-                f"Lowest validation loss so far of every method against {costs[comparison.budget.unit]}. At the end: "
-                f"{losses}.",
+                f"{judged.capitalize()} of the incumbents against {costs[comparison.budget.unit]}.",
+                f"{'Highest' if comparison.criterion.larger_is_better else 'Lowest'} {judged} so far of every method "
+                f"against {costs[comparison.budget.unit]}. At the end: {losses}.",
                 partial(pictures.validation, comparison, comparison.budget.unit),
             )
         ],
@@ -225,7 +229,9 @@ def _page(comparison: Comparison, drawn: Mapping[str, list[dict[str, object]]]) 
         unit=COST_LABELS[comparison.budget.unit],
         colors={method: look.color(method) for method in comparison.methods},
         results=tables.results(comparison),
+        judged=measure_label(comparison.criterion.column),
         methods=tables.methods(comparison),
+        left_out=tables.left_out(comparison),
         costs=tables.costs(comparison),
         failures=tables.failures(comparison),
         space=tables.space(comparison),
@@ -316,8 +322,9 @@ def _terminal_column(column: Column, cells: Sequence[str], whole: bool, narrow: 
     )
 
 
-def _causes(troubles: Mapping[str, Sequence[Trouble]]) -> Text | None:
+def _causes(troubles: Mapping[str, Sequence[Trouble]], left_out: Mapping[str, str]) -> Text | None:
     lines = [f"{method}: {each.text}" for method, found in troubles.items() for each in found if each.cause]
+    lines += [f"{method} is left out: {reason}" for method, reason in left_out.items()]
     return Text("\n".join(shortened(line, _CAUSE_LETTERS) for line in lines), justify="left") if lines else None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -118,8 +119,11 @@ class RetrainingSearch(QueueSearch):
             if len(within):
                 latest[int(within.index[-1])] = share
         jobs = []
+        before = comparison.retrained
         for index, share in latest.items():
             row = rows.loc[index]
+            if not before.empty and comparison.extensions and _is_done(before, account, spent[index], budget.unit):
+                continue
             config = configs[row["id"]]
             of = {**account._asdict(), "share": share}
             of |= {str(key): float(row[key]) for key in rows.columns if str(key).startswith("spent/")}
@@ -135,6 +139,12 @@ class RetrainingSearch(QueueSearch):
                 label = {RETRAINS: {**of, "training_seed": seed}}
                 jobs.append({**job, "seed": _FIRST_SEED + seed, PORTFOLIO: label})
         return jobs
+
+
+def _is_done(trained: pd.DataFrame, account: Account, spent: float, unit: str) -> bool:
+    """Whether an account's incumbent of a cost was trained again before the comparison was extended."""
+    own = (trained["method"] == account.method) & (trained["seed"] == account.seed)
+    return bool((own & (trained[f"spent/{unit}"] == spent)).any())
 
 
 def _is_share(value: Any) -> bool:

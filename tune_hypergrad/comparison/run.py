@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shutil
 import time
@@ -32,9 +33,10 @@ from ray.tune.search import Searcher
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.arguments import checked
 from tune_hypergrad.comparison.folders import contents, folder_for, joined, new_file, storage_for
+from tune_hypergrad.comparison.growth import EXTENSIONS, Growth, beginning_of, growth_of
 from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space
 from tune_hypergrad.comparison.progress import Display, Status, make_display
-from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
+from tune_hypergrad.comparison.records import GRID, RETRAINING, SETTINGS_FILE, START, Comparison
 from tune_hypergrad.comparison.report import write_report
 from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.comparison.scheduling import PatientScheduler
@@ -42,7 +44,7 @@ from tune_hypergrad.comparison.session import cluster_session
 from tune_hypergrad.comparison.start import complete_start
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.ledger import LEDGER_FILE, Account, Ledger, read_events
+from tune_hypergrad.ledger import BUDGET_SPENT, LEDGER_FILE, SEARCH_ENDED, Account, Ledger, read_events
 from tune_hypergrad.methods import Method, Task
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
@@ -54,7 +56,7 @@ from tune_hypergrad.searchers.portfolio import (
     raise_if_full,
     trial_name,
 )
-from tune_hypergrad.searchers.snapshot import put_snapshot_back
+from tune_hypergrad.searchers.snapshot import put_snapshot_back, saved_searcher
 from tune_hypergrad.trainables.checkpoints import delete_checkpoints
 from tune_hypergrad.trainables.dispatching import PORTFOLIO, Dispatching
 
@@ -65,6 +67,8 @@ _TRIALS_FOLDER = "trials"
 _BEFORE = (COMMAND_FILE, "settings.tmp")  # what a folder may have before anything has begun there
 _BESIDE_LEDGER = (SETTINGS_FILE, "settings.tmp", SNAPSHOT_FILE, "snapshot.tmp", _TRIALS_FOLDER)
 _OF_RUNS = ("out", "resume", "max_failures", "storage", "address", "progress", "callbacks")
+_logger = logging.getLogger(__name__)
+
 _PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "numpy")
 
 
@@ -109,8 +113,8 @@ def compare(
 
     Args:
         problem: what is trained.
-        methods: names of built-in methods, or `Method`s of your own; by default all that can work on the problem but
-            the ablation "centered-stn".
+        methods: names of built-in methods, or `Method`s of your own; by default all but the ablation "centered-stn".
+            Those that cannot work on the problem are left out, and the reason is told.
         budget: what every method with every seed may spend, such as "600e" (see `Budget.parse`). At the most one
             result of one trial goes over it. Retraining is not part of it.
         space: Ray domains by name, the same for all; by default a learning-rate schedule of 7 windows, momentum and
@@ -127,8 +131,9 @@ def compare(
             say otherwise for its own.
         out: folder for everything, which must be empty or not there; where the cluster has several nodes, on a file
             system that all see, or give `storage`.
-        resume: go on with the comparison in `out`, with the same arguments; `max_failures` and `callbacks` stay those
-            that it began with.
+        resume: go on with the comparison in `out`, with the same arguments. One that is finished may be extended by a
+            larger budget, further methods and further seeds: what was done is kept and counted. `max_failures` and
+            `callbacks` may be others.
         retraining: how incumbents are trained again.
         reference: what regret is measured from: a value on the test split, "best" (the best seen), or "grid:N", a
             grid search of at most N trainings, which is not part of any budget.
@@ -189,7 +194,7 @@ def _plan(
     return Plan(
         problem=problem,
         task=task,
-        methods=chosen_methods(methods, task),
+        methods=chosen_methods(methods),
         budget=limit,
         seeds=seeds,
         resources={"cpu": 1} if resources is None else resources,
@@ -214,9 +219,14 @@ def run_plan(
     """Carry a plan out, or go on with it, and write the report; arguments are those of `compare` when `checked`, and so
     are errors."""
     folder = Path(out).resolve()
-    display = make_display(progress)
+    plan = (_as_begun(plan, folder) if resume else plan).suited()
+    growth = _growth(folder, plan, storage) if resume else Growth()
+    plan = _extended(plan, folder, growth) if resume else plan
+    for name, reason in plan.left_out.items():
+        _logger.warning("%s is left out: %s", name, reason)
+    display = make_display(progress, plan.left_out, plan.problem.criterion)
     trainables, searchers = plan.trainables(), plan.searchers()
-    key = _key_of(folder, plan, storage) if resume else _new_key(folder)
+    key = _key_of(folder) if resume else _new_key(folder)
     trials = joined(storage, f"{folder.name}-{key}") if storage else str(folder)
 
     @cache  # asked when something has failed, by whoever clears up
@@ -232,7 +242,7 @@ def run_plan(
             plan.check_resources()
             if not resume:
                 stack.enter_context(new_file(folder / LEDGER_FILE, _BESIDE_LEDGER, begun))
-            _write_settings(folder, plan, key, storage)
+            _write_settings(folder, plan, key, storage, growth)
             _DISPLAYS[key] = display
             finished = _run(plan, trainables, searchers, folder, key, max_failures, trials, callbacks)
     except Exception as error:
@@ -259,14 +269,16 @@ class ComparisonCallback(Callback):
 
     Args:
         key: of the portfolio.
+        max_failures: restarts of a trial that fails, also of one that was begun before the comparison was resumed.
     """
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, key: str, max_failures: int) -> None:
+        self.key, self.max_failures = key, max_failures
         self._shown = 0.0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Ray."""
+        trial.max_failures = self.max_failures
         portfolio_of(self.key).started(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -323,35 +335,46 @@ def _run(
     callbacks: Sequence[Callback],
 ) -> bool:
     """Run or go on, with Ray's files in the folder `trials`; whether it came to its end."""
-    parameters = {"trainables": dict(trainables), "unit": plan.budget.unit, "metric": "val_loss"}
+    parameters = {"trainables": dict(trainables), "unit": plan.budget.unit, "criterion": plan.problem.criterion}
     dispatching = tune.with_parameters(Dispatching, **parameters)
     factories = plan.factories()
     trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
-    path = joined(trials, _TRIALS_FOLDER)
+    name = _TRIALS_FOLDER if plan.beginning is None else f"{_TRIALS_FOLDER}-{plan.beginning.number}"
+    path = joined(trials, name)
+    if plan.beginning is not None:
+        _write_extension(folder, plan)
     known = put_snapshot_back(folder / SNAPSHOT_FILE, path)
     if known:
         _delete_checkpoints(path, keep=known)
         tuner = tune.Tuner.restore(path, trainable)
+        assert tuner._local_tuner is not None  # which a client of Ray alone has not
+        run_config = tuner._local_tuner.get_run_config()
+        run_config.callbacks = [ComparisonCallback(key, max_failures), *callbacks]
+        run_config.failure_config = FailureConfig(max_failures=max_failures)
     else:
         _forget(folder, path)
+        portfolio = plan.portfolio(searchers, folder, key)
+        if plan.beginning is not None:
+            anew = {*plan.beginning.anew, Account(RETRAINING, 0)}
+            portfolio.extend(saved_searcher(_snapshot_before(folder, plan)), anew)
         tuner = tune.Tuner(
             trainable,
             tune_config=TuneConfig(
-                search_alg=plan.portfolio(searchers, folder, key),
+                search_alg=portfolio,
                 scheduler=PatientScheduler(),
-                metric="val_loss",
-                mode="min",
+                metric=plan.problem.criterion.column,
+                mode=plan.problem.criterion.mode,
                 num_samples=-1,
                 reuse_actors=True,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_folder,
             ),
             run_config=RunConfig(
-                name=_TRIALS_FOLDER,
+                name=name,
                 storage_path=trials,
                 stop=PortfolioStopper(key),
                 verbose=0,
-                callbacks=[ComparisonCallback(key), *callbacks],
+                callbacks=[ComparisonCallback(key, max_failures), *callbacks],
                 failure_config=FailureConfig(max_failures=max_failures),
                 checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
             ),
@@ -373,30 +396,86 @@ def _delete_checkpoints(trials: str, keep: Collection[str] = ()) -> None:
 
 def _forget(folder: Path, trials: str) -> None:
     """What a driver left that was killed before Ray had saved anything."""
-    if read_events(folder / LEDGER_FILE):
+    events = read_events(folder / LEDGER_FILE)
+    if events and events[-1]["event"] != "extend":
         Ledger(folder / LEDGER_FILE).write("resume", known=[])
     with suppress(FileNotFoundError):
         if "://" not in trials:
             shutil.rmtree(trials)
 
 
-def _key_of(folder: Path, plan: Plan, storage: str | None) -> str:
-    """The key of the portfolio to go on with.
+def _as_begun(plan: Plan, folder: Path) -> Plan:
+    """A plan without the methods that were left out as the comparison in a folder began."""
+    file = folder / SETTINGS_FILE
+    reasons = json.loads(file.read_text()).get("left_out", {}) if file.is_file() else {}
+    known = {method.name: reasons[method.name] for method in plan.methods if method.name in reasons}
+    left = tuple(method for method in plan.methods if method.name not in known)
+    return replace(plan, methods=left, left_out=known)
+
+
+def _growth(folder: Path, plan: Plan, storage: str | None) -> Growth:
+    """By what a plan extends the comparison in a folder.
 
     Raises:
-        InputError: there is none, or it had another plan.
+        InputError: there is none, it had another plan, or it is not finished and so cannot be extended.
     """
     file = folder / SETTINGS_FILE
     if not file.is_file():
         raise InputError(f"{folder} has nothing to resume: there is no {SETTINGS_FILE}")
     saved = json.loads(file.read_text())
-    for name, value in json.loads(json.dumps({**plan.settings(), "storage": storage})).items():
-        if saved.get(name) != value:
-            made = saved.get(name)
-            raise InputError(f"{folder} was made with another {name}, {made!r}: resume with the same arguments")
+    growth = growth_of(saved, {**plan.settings(), "storage": storage}, folder)
     if saved["folder"] != str(folder):
         raise InputError(f"{folder} was begun as {saved['folder']}: move it back there to resume")
-    return str(saved["key"])
+    if growth and not Comparison(folder).finished:
+        raise InputError(f"{folder} is not finished: resume it with the arguments that it has, then extend it")
+    return growth
+
+
+def _extended(plan: Plan, folder: Path, growth: Growth) -> Plan:
+    """A plan with what its extension, if it is one, begins with, and in the order in which things were added."""
+    saved = json.loads((folder / SETTINGS_FILE).read_text())
+    number = len(saved.get(EXTENSIONS, ())) + bool(growth)
+    names, own = [method["name"] for method in saved["methods"]], {method.name: method for method in plan.methods}
+    order = [*names, *growth.methods]
+    plan = replace(plan, methods=tuple(own[name] for name in order), seeds=(*saved["seeds"], *growth.seeds))
+    if not number:
+        return plan
+    new = growth.said() if growth else saved[EXTENSIONS][-1]
+    known = frozenset(
+        Account(method, seed)
+        for method in (*order, START, GRID, RETRAINING)
+        for seed in plan.seeds
+        if method not in new["methods"] and seed not in new["seeds"]
+    )
+    return replace(plan, beginning=beginning_of(folder, number, own, plan.task, plan.budget, known))
+
+
+def _snapshot_before(folder: Path, plan: Plan) -> Path:
+    """The copy of Ray's last snapshot before an extension."""
+    assert plan.beginning is not None
+    file = folder / SNAPSHOT_FILE
+    return file.with_stem(f"{file.stem}-{plan.beginning.number}")
+
+
+def _write_extension(folder: Path, plan: Plan) -> None:
+    """Tell the ledger of an extension that has just begun, and put what was before it aside."""
+    assert plan.beginning is not None
+    before, file = _snapshot_before(folder, plan), folder / SNAPSHOT_FILE
+    if not before.exists() and file.exists():  # from now on that is the extension's own
+        file.rename(before)
+    events = read_events(folder / LEDGER_FILE)
+    if sum(event["event"] == "extend" for event in events) >= plan.beginning.number:
+        return
+    ledger, said = Ledger(folder / LEDGER_FILE), json.loads((folder / SETTINGS_FILE).read_text())[EXTENSIONS][-1]
+    ended = {account for account, why in ledger.stopped.items() if why in (BUDGET_SPENT, SEARCH_ENDED)}
+    methods = {method.name for method in plan.methods}
+    grown = {account for account in ended if account.method in methods and said["budget_before"]}
+    ledger.write("extend", **said, reopened=sorted([*map(list, grown), [RETRAINING, 0]]))
+
+
+def _key_of(folder: Path) -> str:
+    """The key of the portfolio to go on with."""
+    return str(json.loads((folder / SETTINGS_FILE).read_text())["key"])
 
 
 def _new_key(folder: Path) -> str:
@@ -410,9 +489,9 @@ def _new_key(folder: Path) -> str:
     return uuid4().hex[:8]
 
 
-def _write_settings(folder: Path, plan: Plan, key: str, storage: str | None) -> None:
+def _write_settings(folder: Path, plan: Plan, key: str, storage: str | None, growth: Growth) -> None:
     """Write what is compared, how, with what versions and on which machine; where it was begun already, only the
-    latter anew."""
+    latter anew, and what it has grown by."""
     file = folder / SETTINGS_FILE
     resources = ray.cluster_resources()
     machine = {
@@ -432,7 +511,9 @@ def _write_settings(folder: Path, plan: Plan, key: str, storage: str | None) -> 
         "versions": versions,
     }
     if file.exists():
-        settings = json.loads(file.read_text())
+        saved = json.loads(file.read_text())
+        grown = {**plan.settings(), EXTENSIONS: [*saved.get(EXTENSIONS, ()), growth.said()]} if growth else {}
+        settings = {**saved, **grown}
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps({**settings, "machine": machine}, indent=1))
     temporary.replace(file)

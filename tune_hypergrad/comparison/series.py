@@ -140,7 +140,7 @@ class Granted:
             kind,
             times,
             {method: values / total for method, values in amounts.items()},
-            _running(comparison, np.array([start for start, _ in comparison.interruptions])).tolist(),
+            _running(comparison, np.array([start for start, _ in comparison.breaks])).tolist(),
             _first_finished(comparison, ended),
         )
 
@@ -172,7 +172,7 @@ class Granted:
 def _running(comparison: Comparison, when: np.ndarray) -> np.ndarray:
     """From seconds since 1970 to seconds of running, interruptions left out."""
     running = when - float(comparison.events[0]["time"])
-    for start, end in comparison.interruptions:
+    for start, end in comparison.breaks:
         running = running - np.clip(when - start, 0, max(0.0, end - start))
     return running
 

@@ -16,6 +16,7 @@ from tune_hypergrad.comparison.records import GRID, RETRAINING, START, Compariso
 from tune_hypergrad.comparison.series import spending_parts
 from tune_hypergrad.comparison.troubles import first_line
 from tune_hypergrad.comparison.verdict import OTHER_LENGTH, Verdict, cost_in_words
+from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import is_hyperparameter
 
@@ -68,6 +69,7 @@ def facts(comparison: Comparison) -> dict[str, str]:
         "Training run": f"{settings.get('steps')} inner steps" if settings.get("steps") else "",
         "Inner optimizer": settings.get("optimizer", ""),
         "Budget": f"{amount(budget.amount)} {COST_LABELS[budget.unit]} for every method with every seed",
+        "Objective": "" if comparison.criterion.is_loss else str(comparison.criterion),
         "Seeds": ", ".join(map(str, settings["seeds"])),
         "Retraining": _retraining(settings.get("retraining") or {}),
         "Start": _start(comparison),
@@ -95,6 +97,7 @@ def results(comparison: Comparison) -> TextTable:
     """One row a method, the best first: what its incumbents reached, mean and range over seeds; where there is a start,
     what they gained over it; what the reference cost; what was spent; what went wrong, where anything did."""
     measure, tests = comparison.yardstick, comparison.test_measures
+    criterion, judged = comparison.criterion, measure_label(comparison.criterion.column)
     verdict = Verdict.of(comparison)
     ratios, others = verdict.ratios(comparison.black_box), comparison.of_other_lengths
     factor, unit = cost_in_words(comparison, comparison.budget.unit, comparison.budget.amount)
@@ -110,13 +113,16 @@ def results(comparison: Comparison) -> TextTable:
             row[Column(measure_label(name), key=name == tests[0])] = cell
         if others:
             row[Column("steps of the tested training")] = _steps_tested(comparison, method)
-        row[Column("validation loss", key=not tests or measure.source == "best")] = spread(own["val_loss"])
+        shown = not tests or measure.source == "best"
+        if not criterion.is_loss:
+            row[Column(judged, key=shown)] = spread(own[OBJECTIVE], percent=criterion.metric.endswith("accuracy"))
+        row[Column("validation loss", key=shown and criterion.is_loss)] = spread(own["val_loss"])
         if wide:
             gain = comparison.gain(method)
             if measure.tested:
                 heading = f"gain over the start in {measure.label}{' (points)' if measure.percent else ''}"
                 row[Column(heading, key=True)] = spread(gain["value"], decimals=decimals)
-            row[Column("gain over the start in validation loss", key=not measure.tested)] = spread(gain["val_loss"])
+            row[Column(f"gain over the start in {judged}", key=not measure.tested)] = spread(gain[OBJECTIVE])
         if measure.source != "best":
             reached = verdict.reached.get(method)
             share = "" if reached is None else f"{100 * reached / comparison.budget.amount:.0f} % of the budget"
@@ -158,6 +164,12 @@ def methods(comparison: Comparison) -> TextTable:
     return TextTable(columns, rows)
 
 
+def left_out(comparison: Comparison) -> TextTable:
+    """One row a method that could not run: why."""
+    columns = [Column("method", number=False), Column("left out, since", number=False)]
+    return TextTable(columns, [[name, reason] for name, reason in comparison.left_out.items()])
+
+
 def costs(comparison: Comparison) -> TextTable:
     """One row a method: what the budget went into, and what was lost beside it; means over seeds."""
     parts = spending_parts(comparison)
@@ -190,15 +202,19 @@ def space(comparison: Comparison) -> TextTable:
 
 def notes(comparison: Comparison) -> list[str]:
     """How to read the tables, and what is special about this comparison."""
+    criterion = comparison.criterion
+    judged, turned = measure_label(criterion.column), ", the larger the better" if criterion.larger_is_better else ""
     found = [
-        "Incumbents are chosen by validation loss alone; of several seeds, tables give the mean and the range.",
+        f"Incumbents are chosen by {judged} alone{turned}; of several seeds, tables give the mean and the range.",
         "At the most one result of each method and seed goes over its budget.",
     ]
     measure = comparison.yardstick
     if not measure.tested:
-        found.append(
-            "Nothing was measured on a test split: regret is in the validation loss that incumbents were chosen by."
-        )
+        found.append(f"Nothing was measured on a test split: regret is in the {judged} that incumbents were chosen by.")
+    unknown = [name for name in comparison.test_measures if comparison.larger_is_better(name) is None]
+    if unknown:
+        told = ", ".join(map(measure_label, unknown))
+        found.append(f"Regret is in none of these, since nobody said which way is better (directions): {told}.")
     if measure.source == "best" and math.isfinite(measure.reference):
         found.append("The reference is the best of the values compared, so one of them has no regret by construction.")
     found += _about_columns(comparison)
@@ -214,15 +230,27 @@ def notes(comparison: Comparison) -> list[str]:
                 "leave them out."
             )
     if measure.tested and comparison.finished:
-        judged = {method: int(np.isfinite(comparison.final_regret(method)).sum()) for method in comparison.methods}
+        counts = {method: int(np.isfinite(comparison.final_regret(method)).sum()) for method in comparison.methods}
         seeds = len(comparison.settings["seeds"])
-        told = ", ".join(f"{method} {count} of {seeds}" for method, count in judged.items() if count < seeds)
+        told = ", ".join(f"{method} {count} of {seeds}" for method, count in counts.items() if count < seeds)
         if told:
             found.append(f"Not every seed's last incumbent could be tested, and regret is that of fewer: {told}.")
+    found += [_extended(event, comparison.budget.unit) for event in comparison.extensions]
+    if comparison.left_out:
+        found.append(f"Left out, since they cannot run here: {', '.join(comparison.left_out)}.")
     if comparison.interruptions:
         times = {1: "once", 2: "twice"}.get(len(comparison.interruptions), f"{len(comparison.interruptions)} times")
         found.append(f"The comparison was interrupted {times}; what was done again is lost, and not of any budget.")
     return found
+
+
+def _extended(event: dict[str, Any], unit: str) -> str:
+    """What was added to a comparison, and when."""
+    added = [f"the budget, before {amount(event['budget_before'][0])} {unit}"] if event["budget_before"] else []
+    for noun, names in (("method", event["methods"]), ("seed", event["seeds"])):
+        added += [f"the {noun}{'s' if len(names) > 1 else ''} {', '.join(map(str, names))}"] if names else []
+    when = datetime.fromtimestamp(event["time"], timezone.utc)
+    return f"Extended on {when:%Y-%m-%d %H:%M} UTC: {'; '.join(added)}. What was done before is kept and counted."
 
 
 def _about_columns(comparison: Comparison) -> list[str]:
@@ -241,9 +269,10 @@ def _about_columns(comparison: Comparison) -> list[str]:
             )
         found.append(f"{told}.")
     if comparison.settings.get("start"):
+        judged = measure_label(comparison.criterion.column)
         found.append(
             "The start was trained once with every seed, at no method's cost, and counts as every method's incumbent "
-            "from the cost of that training on; gains over it are the start's validation loss less the incumbent's, "
+            f"from the cost of that training on; gains over it are by how much the incumbent's {judged} is better, "
             "and the difference of their tests with the same training seeds."
         )
         found.append(
@@ -352,7 +381,7 @@ def _start(comparison: Comparison) -> str:
         shortened(str(Schedule({name: value})), _SCHEDULE_LETTERS) if is_hyperparameter(value) else f"{name} {value}"
         for name, value in start.items()
     )
-    worth = [f"validation loss {spread(comparison.start_results['val_loss'])}"]
+    worth = [f"{measure_label(comparison.criterion.column)} {spread(comparison.start_results[OBJECTIVE])}"]
     tested = comparison.final_figures(START)
     worth += [
         f"{measure_label(name)} {spread(tested[name], percent=name.endswith('accuracy'))}"
@@ -381,7 +410,7 @@ def _date(started: str | None) -> str:
 def _running_time(comparison: Comparison) -> str:
     if not comparison.events:
         return ""
-    idle = sum(end - start for start, end in comparison.interruptions)
+    idle = sum(end - start for start, end in comparison.breaks)
     seconds = comparison.events[-1]["time"] - comparison.events[0]["time"] - idle
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -346,8 +346,9 @@ def _reduced(problem: Problem, examples: int | None) -> Problem:
     split: Split = problem.val  # type: ignore[assignment]
     size = min(len(split), examples or _VAL_EXAMPLES)
     batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
+    without: dict[str, Any] = {"test": None, "metrics": {}, "objective": None, "directions": {}}
     small = {"batch_size": batch_size, "eval_batch_size": size}
-    return problem.replace(val=split.head(size), test=None, metrics={}, workers=0, **small)
+    return problem.replace(val=split.head(size), workers=0, **without, **small)
 
 
 def _differ(val_loss: float, other: float) -> bool:

@@ -203,7 +203,7 @@ class InnerLoop:
             forward = UnderAutocast(self.problem.forward, self.device.type, lower, self.dtype)
             self.problem = self.problem.replace(forward=forward)
         self.in_evaluation = parts_in_evaluation(self.model)
-        self.objective = self.problem.objective(self.model)
+        self.objective = self.problem.training_objective(self.model)
         self._scope = _Scope(self.model, _loss_modules(self.problem, self.model))
         trainable = self._scope.names((n, p.detach()) for n, p in self._scope.named_parameters() if p.requires_grad)
         self._names = tuple(trainable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, nan
+from math import inf, isfinite, isnan, nan
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -146,6 +146,13 @@ class Outcome(NamedTuple):
     """Its hypergradients, shaped like the values; None where it was not differentiated."""
     cost: float = 1.0
     """In plain trainings."""
+    score: float | None = None
+    """What incumbents are chosen by, the lower the better; None: the validation loss."""
+
+    @property
+    def judged(self) -> float:
+        """The score, inf where it is NaN."""
+        return _judged(self.val_loss, self.score)
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,18 @@ class Evaluated:
     """In which outer step they were first run, from 0; below 0 where that was before them."""
     runs: int = 1
     """How many there were, each with a seed of its own."""
+    score: float | None = None
+    """What it was chosen by, the mean over the runs; None: the validation loss."""
+
+    @property
+    def judged(self) -> float:
+        """The score, inf where it is NaN."""
+        return _judged(self.val_loss, self.score)
+
+
+def _judged(val_loss: float, score: float | None) -> float:
+    judged = val_loss if score is None else score
+    return inf if isnan(judged) else judged
 
 
 def length_of(outer_step: int, lengths: Sequence[int] | None) -> int | None:
@@ -251,9 +270,9 @@ class PaperSearch(OuterSearch):
         best = self.incumbent
         if best is not None and length_of(best.outer_step, self.lengths) != length_of(self.outer_step, self.lengths):
             best = None
-        if isfinite(mean.val_loss) and (best is None or mean.val_loss < best.val_loss):
+        if isfinite(mean.val_loss) and (best is None or mean.judged < best.judged):
             runs = sum(outcome is not None and isfinite(outcome.val_loss) for outcome in outcomes)
-            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, runs)
+            self.incumbent = Evaluated(self.values, mean.val_loss, self.outer_step, runs, mean.score)
         self.outer_step += 1
         if mean.hypergradients is None:  # every run failed or diverged: there is nothing to follow
             self.descent.largest_step = 0.0
@@ -281,7 +300,8 @@ def mean_outcome(outcomes: Sequence[Outcome | None]) -> Outcome:
     gradients = [outcome.hypergradients for outcome in finite if outcome.hypergradients is not None]
     means = {name: _finite_mean([g[name] for g in gradients]) for name in gradients[0]} if gradients else None
     loss, untrained = (fmean(getattr(o, name) for o in finite) for name in ("val_loss", "untrained_loss"))
-    return Outcome(loss, untrained, means, cost)
+    score = fmean(o.judged for o in finite) if any(o.score is not None for o in finite) else None
+    return Outcome(loss, untrained, means, cost, score)
 
 
 def _finite_mean(gradients: list[Tensor]) -> Tensor:

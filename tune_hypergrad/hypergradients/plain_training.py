@@ -109,7 +109,7 @@ def plain_val_loss(
     problem = problem.with_own_measures(loop.device, loop.dtype)
     model = _with_state_of(problem.model().to(loop.device), loop.model)
     in_evaluation = parts_in_evaluation(model)
-    objective = problem.objective(model)
+    objective = problem.training_objective(model)
     losses = [loss for loss in (problem.loss, problem.train_loss) if isinstance(loss, nn.Module)]
     trained = nn.ModuleList([model, *losses])
     optimizer = _optimizer_of(loop, trained)

@@ -165,6 +165,10 @@ class _Place:
     calm: bool = True
     confirmed: list[float] = field(default_factory=list)
     """Losses with the seeds of confirmations."""
+    scores: list[float] = field(default_factory=list)
+    """Of its own runs, where incumbents are chosen by something else than the loss."""
+    confirmed_scores: list[float] = field(default_factory=list)
+    """Likewise, of its confirmations."""
     failures: int = 0
     """Confirmations that failed, and told nothing."""
     fallen: bool = False
@@ -179,6 +183,11 @@ class _Place:
     def confirmed_loss(self) -> float:
         """Mean over the confirmations; inf where there is none, or one diverged."""
         return fmean(self.confirmed) if self.confirmed and all(map(isfinite, self.confirmed)) else inf
+
+    @property
+    def confirmed_score(self) -> float:
+        """What its confirmations are judged by: their mean score, or the mean loss."""
+        return fmean(self.confirmed_scores) if self.confirmed_scores else self.confirmed_loss
 
 
 class RobustSearch(OuterSearch):
@@ -348,11 +357,16 @@ class RobustSearch(OuterSearch):
         self._untrained = untrained if isfinite(untrained) else inf
         # one run says nothing of how calm the place is
         place = _Place(rungs[number], -1 - number, [loss], self._steps_of_runs, calm=False)
+        place.scores = [o.judged for o in outcomes[number : number + 1] if o is not None and o.score is not None]
         self._places.append(place)
-        self.incumbent = Evaluated(self._values(place.internal), loss, place.outer_step)
+        self.incumbent = self._evaluated(place)
         learned = [rungs[n] for own, n in ran if n == number or untrained - own >= _LEARNED * (untrained - loss)]
         lowest = min(learned, key=self._total_rate)
         self._internal = dict(lowest)  # that of the best rung stays as it is
+
+    def _evaluated(self, place: _Place) -> Evaluated:
+        score = fmean(place.scores) if place.scores else None
+        return Evaluated(self._values(place.internal), place.val_loss, place.outer_step, len(place.losses), score)
 
     def _total_rate(self, place: Hyperparameters) -> float:
         return sum(float(x.sum()) for name, x in place.items() if _is_rate(name))
@@ -379,6 +393,7 @@ class RobustSearch(OuterSearch):
         self._untrained = mean.untrained_loss if isfinite(mean.untrained_loss) else inf
         losses = [outcome.val_loss for outcome in ended]
         place = _Place(dict(self._internal), self.outer_step, losses, self._steps_of_runs)
+        place.scores = [outcome.judged for outcome in ended if outcome.score is not None]
         gradients = [self._by_internal(o.hypergradients) for o in ended if o.hypergradients is not None]
         place.calm = self._move(gradients, mean.val_loss)
         best = min(self._differentiated, key=self._score, default=None)
@@ -390,8 +405,8 @@ class RobustSearch(OuterSearch):
         self._places.append(place)
         self._rejections, self._run_cost = 0, max(self._run_cost, mean.cost / len(ended))
         self._since_best = 0 if improved else self._since_best + 1
-        if min(self._comparable, key=self._score) is place or self.incumbent is None:
-            self.incumbent = Evaluated(self._values(place.internal), place.val_loss, self.outer_step, len(place.losses))
+        if self.incumbent is None or min(self._comparable, key=self._merit) is place:
+            self.incumbent = self._evaluated(place)
         if self._since_best >= _PATIENCE and self.ensemble < _LARGEST_ENSEMBLE:
             self.ensemble, self._since_best = min(2 * self.ensemble, _LARGEST_ENSEMBLE), 0
 
@@ -554,6 +569,8 @@ class RobustSearch(OuterSearch):
                 candidate.failures += 1
             else:
                 candidate.confirmed.append(outcome.val_loss)
+                if outcome.score is not None:  # the list may be another's, too
+                    candidate.confirmed_scores = [*candidate.confirmed_scores, outcome.judged]
             lost = outcome is not None and not (isfinite(outcome.val_loss) and outcome.val_loss <= limit)
             if lost or candidate.failures >= _REJECTIONS:
                 fallen.append(candidate)
@@ -617,16 +634,18 @@ class RobustSearch(OuterSearch):
         most = max((len(c.confirmed) for c in self._candidates), default=0)
         fallen = [place for place in self._places if place.fallen and isfinite(place.val_loss)]
         if most:
-            place = min((c for c in self._candidates if len(c.confirmed) == most), key=lambda c: c.confirmed_loss)
+            place = min((c for c in self._candidates if len(c.confirmed) == most), key=lambda c: c.confirmed_score)
         elif self._standing:
-            place = min(self._standing, key=self._score)
+            place = min(self._standing, key=self._merit)
         elif fallen:
             place = min(fallen, key=lambda p: p.confirmed_loss)
         else:
             return
         confirmed = most > 0 or place.fallen
         loss, runs = (place.confirmed_loss, len(place.confirmed)) if confirmed else (place.val_loss, len(place.losses))
-        self.incumbent = Evaluated(self._values(place.internal), loss, place.outer_step, runs)
+        scores = place.confirmed_scores if confirmed else place.scores
+        score = fmean(scores) if scores else None
+        self.incumbent = Evaluated(self._values(place.internal), loss, place.outer_step, runs, score)
 
     @property
     def _standing(self) -> list[_Place]:
@@ -665,6 +684,11 @@ class RobustSearch(OuterSearch):
         """A place's loss, and more where it is chaotic: with other seeds it may be any other."""
         wild = 0.0 if place.calm else _WILDNESS * max(self._gain(place.val_loss), abs(place.val_loss))
         return place.val_loss + wild
+
+    def _merit(self, place: _Place) -> tuple[bool, float]:
+        """What an incumbent is chosen by, the lower the better: the score of places, or where runs are judged by
+        something else than the loss, that, after the calm ones the chaotic."""
+        return (not place.calm, fmean(place.scores)) if place.scores else (False, self._score(place))
 
     def _values(self, internal: Hyperparameters) -> Hyperparameters:
         """Those within the ranges; what has not moved is, to the bit, what the search began with."""

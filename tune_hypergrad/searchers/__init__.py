@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tune_hypergrad.searchers.hpbandster import BOHBSearch, BOSearch, HyperBandSearch, RandomSearch
     from tune_hypergrad.searchers.hypergradient_search import HypergradientSearch
     from tune_hypergrad.searchers.results import hpbandster_result
+    from tune_hypergrad.searchers.starting import starting_points
 
 _MODULES = {
     "BOHBSearch": "hpbandster",
@@ -20,9 +21,18 @@ _MODULES = {
     "HypergradientSearch": "hypergradient_search",
     "RandomSearch": "hpbandster",
     "hpbandster_result": "results",
+    "starting_points": "starting",
 }
 
-__all__ = ["BOHBSearch", "BOSearch", "HyperBandSearch", "HypergradientSearch", "RandomSearch", "hpbandster_result"]
+__all__ = [
+    "BOHBSearch",
+    "BOSearch",
+    "HyperBandSearch",
+    "HypergradientSearch",
+    "RandomSearch",
+    "hpbandster_result",
+    "starting_points",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from ray.tune.search import Repeater
 from ray.tune.search.repeater import TRIAL_INDEX
 
+from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import ungrouped
@@ -73,7 +74,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     Args:
         space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
-        metric: what Ray ranks trials by. The descent itself always follows `val_loss`, whose derivative it is given.
+        metric: what the incumbent is chosen by, such as `objective`, and Ray ranks trials by. The descent itself always
+            follows `val_loss`, whose derivative it is given.
         mode: "min" or "max", for `metric`.
         points_to_evaluate: configs to run first; the descent begins from the best of them, and by the robust rule its
             outcome is not worse, by validation, than this. Points for which `trainings` do not suffice are left
@@ -116,7 +118,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     @property
     def incumbent(self) -> Schedule | None:
-        """The best schedule by validation loss so far: the outcome of the search."""
+        """The best schedule so far by `metric`: the outcome of the search."""
         if self._outer is None or self._outer.incumbent is None:
             return None
         return Schedule(in_form_of(self._tuned_space, self._outer.incumbent.values))
@@ -217,10 +219,21 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     def _read_outcome(self, result: Mapping[str, Any], work: _Member) -> Outcome | None:
         outcome = _read_outcome(result, self._current.round()[work.index])
-        if outcome is None or not self._settings.lengths:
+        if outcome is None:
+            return None
+        outcome = outcome._replace(score=self._score_of(result))
+        if not self._settings.lengths:
             return outcome
         share = result.get("run/steps", 0) / max(self._settings.lengths)  # of a training of full length
         return outcome._replace(cost=outcome.cost * share)
+
+    def _score_of(self, result: Mapping[str, Any]) -> float | None:
+        """What incumbents are chosen by, the lower the better; None where that is the loss."""
+        is_loss = self.metric == OBJECTIVE and self.mode != "max" and result.get(OBJECTIVE) == result["val_loss"]
+        if is_loss or self.metric in (None, "val_loss"):
+            return None
+        value = float(result.get(str(self.metric), math.nan))
+        return -value if self.mode == "max" else value
 
     def _read_space(self, space: Mapping[str, Any]) -> None:
         space = ungrouped(space)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget, Cost
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.ledger import (
@@ -132,7 +133,7 @@ class PortfolioSearch(Searcher):
         folder: gets the ledger, schedules that are too long for it, and a copy of Ray's last snapshot.
         key: by which `PortfolioStopper` and callbacks find this object; Ray restores them apart.
         max_concurrent: trials of all methods together that may run at once; None leaves it to the cluster.
-        metric: result that trials are judged by, the lower the better.
+        criterion: what trials are judged by.
     """
 
     def __init__(
@@ -142,14 +143,15 @@ class PortfolioSearch(Searcher):
         key: str,
         *,
         max_concurrent: int | None = None,
-        metric: str = "val_loss",
+        criterion: Criterion | None = None,
     ) -> None:
-        super().__init__(metric=metric, mode="min")
+        self.criterion = criterion or Criterion()
+        super().__init__(metric=self.criterion.column, mode=self.criterion.mode)
         self.contenders = {contender.account: contender for contender in contenders}
         self.key, self.max_concurrent = key, max_concurrent
         self.finished = False
         """Whether nothing will be suggested any more."""
-        self.ledger = Ledger(folder / LEDGER_FILE)
+        self.ledger = Ledger(folder / LEDGER_FILE, self.criterion)
         self._folder = folder
         self._accounts: dict[str, Account] = {}
         self._waiting: dict[str, str] = {}  # trial to the kind of resources that it waits for
@@ -219,7 +221,7 @@ class PortfolioSearch(Searcher):
         """
         _PORTFOLIOS[self.key] = self
         trials = saved_trials(str(Path(checkpoint_path).parent)) or {}
-        self.ledger = Ledger(self._folder / LEDGER_FILE)
+        self.ledger = Ledger(self._folder / LEDGER_FILE, self.criterion)
         self.ledger.write("resume", known=list(trials))
         state = pickle.loads(Path(checkpoint_path).read_bytes())
         known: set[str] = set()
@@ -237,6 +239,25 @@ class PortfolioSearch(Searcher):
         self._strangers = set(self._accounts) - known
         self._cut, self._waiting = set(state["cut"]), {}
         self._ended = list(state["ended"])
+
+    def extend(self, saved: bytes | None, fresh: Collection[Account]) -> None:
+        """Begin where another portfolio of the same folder came to its end.
+
+        Args:
+            saved: what that one wrote with `save`.
+            fresh: accounts whose searchers begin anew.
+        """
+        state = {"searchers": {}, "counts": {}} if saved is None else pickle.loads(saved)
+        for account, contender in self.contenders.items():
+            names = [record.name for record in self.ledger.trials_of(account)]
+            contender.suggested = max((int(name.rpartition("-")[2]) for name in names), default=0)
+            if account in self.ledger.stopped or account in fresh:
+                continue
+            if account in state["counts"]:
+                *_, contender.largest, contender.longest = state["counts"][account]
+            searcher = state["searchers"].get(account)
+            if searcher is not None:
+                self._call(contender, restore_among, contender.searcher, searcher, (), {}, ())
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Called by Ray's `Tuner.restore`."""
@@ -335,9 +356,9 @@ class PortfolioSearch(Searcher):
 
     @property
     def best(self) -> dict[Account, float]:
-        """The lowest validation loss of every account that has one, for progress displays."""
-        losses = {account: self.ledger.val_loss(account) for account in self.contenders}
-        return {account: loss for account, loss in losses.items() if math.isfinite(loss)}
+        """The best score of every account that has one, less being better, for progress displays."""
+        scores = {account: self.ledger.score(account) for account in self.contenders}
+        return {account: score for account, score in scores.items() if math.isfinite(score)}
 
     def ended_accounts(self) -> list[Account]:
         """Those that suggest nothing more and of which no trial runs."""

@@ -76,6 +76,12 @@ def keep_snapshot(file: Path, saved: Path) -> None:
     temporary.replace(file)
 
 
+def saved_searcher(file: Path) -> bytes | None:
+    """What the searcher has saved of itself in a copy that `keep_snapshot` took; None where there is none."""
+    files: dict[str, bytes] = pickle.loads(file.read_bytes()) if file.exists() else {}
+    return next((content for name, content in files.items() if name.startswith("searcher-state-")), None)
+
+
 def put_snapshot_back(file: Path, experiment: str) -> set[str]:
     """Make a copy that `keep_snapshot` took the experiment's only snapshot.
 

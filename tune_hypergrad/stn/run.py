@@ -104,6 +104,8 @@ class Incumbent(NamedTuple):
     """The hyperparameters."""
     weights: dict[str, Any]
     """A state dict of the plain model."""
+    score: float
+    """What they are chosen by, the problem's objective turned so that less is better."""
 
 
 def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None:
@@ -289,9 +291,10 @@ class SelfTuningRun:
         state = self.state
         evaluation = self.loop.evaluate(state)
         self.cost += self.loop.eval_cost("val")
-        best = None if self.incumbent is None else self.incumbent.val_loss
-        if best is None or evaluation.loss < best or (isnan(best) and not isnan(evaluation.loss)):
-            self.incumbent = Incumbent(self.position, evaluation.loss, self.values, self._plain_state_dict())
+        score = self.loop.problem.criterion.score(evaluation)
+        best = None if self.incumbent is None else self.incumbent.score
+        if best is None or score < best or (isnan(best) and not isnan(score)):
+            self.incumbent = Incumbent(self.position, evaluation.loss, self.values, self._plain_state_dict(), score)
         return evaluation
 
     @property

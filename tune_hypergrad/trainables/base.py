@@ -18,7 +18,8 @@ from ray import tune
 from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.criterion import OBJECTIVE, Criterion
+from tune_hypergrad.errors import InputError, UnsuitedError
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
@@ -145,7 +146,8 @@ class ProblemTrainable(tune.Trainable):
             **settings: fields of `cls.Settings`.
 
         Raises:
-            InputError: an unknown setting, or a problem that does not run or has no right hypergradients.
+            InputError: an unknown setting, or a problem that does not run.
+            UnsuitedError: this trainable cannot work on the problem, such as for want of right hypergradients.
         """
         names = [f.name for f in fields(cls.Settings)]
         for name in settings:
@@ -153,7 +155,10 @@ class ProblemTrainable(tune.Trainable):
                 raise InputError(f"{cls.__name__} has no setting {name!r}: it has {', '.join(names)}")
         problem.check()
         made = cls.Settings(**settings)
-        cls.validate(*split_config(problem, made, {}), check=check)
+        try:
+            cls.validate(*split_config(problem, made, {}), check=check)
+        except InputError as error:
+            raise UnsuitedError(str(error)) from error
         return tune.with_parameters(cls, problem=stored(problem), settings=made)  # type: ignore[no-any-return]
 
     @classmethod
@@ -228,7 +233,8 @@ class ProblemTrainable(tune.Trainable):
         result = self.work()
         self._seconds += time.perf_counter() - begun - (self._uncharged - uncharged)
         seconds = Cost(device_seconds=self._seconds * self._devices, wall_seconds=self._seconds)
-        self._last = {**result, **(self.spent + seconds).as_result()}
+        objective = objective_results(self._problem.criterion, result)
+        self._last = {**result, **objective, **(self.spent + seconds).as_result()}
         return dict(self._last)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -299,6 +305,13 @@ def _steps_within(epochs: Any, steps_per_epoch: int) -> int:
 def evaluation_results(split: str, evaluation: Evaluation) -> dict[str, float]:
     """Flat scalars such as `val_loss`, `val_accuracy`."""
     return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
+
+
+def objective_results(criterion: Criterion, result: Mapping[str, Any]) -> dict[str, Any]:
+    """`objective`, the figure of a result that the problem's objective names, and `best_objective` where the result
+    has an incumbent's."""
+    columns = {OBJECTIVE: criterion.column, f"best_{OBJECTIVE}": f"best_{criterion.column}"}
+    return {name: result[column] for name, column in columns.items() if column in result}
 
 
 def run_position(step: int, steps: int, completed: int | None = None) -> dict[str, int]:

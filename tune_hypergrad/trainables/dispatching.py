@@ -15,9 +15,11 @@ from ray.tune.result import RESULT_DUPLICATE, TIME_TOTAL_S, TRIAL_INFO
 from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import flat_values
+from tune_hypergrad.trainables.base import objective_results
 from tune_hypergrad.trainables.checkpoints import (
     checkpoint_number,
     checkpoints_in,
@@ -47,18 +49,18 @@ class Dispatching(tune.Trainable):
     Args:
         trainables: by method, classes or functions.
         unit: of the budget; every result has to have `cost/<unit>`.
-        metric: every result has to have it.
+        criterion: what trials are judged by; every result has to have that figure, and the validation loss.
     """
 
     _has_begun: bool
     _unsaved: bool
 
     def setup(  # type: ignore[override]
-        self, config: dict[str, Any], trainables: Mapping[str, Any], unit: str, metric: str
+        self, config: dict[str, Any], trainables: Mapping[str, Any], unit: str, criterion: Criterion
     ) -> None:
         """Called by Ray when an actor starts."""
         self._trainables = {name: _as_class(trainable) for name, trainable in trainables.items()}
-        self._unit, self._metric = unit, metric
+        self._unit, self._criterion = unit, criterion
         self._make(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -88,11 +90,10 @@ class Dispatching(tune.Trainable):
         self._unsaved = RESULT_DUPLICATE not in result
         if not self._unsaved and self._inner.training_iteration:
             return result  # a function has returned: Ray takes its last result once more
-        if not isinstance(result.get(self._metric), Real):
-            raise InputError(
-                f"{self._method}'s trials do not report {self._metric!r}, a number, which they are judged by"
-            )
-        result = {**self._cost_by_the_clock(result), **result}
+        for name in dict.fromkeys((self._criterion.column, "val_loss")):
+            if not isinstance(result.get(name), Real):
+                raise InputError(f"{self._method}'s trials do not report {name!r}, a number, which they are judged by")
+        result = {**self._cost_by_the_clock(result), **objective_results(self._criterion, result), **result}
         if f"cost/{self._unit}" not in result:
             raise InputError(
                 f"{self._method}'s trials do not report 'cost/{self._unit}', the unit of the budget: report it, or "
@@ -155,8 +156,10 @@ class Dispatching(tune.Trainable):
         if found is None:
             return result
         long = {name for name, windows in flat_values(found.values).items() if len(windows) > _LONG}
-        improved = result[self._metric] < self._lowest
-        self._lowest = min(self._lowest, result[self._metric])
+        trained = result.get("run/step") != 0
+        score = self._criterion.turned(result[self._criterion.column])
+        improved = trained and score < self._lowest
+        self._lowest = min(self._lowest, score) if trained else self._lowest
         kept = {key: value for key, value in result.items() if not _is_window_of(long, key)}
         by_step = getattr(self._inner, "schedule_by_step", False)
         return {**kept, FOUND: found.entries()} if improved and (long or by_step) else kept

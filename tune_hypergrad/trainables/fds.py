@@ -136,9 +136,11 @@ class FDS(ProblemTrainable):
 
     Every result holds the last completed run: its `val_loss` and metrics, its `schedule/...` and its
     `hypergradient/...` (NaN of a run that was not differentiated); `best_val_loss`, `best_test_...` and
-    `best_schedule/...` are the incumbent's, which is the outcome of the search. `gain` is by how much its validation
-    loss is below that of where the search began. Where a trial's config gives a tuned hyperparameter a value, the
-    search begins there; others it gives are held constant.
+    `best_schedule/...` are the incumbent's, which is the outcome of the search. With an `objective` of the problem's
+    other than the loss it is chosen by that among what the search, which follows the loss, has trained and confirmed
+    (a line search's is the last place that lowered the loss). `gain` is by how much its validation loss is below that
+    of where the search began. Where a trial's config gives a tuned hyperparameter a value, the search begins there;
+    others it gives are held constant.
     """
 
     Settings: ClassVar[type[TrialSettings]] = FDSSettings
@@ -227,7 +229,9 @@ class FDS(ProblemTrainable):
         self._record(figures, run.hypergradients)
         gradients = None if run.rejected else {name: g.cpu().double() for name, g in run.hypergradients.items()}
         cost = run.cost.gradients / max(self.settings.lengths or (self.settings.steps,))
-        self._outcomes.append(Outcome(run.final.loss, self._untrained["val_loss"], gradients, cost))
+        criterion = self.problem.criterion
+        score = None if criterion.is_loss else criterion.score(run.final)
+        self._outcomes.append(Outcome(run.final.loss, self._untrained["val_loss"], gradients, cost, score))
         self._figures.append(figures)
         self._earlier += run.cost
         self._completed, self._judged = self._completed + 1, self.loop.steps
@@ -247,8 +251,11 @@ class FDS(ProblemTrainable):
         self.search.tell([*self._outcomes, *[None] * (len(self._round) - len(self._outcomes))])
         incumbent = self.search.incumbent
         if incumbent is not None and incumbent is not before:
+            ranked = {"val_loss": incumbent.val_loss}
+            if incumbent.score is not None:
+                ranked[self.problem.criterion.column] = self.problem.criterion.turned(incumbent.score)
             mean, schedule = self._means[_key(incumbent.values)], self._schedule(incumbent.values).to_scalars()
-            self._best = _incumbent_results({**mean, "val_loss": incumbent.val_loss, **schedule})
+            self._best = _incumbent_results({**mean, **ranked, **schedule})
         if not self.search.finished:
             self._round, self._outcomes, self._figures = self.search.round(), [], []
 

@@ -24,7 +24,7 @@ from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, eval
 _logger = logging.getLogger(__name__)
 
 BEST_WEIGHTS_FILE = "best_weights.pt"
-"""Beside a checkpoint's state: the plain model's state dict at the lowest validation loss, for `load_state_dict`."""
+"""Beside a checkpoint's state: the plain model's state dict where the problem's objective was the best."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
     """Hyperparameters of which one draw serves a minibatch; the rest have one for every example where that works. All
     of them: the weights respond once for the whole batch, whatever its layers' first dimensions are."""
     patience: int | None = None
-    """The run ends after so many results in a row without a lower validation loss; None goes on."""
+    """The run ends after so many results in a row without a better objective of the problem; None goes on."""
 
     def __post_init__(self) -> None:
         TrialSettings.__post_init__(self)
@@ -76,7 +76,8 @@ class DeltaSTN(ProblemTrainable):
 
     A result holds the present weights' `val_loss` and metrics, the present hyperparameters as `schedule/<name>` and
     the standard deviations of their perturbations as `scale/<name>`. `best_val_loss`, `best_test_...` and
-    `best_schedule/<name>` are those of the weights with the lowest validation loss, which a checkpoint holds as
+    `best_schedule/<name>` are those of the weights with the best objective (the lowest validation loss, if
+    the problem says nothing else), which a checkpoint holds as
     `best_weights.pt`. A checkpoint's `schedule.json` holds the values of every training step, for `FixedSchedule` to
     replay on the plain network. Where a trial's config gives a tuned hyperparameter a value, it begins there;
     others it gives are held constant.

@@ -1,0 +1,247 @@
+"""Extending a finished comparison: what may grow, what is refused, what is kept and how it is told."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import pytest
+from comparisons import HandMade, write_comparison
+from ray import tune
+from ray.tune import Callback
+from tiny_problem import tiny_problem
+
+from tune_hypergrad import InputError, Retraining, cli, compare
+from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison import Comparison, run
+from tune_hypergrad.comparison.growth import Beginning, Growth, beginning_of, growth_of
+from tune_hypergrad.comparison.plan import Plan, chosen_methods
+from tune_hypergrad.comparison.records import RETRAINING, SETTINGS_FILE
+from tune_hypergrad.comparison.report import summary_text
+from tune_hypergrad.ledger import Account, Ledger
+from tune_hypergrad.methods import Task
+from tune_hypergrad.searchers.portfolio import SNAPSHOT_FILE
+from tune_hypergrad.searchers.snapshot import saved_searcher
+
+SPACE = {"lr": tune.loguniform(1e-3, 0.5), "momentum": tune.uniform(0, 0.9)}
+RS, FDS = Account("rs", 0), Account("fds", 0)
+
+
+def plan(methods=("rs",), budget=60, seeds=(0,), space=SPACE, **fields):
+    problem = tiny_problem()
+    task = Task(problem, space, 12, check=False, trainings=budget / 12)
+    return Plan(problem, task, chosen_methods(methods), Budget(budget), seeds, {"cpu": 1}, **fields)
+
+
+def grown(saved, wanted):
+    return growth_of(saved.settings(), wanted.settings(), "out")
+
+
+def test_what_grows():
+    assert not grown(plan(), plan())
+    growth = grown(plan(["rs"], 60, (0, 3)), plan(["bo", "rs"], 90, (3, 1, 0)))
+    assert growth == Growth(Budget(60), ("bo",), (1,)) and growth
+    assert growth.said() == {"budget_before": [60.0, "gradients"], "methods": ["bo"], "seeds": [1]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": 30}, "has a budget of 60 gradients, more than 30"),
+        ({"seeds": (1,)}, "made with seed 0, too: give [0]"),
+        ({"methods": ["bo"]}, "compares 'rs', too: give rs, and further methods"),
+        ({"space": {"lr": tune.uniform(0, 1)}}, "made with another space"),
+        ({"retraining": Retraining(seeds=1)}, "made with another retraining"),
+    ],
+    ids=str,
+)
+def test_what_would_not_compare_is_refused_in_a_line(changes, words):
+    with pytest.raises(InputError) as refused:
+        grown(plan(), plan(**changes))
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_budget_in_another_unit_is_refused():
+    with pytest.raises(InputError, match="budget in gradients, not in wall_seconds"):
+        growth_of(plan().settings(), {**plan().settings(), "budget": [900.0, "wall_seconds"]}, "out")
+
+
+def begun(folder, **settings):
+    """A finished comparison of one random search: its settings are those of `plan`."""
+    made = HandMade(folder, ["rs"], [0])
+    said = {**plan(retraining=Retraining(seeds=0)).settings(), "folder": str(folder), "key": "k", "storage": None}
+    (folder / SETTINGS_FILE).write_text(json.dumps({**said, **settings}))
+    made.start(RS).result(RS, 0.5, 60).end(RS)
+    return made
+
+
+def test_only_what_is_finished_is_extended(tmp_path):
+    made = begun(tmp_path / "out")
+    larger = plan(budget=90, retraining=Retraining(seeds=0))
+    with pytest.raises(InputError, match="is not finished"):
+        run._growth(made.folder, larger, None)
+    made.stop(RS)
+    assert run._growth(made.folder, larger, None) == Growth(Budget(60))
+
+
+def test_an_extension_is_told_to_the_ledger_once_and_the_snapshot_before_is_put_aside(tmp_path):
+    made = begun(tmp_path / "out").stop(RS)
+    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": b"state"}))
+    larger = plan(["bo", "rs"], 90, (0, 1), retraining=Retraining(seeds=0))
+    growth = run._growth(made.folder, larger, None)
+    larger = run._extended(larger, made.folder, growth)
+    assert [m.name for m in larger.methods] == ["rs", "bo"] and larger.beginning.number == 1
+    assert {account for account in larger.beginning.known if account.method != RETRAINING} >= {RS}
+    assert Account("bo", 0) not in larger.beginning.known and Account("rs", 1) not in larger.beginning.known
+    settings = json.loads((made.folder / SETTINGS_FILE).read_text())
+    (made.folder / SETTINGS_FILE).write_text(
+        json.dumps({**settings, **larger.settings(), "extensions": [growth.said()]})
+    )
+    for _ in range(2):
+        run._write_extension(made.folder, larger)
+        assert not (made.folder / SNAPSHOT_FILE).exists()
+    assert saved_searcher(run._snapshot_before(made.folder, larger)) == b"state"
+    comparison = Comparison(made.folder)
+    (event,) = comparison.extensions
+    assert event["reopened"] == [[RETRAINING, 0], ["rs", 0]] and not comparison.finished
+    assert comparison.accounts["trials"].tolist() == [1, 0, 0, 0] and not comparison.interruptions
+    told = summary_text(comparison)
+    assert "the budget, before 60 gradients; the method bo; the seed 1. What was done before is kept" in told
+    again = run._extended(plan(["rs", "bo"], 90, (0, 1), retraining=Retraining(seeds=0)), made.folder, Growth())
+    assert again.beginning.known == larger.beginning.known and again.beginning.number == 1
+
+
+def ledger_of(*events):
+    ledger = Ledger()
+    for kind, content in events:
+        ledger.write(kind, **content)
+    return ledger
+
+
+def trial(account, name, cost):
+    named = {**account._asdict(), "trial": name, "id": f"id-{name}"}
+    cost = {"cost/gradients": cost}
+    return [("result", {"iteration": 1, "val_loss": 0.5, **named, **cost}), ("end", {"status": "completed", **named})]
+
+
+def test_what_was_before_an_extension_stays_when_an_interruption_forgets():
+    stopped = [
+        ("stop", {**a._asdict(), "reason": why}) for a, why in ((RS, "budget spent"), (FDS, "its searcher failed"))
+    ]
+    extend = ("extend", {"reopened": [["rs", 0]]})
+    before = [*trial(RS, "rs-0-1", 60.0), *trial(FDS, "fds-0-1", 30.0), *stopped, extend]
+    ledger = ledger_of(*before)
+    assert ledger.stopped == {FDS: "its searcher failed"}
+    ledger = ledger_of(*before, *trial(RS, "rs-0-2", 20.0), ("resume", {"known": []}))
+    assert ledger.spent(RS).gradients == 60 and ledger.lost(RS).gradients == 20
+    assert ledger.stopped == {FDS: "its searcher failed"} and ledger.spent(FDS).gradients == 30
+
+
+def test_searchers_go_on_where_they_were_and_plans_begin_again_from_the_incumbent(tmp_path):
+    first = plan(["rs", "fds", "bo"])
+    searchers = first.searchers()
+    portfolio = first.portfolio(searchers, tmp_path, "before")
+    suggested = [searchers[RS].suggest(f"t{i}")["lr"] for i in range(3)]
+    for i in range(3):
+        searchers[RS].on_trial_complete(f"t{i}", {"val_loss": 0.5})
+    portfolio.contenders[RS].longest = 2.0
+    portfolio.save(str(tmp_path / "searcher-state-1.pkl"))
+    for number in range(3):
+        for kind, content in trial(RS, f"rs-0-{number + 1}", 20.0):
+            portfolio.ledger.write(kind, **content)
+    start = {"lr": 0.25, "momentum": 0.5}
+    known = frozenset({RS, FDS, Account("bo", 0)})
+    beginning = Beginning(1, known, frozenset({FDS}), {FDS: start}, {FDS: 5.0})
+    larger = plan(["rs", "fds", "bo"], 120, beginning=beginning)
+    again = larger.searchers()
+    whole = larger.portfolio(again, tmp_path, "after")
+    whole.extend((tmp_path / "searcher-state-1.pkl").read_bytes(), {FDS})
+    assert whole.contenders[RS].suggested == 3 and whole.contenders[RS].longest == 2.0
+    fourth = first._searcher(first.methods[0], 0)
+    expected = [fourth.suggest(f"t{i}")["lr"] for i in range(4)]
+    assert expected[:3] == suggested and again[RS].suggest("t3")["lr"] == expected[3]
+    assert again[FDS].suggest("a")["lr"] == 0.25
+    alone = larger.portfolio(larger.searchers(), tmp_path, "without")
+    alone.extend(None, set())
+    assert alone.contenders[RS].searcher.suggest("t0")["lr"] not in expected
+
+
+def test_a_plan_begins_with_the_incumbent_and_what_is_left(tmp_path):
+    made = HandMade(tmp_path / "out", ["fds"], [0], budget=[60, "gradients"])
+    made.start(FDS).result(FDS, 0.5, 48, **{"schedule/momentum": 0.5, "schedule/lr": 0.2}).end(FDS).stop(FDS)
+    larger = plan(["fds"], 120)
+    methods = {method.name: method for method in larger.methods}
+    beginning = beginning_of(made.folder, 1, methods, larger.task, larger.budget, frozenset({FDS}))
+    assert beginning.starts == {FDS: {"lr": 0.2, "momentum": 0.5}} and beginning.trainings == {FDS: 6.0}
+    assert beginning.anew == {FDS}
+
+
+def test_retrainings_from_before_have_the_present_shares(tmp_path):
+    settings = {"budget": [200, "gradients"], "retraining": {"seeds": 1, "shares": [0.5, 1.0], "data": "train"}}
+    made = HandMade(tmp_path / "out", ["rs"], [0], **settings)
+    for number, loss in enumerate((0.9, 0.7, 0.5)):
+        made.start(RS, number).result(RS, loss, 30, number=number).end(RS, number=number)
+    for number, (share, spent) in enumerate(((0.5, 30.0), (1.0, 90.0))):
+        made.retraining("rs", 0, share, spent, number, test_loss=spent)
+    made.ledger.write("extend", budget_before=[100, "gradients"], methods=[], seeds=[], reopened=[["rs", 0]])
+    shares = made.comparison.retrained.set_index("spent/gradients")["share"]
+    assert dict(shares) == {30.0: 0.25, 90.0: 1.0}
+    made.start(RS, 5).result(RS, 0.1, 60, number=5).end(RS, number=5)
+    shares = made.comparison.retrained.set_index("spent/gradients")["share"]
+    assert dict(shares) == {30.0: 0.25, 90.0: 0.5}
+
+
+def test_the_command_line_adds_to_what_there_is(tmp_path):
+    command = {"method": ["rs"], "budget": "60e", "seeds": 1, "epochs": 2}
+    added = cli._extended(command, cli._grown(tmp_path), {"method": ["bo", "rs"], "budget": "90e"})
+    assert added == {"method": ["rs", "bo"], "budget": "90e", "seeds": 1, "epochs": 2}
+    write_comparison(tmp_path / "out", ["rs", "bo"], [0, 1], extensions=[{}], left_out={"stn": "why"})
+    later = cli._extended(command, cli._grown(tmp_path / "out"), {})
+    assert later["method"] == ["rs", "bo", "stn"] and later["seeds"] == 2 and later["budget"] == Budget(5100)
+    assert cli._extended({**command, "method": None}, {}, {"method": ["centered-stn"]})["method"][-1] == "centered-stn"
+
+
+def test_restarts_are_those_of_the_resuming_call(monkeypatch):
+    callback = run.ComparisonCallback("key", 7)
+    monkeypatch.setattr(run, "portfolio_of", lambda key: SimpleNamespace(started=lambda trial: None))
+    begun = SimpleNamespace(max_failures=2)
+    callback.on_trial_start(0, [], begun)
+    assert begun.max_failures == 7
+
+
+class Told(Callback):
+    """Writes how many trials have ended."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        with self.file.open("a") as out:
+            out.write(f"{trial.trial_id}\n")
+
+
+@pytest.mark.slow
+def test_a_finished_comparison_grows_and_keeps_what_was_done(ray_session, tmp_path):
+    quick = {"space": SPACE, "epochs": 2, "progress": "quiet", "retraining": Retraining(seeds=1, shares=(0.5, 1.0))}
+    quick |= {"out": tmp_path / "out", "max_concurrent": 2}
+    problem = tiny_problem(objective="max accuracy")
+    before = compare(problem, ["rs", "stn", "fds"], budget="14e", **quick)
+    assert list(before.left_out) == ["stn"] and before.finished
+    told, known = Told(tmp_path / "told"), dict(before.ledger.trials)
+    with pytest.raises(InputError, match="more than"):
+        compare(problem, ["rs", "stn", "fds"], budget="7e", resume=True, **quick)
+    after = compare(problem, ["rs", "stn", "fds", "bo"], budget="24e", seeds=2, resume=True, callbacks=[told], **quick)
+    assert after.finished and after.methods == ["rs", "fds", "bo"] and list(after.left_out) == ["stn"]
+    for trial_id, record in known.items():
+        assert after.ledger.trials[trial_id].charges == record.charges
+    accounts = after.accounts.set_index(["method", "seed"])
+    assert (accounts["share"] > 0.4).all() and (accounts.sort_index().drop("fds", level="method")["share"] >= 1).all()
+    assert after.budget == Budget(24 * 6) and not after.interruptions and len(after.extensions) == 1
+    names = [record.name for record in after.ledger.trials.values()]
+    assert len(set(names)) == len(names)
+    rates = [json.dumps(config) for config in after.trials[after.trials["method"] == "rs"]["config"]]
+    assert len(set(rates)) == len(rates)
+    last = after.retrained[after.retrained["share"] == 1].groupby(["method", "seed"]).size()
+    assert (last == 1).all() and len(last) == 6
+    assert len((tmp_path / "told").read_text().splitlines()) == len(names) - len(known)

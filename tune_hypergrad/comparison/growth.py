@@ -1,0 +1,127 @@
+"""What a finished comparison is extended by: more budget, further methods, further seeds; everything else stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tune_hypergrad.budget import Budget
+from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.comparison.start import complete_start
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.ledger import Account
+from tune_hypergrad.methods import Method, Task
+
+EXTENSIONS = "extensions"
+"""In `settings.json`: a comparison's growths, in order, as `Growth.said` has them."""
+_GROWS = ("budget", "methods", "seeds", "left_out")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """By what a comparison grows."""
+
+    budget: Budget | None = None
+    """What it was before; None where it stays."""
+    methods: tuple[str, ...] = ()
+    """Added."""
+    seeds: tuple[int, ...] = ()
+    """Added."""
+
+    def __bool__(self) -> bool:
+        return bool(self.budget or self.methods or self.seeds)
+
+    def said(self) -> dict[str, Any]:
+        """It in JSON."""
+        before = None if self.budget is None else [self.budget.amount, self.budget.unit]
+        return {"budget_before": before, "methods": list(self.methods), "seeds": list(self.seeds)}
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What an extension begins with."""
+
+    number: int
+    """Of the extension, from 1."""
+    known: frozenset[Account] = frozenset()
+    """Accounts that have worked before."""
+    anew: frozenset[Account] = frozenset()
+    """Those of them whose search begins again."""
+    starts: Mapping[Account, Mapping[str, Any]] = field(default_factory=dict)
+    """Of the latter, the point of the search space that their incumbent is."""
+    trainings: Mapping[Account, float] = field(default_factory=dict)
+    """Of those, what they may still spend, in plain training runs, where the budget is in gradients."""
+
+
+def growth_of(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> Growth:
+    """By what settings of a comparison have grown.
+
+    Args:
+        saved: what `settings.json` holds.
+        wanted: what it would hold if the comparison began now, without key and folder.
+        folder: for messages.
+
+    Raises:
+        InputError: a budget that is smaller or in another unit, a method or seed that is missing, or any other setting
+            that has changed: results before and after would not compare.
+    """
+    wanted = json.loads(json.dumps(wanted))
+    for name, value in wanted.items():
+        if name not in _GROWS and saved.get(name, value) != value:
+            raise InputError(
+                f"{folder} was made with another {name}, {saved[name]!r}: resume with the same arguments; only budget, "
+                "methods and seeds may grow"
+            )
+    (before, unit), (amount, own_unit) = saved["budget"], wanted["budget"]
+    if unit != own_unit:
+        raise InputError(f"{folder} has a budget in {unit}, not in {own_unit}: resume with the same unit")
+    if amount < before:
+        raise InputError(
+            f"{folder} has a budget of {before:g} {unit}, more than {amount:g}: give that, or a larger one"
+        )
+    seeds = [seed for seed in wanted["seeds"] if seed not in saved["seeds"]]
+    missing = [seed for seed in saved["seeds"] if seed not in wanted["seeds"]]
+    if missing:
+        raise InputError(f"{folder} was made with seed {missing[0]}, too: give {saved['seeds']}, and further ones")
+    known, own = ({method["name"]: method for method in settings["methods"]} for settings in (saved, wanted))
+    lost = [name for name in known if name not in own]
+    if lost:
+        raise InputError(f"{folder} compares {lost[0]!r}, too: give {', '.join(known)}, and further methods")
+    for name, method in known.items():
+        if own[name] != method:
+            raise InputError(f"{folder} was made with another {name!r}, {method!r}: resume with the same one")
+    grown = Budget(before, unit) if amount > before else None
+    return Growth(grown, tuple(name for name in own if name not in known), tuple(seeds))
+
+
+def beginning_of(
+    folder: Path, number: int, methods: Mapping[str, Method], task: Task, budget: Budget, known: frozenset[Account]
+) -> Beginning:
+    """What an extension of a comparison begins with.
+
+    Args:
+        folder: the comparison's.
+        number: of the extension.
+        methods: by name.
+        task: what they work on.
+        budget: of each by now.
+        known: accounts that have worked before.
+    """
+    comparison, starts, trainings = Comparison(folder), {}, {}
+    anew = {account for account in known if account.method in methods and methods[account.method].plans_budget}
+    for account in anew:
+        left = budget.amount * (1 - budget.spent_by(comparison.ledger.spent(account)))
+        if task.trainings is not None:
+            trainings[account] = max(left, 0.0) / task.steps
+        rows = comparison.incumbents(account)
+        tunable = dict(methods[account.method].tunable(task))
+        with suppress(InputError):  # what is no point of the space is none to begin from
+            if len(rows):
+                found = comparison.schedule_of(rows.iloc[-1]).to_config()
+                given = {name: value for name, value in found.items() if name in tunable}
+                starts[account] = complete_start(given, replace(task, space=tunable)).point
+    return Beginning(number, known, frozenset(anew), starts, trainings)
