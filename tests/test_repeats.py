@@ -11,6 +11,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from tiny_problem import STEPS, ours, tiny_problem
 
 from tune_hypergrad import FDS, HD, STN, FixedSchedule, InnerRun, RandomSearch
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.trainables.base import TrialSettings, split_config
 from tune_hypergrad.trainables.dispatching import PORTFOLIO, Dispatching
@@ -67,7 +68,7 @@ def index(number):
 
 def test_repeats_within_a_comparison():
     trainables = {"fixed": FixedSchedule.from_problem(tiny_problem(), steps=STEPS, check=False)}
-    made = tune.with_parameters(Dispatching, trainables=trainables, unit="gradients", metric="val_loss")
+    made = tune.with_parameters(Dispatching, trainables=trainables, unit="gradients", criterion=Criterion())
     granted = PlacementGroupFactory([{"CPU": 1}])
     label = {PORTFOLIO: {"method": "fixed", "seed": 0, "trial": 1}}
 
