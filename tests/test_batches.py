@@ -18,9 +18,11 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     Sampler,
     SequentialSampler,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -30,6 +32,7 @@ from tune_hypergrad.batches import as_tree, call_model, default_loss, first_inpu
 from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+from tune_hypergrad.losses import whole_split
 from tune_hypergrad.problems.splits import split_anew, with_val
 from tune_hypergrad.regularisers import InputNoise, Mixup
 from tune_hypergrad.sampling import epoch_order
@@ -89,7 +92,8 @@ def cross_entropy(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 def dicts(**changes: Any) -> Problem:
     fields: dict[str, Any] = {"model": Net, "train": {"x": X, "y": Y}, "val": {"x": X, "y": Y}, "loss": cross_entropy}
-    return Problem(**{**fields, "batch_size": 8, **changes})
+    size = {} if isinstance(changes.get("train"), DataLoader) else {"batch_size": 8}
+    return Problem(**{**fields, **size, **changes})
 
 
 def loop(problem: Problem, steps: int = 6) -> InnerLoop:
@@ -207,12 +211,17 @@ class TestLoaders:
             return {name: torch.stack([item[name] for item in items]) for name in ("x", "y")}
 
         loader = DataLoader(Rows(20), batch_size=6, shuffle=True, collate_fn=collate)
-        problem = dicts(train=loader, val=DataLoader(Rows(), batch_size=5), batch_size=128)
+        problem = dicts(train=loader, val=DataLoader(Rows(), batch_size=5))
         assert problem.batch_size == 6 and problem.sampler is None and not problem.drop_last
         assert problem.train.collate_fn is collate and problem.val.collate_fn is None  # type: ignore[union-attr]
         assert problem.steps_per_epoch == 4 and [problem.batch_length(step) for step in range(5)] == [6, 6, 6, 2, 6]
-        whole = dicts(train=DataLoader(Rows(20), batch_size=6, drop_last=True, shuffle=True), batch_size=128)
+        whole = dicts(train=DataLoader(Rows(20), batch_size=6, drop_last=True, shuffle=True))
         assert whole.steps_per_epoch == 3
+        said = dicts(train=loader, batch_size=8, drop_last=True, sampler=np.arange(20))
+        assert (said.batch_size, said.drop_last, said.steps_per_epoch) == (8, True, 2)
+        assert (
+            dicts(train=DataLoader(Rows(20), batch_size=128, shuffle=True)).batch_size == 20
+        )  # one batch, as in torch
 
     def test_every_example_comes_once_in_a_pass_an_incomplete_batch_included(self) -> None:
         run = loop(dicts(batch_size=9, drop_last=False))
@@ -223,7 +232,7 @@ class TestLoaders:
 
     def test_a_loader_without_shuffling_keeps_its_order(self) -> None:
         problem = dicts(train=DataLoader(Rows(), batch_size=8))
-        assert isinstance(problem.sampler, SequentialSampler)
+        assert problem.sampler == range(24)  # which does not hold the data
         run = loop(problem)
         assert [run.indices(step).tolist() for step in (0, 1, 3)] == [  # type: ignore[union-attr]
             list(range(8)),
@@ -237,7 +246,7 @@ class TestLoaders:
             WeightedRandomSampler(weights, 16),
             WeightedRandomSampler(weights, 16, generator=torch.Generator().manual_seed(3)),
         ):
-            problem = dicts(train=DataLoader(Rows(), batch_size=4, sampler=sampler), batch_size=128)
+            problem = dicts(train=DataLoader(Rows(), batch_size=4, sampler=sampler))
             assert problem.steps_per_epoch == 4
             one, other = loop(problem), loop(problem)
             backwards = [other.indices(step).tolist() for step in reversed(range(8))]  # type: ignore[union-attr]
@@ -254,7 +263,7 @@ class TestLoaders:
     @pytest.mark.parametrize(
         ("loader", "message"),
         [
-            (DataLoader(Endless(), batch_size=4), "has no length|train data is a Endless"),
+            (DataLoader(Endless(), batch_size=4), "a Endless, is an IterableDataset: give it __len__ and"),
             (DataLoader(Rows(), batch_sampler=BatchSampler(SequentialSampler(X), 4, False)), "no batch_size"),
             (DataLoader(Rows(), batch_size=4, sampler=iter(range(4))), "sampler, a range_iterator, has no length"),  # type: ignore[arg-type]
         ],
@@ -262,6 +271,32 @@ class TestLoaders:
     def test_what_cannot_be_taken_over_is_refused(self, loader: DataLoader[Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
             dicts(train=loader)
+
+    def test_a_loader_of_a_part_has_that_part(self) -> None:
+        parts = [SubsetRandomSampler(range(16)), SubsetRandomSampler(torch.arange(16, 24))]
+        train, val = (DataLoader(Rows(), batch_size=4, sampler=part) for part in parts)
+        problem = dicts(train=train, val=val)
+        assert (len(problem.train), len(problem.val)) == (16, 8) and problem.sampler is None  # type: ignore[arg-type]
+        run = loop(problem)
+        with run.running():
+            state = run.initial_state()
+            expected = F.cross_entropy(run.model(X[16:]), Y[16:])
+            assert run.evaluate(state).loss == pytest.approx(float(expected), rel=1e-6)
+        for sampler in (WeightedRandomSampler([1.0] * 24, 24), [1, 2]):
+            with pytest.raises(InputError, match=r"the val DataLoader's sampler, a .*: give a Subset of the data set"):
+                dicts(val=DataLoader(Rows(), batch_size=4, sampler=sampler))
+
+    def test_samplers_that_count_epochs_have_another_order_in_each(self) -> None:
+        sampler = DistributedSampler(Rows(), num_replicas=2, rank=0)
+        sampler.set_epoch(3)
+        orders = [tuple(epoch_order(24, sampler, seed).tolist()) for seed in (5, 6, 5)]
+        assert orders[0] == orders[2] != orders[1] and len(orders[0]) == 12 and sampler.epoch == 3
+
+    def test_a_sampler_is_not_taken_to_another_split(self) -> None:
+        problem = dicts(train=DataLoader(Rows(), batch_size=4))
+        for change in (with_val, lambda problem: split_anew(problem, 0)):
+            with pytest.raises(InputError, match="the problem's sampler, a range, orders the examples of its training"):
+                change(problem)
 
     def test_a_sampler_that_does_not_keep_its_word_is_refused(self) -> None:
         class Short(Sampler[int]):
@@ -318,6 +353,23 @@ class TestTraining:
         same = loop(dicts())
         with same.running():
             assert loss == pytest.approx(same.evaluate(same.initial_state()).loss, rel=1e-6)
+
+    def test_padded_outputs_of_a_whole_split_are_refused_in_one_line(self) -> None:
+        def padded(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            longest = 1 + max(int(item["y"]) for item in items)
+            x = torch.stack([item["x"] for item in items])
+            return {"x": x[:, None].repeat(1, longest, 1), "y": torch.stack([item["y"] for item in items])}
+
+        @whole_split
+        def largest(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+            return output.max()
+
+        few = [{"x": x, "y": y} for x, y in zip(X, torch.arange(24) // 8, strict=True)]
+        problem = dicts(train=few, val=few, collate_fn=padded, eval_batch_size=8, metrics={"largest": largest})
+        problem = problem.replace(loss=lambda output, batch: output.square().mean())
+        run = loop(problem)
+        with run.running(), pytest.raises(InputError, match="batches differ in shape, as where sequences are padded"):
+            run.evaluate(run.initial_state())
 
     def test_regularisers_act_on_the_first_floating_tensor_of_a_mapping(self) -> None:
         batch = {"index": Y, "x": X, "more": X}

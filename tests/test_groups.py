@@ -17,7 +17,7 @@ from torch.func import functional_call
 from tune_hypergrad import InputError, Schedule
 from tune_hypergrad.curves import split_group, split_name
 from tune_hypergrad.groups import in_group, regrouped, ungrouped
-from tune_hypergrad.hypergradients import InnerLoop, hypergradient
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient
 from tune_hypergrad.hypergradients.check import check_problem, finite_differences
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.partial_update import step_blocks
@@ -165,11 +165,28 @@ class TestHypergradients:
         forward, reverse = (differentiate(loop, values, mode, horizon=1).hypergradients for mode in MODES[:2])
         assert_close(forward, reverse, 1e-10)
 
-    def test_a_common_value_that_nobody_has_does_nothing(self) -> None:
+    def test_a_common_value_that_nobody_has_is_refused(self) -> None:
         loop = make_loop(make_problem(groups="layer"), STEPS)
-        values = {"lr": double(0.1), "lr/layer0": double(0.2), "lr/layer2": double(0.1)}
-        for mode in MODES:
-            assert differentiate(loop, values, mode).hypergradients["lr"].tolist() == [0.0]
+        own = {"lr/layer0": double(0.2), "lr/layer2": double(0.1)}
+        loop.check_names(own)
+        message = (
+            "'lr' acts on no parameter, since every group has a value of its own: give lr/layer0, lr/layer2 instead"
+        )
+        with pytest.raises(InputError, match=message):
+            loop.check_names({"lr": double(0.1), **own})
+
+        def brought(model: nn.Module) -> list[dict[str, Any]]:
+            return [{"params": [parameter], "lr": 0.1} for parameter in model.parameters()]
+
+        for fixed in ({}, {"lr": 0.5}):
+            loop = make_loop(make_problem(groups=brought), STEPS, fixed=fixed)
+            with pytest.raises(InputError, match="'lr' acts on no parameter"):
+                loop.check_names({} if fixed else {"lr": double(0.1)})
+
+    def test_an_average_has_no_groups(self) -> None:
+        loop = InnerLoop(make_problem(groups=TWO), TrainingSettings(STEPS, ema=0.9))
+        with pytest.raises(InputError, match="'ema/first': all weights have one average, whose decay is 'ema'"):
+            loop.check_names({"ema/first": double(0.5)})
 
     def test_one_value_for_all_groups_is_the_common_one(self) -> None:
         common = differentiate(make_loop(), {"lr": double(0.1, 0.2)})

@@ -261,6 +261,12 @@ def test_sgd_replay(momenta, foreach, scheduler):
     torch.testing.assert_close(replayed, sgd_by_hand(schedule, 13), rtol=1e-12, atol=1e-13)
 
 
+def test_the_second_eps_of_adafactor():
+    optimizer = torch.optim.Adafactor([torch.nn.Parameter(torch.ones(2))])
+    assert Schedule({"lr": (0.1,), "eps2": (0.01, 0.02)}).apply(optimizer, 1, 2) == {}
+    assert optimizer.param_groups[0]["eps"] == (None, 0.02)
+
+
 def test_dampened_sgd_replay():
     schedule = Schedule({"lr": (0.1,), "momentum": (0.0, 0.9), "dampening": (0.3, 0.0, 0.6)})
     torch.testing.assert_close(

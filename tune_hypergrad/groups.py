@@ -6,7 +6,7 @@ group has none of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -60,6 +60,23 @@ class Groups:
             raise InputError(
                 f"unknown hyperparameter {name!r}: the problem has no group {group!r}: {known}"
                 f"{did_you_mean(group, self.names)}"
+            )
+
+    def refuse_idle(self, name: str, given: Collection[str]) -> None:
+        """Refuse a common value that acts on no parameter.
+
+        Args:
+            name: of the hyperparameter.
+            given: all names that have values.
+
+        Raises:
+            InputError: every group has a value of its own, and all parameters are in one.
+        """
+        if self.members and all(group and f"{name}/{group}" in given for group in self.members):
+            own = listed(f"{name}/{group}" for group in dict.fromkeys(self.members))
+            raise InputError(
+                f"{name!r} acts on no parameter, since every group has a value of its own: give {own} instead, or "
+                "leave such values out of groups"
             )
 
     def positions(self, group: str) -> list[int]:

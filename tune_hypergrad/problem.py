@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import import_module
 from math import isnan, nan
@@ -27,7 +27,7 @@ from tune_hypergrad.objective import Objective, Parameters, strengths
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 from tune_hypergrad.reading import Loading
 from tune_hypergrad.regularisers import Regulariser, Strength
-from tune_hypergrad.sampling import own_sampler
+from tune_hypergrad.sampling import examples_of, own_sampler, refuse_unreadable
 
 if TYPE_CHECKING:
     from tune_hypergrad.defaults import TrainingDefaults
@@ -78,8 +78,9 @@ class Problem:
     """"min" or "max" by the name of a metric: which way is better, for reports. The objective says its own; of others
     reports guess it by the name."""
 
-    batch_size: int = 128
-    """Training examples in a batch; the training split's length means full-batch steps."""
+    batch_size: int = None  # type: ignore[assignment]
+    """Training examples in a batch; the training split's length means full-batch steps. None is what `train` has, where
+    it is a `DataLoader`, and else 128."""
 
     eval_batch_size: int = 1000
     """Examples evaluated at once; a matter of memory only."""
@@ -97,8 +98,9 @@ class Problem:
     target: Callable[[Batch], Any] = target_of
     """What losses and metrics judge the output against. Unless given, a tuple's last element, and else the batch."""
 
-    drop_last: bool = True
-    """Whether the last batch of a pass is left out where it is incomplete."""
+    drop_last: bool = None  # type: ignore[assignment]
+    """Whether the last batch of a pass is left out where it is incomplete. None is what `train` has, where it is a
+    `DataLoader`, and else True."""
 
     sampler: Collection[int] | None = None
     """Gives the order of a pass over the training split, such as torch's `WeightedRandomSampler`: it draws from torch's
@@ -128,6 +130,8 @@ class Problem:
         self.findings: dict[Any, Any] = {}  # what has been found out of this problem's derivatives
         if isinstance(self.train, DataLoader):
             self._take_over(self.train)
+        self.batch_size = 128 if self.batch_size is None else self.batch_size
+        self.drop_last = True if self.drop_last is None else self.drop_last
         self.train = _split(self.train, "train", self.collate_fn)
         self.val = _split(self.val, "val", self.collate_fn)
         self.test = None if self.test is None else _split(self.test, "test", self.collate_fn)
@@ -143,9 +147,12 @@ class Problem:
         self._check_regularisers()
         refuse_form(self.groups)
         self._check_directions()
+        if not self.drop_last:
+            self.batch_size = min(self.batch_size, self.examples_per_epoch)
         if self.batch_size > self.examples_per_epoch:
+            of_pass = "the training split's" if self.sampler is None else "the sampler's"
             raise InputError(
-                f"batch_size {self.batch_size} is above the training split's {self.examples_per_epoch} examples: "
+                f"batch_size {self.batch_size} is above {of_pass} {self.examples_per_epoch} examples: "
                 "lower it, or give the same number for full-batch steps"
             )
         if not self.steps_per_epoch:
@@ -241,15 +248,10 @@ class Problem:
 
     def _take_over(self, loader: DataLoader[Any]) -> None:
         """How a training loader makes batches, where nothing else has been said."""
-        if loader.batch_size is None:
-            raise InputError(
-                "the train DataLoader has no batch_size, so that its batches are the data set's or a batch_sampler's: "
-                "give it batch_size and sampler, or the problem the data set and collate_fn"
-            )
-        defaults = {each.name: each.default for each in fields(type(self))}
+        refuse_unreadable(loader, "train")
         own = {"batch_size": loader.batch_size, "drop_last": loader.drop_last, "sampler": own_sampler(loader)}
         for name, value in own.items():
-            if getattr(self, name) == defaults[name]:
+            if getattr(self, name) is None:
                 setattr(self, name, value)
 
     def _settle_loading(self) -> None:
@@ -600,7 +602,7 @@ def _split(source: Any, name: str, collate_fn: Callable[[list[Any]], Batch] | No
     if isinstance(source, DataLoader):
         # the loader's own, unless it is what every loader has
         own = None if source.collate_fn is default_collate else source.collate_fn
-        return Split(source.dataset, name, collate_fn or own, Loading.of(source))
+        return Split(examples_of(source, name), name, collate_fn or own, Loading.of(source))
     return Split(source, name, collate_fn)
 
 

@@ -36,6 +36,7 @@ _READABLE = (1, 2)  # version 1 had windows only
 _DRAWN = 200
 """Equal parts of training in which a curve is drawn."""
 _BETAS = ("beta1", "beta2")
+_EPS2 = "eps2"  # the second of `torch.optim.Adafactor`'s two
 _LINES = 8  # of parameter groups in one panel
 _LOG_AXIS_FROM = 100.0  # largest over smallest value from which a linear axis hides the small ones
 
@@ -297,10 +298,11 @@ class Schedule:
         """Set the values of an inner step in the param groups of a `torch.optim` optimizer.
 
         Names are those of the param groups (`lr`, `momentum`, `dampening`, `weight_decay`, `eps`, `alpha`); `beta1` and
-        `beta2` are the two elements of `betas`. `lr/backbone` is set in the param groups whose `name` is "backbone",
-        `lr` in the others; what the schedule has of other groups only stays as it is. Where you have given these param
-        groups different values, a 0 is kept, such as the `weight_decay` of biases, and of others what is not the
-        optimizer's default, unless `groups` is given. Call it before `optimizer.step()`.
+        `beta2` are the two elements of `betas`, `eps2` the second one of `Adafactor`'s `eps`. `lr/backbone` is set in the
+        param groups whose `name` is "backbone", `lr` in the others; what the schedule has of other groups only stays as
+        it is. Where you have given these param groups different values, a 0 is kept, such as the `weight_decay` of
+        biases, and of others what is not the optimizer's default, unless `groups` is given. Call it before
+        `optimizer.step()`.
 
         Args:
             optimizer: any `torch.optim` optimizer, fresh or at this step of its training.
@@ -310,7 +312,8 @@ class Schedule:
                 Common values are for all that it does not list, too.
 
         Returns:
-            The values that the optimizer has no place for, such as `label_smoothing`: they belong to your own loss.
+            The values that the optimizer has no place for, such as `label_smoothing`: they belong to your own loss, or,
+            `ema`, to your average of the weights.
 
         Raises:
             InputError: `step` or `total_steps` is out of range, the optimizer lacks a group of the schedule, or all its
@@ -507,6 +510,8 @@ def _check_total_steps(total_steps: int) -> None:
 def _has(group: Mapping[str, Any], name: str) -> bool:
     if name in _BETAS:
         return "betas" in group
+    if name == _EPS2:
+        return isinstance(group.get("eps"), tuple)
     value = group.get(name)
     return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
 
@@ -539,6 +544,8 @@ def _keeping(groups: Sequence[dict[str, Any]], name: str, defaults: Mapping[str,
 
 
 def _value_in(group: Mapping[str, Any], name: str) -> float:
+    if name == _EPS2:
+        return float(group["eps"][1])
     value = group["betas"][_BETAS.index(name)] if name in _BETAS else group[name]
     return float(value)
 
@@ -548,6 +555,8 @@ def _assign(group: dict[str, Any], name: str, value: float) -> None:
         betas = list(group["betas"])
         betas[_BETAS.index(name)] = value
         group["betas"] = tuple(betas)
+    elif name == _EPS2:
+        group["eps"] = group["eps"][0], value
     elif isinstance(group[name], Tensor):
         group[name].fill_(value)  # a captured graph reads this very tensor
     else:

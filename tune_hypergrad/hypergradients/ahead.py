@@ -16,13 +16,16 @@ from tune_hypergrad.batches import Batch
 from tune_hypergrad.hypergradients.memory import free_memory
 from tune_hypergrad.reading import Reader, Task
 
+_MOST = 2 << 30
+"""Bytes of batches that a run keeps at the most: other trials may begin beside it."""
+
 
 class BatchesAhead:
     """Batches by their number, whatever the order in which they are asked for.
 
     Where numbers follow each other, up or down, workers read ahead from the second on; from the first, where the order
     was announced. All other batches are read when they are asked for. Those that are asked for again are kept in the
-    main memory, up to a quarter of what is free.
+    main memory, up to a quarter of what is free, and 2 GiB.
 
     Args:
         reader: of the split.
@@ -105,7 +108,7 @@ class BatchesAhead:
     def _keep(self, number: int, batches: list[Batch]) -> None:
         """Keep copies, which are in no memory that is shared with workers, nor pinned."""
         if not self._kept:
-            self._room = free_memory(torch.device("cpu"))
+            self._room = min(free_memory(torch.device("cpu")), _MOST)
         copies: dict[int, Any] = {}
         try:
             kept = copy.deepcopy(batches, copies)

@@ -342,6 +342,11 @@ class _Pass:
                 f"{_called(name)} is of the whole split, but the model's outputs cannot be put together over batches: "
                 f"set eval_batch_size to {len(self._split)}, so that the split is one batch"
             )
+        if self._outputs and not can_be_joined((output, target), self._outputs[0]):
+            raise InputError(
+                f"{_called(name)} is of the whole split, and outputs or targets of its batches differ in shape, as "
+                "where sequences are padded: let it return (sum, count), or pad all batches alike"
+            )
         self._outputs.append((output, target))
         size = sum(leaf.nbytes for leaf in tree_leaves(self._outputs[0])) * len(self._batches)
         if size > free_memory(self._loop.device):

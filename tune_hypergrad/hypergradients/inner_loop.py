@@ -33,7 +33,7 @@ from tune_hypergrad.hypergradients.ahead import BatchesAhead
 from tune_hypergrad.hypergradients.autocast import UnderAutocast, autocast_dtype
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
-from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer, guarded_sqrt
+from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer, guarded_sqrt, initial_slots
 from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks, update_each
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
@@ -277,9 +277,11 @@ class InnerLoop:
         for name in dict.fromkeys((*bases, *base_names(self._fixed), *self.groups.values)):
             if name in of_optimizer or name in of_loss or name in of_regularisers:
                 continue
-            if split_group(name)[0] in of_optimizer:
+            if split_group(name)[0] in self.optimizer.hyperparameters:
                 self.groups.check_name(name)
                 continue
+            if split_group(name)[0] == EMA and name != EMA:
+                raise InputError(f"{name!r}: all weights have one average, whose decay is {EMA!r}")
             if name in self.problem.model_hyperparameters:
                 raise InputError(
                     f"hyperparameter {name!r} is an argument of the model factory, which no gradient reaches: fix it, "
@@ -313,6 +315,9 @@ class InnerLoop:
         for name, default in of_loss.items():
             if isnan(default) and name not in given:
                 raise InputError(f"the train loss needs {name!r}, which has no default: tune it or fix it to a value")
+        for name in (*bases, *base_names(self._fixed)):
+            if name in self.optimizer.hyperparameters:
+                self.groups.refuse_idle(name, {*given, *self.groups.values})
         refuse_incomplete((*self._fixed_parts, *tuned))
         for name, values in self._held.items():
             self.check_values(name, values)
@@ -359,10 +364,8 @@ class InnerLoop:
 
     def initial_state(self) -> State:
         """Fresh weights (drawn from the seed), zero optimizer state, fresh buffers, no step taken."""
-        slots = tuple(
-            self._initial.clone() if name in (EMA, *self.optimizer.from_weights) else torch.zeros_like(self._initial)
-            for name in self.slots
-        )
+        own = initial_slots(self.optimizer, self._initial)
+        slots = (*own, *(self._initial.clone() for _ in self.slots[len(own) :]))  # an average begins at the weights
         return State(self._initial.clone(), slots, dict(self._initial_buffers), (0,) * len(self._names))
 
     def scalars(self, hyperparameters: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:

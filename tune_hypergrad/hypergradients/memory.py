@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _SHARE = 0.25  # several trials may run beside each other
 
 
@@ -21,9 +22,19 @@ def mebibytes(size: float) -> str:
 
 
 def _available() -> int:
-    """What Linux says can be had without swapping; 4 GiB where nobody says."""
+    """What Linux says can be had without swapping, and the container has left; 4 GiB where nobody says."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return 1 << 32
+        free = 1 << 32
+    return int(max(0, min(free, _left_in_container())))
+
+
+def _left_in_container() -> float:
+    """Bytes below the limit of the control group, infinite where it has none."""
+    try:
+        limit, used = ((_CONTROL_GROUP / f"memory.{what}").read_text().strip() for what in ("max", "current"))
+        return float("inf") if limit == "max" else int(limit) - int(used)
+    except (OSError, ValueError):
+        return float("inf")

@@ -43,6 +43,13 @@ class Optimizer(NamedTuple):
         return f"Optimizer({self.name!r}, slots={self.slots!r}, hyperparameters={dict(self.hyperparameters)!r})"
 
 
+def initial_slots(optimizer: Optimizer, weights: Tensor) -> Slots:
+    """The state vectors before the first step: the weights themselves, or zeros, of their shape."""
+    return tuple(
+        weights.clone() if name in optimizer.from_weights else torch.zeros_like(weights) for name in optimizer.slots
+    )
+
+
 def sgd(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
     """SGD with momentum, dampening and L2 weight decay, as `torch.optim.SGD`.
 

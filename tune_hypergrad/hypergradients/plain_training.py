@@ -19,7 +19,7 @@ from tune_hypergrad.batches import Batch
 from tune_hypergrad.figures import as_mean
 from tune_hypergrad.groups import in_group
 from tune_hypergrad.hypergradients.inner_loop import EMA, InnerLoop
-from tune_hypergrad.hypergradients.optimizers import Optimizer
+from tune_hypergrad.hypergradients.optimizers import Optimizer, initial_slots
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
@@ -73,11 +73,7 @@ class ByEquation(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
         if not state:
-            slots = tuple(
-                parameter.detach().clone() if name in self._optimizer.from_weights else torch.zeros_like(parameter)
-                for name in self._optimizer.slots
-            )
-            state.update(slots=slots, count=0)
+            state.update(slots=initial_slots(self._optimizer, parameter.detach()), count=0)
         return state
 
 

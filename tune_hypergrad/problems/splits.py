@@ -41,6 +41,11 @@ def stratified_split(
 
 def with_val(problem: Problem) -> Problem:
     """The problem with its validation examples among those of training; what is reported of them then means little."""
+    if problem.sampler is not None:
+        raise InputError(
+            f"the problem's sampler, a {type(problem.sampler).__name__}, orders the examples of its training split and "
+            "of no other: leave it out (a DataLoader with shuffle=True has none), or keep the splits as they are"
+        )
     train, val = problem.train, problem.val
     assert isinstance(train, Split) and isinstance(val, Split)
     if train.tensors is not None and val.tensors is not None:

@@ -22,7 +22,7 @@ from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.figures import as_mean
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
-from tune_hypergrad.hypergradients.optimizers import get_optimizer
+from tune_hypergrad.hypergradients.optimizers import get_optimizer, initial_slots
 from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.randomness import fold_seed
@@ -203,10 +203,11 @@ class SelfTuningRun:
         self._general = self.network.general_parameters()
         self._responses = self.network.response_parameters()
         self._weights = [_as_views(self._general.values()), _as_views(self._responses.values())]
-        self._slots = [tuple(torch.zeros_like(flat) for _ in loop.optimizer.slots) for flat in self._weights]
+        self._slots = [initial_slots(loop.optimizer, flat) for flat in self._weights]
         self._counts = [(0,) * len(each) for each in (self._general, self._responses)]
         self._hyper_optimizer = get_optimizer(settings.hyper_optimizer)
-        self._hyper_slots = tuple(torch.zeros(2 * len(self.tuned), **options) for _ in self._hyper_optimizer.slots)
+        unconstrained = torch.cat([self.tuned.unconstrained, self.tuned.log_scales]).detach()
+        self._hyper_slots = initial_slots(self._hyper_optimizer, unconstrained)
         self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.held), dtype=torch.float64)
         self.position = 0
         """Training steps taken."""
