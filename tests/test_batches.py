@@ -324,6 +324,17 @@ class TestTraining:
         for params, loss in results[1:]:
             assert torch.equal(params, results[0][0]) and loss == results[0][1]
 
+    def test_an_incomplete_last_batch_that_the_model_does_not_take_is_found_before_training(self) -> None:
+        def normalised() -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+        given: dict[str, Any] = {"model": normalised, "train": (X, Y), "val": (X, Y), "batch_size": 23}
+        Problem(**given).check()
+        with pytest.raises(
+            InputError, match=r"train batch of shapes \(1, 4\), \(1,\) fails: ValueError: Expected more than 1"
+        ):
+            Problem(**given, drop_last=False).check()
+
     def test_forward_and_target_of_ones_own(self) -> None:
         own = dicts(
             forward=lambda model, batch: {"logits": model(batch["x"])},

@@ -285,6 +285,11 @@ class Problem:
         return len(self.train if self.sampler is None else self.sampler)
 
     @property
+    def last_batch_size(self) -> int:
+        """Examples in the last batch of a pass over the training split."""
+        return min(self.batch_size, self.examples_per_epoch - self.batch_size * (self.batches_per_epoch - 1))
+
+    @property
     def batches_per_epoch(self) -> int:
         """Batches in one pass over the training split."""
         return self._parts(self.examples_per_epoch, self.batch_size)
@@ -445,11 +450,13 @@ class Problem:
             for split in (own.train, own.val, own.test):
                 if split is not None:
                     own._check_split(model, split, reference)  # type: ignore[arg-type]
+            if own.last_batch_size != own.batch_size:
+                own._check_split(model, own.train, reference, own.last_batch_size)  # type: ignore[arg-type]
             own._check_regularised_step(regularised, reference)
         self._is_checked = True
 
-    def _check_split(self, model: nn.Module, split: Split, reference: Tensor) -> None:
-        size = min(len(split), self.batch_size if split.name == "train" else self.eval_batch_size)
+    def _check_split(self, model: nn.Module, split: Split, reference: Tensor, examples: int | None = None) -> None:
+        size = examples or min(len(split), self.batch_size if split.name == "train" else self.eval_batch_size)
         batch = _attempt(f"reading {split.name} data", split.batch, slice(0, size))
         batch = cast_batch(batch, reference.device, reference.dtype.to_real())
         model.train(split.name == "train")

@@ -298,7 +298,7 @@ class Schedule:
         """Set the values of an inner step in the param groups of a `torch.optim` optimizer.
 
         Names are those of the param groups (`lr`, `momentum`, `dampening`, `weight_decay`, `eps`, `alpha`); `beta1` and
-        `beta2` are the two elements of `betas`, `eps2` the second one of `Adafactor`'s `eps`. `lr/backbone` is set in the
+        `beta2` are the two elements of `betas`, `eps2` the second of `Adafactor`'s `eps`. `lr/backbone` is set in the
         param groups whose `name` is "backbone", `lr` in the others; what the schedule has of other groups only stays as
         it is. Where you have given these param groups different values, a 0 is kept, such as the `weight_decay` of
         biases, and of others what is not the optimizer's default, unless `groups` is given. Call it before
