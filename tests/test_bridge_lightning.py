@@ -8,7 +8,8 @@ from tiny_problem import clusters
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from tune_hypergrad import DeltaSTN, InputError, Problem, Schedule, check_problem, schedule
+from tune_hypergrad import DeltaSTN, InputError, Problem, Schedule, check_problem, compare, schedule
+from tune_hypergrad.comparison import Retraining
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.regularisers import WeightDecay
 
@@ -275,6 +276,30 @@ def test_groups_are_those_of_configure_optimizers():
     assert taken(Classifier).groups is None
     found = check_problem(problem, fixed=own.fixed({"lr": 0.1}))
     assert found.ok and max(found.errors.values()) < 1e-4, found.message
+
+
+@pytest.mark.slow
+def test_groups_are_tuned_and_compared(ray_session, tmp_path):
+    given = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    problem = Problem.from_lightning(Grouped, Points(batch_size=6), trainer=trainer(**given))
+    space = {"lr": schedule(tune.loguniform(1e-3, 1), 2), "lr/biases": tune.loguniform(1e-3, 1)}
+    comparison = compare(
+        problem,
+        ["fds", "delta-stn", "rs"],
+        budget="24e",
+        space=space,
+        out=tmp_path / "out",
+        retraining=Retraining(seeds=1),
+        progress="quiet",
+        max_failures=0,
+        **problem.defaults.comparison_settings(space),
+    )
+    assert comparison.methods == ["fds", "rs"] and list(comparison.left_out) == ["delta-stn"]
+    for method in comparison.methods:
+        found = comparison.schedule(method)
+        assert {"lr", "lr/body", "lr/biases", "momentum/group1", "weight_decay/biases"} <= set(found.values)
+        callback = ScheduleCallback(found)
+        trainer(callbacks=[callback], **given).fit(Grouped(), Points(batch_size=6))
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -224,6 +224,21 @@ def test_defaults_are_the_arguments(tmp_path):
     assert inner_loop(plain).groups.values == {"weight_decay/no_decay": 0.0}, "biases are exempt where it is tuned"
 
 
+def padded_on_the_left(items):
+    longest = max(len(item["input_ids"]) for item in items)
+    ids = [torch.nn.functional.pad(item["input_ids"], (longest - len(item["input_ids"]), 0)) for item in items]
+    return {"input_ids": torch.stack(ids), "labels": torch.stack(ids).masked_fill(torch.stack(ids) == 0, -100)}
+
+
+def test_micro_batches_that_are_no_parts_of_a_batch_are_refused(tmp_path):
+    data = [{"input_ids": torch.arange(1, length + 1)} for length in (2, 3, 2, 3, 7, 8, 7, 8)]
+    args = arguments(tmp_path, **HALVES)
+    with pytest.raises(InputError, match="padding on the left"):
+        Problem.from_transformers(language_model, args, data, data, padded_on_the_left)
+    even = [each for each in data if len(each["input_ids"]) == 8] * 4
+    assert Problem.from_transformers(language_model, args, even, even, padded_on_the_left).batch_size == 8
+
+
 def test_arguments_that_cannot_be_repeated_are_refused(tmp_path):
     data = Texts(8, 0), Texts(8, 1)
     for changes, words in [
