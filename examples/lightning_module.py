@@ -41,19 +41,19 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-def fit(*callbacks: lightning.Callback) -> lightning.Trainer:
+def fit(*callbacks: lightning.Callback) -> tuple[lightning.Trainer, float]:
     torch.manual_seed(0)
-    trainer = lightning.Trainer(max_epochs=4, logger=False, enable_checkpointing=False, callbacks=list(callbacks))
+    settings = {"max_epochs": 4, "gradient_clip_val": 1.0, "logger": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(**settings, callbacks=list(callbacks))
     trainer.fit(Module(), Digits())
-    return trainer
+    return trainer, float(trainer.callback_metrics["val_loss"])
 
 
 if __name__ == "__main__":
-    trainer = fit()
+    trainer, by_hand = fit()
     problem = Problem.from_lightning(Module, Digits(), trainer=trainer)
     space = {"lr": schedule(tune.loguniform(1e-3, 1), windows=4), "momentum": tune.uniform(0, 0.99)}
     fds = FDS.from_problem(problem, space=space, outer_steps=8, **problem.defaults.trial_settings(space))
     grid = tune.Tuner(fds, run_config=tune.RunConfig(storage_path=os.getcwd())).fit()
     best = Schedule.from_scalars(grid[0].metrics, "best_schedule")
-    tuned = fit(ScheduleCallback(best)).callback_metrics["val_loss"]
-    print(f"validation loss by hand {trainer.callback_metrics['val_loss']:.3f}, tuned {tuned:.3f}; {best}")
+    print(f"validation loss by hand {by_hand:.3f}, tuned {fit(ScheduleCallback(best))[1]:.3f}; {best}")

@@ -394,7 +394,7 @@ def from_transformers() -> Problem:
     def metrics(prediction):
         return {"accuracy": (prediction.predictions.argmax(1) == prediction.label_ids).mean()}
 
-    args = transformers.TrainingArguments(output_dir="unused", use_cpu=True, max_grad_norm=0.0, report_to=[])
+    args = transformers.TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
     return Problem.from_transformers(tiny_bert, args, Texts(32, 0), Texts(16, 1), compute_metrics=metrics)
 
 

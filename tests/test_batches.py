@@ -330,9 +330,7 @@ class TestTraining:
 
         given: dict[str, Any] = {"model": normalised, "train": (X, Y), "val": (X, Y), "batch_size": 23}
         Problem(**given).check()
-        with pytest.raises(
-            InputError, match=r"shapes \(1, 4\), \(1,\) fails: ValueError: Expected more than 1"
-        ):
+        with pytest.raises(InputError, match=r"shapes \(1, 4\), \(1,\) fails: ValueError: Expected more than 1"):
             Problem(**given, drop_last=False).check()
 
     def test_forward_and_target_of_ones_own(self) -> None:

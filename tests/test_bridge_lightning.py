@@ -8,7 +8,8 @@ from tiny_problem import clusters
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from tune_hypergrad import DeltaSTN, InputError, Problem, Schedule, check_problem, schedule
+from tune_hypergrad import DeltaSTN, InputError, Problem, Schedule, check_problem, compare, schedule
+from tune_hypergrad.comparison import Retraining
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.regularisers import WeightDecay
 
@@ -39,16 +40,16 @@ class InOrder(Sampler):
 
 
 class Points(lightning.LightningDataModule):
-    def __init__(self, order=None):
+    def __init__(self, order=None, batch_size=8):
         super().__init__()
-        self.order = order
+        self.order, self.batch_size = order, batch_size
 
     def setup(self, stage):
         self.train, self.val, self.test = (TensorDataset(*clusters(n, n)) for n in (20, 10, 9))
 
     def train_dataloader(self):
         given = {"shuffle": True} if self.order is None else {"sampler": InOrder(self.order)}
-        return DataLoader(self.train, batch_size=8, **given)
+        return DataLoader(self.train, batch_size=self.batch_size, **given)
 
     def val_dataloader(self):
         return DataLoader(self.val, batch_size=4)
@@ -135,6 +136,23 @@ class Autoencoder(Plain):
         self.log("val_double", 2 * loss)
 
 
+class Grouped(Plain):
+    """Param groups with values of their own, which a scheduler keeps apart."""
+
+    def configure_optimizers(self):
+        body, head = self.net[0], self.net[2]
+        groups = [
+            {"params": [body.weight], "lr": 0.3, "name": "body"},
+            {"params": [head.weight], "momentum": 0.5},
+            {"params": [body.bias, head.bias], "weight_decay": 0.0, "name": "biases"},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
+        steps = self.trainer.estimated_stepping_batches
+        rates = [lambda step: 1 - 0.5 * step / steps] * 3
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 MODULES = [Classifier, OneCycle, Autoencoder]
 
 
@@ -149,34 +167,42 @@ def taken(module, **given):
 
 def inner_loop(problem, **settings):
     own = problem.defaults
-    return InnerLoop(problem, TrainingSettings(**{"fixed": own.fixed({}), **settings}, steps=own.steps, seed=3))
+    settings = {"fixed": own.fixed({}), "optimizer": own.optimizer, **own.recipe, **settings}
+    return InnerLoop(problem, TrainingSettings(**settings, steps=own.steps, seed=3))
 
 
 def fit(problem, loop, module, **given):
     """The module after the trainer's training from the loop's weights with the loop's batches."""
-    steps = range(loop.steps)
-    epochs = [
-        [int(i) for step in steps if problem.place(step)[0] == epoch for i in loop.indices(step)] for epoch in range(3)
-    ]
+    epochs = [[] for _ in range(3)]
+    for step in range(loop.steps):
+        for number in range(problem.batches_in(step)):
+            epochs[problem.place(step)[0]] += loop.indices(step, number).tolist()
     own = module()
     own.load_state_dict(loop.model.state_dict())
     fitting = trainer(**given)
-    fitting.fit(own, Points(epochs))
+    fitting.fit(own, Points(epochs, problem.batch_size))
     return own, fitting
+
+
+def assert_same(loop, state, module, **tolerances):
+    mine = loop.unflatten(state.params)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(
+            mine[name], parameter.detach(), msg=name, **{"rtol": 1e-9, "atol": 1e-11, **tolerances}
+        )
 
 
 @pytest.mark.parametrize("module", [Classifier, OneCycle])
 def test_training_is_the_trainers(module):
     problem = taken(module)
-    loop = inner_loop(problem, optimizer=problem.defaults.optimizer)
+    loop = inner_loop(problem)
     assert problem.steps_per_epoch == 3 and loop.steps == 9 and not problem.drop_last
     with loop.running():
         state = loop.run({})
-        mine, found = loop.unflatten(state.params), loop.evaluate(state)
+        found = loop.evaluate(state)
     theirs, fitted = fit(problem, loop, module)
     assert fitted.global_step == loop.steps
-    for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(mine[name], parameter.detach(), rtol=1e-9, atol=1e-11, msg=name)
+    assert_same(loop, state, theirs)
     x, y = clusters(10, 10)
     output = theirs(x).detach()
     assert found.loss == pytest.approx(float(theirs.loss(output, y)), rel=1e-9)
@@ -184,6 +210,96 @@ def test_training_is_the_trainers(module):
         assert set(found.metrics) == {"accuracy", "f1"}
         assert found.metrics["accuracy"] == pytest.approx(float(MulticlassAccuracy(3, average="micro")(output, y)))
         assert found.metrics["f1"] == pytest.approx(float(MulticlassF1Score(3)(output, y)))
+
+
+RECIPES = {
+    "norm": {"gradient_clip_val": 0.2},
+    "value": {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+    "accumulation": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_clipping_accumulation_and_groups_are_the_trainers(recipe):
+    given = RECIPES[recipe]
+    problem = Problem.from_lightning(Grouped, Points(batch_size=6), trainer=trainer(**given))
+    own, loop = problem.defaults, inner_loop(problem)
+    assert own.left_out == () and loop.groups.names == ("body", "group1", "biases")
+    assert own.steps == (6 if recipe == "accumulation" else 12) and own.epochs == 3
+    with loop.running():
+        state = loop.run({})
+        plain = inner_loop(problem, clip_gradient=None, clip_norm=None)
+        unclipped = plain.run({})
+    theirs, fitted = fit(problem, loop, Grouped, **given)
+    assert fitted.global_step == loop.steps
+    assert_same(loop, state, theirs)
+    assert not torch.allclose(state.params, unclipped.params, rtol=1e-3), "nothing is clipped"
+
+
+def test_bfloat16_is_the_trainers():
+    given = {"precision": "bf16-mixed"}
+
+    class Single(Plain):
+        def __init__(self):
+            super().__init__()
+            self.float()
+
+        def forward(self, x):
+            return super().forward(x.float())
+
+    problem = Problem.from_lightning(Single, Points(), trainer=trainer(**given))
+    loop, whole = inner_loop(problem), inner_loop(problem, autocast=None)
+    assert problem.defaults.autocast == "bfloat16" and problem.defaults.left_out == ()
+    with loop.running(), whole.running():
+        state, exact = loop.run({}), whole.run({})
+    theirs, _ = fit(problem, loop, Single, **given)
+    reached = loop.flatten({name: p.detach() for name, p in theirs.named_parameters()})
+    assert (state.params - reached).norm() < 0.1 * (exact.params - reached).norm()
+
+
+def test_groups_are_those_of_configure_optimizers():
+    problem = taken(Grouped)
+    own = problem.defaults
+    assert [(group.name, len(group.parameters)) for group in own.groups] == [("body", 1), ("group1", 1), ("biases", 2)]
+    assert own.schedule.values["lr"][:2] == pytest.approx((0.1, 0.1 * (1 - 0.5 / 9)))
+    assert own.schedule.values["lr/body"][:2] == pytest.approx((0.3, 0.3 * (1 - 0.5 / 9)))
+    assert {name: own.schedule.values[name] for name in own.schedule.values if "/" in name and "lr" not in name} == {
+        "momentum/group1": (0.5,),
+        "weight_decay/biases": (0.0,),
+    }
+    loop = InnerLoop(problem, TrainingSettings(9))
+    assert loop.groups.values == {"momentum/group1": 0.5, "weight_decay/biases": 0.0}
+    space = {"lr": {"groups": {"*": tune.loguniform(1e-3, 1), "biases": tune.loguniform(1e-3, 1)}}}
+    settings = own.trial_settings(space)
+    assert settings["initial"] == pytest.approx({"lr": 0.1 * 7 / 9, "lr/biases": 0.1 * 7 / 9})
+    assert len(settings["fixed"]["lr/body"]) == 9 and "lr" not in settings["fixed"]
+    assert taken(Classifier).groups is None
+    found = check_problem(problem, fixed=own.fixed({"lr": 0.1}))
+    assert found.ok and max(found.errors.values()) < 1e-4, found.message
+
+
+@pytest.mark.slow
+def test_groups_are_tuned_and_compared(ray_session, tmp_path):
+    given = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    problem = Problem.from_lightning(Grouped, Points(batch_size=6), trainer=trainer(**given))
+    space = {"lr": schedule(tune.loguniform(1e-3, 1), 2), "lr/biases": tune.loguniform(1e-3, 1)}
+    comparison = compare(
+        problem,
+        ["fds", "delta-stn", "rs"],
+        budget="24e",
+        space=space,
+        out=tmp_path / "out",
+        retraining=Retraining(seeds=1),
+        progress="quiet",
+        max_failures=0,
+        **problem.defaults.comparison_settings(space),
+    )
+    assert comparison.methods == ["fds", "rs"] and list(comparison.left_out) == ["delta-stn"]
+    for method in comparison.methods:
+        found = comparison.schedule(method)
+        assert {"lr", "lr/body", "lr/biases", "momentum/group1", "weight_decay/biases"} <= set(found.values)
+        callback = ScheduleCallback(found)
+        trainer(callbacks=[callback], **given).fit(Grouped(), Points(batch_size=6))
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -296,22 +412,18 @@ class Noted(Classifier):
 
 def test_what_is_left_out_is_said():
     with pytest.warns(UserWarning) as warned:
-        own = trainer(gradient_clip_val=1.0, precision="bf16-mixed")
+        own = trainer(gradient_clip_val=1.0, precision="64-true")
         problem = Problem.from_lightning(Noted, Points(), trainer=own)
     assert tuple(str(each.message) for each in warned) == problem.defaults.left_out
     said = " ".join(problem.defaults.left_out)
-    assert all(
-        word in said
-        for word in ("gradient_clip_val=1", "bf16", "on_train_epoch_end", "ReduceLROnPlateau", "lr of the optimizer's")
-    )
+    assert all(word in said for word in ("64-true", "on_train_epoch_end", "ReduceLROnPlateau"))
+    assert problem.defaults.recipe == {"clip_norm": 1.0}
     assert [(group.name, group.schedule.values["lr"]) for group in problem.defaults.groups] == [
         ("body", (0.3,)),
-        ("1", (0.1,)),
+        ("group1", (0.1,)),
     ]
-    by_value = trainer(gradient_clip_val=0.5, gradient_clip_algorithm="value")
-    assert Problem.from_lightning(Classifier, Points(), trainer=by_value).defaults.clip_gradient == 0.5
     for given, words in [
-        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches=2 leaves 1 of 3 batches"),
         ({"max_epochs": -1}, "without an end"),
         ({"limit_train_batches": 2}, "limit_train_batches"),
         ({"callbacks": [lightning.pytorch.callbacks.StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging"),
@@ -350,15 +462,15 @@ def test_a_schedule_is_replayed_by_a_callback_also_after_a_checkpoint(tmp_path):
     assert noted.steps == [{name: [value] for name, value in values.items()} for values in expected]
 
 
-def test_a_schedule_by_param_group():
-    class Grouped(Noted):
-        def configure_optimizers(self):
-            groups = [{"params": self.net[0].parameters(), "name": "body"}, {"params": self.net[2].parameters()}]
-            return torch.optim.SGD(groups, lr=0.1)
-
-    noted = Noting()
-    callback = ScheduleCallback(Schedule({"lr/body": (0.5, 0.25, 0.125)}))
-    trainer(callbacks=[callback, noted]).fit(Grouped(), Points())
-    assert [step["lr"] for step in noted.steps] == [[rate, 0.1] for rate in (0.5, 0.25, 0.125) for _ in range(3)]
+def test_a_schedule_by_param_group_is_replayed():
+    given = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2}
+    problem = Problem.from_lightning(Grouped, Points(batch_size=6), trainer=trainer(**given))
+    found = Schedule({"lr": (0.2, 0.1), "lr/body": (0.5, 0.25, 0.1), "momentum/group1": 0.7, "weight_decay": 0.02})
+    own = Schedule({**problem.defaults.schedule.values, **found.values})
+    loop = inner_loop(problem, fixed=own.to_config())
+    with loop.running():
+        state = loop.run({})
+    theirs, _ = fit(problem, loop, Grouped, callbacks=[ScheduleCallback(own)], **given)
+    assert_same(loop, state, theirs)
     with pytest.raises(InputError, match="the schedule has the groups head"):
         trainer(callbacks=[ScheduleCallback(Schedule({"lr/head": 0.1}))]).fit(Grouped(), Points())

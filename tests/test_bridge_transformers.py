@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from pipelines import Texts
+from ray import tune
 from torch.utils.data import Dataset
 
 from tune_hypergrad import InputError, Problem, Schedule, check_problem
@@ -96,11 +97,10 @@ class iter_once(torch.utils.data.Sampler):
 
 def trained_by_the_trainer(problem, loop, args, train, evaluation, **given):
     """The trainer after training from the loop's weights with the loop's batches."""
-    steps = range(loop.steps)
-    epochs = [
-        [int(i) for step in steps if problem.place(step)[0] == epoch for i in loop.indices(step)]
-        for epoch in range(problem.place(loop.steps - 1)[0] + 1)
-    ]
+    epochs = [[] for _ in range(problem.place(loop.steps - 1)[0] + 1)]
+    for step in range(loop.steps):
+        for number in range(problem.batches_in(step)):
+            epochs[problem.place(step)[0]] += torch.arange(len(train))[loop.indices(step, number)].tolist()
     model = problem.model()
     model.load_state_dict(loop.model.state_dict())
     trainer = InOrder(epochs, model=model, args=args, train_dataset=train, eval_dataset=evaluation, **given)
@@ -108,11 +108,23 @@ def trained_by_the_trainer(problem, loop, args, train, evaluation, **given):
     return trainer
 
 
-def inner_loop(problem, space=()):
+def inner_loop(problem, **settings):
     own = problem.defaults
-    return InnerLoop(problem, TrainingSettings(own.steps, own.optimizer, own.fixed(dict.fromkeys(space)), seed=3))
+    settings = {"optimizer": own.optimizer, "fixed": own.fixed({}), **own.recipe, **settings}
+    return InnerLoop(problem, TrainingSettings(own.steps, **settings, seed=3))
 
 
+class OwnLoss(transformers.BertForSequenceClassification):
+    """Is not told a count, so that `Trainer` divides by the number of batches."""
+
+    accepts_loss_kwargs = False
+
+
+def own_loss():
+    return OwnLoss(classifier().config).double()
+
+
+HALVES = {"gradient_accumulation_steps": 2}
 CASES = {
     "classifier": (classifier, Texts, {"weight_decay": 0.0, "warmup_steps": 2, "adam_beta1": 0.8}),
     "language model": (language_model, Sentences, {"lr_scheduler_type": "cosine", "adam_epsilon": 1e-6}),
@@ -122,7 +134,17 @@ CASES = {
         {"label_smoothing_factor": 0.2, "optim": "sgd", "dataloader_drop_last": True},
     ),
     "smoothed language model": (language_model, Sentences, {"label_smoothing_factor": 0.1, "optim": "adamw_torch"}),
+    "clipping and decay": (classifier, Texts, {"max_grad_norm": 0.3, "weight_decay": 0.3}),
+    "accumulated sums": (language_model, Sentences, {**HALVES, "max_grad_norm": 0.3}),
+    "accumulated means": (own_loss, Texts, {**HALVES, "optim": "sgd", "max_grad_norm": 0.3}),
+    "accumulated without a mean": (classifier, Texts, {**HALVES, "per_device_train_batch_size": 3, "optim": "sgd"}),
+    "accumulated smoothed": (
+        language_model,
+        Sentences,
+        {**HALVES, "per_device_train_batch_size": 3, "label_smoothing_factor": 0.1, "optim": "sgd"},
+    ),
 }
+"""Models, data of ten examples, and arguments; of which two of three steps may have half as many batches."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,7 +169,7 @@ def test_training_is_the_trainers(case, tmp_path):
 def test_hypergradients_are_right(case, tmp_path):
     model, data, changes = CASES[case]
     problem = Problem.from_transformers(model, arguments(tmp_path, **changes), data(10, 0), data(6, 1))
-    found = check_problem(problem, optimizer=problem.defaults.optimizer)
+    found = check_problem(problem, optimizer=problem.defaults.optimizer, **problem.defaults.recipe)
     assert found.ok and max(found.errors.values()) < 1e-4, found.message
     tuned = "label_smoothing" in problem.train_loss_hyperparameters
     assert tuned == ("label_smoothing_factor" in changes)
@@ -168,17 +190,59 @@ def test_metrics_are_of_the_whole_split(tmp_path):
     assert found.loss == pytest.approx(theirs["eval_loss"], rel=1e-6)
 
 
-def test_what_the_engine_leaves_out_is_said(tmp_path):
+def test_bfloat16_is_the_trainers(tmp_path):
+    args, train, evaluation = arguments(tmp_path, bf16=True, optim="sgd", learning_rate=0.3), Texts(10, 0), Texts(6, 1)
+
+    def model():
+        return classifier().float()
+
+    problem = Problem.from_transformers(model, args, train, evaluation)
+    loop, whole = inner_loop(problem), inner_loop(problem, autocast=None)
+    with loop.running(), whole.running():
+        state, exact = loop.run({}), whole.run({})
+    trainer = trained_by_the_trainer(problem, loop, args, train, evaluation)
+    reached = loop.flatten({name: p.detach() for name, p in trainer.model.named_parameters()})
+    assert (state.params - reached).norm() < 0.1 * (exact.params - reached).norm()
+
+
+def test_defaults_are_the_arguments(tmp_path):
+    data, given = (Texts(8, 0), Texts(8, 1)), {"weight_decay": 0.1, "max_grad_norm": 1.0, "bf16": True}
+    problem = Problem.from_transformers(classifier, arguments(tmp_path, **given), *data)
+    own = problem.defaults
+    assert own.recipe == {"clip_norm": 1.0, "autocast": "bfloat16"} and own.left_out == ()
+    assert [(group.name, group.schedule.values["weight_decay"]) for group in own.groups] == [
+        ("decay", (0.1,)),
+        ("no_decay", (0.0,)),
+    ]
+    assert "bert.embeddings.LayerNorm.weight" in own.groups[1].parameters
+    space = {"lr/no_decay": tune.loguniform(1e-4, 1), "weight_decay": tune.loguniform(1e-4, 1)}
+    settings = own.comparison_settings(space)
+    assert settings["fixed"]["weight_decay/no_decay"] == 0 and "weight_decay" not in settings["fixed"]
+    assert settings["start"] == pytest.approx({"lr/no_decay": 0.02 * 5 / 8, "weight_decay": 0.1})
+    assert settings["clip_norm"] == 1 and settings["autocast"] == "bfloat16"
+    plain = Problem.from_transformers(classifier, arguments(tmp_path), *data)
+    assert inner_loop(plain).groups.values == {"weight_decay/no_decay": 0.0}, "biases are exempt where it is tuned"
+
+
+def padded_on_the_left(items):
+    longest = max(len(item["input_ids"]) for item in items)
+    ids = [torch.nn.functional.pad(item["input_ids"], (longest - len(item["input_ids"]), 0)) for item in items]
+    return {"input_ids": torch.stack(ids), "labels": torch.stack(ids).masked_fill(torch.stack(ids) == 0, -100)}
+
+
+def test_micro_batches_that_are_no_parts_of_a_batch_are_refused(tmp_path):
+    data = [{"input_ids": torch.arange(1, length + 1)} for length in (2, 3, 2, 3, 7, 8, 7, 8)]
+    args = arguments(tmp_path, **HALVES)
+    with pytest.raises(InputError, match="padding on the left"):
+        Problem.from_transformers(language_model, args, data, data, padded_on_the_left)
+    even = [each for each in data if len(each["input_ids"]) == 8] * 4
+    assert Problem.from_transformers(language_model, args, even, even, padded_on_the_left).batch_size == 8
+
+
+def test_arguments_that_cannot_be_repeated_are_refused(tmp_path):
     data = Texts(8, 0), Texts(8, 1)
-    with pytest.warns(UserWarning, match="max_grad_norm=1"):
-        problem = Problem.from_transformers(classifier, arguments(tmp_path, max_grad_norm=1.0), *data)
-    with pytest.warns(UserWarning, match="weight_decay of the optimizer's param groups"):
-        decayed = Problem.from_transformers(classifier, arguments(tmp_path, weight_decay=0.1), *data).defaults
-    assert [group.schedule.values["weight_decay"] for group in decayed.groups] == [(0.1,), (0.0,)]
-    assert "bert.embeddings.LayerNorm.weight" in decayed.groups[1].parameters
-    assert len(problem.defaults.left_out) == 1
     for changes, words in [
-        ({"gradient_accumulation_steps": 3}, "per_device_train_batch_size to 12"),
+        ({"gradient_accumulation_steps": 3}, "leaves 2 of 2 batches"),
         ({"optim": "adafactor"}, "adamw_torch"),
         ({"neftune_noise_alpha": 1.0}, "neftune"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "follows a metric"),
@@ -206,7 +270,23 @@ def test_a_schedule_is_replayed_by_a_callback_also_after_a_checkpoint(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert resumed.state.global_step == 6 and len(noted.steps) == 2
     for step, groups in zip((4, 5), noted.steps, strict=True):
-        assert all({name: group[name] for name in found.values} == found.at_step(step, 6) for group in groups)
+        of_groups = [{name: group[name] for name in found.values} for group in groups]
+        assert of_groups == [found.at_step(step, 6), {**found.at_step(step, 6), "weight_decay": 0.0}]
+
+
+def test_a_schedule_by_the_trainers_own_groups_is_replayed(tmp_path):
+    given = {**HALVES, "max_grad_norm": 0.3, "weight_decay": 0.1, "num_train_epochs": 3}
+    args, train, evaluation = arguments(tmp_path, **given), Sentences(16, 0), Sentences(6, 1)
+    problem = Problem.from_transformers(language_model, args, train, evaluation)
+    changes = {"lr": (0.02, 0.01), "lr/no_decay": (0.03, 0.01, 0.005), "weight_decay": (0.2, 0.1)}
+    found = Schedule({**problem.defaults.schedule.values, **changes})
+    assert found.values["weight_decay/no_decay"] == (0.0,)
+    loop = inner_loop(problem, fixed=found.to_config())
+    with loop.running():
+        mine = loop.unflatten(loop.run({}).params)
+    trainer = trained_by_the_trainer(problem, loop, args, train, evaluation, callbacks=[ScheduleCallback(found)])
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(mine[name], parameter.detach(), rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_a_schedule_by_param_group(tmp_path):

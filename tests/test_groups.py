@@ -502,10 +502,10 @@ class TestReplay:
             schedule.apply(optimizer, 0, 10, groups={2: "head"})
 
     def test_a_group_that_the_optimizer_lacks(self) -> None:
-        message = r"the schedule has the groups body, head, and the optimizer's param groups have head, tail"
+        message = r"the schedule has the groups body, head, and the optimizer's param groups are called head, tail"
         with pytest.raises(InputError, match=message):
             Schedule({"lr/head": 0.1, "lr/body": 0.2}).scheduler(sgd_with(head=0.0, tail=0.0), 10)
-        with pytest.raises(InputError, match="have no names"):
+        with pytest.raises(InputError, match="are called group0: give them"):
             Schedule({"lr/head": 0.1}).apply(sgd_with(_=0.0), 0, 10)
 
     def test_a_scheduler_goes_on(self) -> None:

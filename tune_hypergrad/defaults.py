@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tune_hypergrad.curves import split_group
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.schedules import Schedule, stretched
 from tune_hypergrad.space import gradient_ranges, in_form_of
 
@@ -43,45 +45,57 @@ class TrainingDefaults:
     """The same in passes over the training split."""
     groups: tuple[ParameterGroup, ...]
     """The optimizer's parameter groups."""
+    schedule: Schedule
+    """The values that all of them have in common, such as `lr`, and those of groups that differ, such as
+    `lr/backbone`."""
     left_out: tuple[str, ...] = ()
     """What the script does and these settings do not, one sentence each."""
     clip_gradient: float | None = None
     """What the training gradient's elements are clamped to, +-."""
+    clip_norm: float | None = None
+    """What the training gradient's norm over all weights is scaled down to."""
+    autocast: str | None = None
+    """What the model's forward pass is computed in under `torch.autocast`: "bfloat16", or None."""
 
     @property
-    def schedule(self) -> Schedule:
-        """The values of the group with the most parameters."""
-        return max(self.groups, key=lambda group: len(group.parameters)).schedule
+    def recipe(self) -> dict[str, Any]:
+        """Those of `clip_gradient`, `clip_norm` and `autocast` that are set."""
+        settings = {name: getattr(self, name) for name in ("clip_gradient", "clip_norm", "autocast")}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def start(self, space: Mapping[str, Any]) -> dict[str, Any]:
         """The script's values of what a search space tunes, in the space's form and within its ranges.
 
         Of a schedule with other windows than the space's, every window has the mean over its part of the run. What has
-        no such form (the peak of a curve, choices) is left out.
+        no such form (the peak of a curve, choices) is left out. Of a group whose value is the common one, that is it.
 
         Args:
             space: Ray domains by name.
         """
         begin: dict[str, Any] = {}
+        space = ungrouped(space)
         for name, entry in space.items():
-            if name not in self.schedule.values:
+            own = name if name in self.schedule.values else split_group(name)[0]
+            if own not in self.schedule.values:
                 continue
             with suppress(InputError):  # a constant, or nothing that a gradient moves
                 limits = gradient_ranges({name: entry})[0].get(name)
                 if limits is not None:
                     windows = torch.tensor(
-                        stretched(self.schedule.windows(name, self.steps), limits.windows), dtype=torch.float64
+                        stretched(self.schedule.windows(own, self.steps), limits.windows), dtype=torch.float64
                     )
                     begin |= in_form_of(space, {name: limits.project(windows)})
         return begin
 
     def fixed(self, space: Mapping[str, Any]) -> dict[str, Any]:
-        """The script's values of what a search space does not have, as a trial's config has them."""
-        return {name: value for name, value in self.schedule.to_config().items() if name not in space}
+        """The script's values of what a search space does not have, those of groups among them, as a trial's config
+        has them."""
+        tuned = ungrouped(space)
+        return {name: value for name, value in self.schedule.to_config().items() if name not in tuned}
 
     def trial_settings(self, space: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings for `FDS.from_problem`: `optimizer`, `steps`, `fixed`, `clip_gradient`, and `initial`, where the
-        search begins.
+        """Settings for `FDS.from_problem`: `optimizer`, `steps`, `fixed`, the `recipe`, and `initial`, where the search
+        begins.
 
         Args:
             space: Ray domains by name, the same as are given to the trainable.
@@ -90,12 +104,12 @@ class TrainingDefaults:
             "optimizer": self.optimizer,
             "steps": self.steps,
             "fixed": self.fixed(space),
-            "clip_gradient": self.clip_gradient,
+            **self.recipe,
             "initial": self.start(space),
         }
 
     def comparison_settings(self, space: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings for `compare`: `optimizer`, `epochs`, `fixed`, and `start`, where all methods begin.
+        """Settings for `compare`: `optimizer`, `epochs`, `fixed`, the `recipe`, and `start`, where all methods begin.
 
         Args:
             space: Ray domains by name, the same as are given to `compare`.
@@ -105,5 +119,6 @@ class TrainingDefaults:
             "optimizer": self.optimizer,
             "epochs": self.epochs,
             "fixed": self.fixed(space),
+            **self.recipe,
             **({"start": start} if start else {}),
         }

@@ -178,7 +178,10 @@ class Problem:
         Batch sizes, the last incomplete batch, the default collator and its choice of columns, gradient checkpointing
         and the loss, label smoothing included, are `Trainer`'s; a loss that the model divides by a count of labels is
         put together over the split as a sum over a count. With label smoothing, `label_smoothing` is a tunable
-        hyperparameter of the training loss. The optimizer, its values and the learning-rate schedule are in `defaults`.
+        hyperparameter of the training loss. The optimizer, its values, the learning-rate schedule, clipping by norm and
+        bfloat16 are in `defaults`; `groups` are the optimizer's two, "decay" and "no_decay", of which the second has no
+        weight decay. Accumulated batches are put together as `Trainer` does: of a loss that it has divided by the count
+        of a step's labels, a step is one batch.
 
         Args:
             model_init: makes a fresh model.
@@ -191,8 +194,7 @@ class Problem:
 
         Raises:
             InputError: transformers or accelerate is not installed, or an argument asks for what the engine cannot
-                repeat. What is left out without making the problem another one, such as clipping by norm, is warned of
-                and listed in `defaults.left_out`.
+                repeat.
         """
         problem_from_transformers = _bridge("transformers").problem_from_transformers
         return cast(
@@ -224,7 +226,8 @@ class Problem:
         `val_loss`, and where it logs nothing of that name, what it returns. Everything else that it, or
         `on_validation_epoch_end`, logs is a metric, by its name without `val_`; each figure is of the whole split. Data
         and batches are the loaders' of `datamodule`, after `prepare_data` and `setup`. The optimizer of
-        `configure_optimizers`, its values and its learning-rate schedule over the trainer's run are in `defaults`.
+        `configure_optimizers`, its values and learning-rate schedules over the trainer's run, clipping and bfloat16 are
+        in `defaults`; its param groups, where there are several, are `groups`, by their names or as `group0`, ...
 
         Where both steps call one network once (`self(x)` or a part such as `self.model(x)`) and make the loss of its
         output, the loss stays outside the network, so that self-tuning networks can be made of it.
@@ -232,13 +235,14 @@ class Problem:
         Args:
             module: a `LightningModule` class, or a function that makes one.
             datamodule: a `LightningDataModule`.
-            trainer: the `lightning.Trainer` that the script has; its length, clipping and precision are read.
+            trainer: the `lightning.Trainer` that the script has; its length, clipping, accumulation and precision are
+                read.
             val_loss: what the validation loss is logged as.
             **arguments: of `module`; those that no optimizer has are hyperparameters that black-box methods can tune.
 
         Raises:
             InputError: Lightning is not installed, or the module or the trainer does what the engine cannot repeat,
-                such as manual optimization, several optimizers, accumulation, or steps that read the trainer's state.
+                such as manual optimization, several optimizers, or steps that read the trainer's state.
                 What is left out without making the problem another one is warned of and listed in `defaults.left_out`.
         """
         problem_from_lightning = _bridge("lightning").problem_from_lightning

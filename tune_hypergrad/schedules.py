@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -299,10 +299,10 @@ class Schedule:
 
         Names are those of the param groups (`lr`, `momentum`, `dampening`, `weight_decay`, `eps`, `alpha`); `beta1` and
         `beta2` are the two elements of `betas`, `eps2` the second of `Adafactor`'s `eps`. `lr/backbone` is set in the
-        param groups whose `name` is "backbone", `lr` in the others; what the schedule has of other groups only stays as
-        it is. Where you have given these param groups different values, a 0 is kept, such as the `weight_decay` of
-        biases, and of others what is not the optimizer's default, unless `groups` is given. Call it before
-        `optimizer.step()`.
+        param groups whose `name` is "backbone" (the first is called "group0" where it has none, and so on), `lr` in the
+        others; what the schedule has of other groups only stays as it is. Where you have given these param groups
+        different values, a 0 is kept, such as the `weight_decay` of biases, and of others what is not the optimizer's
+        default, unless `groups` is given. Call it before `optimizer.step()`.
 
         Args:
             optimizer: any `torch.optim` optimizer, fresh or at this step of its training.
@@ -328,7 +328,7 @@ class Schedule:
         return {name: value for name, value in values.items() if name not in mine}
 
     def _groups_in(self, optimizer: Optimizer, groups: Mapping[int, str] | None) -> list[str]:
-        """By param group of an optimizer the group of the schedule that it is, or "".
+        """By param group of an optimizer its name as a group; those without one are called as `Problem.groups` has it.
 
         Raises:
             InputError: the schedule has a group that is not there.
@@ -336,15 +336,14 @@ class Schedule:
         count, known = len(optimizer.param_groups), groups or {}
         if any(position not in range(count) for position in known):
             raise InputError(f"groups is {dict(known)!r}: its keys are positions of param groups, 0 to {count - 1}")
-        found = [known.get(i, group.get("name", "")) for i, group in enumerate(optimizer.param_groups)]
+        found = [known.get(i, group.get("name", f"group{i}")) for i, group in enumerate(optimizer.param_groups)]
         scheduled = [split_group(name) for name in self.values]
         of_groups = {group for name, group in scheduled if group and any(_has(g, name) for g in optimizer.param_groups)}
         missing = sorted(of_groups - set(found))
         if missing:
-            there = listed(name for name in found if name) or "no names"
             raise InputError(
-                f"the schedule has the groups {listed(sorted(of_groups))}, and the optimizer's param groups have "
-                f"{there}: give them such a 'name', or pass groups={{0: {missing[0]!r}}}"
+                f"the schedule has the groups {listed(sorted(of_groups))}, and the optimizer's param groups are called "
+                f"{listed(found)}: give them such a 'name', or pass groups={{0: {missing[0]!r}}}"
             )
         return found
 
@@ -531,8 +530,7 @@ def _keeping(groups: Sequence[dict[str, Any]], name: str, defaults: Mapping[str,
     """
     if not all(name in each.get(_KEPT, {}) for each in groups):
         values = [_value_in(each, name) for each in groups]
-        others = {value for value in values if value != 0} or {0.0}
-        default = next(iter(others)) if len(others) == 1 else _value_in(defaults, name)
+        default = common_value(values, lambda: _value_in(defaults, name))
         if default not in values:
             raise InputError(
                 f"the optimizer's param groups have {name} {', '.join(map(str, values))}, and the schedule one for all"
@@ -541,6 +539,13 @@ def _keeping(groups: Sequence[dict[str, Any]], name: str, defaults: Mapping[str,
         for each, value in zip(groups, values, strict=True):
             each[_KEPT] = {**each.get(_KEPT, {}), name: value != default}
     return [each[_KEPT][name] for each in groups]
+
+
+def common_value(values: Collection[float], default: Callable[[], float]) -> float:
+    """What param groups have that were not given a value of their own, of all their values: the only one beside 0, and
+    where there are several, the optimizer's default."""
+    others = {value for value in values if value != 0} or {0.0}
+    return next(iter(others)) if len(others) == 1 else default()
 
 
 def _value_in(group: Mapping[str, Any], name: str) -> float:

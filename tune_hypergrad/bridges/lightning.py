@@ -32,7 +32,7 @@ from tune_hypergrad.bridges.lightning_steps import (
     find_network,
     run_step,
 )
-from tune_hypergrad.bridges.optimizers import differing, engine_optimizer, parameter_groups
+from tune_hypergrad.bridges.optimizers import engine_optimizer, held_by_group, parameter_groups
 from tune_hypergrad.bridges.replay import replay
 from tune_hypergrad.data import cast_batch
 from tune_hypergrad.defaults import TrainingDefaults
@@ -46,6 +46,8 @@ _CHANGE_THE_STEP = (
     *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
     *("on_before_batch_transfer", "on_after_batch_transfer"),
 )
+_AUTOCAST = {"bf16-mixed": "bfloat16"}
+"""By the trainer's precision what forward passes are computed in."""
 _NOT_CALLED = (
     *("on_train_start", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start", "on_train_batch_end"),
     *("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
@@ -88,8 +90,14 @@ def problem_from_lightning(
             metrics={name.removeprefix("val_"): Logged(step, name) for name in validated.numbers() if name != val_loss},
             eval_batch_size=loaders["val"].batch_size or 1,
             name=type(own).__name__,
+            accumulate=trainer.accumulate_grad_batches,
         )
-        return problem.replace(defaults=_defaults(own.train(), trainer, problem))
+        _refuse_remainder(problem)
+        defaults = _defaults(own.train(), trainer, problem)
+        several = len(defaults.groups) > 1
+        return problem.replace(
+            defaults=defaults, groups=_ParamGroups(held_by_group(defaults.schedule)) if several else None
+        )
 
 
 class ScheduleCallback(lightning.Callback):  # type: ignore[misc]
@@ -100,7 +108,8 @@ class ScheduleCallback(lightning.Callback):  # type: ignore[misc]
     ```
 
     It has the last word over the module's own learning-rate schedulers, and goes on where a checkpoint ends. The step
-    is `trainer.global_step` of `trainer.estimated_stepping_batches`.
+    is `trainer.global_step` of `trainer.estimated_stepping_batches`. Values of groups are set in the param groups of
+    these names; one without is called `group0`, `group1`, ... by its position.
 
     Args:
         schedule: what to replay.
@@ -147,6 +156,21 @@ class _Factory:
         return inspect.Signature([each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own])
 
 
+@dataclass(frozen=True)
+class _ParamGroups:
+    """Makes the param groups of a module's optimizer, with the constants that each has of its own."""
+
+    held: Mapping[str, Mapping[str, float]]
+
+    def __call__(self, module: Any) -> list[dict[str, Any]]:
+        optimizer, _ = _configured(attempt("configure_optimizers", module.configure_optimizers))
+        names = [group.get("name", f"group{number}") for number, group in enumerate(optimizer.param_groups)]
+        return [
+            {"params": group["params"], "name": name, **self.held.get(name, {})}
+            for name, group in zip(names, optimizer.param_groups, strict=True)
+        ]
+
+
 def _whole(batch: Any) -> Any:
     return batch
 
@@ -174,12 +198,16 @@ def _first_batch(loader: DataLoader[Any], like: Tensor) -> Any:
 
 def _steps(trainer: lightning.Trainer, loader: DataLoader[Any]) -> dict[str, int]:
     """How long training is, as the trainer has it."""
-    batches = len(loader)
+    batches, accumulate = len(loader), trainer.accumulate_grad_batches
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
-    ends = [each for each in (epochs * batches, trainer.max_steps) if each > 0]
+    ends = [each for each in (epochs * math.ceil(batches / accumulate), trainer.max_steps) if each > 0]
     if not ends:
         raise InputError("the trainer trains without an end: give it max_epochs or max_steps")
-    return {"estimated_stepping_batches": min(ends), "num_training_batches": batches}
+    return {
+        "estimated_stepping_batches": min(ends),
+        "num_training_batches": batches,
+        "accumulate_grad_batches": accumulate,
+    }
 
 
 def _defaults(module: lightning.LightningModule, trainer: lightning.Trainer, problem: Problem) -> TrainingDefaults:
@@ -197,17 +225,21 @@ def _defaults(module: lightning.LightningModule, trainer: lightning.Trainer, pro
         by_epoch = configuration.get("interval", "epoch") == "epoch"
         schedulers.append((scheduler, every * problem.steps_per_epoch if by_epoch else every))
     name, steps = engine_optimizer(optimizer), int(module.trainer.estimated_stepping_batches)
-    groups = parameter_groups(optimizer, module, steps=steps, schedulers=schedulers)
-    if different := differing(groups):
-        left_out.append(
-            f"{', '.join(different)} of the optimizer's param groups is taken over from the largest group for all "
-            "parameters"
-        )
+    groups, schedule = parameter_groups(optimizer, module, steps=steps, schedulers=schedulers)
     for sentence in left_out:
         warnings.warn(sentence, stacklevel=5)
-    clip = trainer.gradient_clip_val if trainer.gradient_clip_algorithm == "value" else None
-    epochs = steps / problem.steps_per_epoch
-    return TrainingDefaults(name, steps, epochs, groups, tuple(left_out), float(clip) if clip else None)
+    clip = float(trainer.gradient_clip_val or 0)
+    by = "clip_gradient" if trainer.gradient_clip_algorithm == "value" else "clip_norm"
+    return TrainingDefaults(
+        name,
+        steps,
+        steps / problem.steps_per_epoch,
+        groups,
+        schedule,
+        tuple(left_out),
+        autocast=_AUTOCAST.get(str(trainer.precision)),
+        **({by: clip} if clip > 0 else {}),
+    )
 
 
 def _configured(configuration: Any) -> tuple[Optimizer, list[Mapping[str, Any]]]:
@@ -234,14 +266,9 @@ def _configured(configuration: Any) -> tuple[Optimizer, list[Mapping[str, Any]]]
 
 
 def _left_out(module: lightning.LightningModule, trainer: lightning.Trainer) -> list[str]:
-    """What the trainer is to do and the engine does not do yet."""
+    """What the trainer is to do and the engine does not do."""
     found = []
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
-        found.append(
-            f"gradient_clip_val={trainer.gradient_clip_val:g} is not taken over: gradients are not clipped by their "
-            "norm; leave it out to train alike, or set gradient_clip_algorithm='value'"
-        )
-    if str(trainer.precision) != "32-true":
+    if str(trainer.precision) not in ("32-true", *_AUTOCAST):
         found.append(f"precision={trainer.precision!r} is not taken over: training is in the module's own type")
     hooks = [name for name in _NOT_CALLED if is_overridden(name, module, lightning.LightningModule)]
     if hooks:
@@ -255,11 +282,6 @@ def _refuse_trainer(trainer: lightning.Trainer) -> None:
     Raises:
         InputError: names the argument and the remedy.
     """
-    if trainer.accumulate_grad_batches != 1:
-        raise InputError(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported: set it to 1, and the "
-            "loader's batch_size to as many times as much"
-        )
     if trainer.world_size > 1:
         raise InputError(f"the trainer is of {trainer.world_size} processes: give one with devices=1")
     for name in ("limit_train_batches", "limit_val_batches"):
@@ -268,6 +290,21 @@ def _refuse_trainer(trainer: lightning.Trainer) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, BaseFinetuning | GradientAccumulationScheduler | StochasticWeightAveraging):
             raise InputError(f"the trainer's {type(callback).__name__} changes training: give a trainer without it")
+
+
+def _refuse_remainder(problem: Problem) -> None:
+    """Refuse accumulation whose last step of a pass has fewer batches: Lightning does not take their mean.
+
+    Raises:
+        InputError: there are such steps.
+    """
+    rest = problem.batches_per_epoch % problem.accumulate
+    if rest:
+        raise InputError(
+            f"accumulate_grad_batches={problem.accumulate} leaves {rest} of {problem.batches_per_epoch} batches for a "
+            f"pass's last step, whose losses Lightning divides by {problem.accumulate}: give the train_dataloader a "
+            "whole number of steps by its sampler or its data set, or choose a divisor"
+        )
 
 
 def _refuse_module(module: lightning.LightningModule) -> None:

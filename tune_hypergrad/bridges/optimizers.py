@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tune_hypergrad.curves import split_group
 from tune_hypergrad.defaults import ParameterGroup
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import OPTIMIZERS
-from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.schedules import Schedule, common_value
 
 _KINDS: dict[type[Optimizer], str] = {
     torch.optim.SGD: "sgd",
@@ -58,10 +60,12 @@ def parameter_groups(
     *,
     steps: int,
     schedulers: Sequence[tuple[LRScheduler, int]] = (),
-) -> tuple[ParameterGroup, ...]:
-    """An optimizer's parameter groups with the values of a whole training run, found by stepping its schedulers.
+) -> tuple[tuple[ParameterGroup, ...], Schedule]:
+    """An optimizer's parameter groups with the values of a whole training run, found by stepping its schedulers, and
+    the schedule of all of them: common values, and those of groups that differ by names such as `lr/backbone`.
 
-    Both are used up. Groups without parameters are left out.
+    Optimizer and schedulers are used up. Groups without parameters are left out; those without a name are called
+    `group0`, `group1`, ... by position. Common is what a group has that was given no value of its own.
 
     Args:
         optimizer: fresh, of parameters without gradients.
@@ -73,6 +77,7 @@ def parameter_groups(
         InputError: the optimizer's parameters are not those of the model that require gradients.
     """
     hyperparameters = OPTIMIZERS[engine_optimizer(optimizer)].hyperparameters
+    given = [_given_values(group, hyperparameters) for group in optimizer.param_groups if group["params"]]
     by_step: list[list[dict[str, float]]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # schedulers that are stepped past their ends say so
@@ -92,9 +97,39 @@ def parameter_groups(
         own = [values[number] for values in by_step]
         windows = {name: _shortest([values[name] for values in own]) for name in hyperparameters}
         parameters = tuple(known[id(parameter)] for parameter in group["params"])
-        found.append(ParameterGroup(str(group.get("name", number)), parameters, Schedule(windows)))
+        found.append(ParameterGroup(group.get("name", f"group{number}"), parameters, Schedule(windows)))
     _refuse_untrained(model, {name for group in found for name in group.parameters})
-    return tuple(found)
+    return tuple(found), _together(found, given, _values(optimizer.defaults, hyperparameters))
+
+
+def _together(
+    groups: Sequence[ParameterGroup], given: Sequence[Mapping[str, float]], defaults: Mapping[str, float]
+) -> Schedule:
+    """The schedule of all groups.
+
+    Args:
+        groups: with their own schedules.
+        given: the values of each before any scheduler has changed them.
+        defaults: the optimizer's own.
+    """
+    values: dict[str, Any] = {}
+    for name in groups[0].schedule.values:
+        begun = [each[name] for each in given]
+        meant = common_value(begun, partial(defaults.__getitem__, name))
+        common = groups[begun.index(meant) if meant in begun else 0].schedule.values[name]
+        own = {f"{name}/{group.name}": group.schedule.values[name] for group in groups}
+        values |= {name: common, **{each: windows for each, windows in own.items() if windows != common}}
+    return Schedule(values)
+
+
+def held_by_group(schedule: Schedule) -> dict[str, dict[str, float]]:
+    """By group the constants that a schedule has of it."""
+    found: dict[str, dict[str, float]] = {}
+    for name, windows in schedule.values.items():
+        hyperparameter, group = split_group(name)
+        if group and isinstance(windows, tuple) and len(windows) == 1:
+            found.setdefault(group, {})[hyperparameter] = windows[0]
+    return found
 
 
 def _refuse_untrained(model: nn.Module, trained: Collection[str]) -> None:
@@ -106,15 +141,14 @@ def _refuse_untrained(model: nn.Module, trained: Collection[str]) -> None:
         )
 
 
-def differing(groups: Sequence[ParameterGroup]) -> list[str]:
-    """Names of the hyperparameters whose values differ between groups."""
-    first = groups[0].schedule.values
-    return [name for name in first if any(group.schedule.values[name] != first[name] for group in groups)]
-
-
 def _values(group: Mapping[str, Any], names: Mapping[str, float]) -> dict[str, float]:
     betas = group.get("betas", ())
     return {**{name: float(group[name]) for name in names if name in group}, **_named(betas)}
+
+
+def _given_values(group: Mapping[str, Any], names: Mapping[str, float]) -> dict[str, float]:
+    """The values that a group was given, whatever a scheduler has made of the learning rate since."""
+    return _values({**group, "lr": group.get("initial_lr", group["lr"])}, names)
 
 
 def _named(betas: Sequence[Any]) -> dict[str, float]:

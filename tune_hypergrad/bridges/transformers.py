@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers.trainer_pt_utils import nested_concat, nested_numpify
 from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import find_labels
 
-from tune_hypergrad.bridges.optimizers import differing, engine_optimizer, parameter_groups
+from tune_hypergrad.bridges.optimizers import engine_optimizer, parameter_groups
 from tune_hypergrad.bridges.replay import replay
 from tune_hypergrad.defaults import TrainingDefaults
 from tune_hypergrad.errors import InputError, in_one_line
@@ -61,6 +61,8 @@ def problem_from_transformers(
         size = min(args.eval_batch_size, len(eval_dataset))
         sample = next(iter(loader(eval_dataset, batch_size=size)))
         forward = _Forward.of(model, args, sample)
+        micro_batches = _MicroBatches.of(model, args, forward, train_dataset)
+        micro_batches.check(model, forward, loader, train_dataset)
         smoothing = float(args.label_smoothing_factor)
         loss: Callable[..., Any] = partial(_smoothed, smoothing, forward) if smoothing else partial(_own_loss, forward)
         metrics: dict[str, Any] = {}
@@ -70,7 +72,7 @@ def problem_from_transformers(
         problem = Problem(
             model=_Factory(model_init, args),
             train=loader(
-                train_dataset, batch_size=args.train_batch_size, shuffle=True, drop_last=args.dataloader_drop_last
+                train_dataset, batch_size=micro_batches.size, shuffle=True, drop_last=args.dataloader_drop_last
             ),
             val=loader(eval_dataset),
             test=None if test_dataset is None else loader(test_dataset),
@@ -79,9 +81,11 @@ def problem_from_transformers(
             forward=forward,
             target=_whole,
             loss=loss,
-            train_loss=_SmoothedTrainLoss(forward, smoothing) if smoothing else None,
+            train_loss=micro_batches.train_loss(forward, smoothing),
             metrics=metrics,
             name=type(model).__name__,
+            groups=_param_groups,
+            accumulate=micro_batches.accumulate,
         )
         return problem.replace(defaults=_defaults(model, args, problem))
 
@@ -94,12 +98,14 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
     ```
 
     It has the last word over the trainer's own learning-rate scheduler, and goes on where a checkpoint ends. The step
-    is `state.global_step` of `state.max_steps`. The learning rate that the trainer logs is its own scheduler's.
+    is `state.global_step` of `state.max_steps`. The learning rate that the trainer logs is its own scheduler's. The
+    trainer's own two param groups are called "decay" and "no_decay" (`lr/no_decay`), and the second keeps its weight
+    decay of 0 unless the schedule says otherwise.
 
     Args:
         schedule: what to replay.
-        groups: the schedule's group by position of a param group, as for `Schedule.apply`: the trainer's own are 0,
-            with weight decay, and 1, without.
+        groups: the schedule's group by position of a param group, as for `Schedule.apply`, where the optimizer is not
+            the trainer's own.
 
     Raises:
         InputError: at the first step, where the optimizer has no such param group, or no place for a hyperparameter.
@@ -108,8 +114,38 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, schedule: Schedule, groups: Mapping[int, str] | None = None) -> None:
         self.schedule, self.groups = schedule, groups
 
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if self.groups is None and _name_groups(optimizer, model):
+            self.schedule = Schedule({"weight_decay/no_decay": (0.0,), **self.schedule.values})
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         replay(self.schedule, [optimizer], state.global_step, state.max_steps, self.groups)
+
+
+def _param_groups(model: Any) -> list[dict[str, Any]]:
+    """`Trainer`'s param groups: what has weight decay, and biases and norms, which have none."""
+    decaying = set(Trainer.get_decay_parameter_names(None, model))
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for name, parameter in trained if name in decaying], "name": "decay"},
+        {
+            "params": [parameter for name, parameter in trained if name not in decaying],
+            "name": "no_decay",
+            "weight_decay": 0.0,
+        },
+    ]
+
+
+def _name_groups(optimizer: Any, model: nn.Module) -> bool:
+    """Give an optimizer's param groups the names that they have in a problem; returns whether they are `Trainer`'s."""
+    groups, own = optimizer.param_groups, _param_groups(model)
+    if [list(map(id, group["params"])) for group in groups] != [list(map(id, group["params"])) for group in own]:
+        return False
+    for group, named in zip(groups, own, strict=True):
+        group.setdefault("name", named["name"])
+    return all(group["name"] == named["name"] for group, named in zip(groups, own, strict=True))
 
 
 @dataclass(frozen=True)
@@ -139,8 +175,10 @@ class _Forward:
     ignored: tuple[str, ...]
     labels: tuple[str, ...]
     """Which entries of a batch are labels."""
+    counted: bool
+    """Whether `Trainer` counts the labels of a step, and tells the model."""
     counts: bool
-    """Whether the model's loss is divided by a count of labels that it is told."""
+    """Whether the model's loss is divided by that count."""
     smoothed: bool
     """Whether the loss is label-smoothed, outside the model."""
     shifted: bool
@@ -154,8 +192,9 @@ class _Forward:
         if smoothed and "labels" not in batch:
             raise InputError("label_smoothing_factor needs labels in the batches: set it to 0, or add them")
         shifted = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        counts = not smoothed and "labels" in batch and _takes_count(model, batch)
-        return cls(tuple(ignored), labels, counts, smoothed, shifted)
+        counted = isinstance(batch.get("labels"), Tensor) and _is_told_count(model)
+        counts = counted and not smoothed and _divides_by_count(model, batch)
+        return cls(tuple(ignored), labels, counted, counts, smoothed, shifted)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {name: value for name, value in batch.items() if not (self.smoothed and name == "labels")}
@@ -167,12 +206,15 @@ class _Forward:
         return {name: value for name, value in outputs.items() if name not in self.ignored and value is not None}
 
 
-def _takes_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether the model's loss is a sum over what `num_items_in_batch` says, as `Trainer` tells it where it can."""
+def _is_told_count(model: nn.Module) -> bool:
+    """Whether `Trainer` gives the model `num_items_in_batch`, which it need not use."""
     parameters = inspect.signature(model.forward).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    if not getattr(model, "accepts_loss_kwargs", takes_any):
-        return False
+    return bool(getattr(model, "accepts_loss_kwargs", takes_any))
+
+
+def _divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the model's loss is a sum over what `num_items_in_batch` says."""
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -187,6 +229,75 @@ def _count(batch: Mapping[str, Any]) -> Tensor:
     return counted.sum()
 
 
+@dataclass(frozen=True)
+class _MicroBatches:
+    """How `Trainer` makes a step of `gradient_accumulation_steps` batches.
+
+    A loss that is divided by the count of the whole step's labels is that of all its examples in one batch. Of other
+    losses the step takes the mean over its batches; but of models that are told the count, and do not use it, the sum.
+    """
+
+    steps: int
+    """`gradient_accumulation_steps`."""
+    whole: bool
+    """Whether a step is one batch."""
+    size: int
+    """Examples in a batch of the problem."""
+    accumulate: int
+    """Batches in a step of the problem."""
+    times: int
+    """By what the mean over them is multiplied."""
+
+    @classmethod
+    def of(cls, model: nn.Module, args: TrainingArguments, forward: _Forward, train_dataset: Any) -> _MicroBatches:
+        steps, size = args.gradient_accumulation_steps, args.train_batch_size
+        whole, summed = forward.counts, forward.counted and not forward.counts
+        full, left = divmod(len(train_dataset), size)
+        batches = full + (left > 0 and not args.dataloader_drop_last)
+        rest = batches % steps
+        if rest and (summed or args.dataloader_drop_last):
+            raise InputError(
+                f"gradient_accumulation_steps={steps} leaves {rest} of {batches} batches for a pass's last step, which "
+                f"Trainer weighs otherwise: give a train_dataset of a multiple of {steps * size} examples, or choose a "
+                f"divisor of {batches}"
+            )
+        if whole:
+            return cls(steps, True, steps * size, 1, 1)
+        return cls(steps, False, size, steps, steps if summed else 1)
+
+    def check(self, model: nn.Module, forward: _Forward, loader: Callable[..., Any], train_dataset: Any) -> None:
+        """Refuse micro-batches that make another loss than one batch of their examples, tried on the first ones.
+
+        Raises:
+            InputError: they do.
+        """
+        if not self.whole or self.steps == 1:
+            return
+        batch = next(iter(loader(train_dataset, batch_size=self.size)))
+        parts = list(islice(loader(train_dataset, batch_size=self.size // self.steps), self.steps))
+        labels = [torch.cat([each["labels"][each["labels"] != _IGNORED] for each in of]) for of in ([batch], parts)]
+        if not (labels[0].shape == labels[1].shape and bool((labels[0] == labels[1]).all())):
+            return  # labels are drawn at random
+        model.eval()
+        with torch.no_grad():
+            whole, of_parts = (
+                torch.stack([_own_loss(forward, forward(model, each), each)[0] for each in of]).sum()
+                for of in ([batch], parts)
+            )
+        model.train()
+        if not torch.allclose(whole, of_parts, rtol=1e-3):
+            raise InputError(
+                f"gradient_accumulation_steps={self.steps}: a batch's loss is not the sum over its parts (padding on "
+                "the left would do that): set it to 1"
+            )
+
+    def train_loss(self, forward: _Forward, smoothing: float) -> Callable[..., Any] | None:
+        """The training loss, where it is not the validation loss."""
+        if smoothing:
+            return _SmoothedTrainLoss(forward, smoothing, self.times)
+        return partial(_summed_loss, forward, self.times) if self.times > 1 else None
+
+
 def _whole(batch: Any) -> Any:
     return batch
 
@@ -199,6 +310,11 @@ def _own_loss(forward: _Forward, output: Mapping[str, Any], batch: Mapping[str, 
         return output["loss"]
     count = _count(batch)
     return output["loss"] * count, count
+
+
+def _summed_loss(forward: _Forward, times: int, output: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
+    """The model's own mean loss, so many times."""
+    return times * _own_loss(forward, output, batch)
 
 
 def _smoothed(
@@ -216,10 +332,10 @@ def _smoothed(
 
 
 class _SmoothedTrainLoss:
-    """The smoothed loss with the smoothing as a hyperparameter, whose default is the arguments'."""
+    """The smoothed loss, so many times, with the smoothing as a hyperparameter, whose default is the arguments'."""
 
-    def __init__(self, forward: _Forward, label_smoothing: float) -> None:
-        self._forward = forward
+    def __init__(self, forward: _Forward, label_smoothing: float, times: int) -> None:
+        self._forward, self._times = forward, times
         self.__signature__ = inspect.Signature(
             [
                 inspect.Parameter("output", inspect.Parameter.POSITIONAL_OR_KEYWORD),
@@ -231,7 +347,8 @@ class _SmoothedTrainLoss:
 
     def __call__(self, output: Any, batch: Any, *, label_smoothing: float | Tensor | None = None) -> Any:
         smoothing = self._default if label_smoothing is None else label_smoothing
-        return _smoothed(smoothing, self._forward, output, batch)
+        total, count = _smoothed(smoothing, self._forward, output, batch)
+        return self._times * total, count
 
 
 class _Predictions:
@@ -334,13 +451,8 @@ def _defaults(model: nn.Module, args: TrainingArguments, problem: Problem) -> Tr
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not (isinstance(kind, type) and kind.__module__.startswith("torch.optim")):
         raise InputError(f"optim={str(args.optim)!r} is no optimizer that the engine has: take 'adamw_torch' or 'sgd'")
-    decaying = set(Trainer.get_decay_parameter_names(None, model))
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if name in decaying], "weight_decay": args.weight_decay},
-        {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
-    ]
-    optimizer = kind(groups, **options)
+    decay, no_decay = _param_groups(model)
+    optimizer = kind([{**decay, "weight_decay": args.weight_decay}, no_decay], **options)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,
@@ -353,29 +465,16 @@ def _defaults(model: nn.Module, args: TrainingArguments, problem: Problem) -> Tr
             f"lr_scheduler_type={str(args.lr_scheduler_type)!r} follows a metric, and is no schedule: take another"
         )
     name = engine_optimizer(optimizer)
-    own = parameter_groups(optimizer, model, steps=steps, schedulers=[(scheduler, 1)])
-    left_out = _left_out(args, differing(own))
-    for sentence in left_out:
-        warnings.warn(sentence, stacklevel=5)
-    return TrainingDefaults(name, steps, steps / problem.steps_per_epoch, own, left_out)
-
-
-def _left_out(args: TrainingArguments, differing_names: list[str]) -> tuple[str, ...]:
-    """What the arguments ask for and the engine does not do yet."""
-    found = []
-    if args.max_grad_norm:
-        found.append(
-            f"max_grad_norm={args.max_grad_norm:g} is not taken over: gradients are not clipped by their norm; set it "
-            "to 0 to train alike"
-        )
-    if args.bf16:
-        found.append("bf16=True is not taken over: training is in the model's own type")
-    if differing_names:
-        found.append(
-            f"{', '.join(differing_names)} of the optimizer's param groups is taken over from the largest group for "
-            "all parameters; Trainer exempts biases and norms from weight decay"
-        )
-    return tuple(found)
+    groups, schedule = parameter_groups(optimizer, model, steps=steps, schedulers=[(scheduler, 1)])
+    return TrainingDefaults(
+        name,
+        steps,
+        steps / problem.steps_per_epoch,
+        groups,
+        schedule,
+        clip_norm=args.max_grad_norm if (args.max_grad_norm or 0) > 0 else None,
+        autocast="bfloat16" if args.bf16 else None,
+    )
 
 
 def _refuse(args: TrainingArguments, eval_dataset: Any) -> None:
@@ -386,12 +485,6 @@ def _refuse(args: TrainingArguments, eval_dataset: Any) -> None:
     """
     if isinstance(eval_dataset, Mapping) or eval_dataset is None:
         raise InputError("eval_dataset is the split that hyperparameters are chosen by: give one data set")
-    steps = args.gradient_accumulation_steps
-    if steps > 1:
-        raise InputError(
-            f"gradient_accumulation_steps={steps} is not supported: set it to 1 and per_device_train_batch_size to "
-            f"{steps * args.per_device_train_batch_size}"
-        )
     refused = {
         "fp16": (args.fp16, "its loss scaling is no part of a pure step: set it to False"),
         "deepspeed": (args.deepspeed, "leave it out"),

@@ -157,7 +157,8 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
     if names is None:
         names = dict.fromkeys([name for name in (*usual, EMA, *of_losses) if name in found])
         names = {name: None for name in names if name not in loop.settings.fixed}
-        names |= {f"lr/{group}": None for group in loop.groups.names[:CHECKED_GROUPS] if "lr" in names}
+        of_groups = [f"lr/{group}" for group in loop.groups.names[:CHECKED_GROUPS] if "lr" in names]
+        names |= {name: None for name in of_groups if name not in loop.settings.fixed}
     known_as = {name: name if name in found else split_group(name)[0] for name in names}
     return {name: torch.tensor([found[own]], dtype=torch.float64) for name, own in known_as.items() if own in found}
 
