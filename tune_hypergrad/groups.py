@@ -62,6 +62,10 @@ class Groups:
                 f"{did_you_mean(group, self.names)}"
             )
 
+    def is_idle(self, name: str, given: Collection[str]) -> bool:
+        """Whether a hyperparameter's common value acts on no parameter beside these names that have values."""
+        return bool(self.members) and all(group and f"{name}/{group}" in given for group in self.members)
+
     def refuse_idle(self, name: str, given: Collection[str]) -> None:
         """Refuse a common value that acts on no parameter.
 
@@ -72,7 +76,7 @@ class Groups:
         Raises:
             InputError: every group has a value of its own, and all parameters are in one.
         """
-        if self.members and all(group and f"{name}/{group}" in given for group in self.members):
+        if self.is_idle(name, given):
             own = listed(f"{name}/{group}" for group in dict.fromkeys(self.members))
             raise InputError(
                 f"{name!r} acts on no parameter, since every group has a value of its own: give {own} instead, or "

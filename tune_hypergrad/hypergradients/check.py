@@ -159,6 +159,8 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
         names = {name: None for name in names if name not in loop.settings.fixed}
         of_groups = [f"lr/{group}" for group in loop.groups.names[:CHECKED_GROUPS] if "lr" in names]
         names |= {name: None for name in of_groups if name not in loop.settings.fixed}
+        with_own = {*names, *loop.settings.fixed, *loop.groups.values}
+        names = {name: None for name in names if not loop.groups.is_idle(name, with_own)}
     known_as = {name: name if name in found else split_group(name)[0] for name in names}
     return {name: torch.tensor([found[own]], dtype=torch.float64) for name, own in known_as.items() if own in found}
 
