@@ -17,9 +17,9 @@ from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison import Comparison, run
 from tune_hypergrad.comparison.growth import Beginning, Growth, beginning_of, growth_of
 from tune_hypergrad.comparison.plan import Plan, chosen_methods
-from tune_hypergrad.comparison.records import RETRAINING, SETTINGS_FILE
+from tune_hypergrad.comparison.records import SETTINGS_FILE
 from tune_hypergrad.comparison.report import summary_text
-from tune_hypergrad.ledger import Account, Ledger
+from tune_hypergrad.ledger import RETRAINING, Account, Ledger
 from tune_hypergrad.methods import Task
 from tune_hypergrad.searchers.portfolio import SNAPSHOT_FILE
 from tune_hypergrad.searchers.snapshot import saved_searcher

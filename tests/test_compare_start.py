@@ -15,12 +15,11 @@ from tune_hypergrad import InputError, Retraining, Schedule, complement, schedul
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.arguments import checked
 from tune_hypergrad.comparison.plan import Plan
-from tune_hypergrad.comparison.records import GRID, RETRAINING, START
 from tune_hypergrad.comparison.report import summary_text
 from tune_hypergrad.comparison.retraining import RetrainingSearch
 from tune_hypergrad.comparison.run import compare
 from tune_hypergrad.comparison.start import complete_start, stretched
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.ledger import GRID, RETRAINING, START, Account
 from tune_hypergrad.methods import METHODS, Method, Task, get_method, regularisation_space
 from tune_hypergrad.searchers.brackets import rungs
 from tune_hypergrad.searchers.queue import QueueSearch

@@ -17,7 +17,6 @@ from ray.tune.search import Searcher
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.growth import Beginning
 from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
-from tune_hypergrad.comparison.records import GRID, RETRAINING, START
 from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.comparison.session import grows
@@ -26,7 +25,7 @@ from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import regrouped
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.optimizers import is_built_in
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.ledger import GRID, RETRAINING, START, Account
 from tune_hypergrad.methods import (
     BY_DEFAULT,
     FLOOR,

@@ -36,7 +36,7 @@ from tune_hypergrad.comparison.folders import contents, folder_for, joined, new_
 from tune_hypergrad.comparison.growth import EXTENSIONS, Growth, beginning_of, growth_of
 from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space
 from tune_hypergrad.comparison.progress import Display, Status, make_display
-from tune_hypergrad.comparison.records import GRID, RETRAINING, SETTINGS_FILE, START, Comparison
+from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
 from tune_hypergrad.comparison.report import write_report
 from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.comparison.scheduling import PatientScheduler
@@ -44,7 +44,17 @@ from tune_hypergrad.comparison.session import cluster_session
 from tune_hypergrad.comparison.start import complete_start
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.ledger import BUDGET_SPENT, LEDGER_FILE, SEARCH_ENDED, Account, Ledger, read_events
+from tune_hypergrad.ledger import (
+    BUDGET_SPENT,
+    GRID,
+    LEDGER_FILE,
+    RETRAINING,
+    SEARCH_ENDED,
+    START,
+    Account,
+    Ledger,
+    read_events,
+)
 from tune_hypergrad.methods import Method, Task
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule

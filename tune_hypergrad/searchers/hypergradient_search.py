@@ -18,6 +18,7 @@ from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
+from tune_hypergrad.incumbents import CONFIRMATIONS
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.constants import check_constant, is_same
@@ -31,7 +32,6 @@ from tune_hypergrad.space import (
     is_hyperparameter,
     tuned_values,
 )
-from tune_hypergrad.trainables.inner_run import CONFIRMATIONS
 
 _OURS = (
     "seed",
