@@ -199,8 +199,8 @@ class Ledger:
 
     def score(self, account: Account) -> float:
         """That of an account's incumbent among all that it has spent, by the criterion turned so that less is better:
-        the start with the same seed, if there is one, or what goes before it; inf where there is none. An account has no
-        incumbent of its own while no run has been completed."""
+        the start with the same seed, if there is one, or what goes before it; inf where there is none. An account has
+        none of its own while no run has been completed."""
         start = self._start_of(account)
         if not self.completed_run(account):
             return math.inf if start is None else start.score
