@@ -63,8 +63,8 @@ def test_what_hypergradient_searches_add_to_configs_is_no_hyperparameter(monkeyp
     more = {"reject_above": 0.5, "confirmed": [0.1], "fall_above": 2.0, "__trial_index__": 0}
     folder = made(monkeypatch, ({**first, **more}, {"score": 1.0}))
     assert starting_points(folder, {**SPACE, "l2": 1e-3}, **GIVEN).points == ({**config(), "l2": 1e-3},)
-    seeded = starting_points(folder, {**SPACE, "seed": tune.randint(0, 2**63 - 1)}, **GIVEN, names={"l2": None})
-    assert seeded.points == ({**config(), "seed": first["seed"]},)
+    timed = starting_points(folder, {**SPACE, "steps": tune.randint(1, 9)}, **GIVEN, names={"l2": None})
+    assert timed.points == ({**config(), "steps": 5},)
 
 
 def test_names_are_mapped_and_left_out(monkeypatch):
