@@ -15,11 +15,11 @@ from tiny_problem import tiny_problem
 from tune_hypergrad import InputError, Retraining, cli, compare
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison import Comparison, run
-from tune_hypergrad.comparison.growth import Beginning, Growth, beginning_of, growth_of
+from tune_hypergrad.comparison.growth import Continuation, Growth, continuation_of, growth_of
 from tune_hypergrad.comparison.plan import Plan, chosen_methods
-from tune_hypergrad.comparison.records import RETRAINING, SETTINGS_FILE
+from tune_hypergrad.comparison.records import SETTINGS_FILE
 from tune_hypergrad.comparison.report import summary_text
-from tune_hypergrad.ledger import Account, Ledger
+from tune_hypergrad.ledger import RETRAINING, Account, Ledger
 from tune_hypergrad.methods import Task
 from tune_hypergrad.searchers.portfolio import SNAPSHOT_FILE
 from tune_hypergrad.searchers.snapshot import saved_searcher
@@ -80,20 +80,20 @@ def test_only_what_is_finished_is_extended(tmp_path):
     made = begun(tmp_path / "out")
     larger = plan(budget=90, retraining=Retraining(seeds=0))
     with pytest.raises(InputError, match="is not finished"):
-        run._growth(made.folder, larger, None)
+        run._growth_in(made.folder, larger, None)
     made.stop(RS)
-    assert run._growth(made.folder, larger, None) == Growth(Budget(60))
+    assert run._growth_in(made.folder, larger, None) == Growth(Budget(60))
 
 
 def test_an_extension_is_told_to_the_ledger_once_and_the_snapshot_before_is_put_aside(tmp_path):
     made = begun(tmp_path / "out").stop(RS)
     (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": b"state"}))
     larger = plan(["bo", "rs"], 90, (0, 1), retraining=Retraining(seeds=0))
-    growth = run._growth(made.folder, larger, None)
-    larger = run._extended(larger, made.folder, growth)
-    assert [m.name for m in larger.methods] == ["rs", "bo"] and larger.beginning.number == 1
-    assert {account for account in larger.beginning.known if account.method != RETRAINING} >= {RS}
-    assert Account("bo", 0) not in larger.beginning.known and Account("rs", 1) not in larger.beginning.known
+    growth = run._growth_in(made.folder, larger, None)
+    larger = run._continued(larger, made.folder, growth)
+    assert [m.name for m in larger.methods] == ["rs", "bo"] and larger.continuation.number == 1
+    assert {account for account in larger.continuation.known if account.method != RETRAINING} >= {RS}
+    assert Account("bo", 0) not in larger.continuation.known and Account("rs", 1) not in larger.continuation.known
     settings = json.loads((made.folder / SETTINGS_FILE).read_text())
     (made.folder / SETTINGS_FILE).write_text(
         json.dumps({**settings, **larger.settings(), "extensions": [growth.said()]})
@@ -108,8 +108,8 @@ def test_an_extension_is_told_to_the_ledger_once_and_the_snapshot_before_is_put_
     assert comparison.accounts["trials"].tolist() == [1, 0, 0, 0] and not comparison.interruptions
     told = summary_text(comparison)
     assert "the budget, before 60 gradients; the method bo; the seed 1. What was done before is kept" in told
-    again = run._extended(plan(["rs", "bo"], 90, (0, 1), retraining=Retraining(seeds=0)), made.folder, Growth())
-    assert again.beginning.known == larger.beginning.known and again.beginning.number == 1
+    again = run._continued(plan(["rs", "bo"], 90, (0, 1), retraining=Retraining(seeds=0)), made.folder, Growth())
+    assert again.continuation.known == larger.continuation.known and again.continuation.number == 1
 
 
 def ledger_of(*events):
@@ -152,8 +152,8 @@ def test_searchers_go_on_where_they_were_and_plans_begin_again_from_the_incumben
             portfolio.ledger.write(kind, **content)
     start = {"lr": 0.25, "momentum": 0.5}
     known = frozenset({RS, FDS, Account("bo", 0)})
-    beginning = Beginning(1, known, frozenset({FDS}), {FDS: start}, {FDS: 5.0})
-    larger = plan(["rs", "fds", "bo"], 120, beginning=beginning)
+    continuation = Continuation(1, known, frozenset({FDS}), {FDS: start}, {FDS: 5.0})
+    larger = plan(["rs", "fds", "bo"], 120, continuation=continuation)
     again = larger.searchers()
     whole = larger.portfolio(again, tmp_path, "after")
     whole.extend((tmp_path / "searcher-state-1.pkl").read_bytes(), {FDS})
@@ -167,14 +167,58 @@ def test_searchers_go_on_where_they_were_and_plans_begin_again_from_the_incumben
     assert alone.contenders[RS].searcher.suggest("t0")["lr"] not in expected
 
 
+def test_what_an_extension_does_not_reopen_keeps_what_it_knows_for_the_next_one(tmp_path):
+    first = plan(["rs"])
+    searchers = first.searchers()
+    portfolio = first.portfolio(searchers, tmp_path, "before")
+    for i in range(3):
+        searchers[RS].suggest(f"t{i}")
+        searchers[RS].on_trial_complete(f"t{i}", {"val_loss": 0.5})
+    portfolio.ledger.write("stop", **RS._asdict(), reason="budget spent")
+    for number, reopened in enumerate(([], [list(RS)]), start=1):
+        file = tmp_path / f"searcher-state-{number}.pkl"
+        portfolio.save(str(file))
+        portfolio.ledger.write("extend", reopened=reopened)
+        searchers = first.searchers()
+        portfolio = first.portfolio(searchers, tmp_path, f"after {number}")
+        portfolio.extend(file.read_bytes(), set())
+        assert (RS in portfolio.ledger.stopped) is (not reopened)
+    fresh = first.searchers()[RS]
+    expected = [fresh.suggest(f"t{i}")["lr"] for i in range(4)]
+    assert searchers[RS].suggest("t3")["lr"] == expected[3]
+
+
 def test_a_plan_begins_with_the_incumbent_and_what_is_left(tmp_path):
     made = HandMade(tmp_path / "out", ["fds"], [0], budget=[60, "gradients"])
     made.start(FDS).result(FDS, 0.5, 48, **{"schedule/momentum": 0.5, "schedule/lr": 0.2}).end(FDS).stop(FDS)
     larger = plan(["fds"], 120)
     methods = {method.name: method for method in larger.methods}
-    beginning = beginning_of(made.folder, 1, methods, larger.task, larger.budget, frozenset({FDS}))
-    assert beginning.starts == {FDS: {"lr": 0.2, "momentum": 0.5}} and beginning.trainings == {FDS: 6.0}
-    assert beginning.anew == {FDS}
+    continuation = continuation_of(made.folder, 1, methods, larger.task, larger.budget, frozenset({FDS}))
+    assert continuation.starts == {FDS: {"lr": 0.2, "momentum": 0.5}} and continuation.trainings == {FDS: 6.0}
+    assert continuation.anew == {FDS}
+
+
+@pytest.mark.parametrize(("budget", "reopened"), [(95, []), (96, [["fds", 0]])])
+def test_who_plans_waits_where_an_outer_step_cannot_be_paid_for(tmp_path, budget, reopened):
+    made = HandMade(tmp_path / "out", ["fds"], [0])
+    said = {**plan(["fds"], retraining=Retraining(seeds=0)).settings(), "folder": str(made.folder), "storage": None}
+    (made.folder / SETTINGS_FILE).write_text(json.dumps({**said, "key": "k"}))
+    made.start(FDS).result(FDS, 0.5, 48, **{"schedule/momentum": 0.5, "schedule/lr": 0.2}).end(FDS).stop(FDS)
+    larger = plan(["fds"], budget, retraining=Retraining(seeds=0))
+    growth = run._growth_in(made.folder, larger, None)
+    larger = run._continued(larger, made.folder, growth)
+    settings = {**json.loads((made.folder / SETTINGS_FILE).read_text()), "extensions": [growth.said()]}
+    (made.folder / SETTINGS_FILE).write_text(json.dumps(settings))
+    run._write_extension(made.folder, larger)
+    (event,) = made.comparison.extensions
+    assert event["reopened"] == [*reopened, [RETRAINING, 0]]
+    assert (FDS in made.comparison.ledger.stopped) is not bool(reopened)
+
+
+def test_a_method_that_cannot_run_any_more_says_why():
+    wanted = {**plan().settings(), "left_out": {"fds": "no forward mode"}}
+    with pytest.raises(InputError, match="out compares 'fds', which cannot run any more: no forward mode"):
+        growth_of(plan(["rs", "fds"]).settings(), wanted, "out")
 
 
 def test_retrainings_from_before_have_the_present_shares(tmp_path):
@@ -194,12 +238,14 @@ def test_retrainings_from_before_have_the_present_shares(tmp_path):
 
 def test_the_command_line_adds_to_what_there_is(tmp_path):
     command = {"method": ["rs"], "budget": "60e", "seeds": 1, "epochs": 2}
-    added = cli._extended(command, cli._grown(tmp_path), {"method": ["bo", "rs"], "budget": "90e"})
+    added = cli._with_added(command, cli._grown(tmp_path), {"method": ["bo", "rs"], "budget": "90e"})
     assert added == {"method": ["rs", "bo"], "budget": "90e", "seeds": 1, "epochs": 2}
     write_comparison(tmp_path / "out", ["rs", "bo"], [0, 1], extensions=[{}], left_out={"stn": "why"})
-    later = cli._extended(command, cli._grown(tmp_path / "out"), {})
+    later = cli._with_added(command, cli._grown(tmp_path / "out"), {})
     assert later["method"] == ["rs", "bo", "stn"] and later["seeds"] == 2 and later["budget"] == Budget(5100)
-    assert cli._extended({**command, "method": None}, {}, {"method": ["centered-stn"]})["method"][-1] == "centered-stn"
+    assert (
+        cli._with_added({**command, "method": None}, {}, {"method": ["centered-stn"]})["method"][-1] == "centered-stn"
+    )
 
 
 def test_restarts_are_those_of_the_resuming_call(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from torch import nn
 from tune_hypergrad import FDS, InputError, Method, RandomSearch
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison import run
+from tune_hypergrad.comparison.growth import Growth
 from tune_hypergrad.comparison.plan import Plan, chosen_methods
 from tune_hypergrad.comparison.progress import JsonLines, Speed, Terminal, make_display, progress_line, progress_table
 from tune_hypergrad.comparison.records import SETTINGS_FILE
 from tune_hypergrad.comparison.report import summary_table, summary_text, write_report
 from tune_hypergrad.errors import UnsuitedError
-from tune_hypergrad.methods import BY_DEFAULT, METHODS, Task, regularisation_space
+from tune_hypergrad.hypergradients import Optimizer
+from tune_hypergrad.methods import BY_DEFAULT, METHODS, Task, paper_space, regularisation_space
 
 SPACE = {"lr": tune.uniform(0, 0.5)}
 REASON = "a self-tuning step fails: forward-mode differentiation does not see through Doubled"
@@ -117,6 +120,24 @@ def test_what_was_left_out_stays_left_out(tmp_path):
     assert made.left_out == {"stn": "the reason of old"} and [method.name for method in made.methods] == ["rs"]
     with pytest.raises(InputError, match="made with another problem, 'another'"):  # and not by another method
         run.run_plan(plan(["stn", "rs"], tiny_problem()), tmp_path, resume=True, progress="quiet")
+
+
+def test_an_extension_adds_to_what_was_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ray", SimpleNamespace(cluster_resources=dict, nodes=list))
+    first = run.replace(plan(["rs"], tiny_problem()), left_out={"stn": "the reason of old"})
+    run._write_settings(tmp_path, first, "k", None, Growth())
+    for growth, left_out in ((Growth(Budget(30)), {}), (Growth(), {"delta-stn": "that of now"})):
+        run._write_settings(tmp_path, run.replace(plan(["rs"], tiny_problem()), left_out=left_out), "k", None, growth)
+    said = json.loads((tmp_path / SETTINGS_FILE).read_text())
+    assert said["left_out"] == {"stn": "the reason of old", "delta-stn": "that of now"}
+
+
+def test_an_optimizer_without_a_learning_rate_leaves_cosine_out():
+    own = Optimizer("own", lambda x, gradient, slots, h, step: (x - h["rate"] * gradient, slots), (), {"rate": 0.1})
+    task = Task(tiny_problem(), {"rate": tune.uniform(0, 0.5)}, 12, own, check=False)
+    made = Plan(task.problem, task, chosen_methods(["cosine", "rs"]), Budget(60), (0,), {"cpu": 1}).suited()
+    assert made.left_out == {"cosine": "own has no hyperparameter 'lr' that could fall"}
+    assert paper_space(own, 3) == {}
 
 
 def test_the_live_view_has_them(capsys):

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from tune_hypergrad.comparison import progress
 from tune_hypergrad.comparison.progress import JsonLines, Log, Notebook, Quiet, Speed, Status, Terminal, make_display
-from tune_hypergrad.comparison.records import GRID, RETRAINING
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.ledger import GRID, RETRAINING, Account
 
 INF = float("inf")
 

@@ -3,17 +3,15 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from comparisons import GRID, STARTED, HandMade, write_comparison
 
 from tune_hypergrad.budget import UNITS
-from tune_hypergrad.comparison import records
-from tune_hypergrad.comparison.records import RETRAINING, SCHEDULES_FOLDER, Comparison, larger_is_better, measure_label
+from tune_hypergrad.comparison.records import Comparison, larger_is_better, measure_label
 from tune_hypergrad.comparison.tables import notes
-from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.criterion import OBJECTIVE, Criterion
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.ledger import LEDGER_FILE, RETRAINING, SCHEDULES_FOLDER, START, Account, Ledger
 from tune_hypergrad.schedules import Schedule
 
 FDS, RS = Account("fds", 0), Account("rs", 0)
@@ -279,43 +277,73 @@ def test_trials_that_ended_and_were_forgotten_are_told_of(tmp_path):
 
 
 class TestConfirmations:
-    """A search that confirms its schedules: means over more trainings go first, and what falls counts no longer."""
+    """A search that confirms its schedules, in a comparison's records and live."""
 
-    def incumbents(self, *rows: tuple[float, int, bool, float]) -> list[tuple[float, float]]:
-        """(lr, cost when it became the incumbent), for rows of (lr, confirmations, whether it fell, loss)."""
-        frame = pd.DataFrame(
-            {
-                "schedule/lr": [lr for lr, *_ in rows],
-                "schedule/other/0": [np.nan for _ in rows],  # of another method
-                records.SCHEDULE_COLUMN: pd.Series([None] * len(rows), dtype="str"),
-                "run/confirmations": [count for _, count, _, _ in rows],
-                "run/fallen": [fallen for _, _, fallen, _ in rows],
-                "val_loss": [loss for *_, loss in rows],
-                "objective": [loss for *_, loss in rows],
-                "spent/gradients": [float(spent) for spent in range(1, len(rows) + 1)],
-            }
-        )
-        found = records._incumbents_among(frame, Criterion())
-        return list(zip(found["schedule/lr"], found["spent/gradients"], strict=True))
+    def made(self, folder, rows, **settings):
+        """A ledger of rows (lr, confirmations, whether it fell, loss), each of a trial."""
+        made = HandMade(folder, **settings)
+        for number, (lr, count, fallen, loss) in enumerate(rows, start=1):
+            more = {"schedule/lr": lr, "run/confirmations": count, "run/fallen": fallen}
+            made.start(FDS, number).result(FDS, loss, 10, number=number, **more).end(FDS, number=number)
+        return made
 
-    def test_more_confirmations_go_first(self) -> None:
-        rows = ((0.1, 0, False, 0.30), (0.2, 0, False, 0.20), (0.1, 1, False, 0.31), (0.2, 1, False, 0.33))
-        assert self.incumbents(*rows) == [(0.1, 1), (0.2, 2), (0.1, 3)]
+    def incumbents(self, made):
+        found = made.comparison.incumbents(FDS)
+        live = made.comparison.criterion.turned(made.ledger.score(FDS))
+        assert live == pytest.approx(found[OBJECTIVE].iloc[-1]), "as in the records"
+        return [(lr, round(objective, 6)) for lr, objective in found[["schedule/lr", OBJECTIVE]].values.tolist()]
 
-    def test_what_falls_makes_way_for_the_best_that_stands(self) -> None:
+    def test_what_falls_makes_way_at_the_cost_spent_by_then(self, tmp_path):
         rows = ((0.1, 0, False, 0.30), (0.2, 0, False, 0.20), (0.2, 1, False, 0.25), (0.2, 2, True, 2.3))
-        assert self.incumbents(*rows) == [(0.1, 1), (0.2, 2), (0.2, 3), (0.1, 4)]
+        made = self.made(tmp_path, rows)
+        assert self.incumbents(made) == [(0.1, 0.30), (0.2, 0.20), (0.2, 0.25), (0.1, 0.30)]
+        assert made.comparison.incumbents(FDS)["spent/gradients"].tolist() == [10, 20, 30, 40]
 
-    def test_one_that_fell_at_its_last_confirmation_does_not_come_back(self) -> None:
-        rows = (
-            (0.1, 0, False, 0.30),
-            (0.2, 0, False, 0.31),
-            *((0.1, n, False, 0.3) for n in (1, 2)),
-            *((0.2, n, False, 0.5) for n in (1, 2)),
-            (0.1, 3, True, 0.49),
-            (0.2, 3, False, 0.5),
-        )
-        assert self.incumbents(*rows)[-1] == (0.2, 8)
+    @pytest.mark.parametrize("loss", [5.0, None, float("inf")])
+    def test_a_confirmation_that_diverges_speaks_against_its_schedule(self, tmp_path, loss):
+        rows = ((0.5, 0, False, 0.20), (0.1, 0, False, 0.30), (0.5, 1, False, 0.21), (0.1, 1, False, 0.31))
+        assert self.incumbents(self.made(tmp_path, (*rows, (0.5, 2, True, loss))))[-1] == (0.1, 0.31)
 
-    def test_without_any_the_lowest_loss_is_the_incumbent(self) -> None:
-        assert self.incumbents((0.1, 0, False, 0.3), (0.2, 0, False, 0.4), (0.3, 0, False, 0.1)) == [(0.1, 1), (0.3, 3)]
+    def test_after_an_extension_the_new_seeds_decide(self, tmp_path):
+        made = self.made(tmp_path, ((0.5, 3, False, 0.20), (0.3, 3, False, 0.22)))
+        made.ledger.write("extend", budget_before=[500, "gradients"], methods=[], seeds=[], reopened=[["fds", 0]])
+        for number, (lr, loss) in enumerate(((0.5, 0.41), (0.1, 0.24)), start=11):
+            more = {"schedule/lr": lr, "run/confirmations": 1, "run/fallen": False}
+            made.start(FDS, number).result(FDS, loss, 10, number=number, **more).end(FDS, number=number)
+        assert self.incumbents(made) == [(0.5, 0.20), (0.5, 0.41), (0.1, 0.24)]
+
+    def test_an_objective_is_the_mean_over_the_confirmations_of_one_phase(self, tmp_path):
+        made = HandMade(tmp_path, objective="max accuracy")
+        made.ledger = Ledger(tmp_path / LEDGER_FILE, Criterion("accuracy", "max"))
+        rows = ((0.5, 0, 0.99), *((lr, n, accuracy) for n in (1, 2) for lr, accuracy in ((0.5, n / 2), (0.1, 0.7))))
+        for number, (lr, count, accuracy) in enumerate(rows, start=1):
+            more = {"schedule/lr": lr, "run/confirmations": count, "run/fallen": False, "val_accuracy": accuracy}
+            made.start(FDS, number).result(FDS, 0.3, 10, number=number, **more).end(FDS, number=number)
+        assert self.incumbents(made)[-1] == (0.5, 0.75)
+        made.ledger.write("extend", budget_before=[500, "gradients"], methods=[], seeds=[], reopened=[["fds", 0]])
+        more = {"schedule/lr": 0.5, "run/confirmations": 1, "run/fallen": False, "val_accuracy": 0.4}
+        made.start(FDS, 9).result(FDS, 0.3, 10, number=9, **more).end(FDS, number=9)
+        assert self.incumbents(made)[-1] == (0.5, 0.4)
+
+    def test_what_is_worse_than_the_start_is_no_incumbent_however_often_confirmed(self, tmp_path):
+        made, start = HandMade(tmp_path, start={"lr": 0.7}), Account(START, 0)
+        made.start(start).result(start, 0.20, 10, **{"schedule/lr": 0.7, "run/step": 5, "run/steps": 5}).end(start)
+        for number, (count, loss) in enumerate(((0, 0.35), (1, 0.36), (2, 0.36), (3, 0.19)), start=1):
+            more = {"schedule/lr": 0.5, "run/confirmations": count, "run/fallen": False}
+            made.start(FDS, number).result(FDS, loss, 10, number=number, **more).end(FDS, number=number)
+            assert self.incumbents(made)[-1] == ((0.7, 0.20) if loss > 0.2 else (0.5, 0.19))
+
+    def test_a_start_that_is_confirmed_itself_is_judged_by_that(self, tmp_path):
+        made, start = HandMade(tmp_path, start={"lr": 0.7}), Account(START, 0)
+        made.start(start).result(start, 0.20, 10, **{"schedule/lr": 0.7, "run/step": 5, "run/steps": 5}).end(start)
+        for number, (lr, loss) in enumerate(((0.7 * (1 + 1e-15), 0.40), (0.5, 0.36)), start=1):
+            more = {"schedule/lr": lr, "run/confirmations": 1, "run/fallen": False}
+            made.start(FDS, number).result(FDS, loss, 10, number=number, **more).end(FDS, number=number)
+        assert self.incumbents(made)[-1] == (0.5, 0.36)
+
+    def test_lost_confirmations_do_not_count(self, tmp_path):
+        rows = ((0.1, 0, False, 0.30), (0.2, 0, False, 0.20), (0.2, 1, False, 0.25), (0.2, 2, True, 2.3))
+        made = self.made(tmp_path, rows)
+        assert self.incumbents(made)[-1] == (0.1, 0.30)
+        made.resume([f"id-fds-0-{number}" for number in (1, 2, 3)])
+        assert self.incumbents(made)[-1] == (0.2, 0.25)

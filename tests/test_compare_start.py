@@ -15,12 +15,12 @@ from tune_hypergrad import InputError, Retraining, Schedule, complement, schedul
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.arguments import checked
 from tune_hypergrad.comparison.plan import Plan
-from tune_hypergrad.comparison.records import GRID, RETRAINING, START
 from tune_hypergrad.comparison.report import summary_text
 from tune_hypergrad.comparison.retraining import RetrainingSearch
 from tune_hypergrad.comparison.run import compare
 from tune_hypergrad.comparison.start import complete_start, stretched
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.comparison.tables import results
+from tune_hypergrad.ledger import GRID, RETRAINING, START, Account
 from tune_hypergrad.methods import METHODS, Method, Task, get_method, regularisation_space
 from tune_hypergrad.searchers.brackets import rungs
 from tune_hypergrad.searchers.queue import QueueSearch
@@ -342,6 +342,18 @@ def test_gains_are_against_the_same_seed_and_the_same_retrainings(tmp_path):
     text = summary_text(comparison)
     assert "gain over the start in test accuracy (points)" in text and "| 8.00 (6.00 to 10.00) |" in text
     assert "Start: lr 0.1: validation loss 0.5, from 0.5 to 0.5, test accuracy 80.00 %" in text
+
+
+def test_gains_in_accuracy_are_in_points_by_validation_as_by_test(tmp_path):
+    made, start = HandMade(tmp_path, ["fds"], start={"lr": 0.1}, objective="max accuracy"), Account(START, 0)
+    made.start(start).result(start, 0.5, 100, val_accuracy=0.85).end(start)
+    made.start(FDS).result(FDS, 0.4, 100, val_accuracy=0.8625, **{"schedule/lr": 0.2}).end(FDS)
+    for number, (method, accuracy) in enumerate(((START, 0.8), ("fds", 0.81))):
+        made.retraining(method, 0, 1.0, 100, number, test_accuracy=accuracy)
+    table = results(made.comparison)
+    row = dict(zip((column.heading for column in table.columns), table.rows[0], strict=True))
+    assert row["gain over the start in test accuracy (points)"] == "1.00"
+    assert row["gain over the start in validation accuracy (points)"] == "1.25"
 
 
 class Portfolio:

@@ -18,6 +18,7 @@ from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import FDS, HD, Budget, FixedSchedule, InputError, Schedule, continuing, schedule
 from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.incumbents import FALLEN
 from tune_hypergrad.ledger import LEDGER_FILE, Account, read_events
 from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch, PortfolioStopper, portfolio_of
 from tune_hypergrad.searchers.queue import QueueSearch
@@ -338,6 +339,7 @@ def test_long_schedules_are_attached_whole_when_the_metric_has_improved():
     for result in results:
         assert schedule_keys(result) == [
             "hypergradient/l2/1",
+            "hypergradient/lr/50",
             "hypergradient_norm/lr",
             "schedule/l2/0",
             "schedule/l2/1",
@@ -349,6 +351,12 @@ def test_long_schedules_are_attached_whole_when_the_metric_has_improved():
 def test_a_first_result_that_is_not_finite_has_no_schedule():
     found = Schedule({"lr": (0.1,) * 60})
     assert [FOUND in result for result in scheduled(found, [math.nan, math.inf, 3.0])] == [False, False, True]
+
+
+def test_a_result_that_speaks_against_a_long_schedule_says_which():
+    found = Schedule({"lr": (0.1,) * 60})
+    (result,) = scheduled(found, [math.nan], **{FALLEN: True, "run/step": 5})
+    assert Schedule(result[FOUND]) == found
 
 
 def test_schedules_by_step_are_attached_however_short():

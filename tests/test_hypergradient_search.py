@@ -442,6 +442,19 @@ def test_points_that_cannot_be_paid_for_are_left_out(trainings, points):
     assert search.incumbent is not None and search._outer.incumbent.runs >= 1 and 1 in cost
 
 
+@pytest.mark.parametrize("rule", ["robust", "line-search"])
+def test_points_leave_enough_for_the_search_whatever_the_rule(rule):
+    given = [{"momentum": 0.1 * (6 - count)} for count in range(6)]
+    search, cost = HypergradientSearch(SPACE, rule=rule, points_to_evaluate=given, trainings=14), []
+
+    def respond(config):
+        cost.append(1 if "confirmed" in config or config.get("reject_above") == -math.inf else 4)
+        return {**bowl(config), "cost/gradients": 12 * cost[-1], "run/steps": 12}
+
+    drive(search, respond)
+    assert search._outer.spent == sum(cost) <= 14 and search._outer.outer_step > 0
+
+
 def test_a_round_of_confirmations_all_of_whose_trials_fail_is_run_again():
     failed = []
 

@@ -812,13 +812,29 @@ def test_long_schedules_are_kept_as_files(tmp_path):
     loop = Loop(make(tmp_path, endless("m")), slots=1)
     loop.fill()
     (trial,) = loop.running
-    result = trial.result(0.5, **{FOUND: {"lr": (0.1, 0.2), "momentum": (0.9,)}})
-    loop.portfolio.charge(trial.trial_id, result)
-    assert FOUND not in result
-    event = read_events(tmp_path / LEDGER_FILE)[-1]
-    assert event[SCHEDULE_COLUMN] == "m-0-1-1.json"
-    kept = Schedule.load(tmp_path / SCHEDULES_FOLDER / event[SCHEDULE_COLUMN])
+    for momentum in (0.9, 0.9, 0.8):
+        result = trial.result(0.5, **{FOUND: {"lr": (0.1, 0.2), "momentum": (momentum,)}})
+        loop.portfolio.charge(trial.trial_id, result)
+        assert FOUND not in result
+    first, same, other = (e[SCHEDULE_COLUMN] for e in read_events(tmp_path / LEDGER_FILE) if e["event"] == "result")
+    assert first == same != other, "a schedule is told by what it holds, whichever trial had it"
+    kept = Schedule.load(tmp_path / SCHEDULES_FOLDER / first)
     assert kept == Schedule({"lr": (0.1, 0.2), "momentum": (0.9,)})
+
+
+def test_long_hypergradients_reach_the_searcher_and_not_the_ledger(tmp_path):
+    loop = Loop(make(tmp_path, endless("m")), slots=1)
+    loop.fill()
+    (trial,) = loop.running
+    long = {f"hypergradient/lr/{window}": 0.1 for window in range(51)}
+    result = trial.result(0.5, **long, **{"hypergradient/l2/0": 0.2, "hypergradient_norm/lr": 0.3})
+    loop.portfolio.charge(trial.trial_id, result)
+    assert long.items() <= result.items()
+    event = read_events(tmp_path / LEDGER_FILE)[-1]
+    assert {name for name in event if name.startswith("hypergradient")} == {
+        "hypergradient/l2/0",
+        "hypergradient_norm/lr",
+    }
 
 
 def test_the_best_so_far(tmp_path):

@@ -49,6 +49,24 @@ def test_only_the_largest_budget_counts(monkeypatch):
     assert found.rewards == (0.5,) and found.passed_over == {"t0": "its budget is 1.0, and others' 3.0"}
 
 
+def test_the_budget_stands_where_the_searcher_has_it(monkeypatch):
+    trials = [(config(epochs=1.0), {"score": 0.9}), (config(epochs=3.0), {"score": 0.5})]
+    found = starting_points(made(monkeypatch, *trials), SPACE, **GIVEN, budget_key="epochs")
+    assert found.rewards == (0.5,) and found.passed_over == {"t0": "its epochs is 1.0, and others' 3.0"}
+    assert found.points == (config(),)
+
+
+def test_what_hypergradient_searches_add_to_configs_is_no_hyperparameter(monkeypatch):
+    search = HypergradientSearch({**SPACE, "l2": 1e-3}, lengths=(5,), new_splits=True, points_to_evaluate=[config()])
+    first = search.suggest("a")
+    assert {"seed", "split_seed", "steps", "tuned"} <= first.keys()
+    more = {"reject_above": 0.5, "confirmed": [0.1], "fall_above": 2.0, "__trial_index__": 0}
+    folder = made(monkeypatch, ({**first, **more}, {"score": 1.0}))
+    assert starting_points(folder, {**SPACE, "l2": 1e-3}, **GIVEN).points == ({**config(), "l2": 1e-3},)
+    timed = starting_points(folder, {**SPACE, "steps": tune.randint(1, 9)}, **GIVEN, names={"l2": None})
+    assert timed.points == ({**config(), "steps": 5},)
+
+
 def test_names_are_mapped_and_left_out(monkeypatch):
     trials = [({"rate": 0.1, "m": 0.5, "data": "here"}, {"score": 1.0})]
     made(monkeypatch, *trials)

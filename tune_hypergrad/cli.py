@@ -144,7 +144,7 @@ def compare(
                 raise InputError(f"--resume {resume} goes on with what was begun there: leave out {option}")
         added = {name: given[name] for name in by_person if name in _GROW}
         given = {**_saved_command(resume), "out": resume, "address": address, "progress": progress}
-        given = _extended(given, _grown(resume), added)
+        given = _with_added(given, _grown(resume), added)
     elif problem is None:
         given |= {name: value for name, value in FIRST.items() if name not in by_person}
     _compare(**given, again=resume is not None)
@@ -249,7 +249,7 @@ def _grown(folder: Path) -> dict[str, Any]:
     return {"budget": settings["budget"], "method": names, "seeds": len(settings["seeds"])}
 
 
-def _extended(command: dict[str, Any], grown: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+def _with_added(command: dict[str, Any], grown: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
     """A saved command as the comparison has been extended since, and is to be now; methods come beside those there
     are."""
     from tune_hypergrad.budget import Budget

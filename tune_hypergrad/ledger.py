@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.incumbents import CONFIRMATIONS, FALLEN, Judged, Standings
 
 LEDGER_FILE = "ledger.jsonl"
 """In a comparison's folder: one JSON object a line, appended as things happen."""
@@ -20,6 +21,12 @@ SCHEDULES_FOLDER = "schedules"
 """In a comparison's folder: schedules that results refer to by file name, since they are too long for a ledger."""
 SCHEDULE_COLUMN = "schedule_file"
 """In a result: that file."""
+RETRAINING = "retraining"
+"""The account of retrainings; it has no budget."""
+GRID = "grid"
+"""The account of a grid search, which others are measured by; it has no budget."""
+START = "start"
+"""The account of the trainings of a person's own settings, from which all methods begin, one for every seed."""
 BUDGET_SPENT, SEARCH_ENDED = "budget spent", "search ended"
 """Reasons for which an account stops when nothing has gone wrong."""
 
@@ -35,14 +42,13 @@ class Account(NamedTuple):
 
 
 class Charge(NamedTuple):
-    """A trial's cumulative cost at one of its results, and what it had come to by then."""
+    """A trial's cumulative cost at one of its results, and what that tells of it."""
 
     iteration: int
     cost: Cost
     line: int
-    score: float
-    """The lowest so far, by the ledger's criterion turned so that less is better, of weights that had been trained; inf
-    where there is none."""
+    judged: Judged
+    """By the ledger's criterion; weights that had not been trained judge nothing."""
     end_judged: bool
     """Whether a result so far judged a training run as far as it was to go, or did not say how far it had come."""
     end_counted: bool
@@ -71,11 +77,6 @@ class TrialRecord:
     def spent_last(self) -> Cost:
         """The part of it that the last of them has cost."""
         return self.spent - self.charges[-2].cost if len(self.charges) > 1 else self.spent
-
-    @property
-    def score(self) -> float:
-        """The lowest of weights that had been trained; inf where there is none."""
-        return self.charges[-1].score if self.charges else math.inf
 
     @property
     def judged_end(self) -> bool:
@@ -132,10 +133,20 @@ class Ledger:
         self._lost: dict[Account, Cost] = {}
         self._settled: dict[Account, str] = {}  # those that have stopped before an extension, and stay so
         self._kept: set[str] = set()  # trials from before an extension
+        self._extensions = 0
+        self._standings: dict[Account, Standings] = {}  # of results that count, as far as somebody has asked
         self._lines, self._opened = 0, False
         if path is not None:
             for event in read_events(path):
                 self._apply(event)
+
+    @classmethod
+    def of(cls, events: Iterable[Mapping[str, Any]], criterion: Criterion | None = None) -> Ledger:
+        """What follows from events, kept in memory."""
+        made = cls(None, criterion)
+        for event in events:
+            made._apply(event)
+        return made
 
     def write(self, event: str, **content: Any) -> None:
         """Append an event and take note of it.
@@ -187,10 +198,38 @@ class Ledger:
         return any(trial.completed_run or (trial.judged_end and not failing) for trial in trials)
 
     def score(self, account: Account) -> float:
-        """The lowest that an account's trials have come to, by the criterion turned so that less is better; inf while
-        no run has been completed."""
-        scores = [trial.score for trial in self.trials_of(account)]
-        return min(scores) if self.completed_run(account) else math.inf
+        """That of an account's incumbent among all that it has spent, by the criterion turned so that less is better:
+        the start with the same seed, if there is one, or what goes before it; inf where there is none. An account has
+        none of its own while no run has been completed."""
+        start = self._start_of(account)
+        if not self.completed_run(account):
+            return math.inf if start is None else start.score
+        if account not in self._standings:
+            results = sorted((charge.line, charge.judged) for t in self.trials_of(account) for charge in t.charges)
+            self._standings[account] = self._new_standings(start)
+            for _, judged in results:
+                self._standings[account].take(judged)
+        incumbent = self._standings[account].incumbent
+        return math.inf if incumbent is None else incumbent.score
+
+    @property
+    def judged(self) -> dict[int, Judged]:
+        """What the results that count say, by the number of the line."""
+        return {charge.line: charge.judged for trial in self.trials.values() for charge in trial.charges}
+
+    def _start_of(self, account: Account) -> Judged | None:
+        """What the start was worth with an account's seed, if its training has come to its end."""
+        if account.method in (START, GRID, RETRAINING):
+            return None
+        ended = [t.charges[-1] for t in self.trials_of(Account(START, account.seed)) if t.charges]
+        ended = [charge for charge in ended if charge.end_judged and math.isfinite(charge.judged.score)]
+        return ended[-1].judged if ended else None
+
+    def _new_standings(self, start: Judged | None) -> Standings:
+        standings = Standings(start, averaged=self._criterion.is_loss)
+        if start is not None:
+            standings.take(start)
+        return standings
 
     def reason(self, account: Account) -> str | None:
         """Why an account suggests nothing more, and what its budget went into where it never completed a run; None
@@ -220,6 +259,7 @@ class Ledger:
             self.stopped = dict(self._settled)  # the others say so again
         elif kind == "extend":
             reopened = {Account(*account) for account in event["reopened"]}
+            self._extensions += 1
             self._settled = {account: why for account, why in self.stopped.items() if account not in reopened}
             self.stopped, self._kept = dict(self._settled), set(self.trials)
         elif kind == "stop":
@@ -242,14 +282,20 @@ class Ledger:
         while kept and record.charges[kept - 1].iteration >= result["iteration"]:
             kept -= 1
         self._lose(record, kept)
-        charge = _charge_of(result, line, record.charges[-1] if kept else None, self._criterion)
+        judged = _judged_of(result, self._criterion, self._extensions)
+        charge = _charge_of(result, line, record.charges[-1] if kept else None, judged)
         self._spent[record.account] = self.spent(record.account) + charge.cost - record.spent
         record.charges.append(charge)
+        if record.account.method == START:
+            self._standings.clear()
+        elif record.account in self._standings:
+            self._standings[record.account].take(judged)
 
     def _lose(self, record: TrialRecord, kept: int) -> None:
         """Only the first `kept` of a trial's charges count."""
         if kept < len(record.charges):
             before = record.spent
+            self._standings.clear()
             self.lost_lines.update(charge.line for charge in record.charges[kept:])
             del record.charges[kept:]
             lost = before - record.spent
@@ -258,17 +304,30 @@ class Ledger:
             self._lost[record.account] = self.lost(record.account) + lost
 
 
-def _charge_of(result: Mapping[str, Any], line: int, before: Charge | None, criterion: Criterion) -> Charge:
-    step, steps, judged = (_number(result, name) for name in ("run/step", "run/steps", criterion.column))
+def _judged_of(result: Mapping[str, Any], criterion: Criterion, phase: int) -> Judged:
+    trained = _number(result, "run/step") != 0
+    figures = [_number(result, name) for name in (criterion.column, "val_loss")]
+    score = float(criterion.turned(figures[0])) if trained and all(map(math.isfinite, figures)) else math.inf
+    count = _number(result, CONFIRMATIONS)
+    confirmations = int(count) if trained and count > 0 else 0
+    return Judged(score, _schedule_key(result), confirmations, trained and result.get(FALLEN) is True, phase)
+
+
+def _schedule_key(result: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+    """What a result was reached with; of numbers the first twelve digits, since scales are passed through."""
+    parts = ((name, value) for name, value in result.items() if name.startswith("schedule/") or name == SCHEDULE_COLUMN)
+    known = ((name, float(f"{value:.12g}") if isinstance(value, float) else value) for name, value in parts)
+    return frozenset((name, value) for name, value in known if value is not None and value == value)
+
+
+def _charge_of(result: Mapping[str, Any], line: int, before: Charge | None, judged: Judged) -> Charge:
+    step, steps = (_number(result, name) for name in ("run/step", "run/steps"))
     trained = step != 0
     return Charge(
         result["iteration"],
         Cost.from_result(result),
         line,
-        min(
-            criterion.turned(judged) if trained and math.isfinite(judged) else math.inf,
-            before.score if before else math.inf,
-        ),
+        judged,
         (trained and not step < steps) or (before is not None and before.end_judged),
         _number(result, "run/completed") > 0 or (before is not None and before.end_counted),
     )

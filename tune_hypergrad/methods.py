@@ -44,7 +44,8 @@ from tune_hypergrad.space import (
 )
 from tune_hypergrad.trainables import HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun
 
-_LEAST_TRAININGS = 4.0  # that an outer step costs
+LEAST_TRAININGS = 4.0
+"""What a search that plans its budget needs, in plain trainings: an outer step costs as much."""
 _GROUPS = "groups"  # key of a problem's findings
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
 
@@ -265,7 +266,8 @@ class Method:
     """The part of a task's space that it can tune."""
     plans_budget: bool = False
     """Whether its searcher plans for `Task.trainings`. Where a comparison gets more budget, the search of such a method
-    begins again from its incumbent, with what is left; others go on where they were."""
+    begins again from its incumbent, with what is left; others go on where they were. Where less than four trainings are
+    left it does not begin, and has them for a later extension."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -305,7 +307,7 @@ def _inner_runs(task: Task) -> Trainable:
 
 def _by_hypergradients(task: Task) -> Searcher:
     """One trial for every run of the robust search, which confirms what it finds as far as the budget has room."""
-    affordable = task.trainings is not None and task.trainings >= _LEAST_TRAININGS
+    affordable = task.trainings is not None and task.trainings >= LEAST_TRAININGS
     settings = SearchSettings(trainings=task.trainings if affordable else None)
     return _hypergradient_search(task, _differentiable(task), settings)
 
@@ -485,8 +487,14 @@ def _seeds(task: Task) -> Searcher:
 
 
 def _cosine(task: Task) -> Trainable:
-    """Plain training with customary hyperparameters and a learning rate that falls as half a cosine."""
+    """Plain training with customary hyperparameters and a learning rate that falls as half a cosine.
+
+    Raises:
+        UnsuitedError: the optimizer has no learning rate.
+    """
     values = {**customary(task.optimizer), **task.fixed}
+    if "lr" not in values:
+        raise UnsuitedError(f"{get_optimizer(task.optimizer).name} has no hyperparameter 'lr' that could fall")
     lr, steps = values["lr"], task.steps
     if isinstance(lr, int | float):  # else it is held at a schedule
         values["lr"] = {str(step): lr * (1 + cos(pi * step / steps)) / 2 for step in range(steps)}
@@ -654,7 +662,7 @@ def paper_space(optimizer: str | Optimizer, windows: int) -> dict[str, Any]:
     known = get_optimizer(optimizer)
     largest = {"lr": 1.0 if known.name in ("sgd", "nesterov") else 0.03, "momentum": 0.99, "weight_decay": 0.01}
     domains = {name: tune.uniform(0, upper) for name, upper in largest.items() if name in known.hyperparameters}
-    return {**domains, "lr": schedule(domains["lr"], windows)}
+    return {name: schedule(domain, windows) if name == "lr" else domain for name, domain in domains.items()}
 
 
 def regularisation_space(problem: Problem) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.comparison.start import complete_start
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ledger import Account
-from tune_hypergrad.methods import Method, Task
+from tune_hypergrad.methods import LEAST_TRAININGS, Method, Task
 
 EXTENSIONS = "extensions"
 """In `settings.json`: a comparison's growths, in order, as `Growth.said` has them."""
@@ -42,8 +42,8 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What an extension begins with."""
+class Continuation:
+    """How an extension goes on from what there is."""
 
     number: int
     """Of the extension, from 1."""
@@ -56,6 +56,11 @@ class Beginning:
     trainings: Mapping[Account, float] = field(default_factory=dict)
     """Of those, what they may still spend, in plain training runs, where the budget is in gradients."""
 
+    @property
+    def waiting(self) -> frozenset[Account]:
+        """Those to whom too little is left to begin with, and who stay as they are."""
+        return frozenset(account for account, left in self.trainings.items() if left < LEAST_TRAININGS)
+
 
 def growth_of(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> Growth:
     """By what settings of a comparison have grown.
@@ -66,8 +71,8 @@ def growth_of(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path)
         folder: for messages.
 
     Raises:
-        InputError: a budget that is smaller or in another unit, a method or seed that is missing, or any other setting
-            that has changed: results before and after would not compare.
+        InputError: a budget that is smaller or in another unit, a method or seed that is missing, a method that cannot
+            run any more, or any other setting that has changed: results before and after would not compare.
     """
     wanted = json.loads(json.dumps(wanted))
     for name, value in wanted.items():
@@ -89,6 +94,8 @@ def growth_of(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path)
         raise InputError(f"{folder} was made with seed {missing[0]}, too: give {saved['seeds']}, and further ones")
     known, own = ({method["name"]: method for method in settings["methods"]} for settings in (saved, wanted))
     lost = [name for name in known if name not in own]
+    if lost and lost[0] in wanted["left_out"]:
+        raise InputError(f"{folder} compares {lost[0]!r}, which cannot run any more: {wanted['left_out'][lost[0]]}")
     if lost:
         raise InputError(f"{folder} compares {lost[0]!r}, too: give {', '.join(known)}, and further methods")
     for name, method in known.items():
@@ -98,10 +105,10 @@ def growth_of(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path)
     return Growth(grown, tuple(name for name in own if name not in known), tuple(seeds))
 
 
-def beginning_of(
+def continuation_of(
     folder: Path, number: int, methods: Mapping[str, Method], task: Task, budget: Budget, known: frozenset[Account]
-) -> Beginning:
-    """What an extension of a comparison begins with.
+) -> Continuation:
+    """How an extension of a comparison goes on.
 
     Args:
         folder: the comparison's.
@@ -124,4 +131,4 @@ def beginning_of(
                 found = comparison.schedule_of(rows.iloc[-1]).to_config()
                 given = {name: value for name, value in found.items() if name in tunable}
                 starts[account] = complete_start(given, replace(task, space=tunable)).point
-    return Beginning(number, known, frozenset(anew), starts, trainings)
+    return Continuation(number, known, frozenset(anew), starts, trainings)

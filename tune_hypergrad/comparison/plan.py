@@ -15,9 +15,8 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.growth import Beginning
+from tune_hypergrad.comparison.growth import Continuation
 from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
-from tune_hypergrad.comparison.records import GRID, RETRAINING, START
 from tune_hypergrad.comparison.reference import grid_points
 from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.comparison.session import grows
@@ -26,7 +25,7 @@ from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import regrouped
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.optimizers import is_built_in
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.ledger import GRID, RETRAINING, START, Account
 from tune_hypergrad.methods import (
     BY_DEFAULT,
     FLOOR,
@@ -83,7 +82,7 @@ class Plan:
     """The settings that methods begin from, as they were given and complete; `task` has them in the space's form."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Methods that do not take part since they cannot work on the task, by name, and the reason of each."""
-    beginning: Beginning | None = None
+    continuation: Continuation | None = None
     """What an extension begins with, if this is one."""
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
     """What trials run, by method, as far as it has been made: trying a problem out takes time."""
@@ -135,7 +134,8 @@ class Plan:
         made = {method.name: self._trainable(method) for method in self.methods}
         made[RETRAINING] = self.retraining.trainable(replace(self.task, problem=self.problem))
         if self.grid or self.start:
-            made |= dict.fromkeys((GRID, START), METHODS["rs"].trainable(self.task))
+            plain = next((made[method.name] for method in self.methods if method.trainable is plain_training), None)
+            made |= dict.fromkeys((GRID, START), plain or plain_training(self.task))
         return made
 
     def _trainable(self, method: Method) -> Any:
@@ -213,8 +213,8 @@ class Plan:
         # methods of one seed do not share their draws, lest they look at the same configurations
         own = fold_seed(seed, crc32(method.name.encode())) % 2**32
         task = replace(self.task, seed=own)
-        if self.beginning is not None and Account(method.name, seed) in self.beginning.known:
-            task = _going_on(task, Account(method.name, seed), self.beginning)
+        if self.continuation is not None and Account(method.name, seed) in self.continuation.known:
+            task = _going_on(task, Account(method.name, seed), self.continuation)
         searcher = method.searcher(task)
         if not isinstance(searcher, Searcher):
             raise InputError(f"{method.name}'s searcher is a {type(searcher).__name__}: make a ray.tune Searcher")
@@ -286,13 +286,13 @@ class Plan:
         }
 
 
-def _going_on(task: Task, account: Account, beginning: Beginning) -> Task:
+def _going_on(task: Task, account: Account, continuation: Continuation) -> Task:
     """The task of an account that has worked before: with draws of its own, from its incumbent, with what is left."""
     return replace(
         task,
-        seed=fold_seed(task.seed, beginning.number) % 2**32,
-        start=beginning.starts.get(account, task.start),
-        trainings=beginning.trainings.get(account, task.trainings),
+        seed=fold_seed(task.seed, continuation.number) % 2**32,
+        start=continuation.starts.get(account, task.start),
+        trainings=continuation.trainings.get(account, task.trainings),
     )
 
 

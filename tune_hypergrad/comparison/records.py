@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,18 +17,22 @@ from tune_hypergrad.budget import UNITS, Budget, Cost
 from tune_hypergrad.comparison.troubles import Trouble, find_troubles
 from tune_hypergrad.criterion import OBJECTIVE, Criterion
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger, read_events
+from tune_hypergrad.incumbents import Judged, Standings
+from tune_hypergrad.ledger import (
+    GRID,
+    LEDGER_FILE,
+    RETRAINING,
+    SCHEDULE_COLUMN,
+    SCHEDULES_FOLDER,
+    START,
+    Account,
+    Ledger,
+    read_events,
+)
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.inner_run import CONFIRMATIONS, FALLEN
 
 SETTINGS_FILE = "settings.json"
 """In a comparison's folder: what was compared, and how."""
-RETRAINING = "retraining"
-"""The account of retrainings; it has no budget."""
-GRID = "grid"
-"""The account of a grid search, which others are measured by; it has no budget."""
-START = "start"
-"""The account of the trainings of a person's own settings, from which all methods begin, one for every seed."""
 
 _BOOKKEEPING = ("event", "retrains", "config", "resources", "known")
 _HIGHER_IS_BETTER = re.compile(
@@ -118,8 +121,8 @@ class Comparison:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The ledger as it is now; `write` nothing to it."""
-        return Ledger(self.folder / LEDGER_FILE)
+        """What follows from the events; `write` nothing to it."""
+        return Ledger.of(self.events, self.criterion)
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
@@ -138,9 +141,8 @@ class Comparison:
         rows = []
         spent: dict[Account, Cost] = {}  # by what counts in the end, so that it never falls when work is lost later
         latest: dict[str, Cost] = {}
-        for line, event in enumerate(self.events):
-            if event["event"] != "result" or event["method"] == RETRAINING:
-                continue
+        for line in self._result_lines:
+            event = self.events[line]
             account, cost = Account(event["method"], event["seed"]), Cost.from_result(event)
             lost = line in self.ledger.lost_lines
             after = spent.get(account, Cost()) + cost - latest.get(event["id"], Cost())
@@ -150,6 +152,18 @@ class Comparison:
             row |= {"val_loss": _number(event.get("val_loss")), OBJECTIVE: _number(event.get(self.criterion.column))}
             rows.append({**row, **_by_unit("spent", after), "lost": lost})
         return pd.DataFrame(rows)
+
+    @cached_property
+    def _result_lines(self) -> list[int]:
+        """Which of the events the rows of `results` are."""
+        lines = enumerate(self.events)
+        return [line for line, event in lines if event["event"] == "result" and event["method"] != RETRAINING]
+
+    @cached_property
+    def _judged(self) -> dict[int, Judged]:
+        """What was judged at those rows of `results` that count, by index."""
+        at_lines = self.ledger.judged
+        return {row: at_lines[line] for row, line in enumerate(self._result_lines) if line in at_lines}
 
     @cached_property
     def trials(self) -> pd.DataFrame:
@@ -399,14 +413,15 @@ class Comparison:
         return own[own["share"] == 1].groupby("seed").mean(numeric_only=True).reset_index()
 
     def incumbents(self, account: Account) -> pd.DataFrame:
-        """The results at which an account's objective was the best so far, within its budget, if it has one; of a
-        search that confirms its schedules, the best of those confirmed most often so far.
+        """The results at which an account's incumbent became another one, within its budget, if it has one: the best
+        objective so far; of a search that confirms its schedules, the best of those confirmed most often so far (see
+        `Standings`).
 
         The objective is the validation loss, the lower the better, or the metric that the problem names; of a schedule
         that is being confirmed it is the mean over the confirmations.
         Where there is a start, its result with the same seed is among them, as if every method had trained it first;
-        of equals it goes before. An account that has not completed a run has no others, and figures of an
-        untrained model are none.
+        of equals it goes before, and so it does before all that is worse, however often that was confirmed. An account
+        that has not completed a run has no others, and figures of an untrained model are none.
         """
         frame = self.results
         if frame.empty:
@@ -417,16 +432,32 @@ class Comparison:
         unit = f"spent/{self.budget.unit}"
         before = own[unit].shift(fill_value=0)
         within = (before < self.budget.amount) | (account.method == GRID)
-        trained = (own["run/step"] != 0) if "run/step" in own else True
-        finite = np.isfinite(own["val_loss"]) & np.isfinite(own[OBJECTIVE])
-        own = own[within & trained & finite & self.ledger.completed_run(account)]
+        own = own[within & self.ledger.completed_run(account)]
+        standings = Standings(averaged=self.criterion.is_loss)
         if account.method != GRID:
             of_start = self.start_results[self.start_results["seed"] == account.seed]
             if account.method == START:
                 return of_start
             if len(of_start):
                 own = pd.concat([of_start, own]).sort_values(unit, kind="stable")
-        return _incumbents_among(own.reset_index(drop=True), self.criterion)
+                start = self._judged[of_start.index[0]]
+                standings = Standings(start, averaged=self.criterion.is_loss)
+        return self._changes(own, standings)
+
+    def _changes(self, own: pd.DataFrame, standings: Standings) -> pd.DataFrame:
+        """Of results in their order, those at which the incumbent became another one, with its mean over confirmations
+        as the objective. Where one falls, the best of the others is it again, at the cost spent by then."""
+        found = [standings.take(self._judged[row]) for row in own.index]
+        numbers = [None if one is None else one.number for one in found]
+        pairs = enumerate(zip(numbers, [None, *numbers], strict=False))
+        changes = [row for row, (now, before) in pairs if now is not None and now != before]
+        if not changes or numbers[-1] is None:
+            return own.iloc[:0]
+        best = [found[row] for row in changes]
+        rows = own.iloc[[one.number for one in best if one is not None]].reset_index(drop=True)
+        spent = [column for column in own if str(column).startswith("spent/")]
+        rows[spent] = own.iloc[changes][spent].to_numpy()
+        return rows.assign(**{OBJECTIVE: [self.criterion.turned(one.score) for one in best if one is not None]})
 
     @cached_property
     def start_results(self) -> pd.DataFrame:
@@ -536,44 +567,6 @@ class Comparison:
 
     def _accounts(self) -> list[Account]:
         return [Account(method, seed) for method in self.methods for seed in self.settings["seeds"]]
-
-
-def _incumbents_among(results: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
-    """The rows, among an account's results in their order, at which the incumbent became another one.
-
-    The mean over more trainings that confirm a schedule goes before one over fewer, then the better objective does. A
-    schedule that falls in a confirmation counts no longer: then the best of the others is the incumbent again, at the
-    cost spent by then.
-    """
-    scores = criterion.turned(results[OBJECTIVE])
-    if CONFIRMATIONS not in results or not results[CONFIRMATIONS].fillna(0).any():
-        best_before = scores.cummin().shift()
-        return results[best_before.isna() | (scores < best_before)]
-    counts = results[CONFIRMATIONS].fillna(0)
-    fallen = results.get(FALLEN, pd.Series(False, results.index)).fillna(False).astype(bool)
-    of_schedules = results.filter(regex=f"^schedule/|^{SCHEDULE_COLUMN}$")
-    schedules = ["|".join(map(str, values)) for values in of_schedules.itertuples(index=False)]
-    confirmed: dict[str, list[float]] = {}  # by schedule: scores of its confirmations
-    standing: dict[str, tuple[float, float, int]] = {}  # by schedule: confirmations, negative; score; row
-    changes: list[tuple[int, int]] = []  # rows: of an incumbent, and at which it became that
-    for row, (schedule, count) in enumerate(zip(schedules, counts, strict=True)):
-        if count and not criterion.is_loss:  # of which a result has the mean itself
-            confirmed[schedule] = [*confirmed.get(schedule, ()), float(scores.iloc[row])]
-            scores.iloc[row] = fmean(confirmed[schedule])
-        known, now = standing.get(schedule), (-count, float(scores.iloc[row]), row)
-        if fallen.iloc[row]:
-            standing.pop(schedule, None)
-            confirmed.pop(schedule, None)
-        elif known is None or count > -known[0] or (count == 0 == known[0] and now < known):
-            standing[schedule] = now
-        best = min(standing.values(), default=None)
-        if best is not None and (not changes or changes[-1][0] != best[2]):
-            changes.append((best[2], row))
-    spent = [column for column in results if str(column).startswith("spent/")]
-    results = results.assign(**{OBJECTIVE: criterion.turned(scores)})
-    incumbents = results.iloc[[best for best, _ in changes]].reset_index(drop=True)
-    incumbents[spent] = results.iloc[[row for _, row in changes]][spent].to_numpy()
-    return incumbents
 
 
 def schedule_of(row: Mapping[str, Any] | pd.Series, folder: Path) -> Schedule:

@@ -12,10 +12,10 @@ import pandas as pd
 from ray import tune
 from ray.tune.search import Searcher
 
-from tune_hypergrad.comparison.records import RETRAINING, START, Comparison
+from tune_hypergrad.comparison.records import Comparison
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.optimizers import is_built_in
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.ledger import RETRAINING, START, Account
 from tune_hypergrad.methods import Task, is_whole, optimizers_of, training_reports
 from tune_hypergrad.problems.splits import with_val
 from tune_hypergrad.searchers.portfolio import RETRAINS, portfolio_of

@@ -33,10 +33,10 @@ from ray.tune.search import Searcher
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.arguments import checked
 from tune_hypergrad.comparison.folders import contents, folder_for, joined, new_file, storage_for
-from tune_hypergrad.comparison.growth import EXTENSIONS, Growth, beginning_of, growth_of
+from tune_hypergrad.comparison.growth import EXTENSIONS, Growth, continuation_of, growth_of
 from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space
 from tune_hypergrad.comparison.progress import Display, Status, make_display
-from tune_hypergrad.comparison.records import GRID, RETRAINING, SETTINGS_FILE, START, Comparison
+from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
 from tune_hypergrad.comparison.report import write_report
 from tune_hypergrad.comparison.retraining import Retraining
 from tune_hypergrad.comparison.scheduling import PatientScheduler
@@ -44,7 +44,17 @@ from tune_hypergrad.comparison.session import cluster_session
 from tune_hypergrad.comparison.start import complete_start
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.ledger import BUDGET_SPENT, LEDGER_FILE, SEARCH_ENDED, Account, Ledger, read_events
+from tune_hypergrad.ledger import (
+    BUDGET_SPENT,
+    GRID,
+    LEDGER_FILE,
+    RETRAINING,
+    SEARCH_ENDED,
+    START,
+    Account,
+    Ledger,
+    read_events,
+)
 from tune_hypergrad.methods import Method, Task
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
@@ -220,8 +230,8 @@ def run_plan(
     are errors."""
     folder = Path(out).resolve()
     plan = (_as_begun(plan, folder) if resume else plan).suited()
-    growth = _growth(folder, plan, storage) if resume else Growth()
-    plan = _extended(plan, folder, growth) if resume else plan
+    growth = _growth_in(folder, plan, storage) if resume else Growth()
+    plan = _continued(plan, folder, growth) if resume else plan
     for name, reason in plan.left_out.items():
         _logger.warning("%s is left out: %s", name, reason)
     display = make_display(progress, plan.left_out, plan.problem.criterion)
@@ -339,9 +349,9 @@ def _run(
     dispatching = tune.with_parameters(Dispatching, **parameters)
     factories = plan.factories()
     trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
-    name = _TRIALS_FOLDER if plan.beginning is None else f"{_TRIALS_FOLDER}-{plan.beginning.number}"
+    name = _TRIALS_FOLDER if plan.continuation is None else f"{_TRIALS_FOLDER}-{plan.continuation.number}"
     path = joined(trials, name)
-    if plan.beginning is not None:
+    if plan.continuation is not None:
         _write_extension(folder, plan)
     known = put_snapshot_back(folder / SNAPSHOT_FILE, path)
     if known:
@@ -354,8 +364,8 @@ def _run(
     else:
         _forget(folder, path)
         portfolio = plan.portfolio(searchers, folder, key)
-        if plan.beginning is not None:
-            anew = {*plan.beginning.anew, Account(RETRAINING, 0)}
+        if plan.continuation is not None:
+            anew = {*plan.continuation.anew, Account(RETRAINING, 0)}
             portfolio.extend(saved_searcher(_snapshot_before(folder, plan)), anew)
         tuner = tune.Tuner(
             trainable,
@@ -413,7 +423,7 @@ def _as_begun(plan: Plan, folder: Path) -> Plan:
     return replace(plan, methods=left, left_out=known)
 
 
-def _growth(folder: Path, plan: Plan, storage: str | None) -> Growth:
+def _growth_in(folder: Path, plan: Plan, storage: str | None) -> Growth:
     """By what a plan extends the comparison in a folder.
 
     Raises:
@@ -431,7 +441,7 @@ def _growth(folder: Path, plan: Plan, storage: str | None) -> Growth:
     return growth
 
 
-def _extended(plan: Plan, folder: Path, growth: Growth) -> Plan:
+def _continued(plan: Plan, folder: Path, growth: Growth) -> Plan:
     """A plan with what its extension, if it is one, begins with, and in the order in which things were added."""
     saved = json.loads((folder / SETTINGS_FILE).read_text())
     number = len(saved.get(EXTENSIONS, ())) + bool(growth)
@@ -447,29 +457,30 @@ def _extended(plan: Plan, folder: Path, growth: Growth) -> Plan:
         for seed in plan.seeds
         if method not in new["methods"] and seed not in new["seeds"]
     )
-    return replace(plan, beginning=beginning_of(folder, number, own, plan.task, plan.budget, known))
+    return replace(plan, continuation=continuation_of(folder, number, own, plan.task, plan.budget, known))
 
 
 def _snapshot_before(folder: Path, plan: Plan) -> Path:
     """The copy of Ray's last snapshot before an extension."""
-    assert plan.beginning is not None
+    assert plan.continuation is not None
     file = folder / SNAPSHOT_FILE
-    return file.with_stem(f"{file.stem}-{plan.beginning.number}")
+    return file.with_stem(f"{file.stem}-{plan.continuation.number}")
 
 
 def _write_extension(folder: Path, plan: Plan) -> None:
     """Tell the ledger of an extension that has just begun, and put what was before it aside."""
-    assert plan.beginning is not None
+    assert plan.continuation is not None
     before, file = _snapshot_before(folder, plan), folder / SNAPSHOT_FILE
     if not before.exists() and file.exists():  # from now on that is the extension's own
         file.rename(before)
     events = read_events(folder / LEDGER_FILE)
-    if sum(event["event"] == "extend" for event in events) >= plan.beginning.number:
+    if sum(event["event"] == "extend" for event in events) >= plan.continuation.number:
         return
     ledger, said = Ledger(folder / LEDGER_FILE), json.loads((folder / SETTINGS_FILE).read_text())[EXTENSIONS][-1]
     ended = {account for account, why in ledger.stopped.items() if why in (BUDGET_SPENT, SEARCH_ENDED)}
     methods = {method.name for method in plan.methods}
     grown = {account for account in ended if account.method in methods and said["budget_before"]}
+    grown -= plan.continuation.waiting
     ledger.write("extend", **said, reopened=sorted([*map(list, grown), [RETRAINING, 0]]))
 
 
@@ -491,7 +502,7 @@ def _new_key(folder: Path) -> str:
 
 def _write_settings(folder: Path, plan: Plan, key: str, storage: str | None, growth: Growth) -> None:
     """Write what is compared, how, with what versions and on which machine; where it was begun already, only the
-    latter anew, and what it has grown by."""
+    latter anew, what it has grown by, and what was left out beside what has been."""
     file = folder / SETTINGS_FILE
     resources = ray.cluster_resources()
     machine = {
@@ -513,7 +524,7 @@ def _write_settings(folder: Path, plan: Plan, key: str, storage: str | None, gro
     if file.exists():
         saved = json.loads(file.read_text())
         grown = {**plan.settings(), EXTENSIONS: [*saved.get(EXTENSIONS, ()), growth.said()]} if growth else {}
-        settings = {**saved, **grown}
+        settings = {**saved, **grown, "left_out": {**saved.get("left_out", {}), **plan.left_out}}
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps({**settings, "machine": machine}, indent=1))
     temporary.replace(file)

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.budget import UNITS
-from tune_hypergrad.comparison.records import GRID, RETRAINING, START, Comparison
+from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.ledger import GRID, RETRAINING, START
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.comparison.drawing import COST_LABELS, shortened
-from tune_hypergrad.comparison.records import GRID, RETRAINING, START, Comparison, Yardstick, measure_label
+from tune_hypergrad.comparison.records import Comparison, Yardstick, measure_label
 from tune_hypergrad.comparison.series import spending_parts
 from tune_hypergrad.comparison.troubles import first_line
 from tune_hypergrad.comparison.verdict import OTHER_LENGTH, Verdict, cost_in_words
 from tune_hypergrad.criterion import OBJECTIVE
+from tune_hypergrad.ledger import GRID, RETRAINING, START
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import is_hyperparameter
 
@@ -122,7 +123,10 @@ def results(comparison: Comparison) -> TextTable:
             if measure.tested:
                 heading = f"gain over the start in {measure.label}{' (points)' if measure.percent else ''}"
                 row[Column(heading, key=True)] = spread(gain["value"], decimals=decimals)
-            row[Column(f"gain over the start in {judged}", key=not measure.tested)] = spread(gain[OBJECTIVE])
+            percent = criterion.metric.endswith("accuracy")
+            heading = f"gain over the start in {judged}{' (points)' if percent else ''}"
+            cell = spread(gain[OBJECTIVE] * (100 if percent else 1), decimals=2 if percent else None)
+            row[Column(heading, key=not measure.tested)] = cell
         if measure.source != "best":
             reached = verdict.reached.get(method)
             share = "" if reached is None else f"{100 * reached / comparison.budget.amount:.0f} % of the budget"
@@ -235,7 +239,7 @@ def notes(comparison: Comparison) -> list[str]:
         told = ", ".join(f"{method} {count} of {seeds}" for method, count in counts.items() if count < seeds)
         if told:
             found.append(f"Not every seed's last incumbent could be tested, and regret is that of fewer: {told}.")
-    found += [_extended(event, comparison.budget.unit) for event in comparison.extensions]
+    found += [_extension_in_words(event, comparison.budget.unit) for event in comparison.extensions]
     if comparison.left_out:
         found.append(f"Left out, since they cannot run here: {', '.join(comparison.left_out)}.")
     if comparison.interruptions:
@@ -244,7 +248,7 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def _extended(event: dict[str, Any], unit: str) -> str:
+def _extension_in_words(event: dict[str, Any], unit: str) -> str:
     """What was added to a comparison, and when."""
     added = [f"the budget, before {amount(event['budget_before'][0])} {unit}"] if event["budget_before"] else []
     for noun, names in (("method", event["methods"]), ("seed", event["seeds"])):

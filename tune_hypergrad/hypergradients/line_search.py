@@ -151,7 +151,7 @@ class LineSearch(OuterSearch):
         self._differentiated_cost = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
         self._plain_cost = 1.0  # both of a run, in trainings, at the most so far
         needed = ensemble * self._differentiated_cost + self._trial_cost(ensemble)
-        if trainings is not None and not trainings >= needed:
+        if not self.affords_outer_step(0.0):
             raise InputError(
                 f"trainings is {trainings:g}: a first run and one outer step cost about {needed:.3g}; raise it, or "
                 "lower ensemble"
@@ -332,6 +332,12 @@ class LineSearch(OuterSearch):
         self._next_seed = first + runs
         if not self._is_affordable():
             self._phase = _END
+
+    def affords_outer_step(self, spent: float, run_cost: float = 0.0) -> bool:
+        """Whether `trainings` pay for the first runs and a step from there."""
+        differentiated = max(self._differentiated_cost, run_cost)
+        needed = self.ensemble * (2 * differentiated + self.new_seeds * self._plain_cost)
+        return self.trainings is None or spent + needed <= self.trainings
 
     def _is_affordable(self) -> bool:
         """Whether what is left suffices for the round, and, where it is a trial, for what follows if it is accepted."""

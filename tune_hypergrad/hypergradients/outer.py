@@ -216,6 +216,16 @@ class OuterSearch(ABC):
         """Whether the search has ended."""
         return not self.round()
 
+    def affords_outer_step(self, spent: float, run_cost: float = 0.0) -> bool:
+        """Whether the search, at its beginning, could pay for its first outer step and what follows it.
+
+        Args:
+            spent: plain trainings that have been spent.
+            run_cost: what a run may cost, in plain trainings, where that is known to be more than the search has met
+                with.
+        """
+        return True  # of a rule without a budget
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue, of tensors and plain Python values."""

@@ -211,9 +211,9 @@ class RobustSearch(OuterSearch):
         adaptive_sharing: whether neighbouring windows, of a hyperparameter that has at least 16, move together where
             that makes the estimated error of their hypergradient least (see `Sharing`).
         confirmations: other seeds with which the two best places, and the initial one if `polish`, are trained before
-            the search ends; None: 3, or as many as a fifth of `trainings` pays for, but at least 1 where an outer step
-            leaves enough for it. What comes to nothing there is replaced by the next best; where all has, the search
-            goes on from there with what calms training lowered.
+            the search ends; None: 3, or as many as a fifth of `trainings` pays for with two places, but at least 1
+            where an outer step leaves enough for it. What comes to nothing there is replaced by the next best; where
+            all has, the search goes on from there with what calms training lowered.
         polish: whether what is found must not be worse than `initial`, by mean validation loss over the confirmations.
 
     Raises:

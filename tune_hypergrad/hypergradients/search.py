@@ -57,8 +57,8 @@ class SearchSettings:
     """Robust rule and line searches: what the search may cost, in plain trainings, confirmations included; None is no
     limit."""
     confirmations: int | None = None
-    """Robust rule: other seeds with which the best schedules are trained before the search ends; None is 3, or as
-    many as a fifth of `trainings` pays for."""
+    """Robust rule: other seeds with which the two best schedules, and where it began if `polish`, are trained before
+    the search ends; None is 3, or fewer where those of two schedules would cost more than a fifth of `trainings`."""
     polish: bool | None = None
     """Robust rule: whether the outcome must not be worse than where it began, by validation; None is False."""
     update: str | None = None

@@ -18,6 +18,7 @@ from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
+from tune_hypergrad.incumbents import CONFIRMATIONS
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.constants import check_constant, is_same
@@ -31,16 +32,9 @@ from tune_hypergrad.space import (
     is_hyperparameter,
     tuned_values,
 )
-from tune_hypergrad.trainables.inner_run import CONFIRMATIONS
 
-_OURS = (
-    "seed",
-    "tuned",
-    "reject_above",
-    "confirmed",
-    "fall_above",
-    TRIAL_INDEX,
-)  # what we, and wrappers, put into configs beside the space's
+OURS = ("seed", "split_seed", "steps", "tuned", "reject_above", "confirmed", "fall_above", TRIAL_INDEX)
+"""What this searcher, and wrappers, put into configs beside the space's."""
 
 
 @dataclass(eq=False)
@@ -211,11 +205,10 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     def _affords_point(self) -> bool:
         """Whether there is another point to evaluate, and what is left pays for its runs and the search's end."""
-        following = self._starts[0] if self._starts else None
-        if not isinstance(following, RobustSearch):
-            return following is not None
+        if not self._starts:
+            return False
         costs = [outcome.cost for _, given in self._started for outcome in given if outcome is not None]
-        return following.affords_outer_step(sum(costs), max(costs, default=0.0))
+        return self._starts[0].affords_outer_step(sum(costs), max(costs, default=0.0))
 
     def _read_outcome(self, result: Mapping[str, Any], work: _Member) -> Outcome | None:
         outcome = _read_outcome(result, self._current.round()[work.index])
@@ -252,7 +245,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
                 self._check_values(name, value, given)
             elif name in self._constants:
                 check_constant(self._constants[name], value, given)
-            elif name not in _OURS:
+            elif name not in OURS:
                 known = [*self._ranges, *self._constants]
                 raise InputError(
                     f"{given}, which the search space has not: correct its name or remove it{did_you_mean(name, known)}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -24,6 +27,7 @@ from tune_hypergrad.budget import Budget, Cost
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients import Optimizer
+from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.ledger import (
     BUDGET_SPENT,
     LEDGER_FILE,
@@ -37,7 +41,7 @@ from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.restorable import restore_among, state_of
 from tune_hypergrad.searchers.snapshot import SavedTrial, keep_snapshot, saved_trials
 from tune_hypergrad.trainables.checkpoints import delete_checkpoints
-from tune_hypergrad.trainables.dispatching import FOUND, PORTFOLIO
+from tune_hypergrad.trainables.dispatching import FOUND, LONG, PORTFOLIO
 
 RETRAINS = "retrains"
 """Key within `PORTFOLIO`, of trials that train an incumbent again: whose and which."""
@@ -251,8 +255,8 @@ class PortfolioSearch(Searcher):
         for account, contender in self.contenders.items():
             names = [record.name for record in self.ledger.trials_of(account)]
             contender.suggested = max((int(name.rpartition("-")[2]) for name in names), default=0)
-            if account in self.ledger.stopped or account in fresh:
-                continue
+            if account in fresh:
+                continue  # others keep what they know, even if they go on in a later extension only
             if account in state["counts"]:
                 *_, contender.largest, contender.longest = state["counts"][account]
             searcher = state["searchers"].get(account)
@@ -294,10 +298,10 @@ class PortfolioSearch(Searcher):
 
     def _record(self, trial_id: str, result: Mapping[str, Any], found: Mapping[str, Any] | None) -> None:
         config, iteration = result["config"], int(result["training_iteration"])
-        row = {key: value for key, value in result.items() if _is_recorded(key, value)}
+        row = _without_long_hypergradients({k: v for k, v in result.items() if _is_recorded(k, v)})
         row |= {key: value for key, value in config.items() if key == _BUDGET}
         if found is not None:
-            row[SCHEDULE_COLUMN] = self._keep(found, f"{trial_name(config)}-{iteration}.json")
+            row[SCHEDULE_COLUMN] = self._keep(Schedule(found))
         cost = Cost.from_result(result).as_result()
         self.ledger.write("result", **_named(config, trial_id), iteration=iteration, **{**row, **cost})
 
@@ -419,10 +423,13 @@ class PortfolioSearch(Searcher):
     def _placed(self, trial_id: str) -> None:
         self._waiting.pop(trial_id, None)
 
-    def _keep(self, found: Mapping[str, Any], name: str) -> str:
+    def _keep(self, found: Schedule) -> str:
+        """Save a schedule; its file's name, by which it is told from others, and so follows from what it holds."""
         folder = self._folder / SCHEDULES_FOLDER
         folder.mkdir(exist_ok=True)
-        Schedule(found).save(folder / name)
+        content = json.dumps(found.entries(), sort_keys=True)
+        name = f"{sha256(content.encode()).hexdigest()[:20]}.json"
+        found.save(folder / name)
         return name
 
     def _sweep(self) -> None:
@@ -503,6 +510,13 @@ def _is_recorded(key: Any, value: Any) -> bool:
     """Whether an entry of a result goes into the ledger: scalars do, NumPy's included."""
     scalar = value is None or isinstance(value, bool | int | float | str) or getattr(value, "ndim", None) == 0
     return scalar and isinstance(key, str) and key not in _NOT_RECORDED | _LEDGERS_OWN
+
+
+def _without_long_hypergradients(row: dict[str, Any]) -> dict[str, Any]:
+    """A result without the hypergradients of schedules that are too long for it."""
+    windows = [key.rpartition("/")[0] for key in row if key.startswith(f"{HYPERGRADIENT_KEY}/")]
+    long = {name for name, count in Counter(windows).items() if count > LONG}
+    return {key: value for key, value in row.items() if key.rpartition("/")[0] not in long}
 
 
 def _error_of(trial: Trial) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,17 +11,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ConfigSpace import ConfigurationSpace
 from ray import tune
-from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.searchers.configspace import Translation, translate
+from tune_hypergrad.searchers.hypergradient_search import OURS
 from tune_hypergrad.searchers.restorable import flat
 from tune_hypergrad.searchers.snapshot import saved_trials
 from tune_hypergrad.space import is_number
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
-_BUDGET = "budget"
-_OF_SEARCHERS = (_BUDGET, PROMOTED_FROM, TRIAL_INDEX)  # in configs, but no hyperparameters
+_OF_SEARCHERS = (PROMOTED_FROM, *OURS)  # in configs, but no hyperparameters unless the space has them
 
 Source: TypeAlias = "tune.ResultGrid | str | PathLike[str] | Any"
 """What `Tuner.fit` returned, the local folder of a Ray experiment, or an Optuna study."""
@@ -61,6 +60,7 @@ def starting_points(
     metric: str | None = None,
     mode: str | None = None,
     names: Mapping[str, str | None] | None = None,
+    budget_key: str = "budget",
 ) -> StartingPoints:
     """Finished trials of an earlier experiment, for a searcher to begin with.
 
@@ -79,7 +79,9 @@ def starting_points(
         metric: of the trials; None is an Optuna study's own value.
         mode: "min" or "max"; None is the study's direction.
         names: by the source's name of a hyperparameter the space's ("lr/0" is the first window of a schedule), or None
-            for what is to be left out.
+            for what is to be left out. What this package's searchers add to configs, such as `seed`, is left out where
+            the space has no such name.
+        budget_key: where a trial's budget stands in its config, the same as the searcher's.
 
     Raises:
         InputError: the source is of no known kind, the space has no such name, a trial lacks one of the space's names,
@@ -95,16 +97,16 @@ def starting_points(
     trials, passed_over = _read_study(source) if study else _read(source)
     translation, names = translate(space, seed=0), dict(names or {})
     complete = not isinstance(space, ConfigurationSpace)  # which may have conditions
-    most = max((trial.config.get(_BUDGET, -math.inf) for trial in trials), default=-math.inf)
+    most = max((trial.config.get(budget_key, -math.inf) for trial in trials), default=-math.inf)
     found: list[tuple[float, dict[str, Any]]] = []
     for trial in trials:
         reward = trial.result.get(metric)
-        if trial.config.get(_BUDGET, most) != most:
-            passed_over[trial.name] = f"its budget is {trial.config[_BUDGET]}, and others' {most}"
+        if trial.config.get(budget_key, most) != most:
+            passed_over[trial.name] = f"its {budget_key} is {trial.config[budget_key]}, and others' {most}"
         elif reward is None or not is_number(reward) or not math.isfinite(reward):
             passed_over[trial.name] = f"its {metric} is {reward!r}"
         else:
-            point = _renamed(trial, names, translation)
+            point = _renamed(trial, names, translation, {budget_key, *_OF_SEARCHERS})
             try:
                 configuration = translation.from_trial(point, f"trial {trial.name}")
             except InputError as error:
@@ -124,8 +126,11 @@ def starting_points(
     return StartingPoints(tuple(point for _, point in found), tuple(reward for reward, _ in found), passed_over)
 
 
-def _renamed(trial: _Trial, names: Mapping[str, str | None], translation: Translation) -> dict[str, Any]:
-    """A trial's config with the space's names, flat names as paths.
+def _renamed(
+    trial: _Trial, names: Mapping[str, str | None], translation: Translation, passed_over: Collection[str]
+) -> dict[str, Any]:
+    """A trial's config with the space's names, flat names as paths, without those to be passed over that the space has
+    not.
 
     Raises:
         InputError: the space has no such name.
@@ -133,7 +138,7 @@ def _renamed(trial: _Trial, names: Mapping[str, str | None], translation: Transl
     tops = {path[0] for path in (*translation.paths.values(), *translation.constants)}
     config: dict[str, Any] = {}
     for name, value in trial.config.items():
-        new = names.get(name, None if name in _OF_SEARCHERS else name)
+        new = names.get(name, None if name in passed_over and name not in tops else name)
         if new is None:
             continue
         top, *rest = new.split("/") if new not in tops else [new]

@@ -17,6 +17,7 @@ from ray.tune.trainable import wrap_function
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.incumbents import FALLEN
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import flat_values
 from tune_hypergrad.trainables.base import objective_results
@@ -34,7 +35,8 @@ suggestion has there itself."""
 FOUND = "found"
 """Key in a result: a schedule too long for scalars, `{name: values}`, which is kept as a file."""
 
-_LONG = 50  # windows beyond which a schedule is not reported as scalars
+LONG = 50
+"""Windows beyond which a schedule is not recorded as scalars."""
 
 
 class Dispatching(tune.Trainable):
@@ -151,18 +153,20 @@ class Dispatching(tune.Trainable):
         return {**own, TRIAL_INFO: self._trial_info}
 
     def _with_long_schedule(self, result: dict[str, Any]) -> dict[str, Any]:
-        """The schedule whole instead of scalar by scalar where it is long, and only with what may be an incumbent."""
+        """The schedule whole instead of scalar by scalar where it is long, and only with what may be an incumbent, or
+        speaks against what may be one. Hypergradients stay: a searcher may need them."""
         found: Schedule | None = getattr(self._inner, "found", None)
         if found is None:
             return result
-        long = {name for name, windows in flat_values(found.values).items() if len(windows) > _LONG}
+        long = {name for name, windows in flat_values(found.values).items() if len(windows) > LONG}
         trained = result.get("run/step") != 0
         score = self._criterion.turned(result[self._criterion.column])
         improved = trained and score < self._lowest
         self._lowest = min(self._lowest, score) if trained else self._lowest
         kept = {key: value for key, value in result.items() if not _is_window_of(long, key)}
         by_step = getattr(self._inner, "schedule_by_step", False)
-        return {**kept, FOUND: found.entries()} if improved and (long or by_step) else kept
+        told = improved or (trained and result.get(FALLEN, False))
+        return {**kept, FOUND: found.entries()} if told and (long or by_step) else kept
 
     def _cost_by_the_clock(self, result: Mapping[str, Any]) -> dict[str, float]:
         granted = getattr(self.trial_resources, "required_resources", {}) or {}
@@ -174,7 +178,7 @@ class Dispatching(tune.Trainable):
 
 def _is_window_of(names: Collection[str], key: str) -> bool:
     kind, _, rest = key.partition("/")
-    return kind in ("schedule", "best_schedule", "hypergradient") and rest.rpartition("/")[0] in names
+    return kind in ("schedule", "best_schedule") and rest.rpartition("/")[0] in names
 
 
 def _as_class(trainable: Any) -> type[tune.Trainable]:

@@ -18,16 +18,12 @@ from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.hypergradient import MODES, advance
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.incumbents import CONFIRMATIONS, FALLEN
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.splits import split_anew
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
-
-CONFIRMATIONS = "run/confirmations"
-"""Of a result: over how many trainings, made to confirm a schedule, its `val_loss` is the mean; 0 for others."""
-FALLEN = "run/fallen"
-"""Of a result: whether a training made to confirm a schedule speaks against it, by its own validation loss."""
 
 
 @dataclass(frozen=True)
