@@ -333,13 +333,14 @@ class TestConfirmations:
             made.start(FDS, number).result(FDS, loss, 10, number=number, **more).end(FDS, number=number)
             assert self.incumbents(made)[-1] == ((0.7, 0.20) if loss > 0.2 else (0.5, 0.19))
 
-    def test_a_start_that_is_confirmed_itself_is_judged_by_that(self, tmp_path):
+    @pytest.mark.parametrize("windows", [("schedule/lr",), ("schedule/lr/0", "schedule/lr/1")], ids=len)
+    def test_a_start_that_is_confirmed_itself_is_judged_by_that(self, tmp_path, windows):
         made, start = HandMade(tmp_path, start={"lr": 0.7}), Account(START, 0)
         made.start(start).result(start, 0.20, 10, **{"schedule/lr": 0.7, "run/step": 5, "run/steps": 5}).end(start)
         for number, (lr, loss) in enumerate(((0.7 * (1 + 1e-15), 0.40), (0.5, 0.36)), start=1):
-            more = {"schedule/lr": lr, "run/confirmations": 1, "run/fallen": False}
+            more = {"schedule/lr": None, **dict.fromkeys(windows, lr), "run/confirmations": 1, "run/fallen": False}
             made.start(FDS, number).result(FDS, loss, 10, number=number, **more).end(FDS, number=number)
-        assert self.incumbents(made)[-1] == (0.5, 0.36)
+        assert self.incumbents(made)[-1][1] == 0.36
 
     def test_lost_confirmations_do_not_count(self, tmp_path):
         rows = ((0.1, 0, False, 0.30), (0.2, 0, False, 0.20), (0.2, 1, False, 0.25), (0.2, 2, True, 2.3))

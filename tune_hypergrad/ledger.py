@@ -314,10 +314,19 @@ def _judged_of(result: Mapping[str, Any], criterion: Criterion, phase: int) -> J
 
 
 def _schedule_key(result: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
-    """What a result was reached with; of numbers the first twelve digits, since scales are passed through."""
-    parts = ((name, value) for name, value in result.items() if name.startswith("schedule/") or name == SCHEDULE_COLUMN)
-    known = ((name, float(f"{value:.12g}") if isinstance(value, float) else value) for name, value in parts)
-    return frozenset((name, value) for name, value in known if value is not None and value == value)
+    """What a result was reached with; of numbers the first twelve digits, since scales are passed through, and of
+    windows that are all the same that one value."""
+    windows: dict[str, dict[str, Any]] = {}
+    for name, value in result.items():
+        if value is None or value != value or not (name.startswith("schedule/") or name == SCHEDULE_COLUMN):
+            continue
+        base, _, last = name.rpartition("/")
+        own = windows.setdefault(base if last.isdigit() else name, {})
+        own[name] = float(f"{value:.12g}") if isinstance(value, float) else value
+    alike = {base: own for base, own in windows.items() if len(set(own.values())) == 1}
+    constant = {base: next(iter(own.values())) for base, own in alike.items()}
+    varied = {name: value for base, own in windows.items() if base not in alike for name, value in own.items()}
+    return frozenset({**constant, **varied}.items())
 
 
 def _charge_of(result: Mapping[str, Any], line: int, before: Charge | None, judged: Judged) -> Charge:
