@@ -55,7 +55,7 @@ from tune_hypergrad.ledger import (
     Ledger,
     read_events,
 )
-from tune_hypergrad.methods import Method, Task
+from tune_hypergrad.methods import BY_DEFAULT, Method, Task
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.portfolio import (
@@ -229,11 +229,13 @@ def run_plan(
     """Carry a plan out, or go on with it, and write the report; arguments are those of `compare` when `checked`, and so
     are errors."""
     folder = Path(out).resolve()
+    # whoever has named methods wants to know at once; of all the usual ones the report says it
+    were_named = {method.name for method in plan.methods} != set(BY_DEFAULT)
     plan = (_as_begun(plan, folder) if resume else plan).suited()
     growth = _growth_in(folder, plan, storage) if resume else Growth()
     plan = _continued(plan, folder, growth) if resume else plan
     for name, reason in plan.left_out.items():
-        _logger.warning("%s is left out: %s", name, reason)
+        _logger.log(logging.WARNING if were_named else logging.INFO, "%s is left out: %s", name, reason)
     display = make_display(progress, plan.left_out, plan.problem.criterion)
     trainables, searchers = plan.trainables(), plan.searchers()
     key = _key_of(folder) if resume else _new_key(folder)
