@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.utils import flatten_dict
 
-from tune_hypergrad import Budget, Cost, RandomSearch, Schedule
+from tune_hypergrad import BOHBSearch, BOSearch, Budget, Cost, RandomSearch, Schedule
 from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULES_FOLDER, Account, Ledger, read_events
 from tune_hypergrad.searchers import portfolio as portfolio_module
 from tune_hypergrad.searchers.portfolio import (
@@ -991,6 +991,36 @@ def test_what_happened_after_the_snapshot_is_forgotten_and_its_cost_lost(tmp_pat
     for account in again.portfolio.contenders:
         assert ledger.spent(account).gradients == AMOUNT
     assert repr(Ledger(tmp_path / LEDGER_FILE).trials) == repr(ledger.trials)
+
+
+@pytest.mark.parametrize("searcher", [RandomSearch, BOSearch, BOHBSearch], ids=lambda s: s.__name__)
+def test_what_was_forgotten_begins_again_with_the_same_hyperparameters(tmp_path, searcher):
+    def searchers():
+        lengths = {"max_budget": 3} if searcher is BOHBSearch else {}
+        return {"m": searcher({"x": tune.uniform(0, 1)}, "val_loss", "min", seed=1, **lengths)}
+
+    def report(loop):
+        trial = loop.running[0]
+        loop.report(trial, value=trial.config["x"])
+
+    loop = Loop(make(tmp_path, searchers()), slots=2)
+    for _ in range(4):
+        loop.fill()
+        report(loop)
+    folder = loop.save()
+    for _ in range(2):
+        loop.fill()
+        report(loop)
+    loop.fill()
+    ledger = loop.portfolio.ledger
+    again = restored(loop, searchers(), folder)
+    forgotten = [id for id, record in again.portfolio.ledger.trials.items() if record.status == "forgotten"]
+    assert len(forgotten) == 3 and set(forgotten) <= set(ledger.trials)
+    for _ in range(3):
+        again.fill()
+        report(again)
+    begun = [trial.config for id, trial in again.trials.items() if id not in loop.trials]
+    assert begun[: len(forgotten)] == [loop.trials[id].config for id in forgotten]
 
 
 def torn(folder, change):

@@ -256,6 +256,24 @@ class TestLadder:
         (proposal,) = search.round()
         assert proposal.reject_above == pytest.approx(0.3 + 0.3 * (UNTRAINED - 0.3))
 
+    @pytest.mark.parametrize(("confirmed", "found_rate"), [(0.41, 0.16), (0.58, 0.01)])
+    def test_a_rung_that_no_outer_step_has_reached_is_confirmed_with_the_best_of_them(
+        self, confirmed: float, found_rate: float
+    ) -> None:
+        def outcome(proposal: Proposal) -> Outcome:
+            high = rate(proposal.values) == pytest.approx(0.16)
+            if proposal.confirmed is not None:
+                return Outcome(confirmed if high else 0.52, UNTRAINED, None, TRAINING)
+            if proposal.reject_above == -INF:
+                return Outcome(0.4 if high else 0.6, UNTRAINED, None, TRAINING)
+            gradients = {name: torch.zeros_like(v) + 1e-9 for name, v in proposal.values.items()}
+            return Outcome(0.5, UNTRAINED, gradients, DIFFERENTIATED)
+
+        search = RobustSearch(RANGES, trainings=40)
+        driven(search, outcome)
+        assert search.incumbent is not None and search.incumbent.runs == 3
+        assert rate(found(search)) == pytest.approx(found_rate, rel=0.1)
+
     @pytest.mark.parametrize("trouble", ["diverges", "cliff"])
     def test_goes_down_where_nothing_is_learned_above(self, trouble: str) -> None:
         search = RobustSearch(RANGES, trainings=40)

@@ -16,7 +16,7 @@ on each hyperparameter's natural scale,
 - a run that lost much of what the best so far had gained is *rejected*: it is not differentiated, costs one training,
   and the next one is nearer to where the search came from;
 - what is called best is calm, or better by more than chaos may hide, and has been confirmed: trained with other seeds,
-  which are the same for all candidates.
+  which are the same for all candidates. A plain training that ended below all of them is one of these.
 """
 
 from __future__ import annotations
@@ -529,6 +529,9 @@ class RobustSearch(OuterSearch):
         standing = self._standing
         start = self._start_to_confirm if self.polish else []
         best = sorted(standing, key=self._score)[:_CANDIDATES]
+        rung = min((p for p in standing if p.outer_step < 0), key=lambda p: p.val_loss, default=None)
+        if rung is not None and all(rung.val_loss < place.val_loss for place in best):
+            best[_CANDIDATES - 1 :] = [rung]  # whether it is as wild as it might be, other seeds tell
         chosen = [*start, *(place for place in best if not start or not self._is_start(place.internal))]
         # several by all confirmations that there are to be, one by as many as can be paid for
         while len(chosen) > 1 and len(chosen) * self.confirmations > self._left:
