@@ -95,7 +95,9 @@ def bowl() -> Problem:
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return (output**2 @ torch.tensor([0.5, 0.01])).mean()
 
-    return Problem(model=Bowl, train=(noise, noise), val=(torch.zeros(1, 2), torch.zeros(1, 2)), loss=loss, batch_size=16)
+    return Problem(
+        model=Bowl, train=(noise, noise), val=(torch.zeros(1, 2), torch.zeros(1, 2)), loss=loss, batch_size=16
+    )
 
 
 def greediness() -> Figure:
@@ -110,13 +112,13 @@ def greediness() -> Figure:
         ]
         slopes = np.array([float(result.hypergradients["lr"]) for result in results]) * grid
         label = f"{horizon} step{'s' * (horizon > 1)}" + (" (greedy)" if horizon == 1 else "")
-        axes.plot(grid, slopes / np.abs(slopes).max(), color=colour, label=label)
+        axes.plot(grid, slopes / -slopes.min(), color=colour, label=label)
         for i in range(len(grid) - 1):
             if slopes[i] < 0 <= slopes[i + 1]:
                 share = slopes[i] / (slopes[i] - slopes[i + 1])
                 axes.plot(grid[i] * (grid[i + 1] / grid[i]) ** share, 0, "o", color=colour, markersize=8)
     axes.axhline(0, color="#888888", linewidth=0.6)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="derivative, as a share of its largest")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="derivative, as a share of its lowest", ylim=(-1.1, 1.1))
     axes.legend(title="horizon", frameon=False)
     return figure
 

@@ -1,7 +1,9 @@
 """The package as a whole: what importing it brings in, its public names, and problems on their way to workers."""
 
+import configparser
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.utils.data import Dataset
 
 import tune_hypergrad
 from tune_hypergrad import FixedSchedule
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def test_the_engine_brings_no_ray_in():
@@ -31,6 +35,16 @@ def test_every_public_name_resolves():
     assert set(tune_hypergrad._MODULES) == set(tune_hypergrad.__all__)
     with pytest.raises(AttributeError, match="'nothing'"):
         tune_hypergrad.nothing  # noqa: B018
+
+
+def test_the_version_stands_in_one_place():
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    version = config["metadata"]["version"]
+    assert tune_hypergrad.__version__ == version
+    assert f"version: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert f"## [{version}]" in changes or f"What will be {version}" in changes
 
 
 def addresses(references):

@@ -6,7 +6,7 @@ processes that do not need torch start without it.
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     )
     from tune_hypergrad.space import complement, schedule
     from tune_hypergrad.trainables import FDS, HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun, continuing
+
+    __version__: str
 
 _MODULES = {
     "BOHBSearch": "searchers",
@@ -97,4 +99,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(import_module(f"tune_hypergrad.{_MODULES[name]}"), name)
+    if name == "__version__":
+        return metadata.version("tune_hypergrad")  # setup.cfg's, as it was when the package was installed
     raise AttributeError(f"module 'tune_hypergrad' has no attribute {name!r}")

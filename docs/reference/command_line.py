@@ -20,7 +20,7 @@ from tune_hypergrad.cli import app
 PAGE = Path(__file__).parent / "cli.md"
 HEAD = """# The command line
 
-`tune-hypergrad COMMAND --help` says the same. What a person got wrong ends in one line and exit status 2; Ctrl-C ends with
+`--help` after each of these says the same. What a person got wrong ends in one line and exit status 2; Ctrl-C ends with
 130, and what was done is kept.
 
 (`python docs/reference/command_line.py` writes this page.)
@@ -43,9 +43,8 @@ def section(command: Callable[..., Any]) -> str:
             arguments.append((name.upper() if needed else f"[{name.upper()}]", told[0].help))
         elif told and isinstance(told[0], OptionInfo):
             options.append((_usage(name, kind), *_help_and_default(told[0].help, defaults[name])))
-    usage = " ".join(
-        [f"tune-hypergrad {command.__name__}", *(argument for argument, _ in arguments), *["[OPTION ...]"][: len(options)]]
-    )
+    usage = " ".join([f"tune-hypergrad {command.__name__}", *(argument for argument, _ in arguments)])
+    usage += " [OPTION ...]" if options else ""
     lines = [f"## tune-hypergrad {command.__name__}", "", f"`{usage}`", "", inspect.getdoc(command) or ""]
     if arguments:
         lines += ["", "| argument | |", "| --- | --- |", *(f"| `{name}` | {text} |" for name, text in arguments)]
