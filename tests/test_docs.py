@@ -48,7 +48,7 @@ SMALLER = {
     "docs/howto/compare.md": [('budget="600e", seeds=3', 'budget="12e", epochs=1, progress="quiet"')],
     "docs/howto/problem.md": [("steps=500", "steps=20"), ("steps=100", "steps=20")],
     "docs/howto/ray.md": [
-        ("steps=500, trainings=40", "steps=17, trainings=12"),
+        ("steps=500, trainings=40", "steps=17, trainings=8"),
         ("steps=500", "steps=17"),
         ("outer_steps=20", "outer_steps=1"),
         ("num_samples=30", "num_samples=2"),
