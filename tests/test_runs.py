@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Descent, InnerLoop, OnlineRun, hypergradient_run
-from tune_hypergrad.hypergradients.hypergradient import choose_differentiation
+from tune_hypergrad.hypergradients.modes import Work, cheapest
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
 from tune_hypergrad.space import Range
@@ -400,10 +400,9 @@ class TestRejected:
         assert modes == {inf: "forward", 1e9: "reverse", 0.0: "reverse"}
         asked = hypergradient_run(make_loop(steps=4), values, differentiation="forward", reject_above=0.0)
         assert asked.differentiation == "forward"
-        none_free = choose_differentiation([1], 16, None, 100, 0, may_be_rejected=True)
-        assert none_free.differentiation == "checkpointed_reverse"
-        refused = choose_differentiation([1], 16, None, 1, 99, {"reverse": "it cannot"}, may_be_rejected=True)
-        assert refused == ("forward", "it cannot")
+        assert cheapest(Work((1,), 16, 100, may_be_rejected=True), 0).mode.name == "checkpointed_reverse"
+        refused = cheapest(Work((1,), 16, 1, may_be_rejected=True), 99, {"reverse": "it cannot"})
+        assert (refused.mode.name, refused.reason) == ("forward", "it cannot")
 
     def test_plain_training_asks_for_no_derivative_of_the_model(self) -> None:
         """What cannot be differentiated twice can still be trained to confirm a schedule."""

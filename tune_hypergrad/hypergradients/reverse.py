@@ -38,6 +38,11 @@ _COMPARED_TOGETHER = 64
 """Steps between two comparisons on a device that has to be waited for."""
 
 
+def checkpoint_interval(steps: int) -> int:
+    """Steps between kept states where not all are kept: the square root of the number of steps, rounded up."""
+    return isqrt(steps - 1) + 1
+
+
 class NotReplayedError(InputError):
     """A training step that was run again was another one."""
 
@@ -61,7 +66,7 @@ class ReverseRun(HypergradientRun):
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.differentiation = "reverse" if keep_all else "checkpointed_reverse"
-        self._sparse_interval = isqrt(loop.steps - 1) + 1
+        self._sparse_interval = checkpoint_interval(loop.steps)
         self._interval = 1 if keep_all else self._sparse_interval
         self._kept: dict[int, State] = {}
         self._losses: list[Tensor] = []  # of the steps on the way there

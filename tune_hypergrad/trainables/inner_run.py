@@ -15,7 +15,8 @@ from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.check import usual_values
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun, advance_together
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
-from tune_hypergrad.hypergradients.hypergradient import MODES, advance
+from tune_hypergrad.hypergradients.hypergradient import advance
+from tune_hypergrad.hypergradients.modes import AUTO, mode_named
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.incumbents import CONFIRMATIONS, FALLEN
@@ -32,7 +33,7 @@ class InnerRunSettings(TrialSettings):
 
     horizon: int | None = None
     """Inner steps a hypergradient looks through: None exact, 1 greedy, in between truncated."""
-    differentiation: str = "auto"
+    differentiation: str = AUTO
     """"forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory."""
     clip_hessian_product: float | None = None
     """Clamp the Hessian products' elements to +- this value (forward mode only; no longer exact)."""
@@ -57,8 +58,7 @@ class InnerRunSettings(TrialSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.differentiation not in MODES:
-            raise InputError(f"unknown differentiation {self.differentiation!r}: choose one of {', '.join(MODES)}")
+        mode_named(self.differentiation)
         if isinstance(self.ensemble, bool) or not isinstance(self.ensemble, int) or self.ensemble < 1:
             raise InputError(f"ensemble is {self.ensemble!r}: a trial has a whole number of seeds of at least 1")
 
@@ -104,7 +104,7 @@ class InnerRunSettings(TrialSettings):
         begin = partial(self.make_run, run.loop, run.hyperparameters, reject_above=run.reject_above)
         if isinstance(run, EnsembleRun):
             return advance_together(run, units, begin)
-        return advance(run, units, begin if self.differentiation == "auto" else None)
+        return advance(run, units, begin if self.differentiation == AUTO else None)
 
 
 class InnerRun(ProblemTrainable):
