@@ -609,6 +609,9 @@ class TestHeld:
 
 def test_small_validation_samples_cost_what_they_are() -> None:
     loop = make_loop(steps=4)
-    whole, sample = loop.eval_cost("val", None, gradient=True), loop.eval_cost("val", 10**6, gradient=True)
+    whole, sample = (
+        loop.costs.evaluation("val", None, gradient=True),
+        loop.costs.evaluation("val", 10**6, gradient=True),
+    )
     assert sample == whole
-    assert loop.eval_cost("val", 3, gradient=True).gradients == pytest.approx(3 / loop.problem.batch_size)
+    assert loop.costs.evaluation("val", 3, gradient=True).gradients == pytest.approx(3 / loop.problem.batch_size)

@@ -13,7 +13,8 @@ from torch import Tensor
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, adjoint_gradients
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.loop_costs import adjoint_gradients
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.reverse import ReverseRun, checkpoint_interval
 from tune_hypergrad.hypergradients.run import HypergradientRun

@@ -99,7 +99,7 @@ class ReverseRun(HypergradientRun):
         self._losses.append(loss)
 
     def _plain_step(self, state: State, step: int) -> tuple[State, Tensor]:
-        self.cost += self.loop.step_cost(step)
+        self.cost += self.loop.costs.step(step)
         # its batch is used once more on the way back
         again = self.reject_above > -inf
         return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step, again=again)
@@ -113,7 +113,7 @@ class ReverseRun(HypergradientRun):
             self._begin_segment(loop.steps)
         else:
             self.final = self._evaluate_whole(self.state)
-            self.cost += loop.eval_cost("val")
+            self.cost += loop.costs.evaluation("val")
 
     def _begin_segment(self, end: int) -> None:
         """Take the adjoint of the validation loss at the end of a segment."""
@@ -145,7 +145,7 @@ class ReverseRun(HypergradientRun):
             self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
         self._add(step, pulled.by_hyperparameters)
-        self.cost += loop.adjoint_cost()
+        self.cost += loop.costs.adjoint_step()
 
     def _add(self, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
         """Add what a step gives the hyperparameters."""
@@ -175,7 +175,7 @@ class ReverseRun(HypergradientRun):
     def _give_up(self) -> None:
         """Do not go back through the run, which diverged or is rejected."""
         self._kept.clear()
-        self.loop.forget_batches()
+        self.loop.batches.forget()
         self._forget_hypergradients()
         self.position = self.length - 1
 
@@ -186,7 +186,7 @@ class ReverseRun(HypergradientRun):
         if step not in self._kept:
             start = max((kept for kept in self._kept if kept < step), default=0)
             state = self._kept.get(start) or self.loop.initial_state()
-            self.loop.expect(range(start, step))
+            self.loop.batches.expect(range(start, step))
             for between in range(start, step):
                 self._kept[between] = state
                 state, _ = self._plain_step(state, between)
@@ -353,7 +353,7 @@ def _through_batch(
             dict(zip(h, by_h, strict=True)),
         )
 
-    batch = loop.batch(step, number)
+    batch = loop.batches.of_step(step, number)
     buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
     return loop.at_training_loss(named, buffers, h, batch, step, pull, number=number, mode=mode or differentiable)
 

@@ -121,9 +121,9 @@ class InnerRun(ProblemTrainable):
         cls, problem: Problem, settings: InnerRunSettings, hyperparameters: dict[str, Any], *, check: bool
     ) -> None:
         loop = settings.make_loop(problem)
-        loop.check_names({})
+        loop.values.check_names({})
         if check:  # at what is sure to be tuned, since only trials know the rest
-            names = loop.update_hyperparameters if settings.tuned is None else base_names(settings.tuned)
+            names = loop.values.of_update if settings.tuned is None else base_names(settings.tuned)
             values = {name: v for name, v in usual_values(loop).items() if name in names}
             settings.make_run(loop, values, check=True)
 
@@ -141,7 +141,7 @@ class InnerRun(ProblemTrainable):
         held = {name: v for name, v in {**settings.fixed, **hyperparameters}.items() if name not in bases}
         held |= {name: float(v) for name, v in given.items() if name not in self._values}  # parts of curves
         self.loop = settings.make_loop(self.problem, fixed=held, device=self.device)
-        self.schedule = Schedule.from_tensors(self._values, self.loop.fixed_beside(self._values))
+        self.schedule = Schedule.from_tensors(self._values, self.loop.values.fixed_beside(self._values))
         self.run = settings.make_run(self.loop, self._values)
         self._untrained: dict[str, float] = {}
         self._spent = Cost()
@@ -181,7 +181,7 @@ class InnerRun(ProblemTrainable):
 
     def _evaluate_untrained(self) -> dict[str, float]:
         state = self.loop.initial_state()
-        self._spent += self.loop.eval_cost("val")
+        self._spent += self.loop.costs.evaluation("val")
         return {**evaluation_results("val", self.loop.evaluate(state)), **self.evaluate_test(self.loop, state)}
 
     @property
