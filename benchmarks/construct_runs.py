@@ -52,7 +52,7 @@ def trained_loss(case: Case, hyperparameters: Tensors) -> float:
         for step in range(STEPS):
             values = {name: v[len(v) * step // STEPS] for name, v in hyperparameters.items()}
             set_values(optimizer, values)
-            *inputs, target = loop.batch(step)
+            *inputs, target = loop.batches.of_step(step)
             train()
             loop.seed_model(step)
             optimizer.zero_grad()

@@ -107,7 +107,7 @@ class SimpleLoop:
 
         copies = loop.copies(self.state.buffers)
         gradient, products, buffers = loop.at_training_loss(
-            loop.unflatten(leaf), copies, h, loop.batch(step), step, differentiate
+            loop.unflatten(leaf), copies, h, loop.batches.of_step(step), step, differentiate
         )
         decayed = gradient + h["weight_decay"] * params
         # columns: the windows of lr, then momentum, then weight decay

@@ -78,7 +78,7 @@ def judged(problem: Problem, steps: int, values: dict[str, Tensor], seeds: range
     results = []
     for seed in seeds:
         loop = loop_of(problem, steps, fold_seed(_TESTS, seed))
-        placed = {name: loop.placed(name, value) for name, value in values.items()}
+        placed = {name: loop.values.placed(name, value) for name, value in values.items()}
         with loop.running():
             state = loop.run(placed)
             test = loop.evaluate(state, "test").metrics["accuracy"]

@@ -4,25 +4,28 @@
 
 Models: BERT-tiny and GPT-2-tiny of transformers (two layers of width 128; AdamW), a ResNet-18 on pictures of 32 x 32
 that are flipped and shifted as they are read (SGD), a language model of two LSTM layers (Adam) and a recommender with
-embeddings of users and items (Adam). The data are made up; the loop is a `DataLoader`, a `torch.optim` optimizer and the
-validation loss at the end. A hypergradient is that of three numbers: a learning rate in two windows, and weight decay.
+embeddings of users and items (Adam). The data are made up; the loop is a `DataLoader`, a `torch.optim` optimizer and
+the validation loss at the end. A hypergradient is that of three numbers: a learning rate in two windows, and weight
+decay.
 
-On the CPU in one thread. Times are those of the process; the contenders take turns, after short runs of all of them, and
-a figure is the median (and the range) over the turns of the ratio to the loop of the same turn. Memory is what the peak
-of a process of its own grows by from when model and data are there, for a run of the same length.
+On the CPU in one thread. Times are those of the process; the contenders take turns, after short runs of all of them,
+and a figure is the median (and the range) over the turns of the ratio to the loop of the same turn. Memory is how far
+the peak of a process of its own is above what it holds when model and data are there and a short run is over, for a run
+of the same length, by what Linux says of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,9 +147,7 @@ class Residual(nn.Module):
 def resnet18() -> nn.Module:
     """Eight blocks, with the stem of small pictures: 11 million weights."""
     widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
-    blocks = [
-        Residual(before, width, 1 if before == width else 2) for before, width in zip(widths, widths[1:], strict=False)
-    ]
+    blocks = [Residual(before, width, 1 if before == width else 2) for before, width in pairwise(widths)]
     stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
@@ -263,15 +264,23 @@ def ratios(name: str, turns: int) -> dict[str, list[float]]:
     return {"loop": [1000 * each / steps for each in own], **over}
 
 
+def mebibytes_of(what: str) -> float:
+    """This process's "VmRSS", what it holds, or "VmHWM", the most that it has held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{what}:"))
+
+
 def print_growth(name: str, contender: str) -> None:
-    """By how much a run lets this process's peak memory grow, in MiB."""
+    """How far a run takes this process's memory above what it held, in MiB."""
     _, make, steps = MODELS[name]
     pipeline = make(steps)
     problem = pipeline.problem()
-    pipeline.model()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(pipeline, problem, contender, 2)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    before = mebibytes_of("VmRSS")
     run(pipeline, problem, contender, steps)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(mebibytes_of("VmHWM") - before)
 
 
 def growth(name: str, contender: str) -> float:
@@ -291,7 +300,9 @@ def main() -> None:
     if options.growth_of:
         print_growth(*options.growth_of)
         return
-    print("| model | weights | steps | loop, ms a step | reverse | sqrt checkpoints | forward, 3 columns | memory, MiB |")
+    print(
+        "| model | weights | steps | loop, ms a step | reverse | sqrt checkpoints | forward, 3 columns | memory, MiB |"
+    )
     print("|" + " --- |" * 8)
     for name in options.models:
         title, make, steps = MODELS[name]

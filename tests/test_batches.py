@@ -226,15 +226,15 @@ class TestLoaders:
     def test_every_example_comes_once_in_a_pass_an_incomplete_batch_included(self) -> None:
         run = loop(dicts(batch_size=9, drop_last=False))
         for first in (0, 3):
-            chosen = torch.cat([run.indices(step) for step in range(first, first + 3)])  # type: ignore[arg-type]
+            chosen = torch.cat([run.batches.indices(step) for step in range(first, first + 3)])  # type: ignore[arg-type]
             assert sorted(chosen.tolist()) == list(range(24))
-        assert len(run.indices(2)) == 6  # type: ignore[arg-type]
+        assert len(run.batches.indices(2)) == 6  # type: ignore[arg-type]
 
     def test_a_loader_without_shuffling_keeps_its_order(self) -> None:
         problem = dicts(train=DataLoader(Rows(), batch_size=8))
         assert problem.sampler == range(24)  # which does not hold the data
         run = loop(problem)
-        assert [run.indices(step).tolist() for step in (0, 1, 3)] == [  # type: ignore[union-attr]
+        assert [run.batches.indices(step).tolist() for step in (0, 1, 3)] == [  # type: ignore[union-attr]
             list(range(8)),
             list(range(8, 16)),
             list(range(8)),
@@ -249,8 +249,8 @@ class TestLoaders:
             problem = dicts(train=DataLoader(Rows(), batch_size=4, sampler=sampler))
             assert problem.steps_per_epoch == 4
             one, other = loop(problem), loop(problem)
-            backwards = [other.indices(step).tolist() for step in reversed(range(8))]  # type: ignore[union-attr]
-            forwards = [one.indices(step).tolist() for step in range(8)]  # type: ignore[union-attr]
+            backwards = [other.batches.indices(step).tolist() for step in reversed(range(8))]  # type: ignore[union-attr]
+            forwards = [one.batches.indices(step).tolist() for step in range(8)]  # type: ignore[union-attr]
             assert forwards == backwards[::-1] and forwards[:4] != forwards[4:]
             assert all(index < 12 for indices in forwards for index in indices)
 

@@ -176,7 +176,7 @@ def fit(problem, loop, module, **given):
     epochs = [[] for _ in range(3)]
     for step in range(loop.steps):
         for number in range(problem.batches_in(step)):
-            epochs[problem.place(step)[0]] += loop.indices(step, number).tolist()
+            epochs[problem.place(step)[0]] += loop.batches.indices(step, number).tolist()
     own = module()
     own.load_state_dict(loop.model.state_dict())
     fitting = trainer(**given)

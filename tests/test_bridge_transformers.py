@@ -100,7 +100,7 @@ def trained_by_the_trainer(problem, loop, args, train, evaluation, **given):
     epochs = [[] for _ in range(problem.place(loop.steps - 1)[0] + 1)]
     for step in range(loop.steps):
         for number in range(problem.batches_in(step)):
-            epochs[problem.place(step)[0]] += torch.arange(len(train))[loop.indices(step, number)].tolist()
+            epochs[problem.place(step)[0]] += torch.arange(len(train))[loop.batches.indices(step, number)].tolist()
     model = problem.model()
     model.load_state_dict(loop.model.state_dict())
     trainer = InOrder(epochs, model=model, args=args, train_dataset=train, eval_dataset=evaluation, **given)

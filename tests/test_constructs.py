@@ -50,7 +50,7 @@ def test_cases_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if "own generator" in case.name])
 def test_problems_share_no_state(case: Case) -> None:
-    drawn = [InnerLoop(case.problem(), case.settings()).batch(0)[0] for _ in range(2)]
+    drawn = [InnerLoop(case.problem(), case.settings()).batches.of_step(0)[0] for _ in range(2)]
     assert torch.equal(*drawn)
 
 

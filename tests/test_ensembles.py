@@ -517,8 +517,8 @@ def assert_rejected(run: Any) -> None:
         assert all(values.isnan().all() for values in each.hypergradients.values())
     if run.differentiation != "forward":
         assert all(values.isnan().all() for values in run.by_step.values())
-        evaluation = loop.eval_cost("val", gradient=run.reject_above > -torch.inf)
-        assert vars(result.cost) == pytest.approx(vars(sum(map(loop.step_cost, range(loop.steps)), evaluation)))
+        evaluation = loop.costs.evaluation("val", gradient=run.reject_above > -torch.inf)
+        assert vars(result.cost) == pytest.approx(vars(sum(map(loop.costs.step, range(loop.steps)), evaluation)))
 
 
 @pytest.mark.parametrize("differentiation", ["reverse", "forward"])

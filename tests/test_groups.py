@@ -168,12 +168,12 @@ class TestHypergradients:
     def test_a_common_value_that_nobody_has_is_refused(self) -> None:
         loop = make_loop(make_problem(groups="layer"), STEPS)
         own = {"lr/layer0": double(0.2), "lr/layer2": double(0.1)}
-        loop.check_names(own)
+        loop.values.check_names(own)
         message = (
             "'lr' acts on no parameter, since every group has a value of its own: give lr/layer0, lr/layer2 instead"
         )
         with pytest.raises(InputError, match=message):
-            loop.check_names({"lr": double(0.1), **own})
+            loop.values.check_names({"lr": double(0.1), **own})
 
         def brought(model: nn.Module) -> list[dict[str, Any]]:
             return [{"params": [parameter], "lr": 0.1} for parameter in model.parameters()]
@@ -181,12 +181,12 @@ class TestHypergradients:
         for fixed in ({}, {"lr": 0.5}):
             loop = make_loop(make_problem(groups=brought), STEPS, fixed=fixed)
             with pytest.raises(InputError, match="'lr' acts on no parameter"):
-                loop.check_names({} if fixed else {"lr": double(0.1)})
+                loop.values.check_names({} if fixed else {"lr": double(0.1)})
 
     def test_an_average_has_no_groups(self) -> None:
         loop = InnerLoop(make_problem(groups=TWO), TrainingSettings(STEPS, ema=0.9))
         with pytest.raises(InputError, match="'ema/first': all weights have one average, whose decay is 'ema'"):
-            loop.check_names({"ema/first": double(0.5)})
+            loop.values.check_names({"ema/first": double(0.5)})
 
     def test_one_value_for_all_groups_is_the_common_one(self) -> None:
         common = differentiate(make_loop(), {"lr": double(0.1, 0.2)})
@@ -329,7 +329,7 @@ class TestWhatCanBeAGroup:
     )
     def test_refusals(self, groups: Any, message: str) -> None:
         with pytest.raises(InputError, match=message.replace("*", r"\*")) as error:
-            make_loop(make_problem(groups=groups)).check_names({})
+            make_loop(make_problem(groups=groups)).values.check_names({})
         assert "\n" not in str(error.value)
 
     def test_frozen_parameters_in_a_function_s_groups_are_skipped(self) -> None:
@@ -355,21 +355,21 @@ class TestWhatCanBeAGroup:
 
         loop = make_loop(make_problem(groups=TWO, train_loss=smoothed), fixed=fixed)
         with pytest.raises(InputError, match=message.replace("?", r"\?")):
-            loop.check_names(values)
+            loop.values.check_names(values)
 
     def test_a_group_s_own_values_are_held_unless_said_otherwise(self) -> None:
         problem = full_batch(param_groups)
 
         def decay(values: Values, **fixed: Any) -> dict[str, Any]:
             loop = make_loop(problem, fixed=fixed)
-            loop.check_names(values)
-            return {**loop.held_at(0), **{name: float(v) for name, v in loop.scalars(values, 0).items()}}
+            loop.values.check_names(values)
+            return {**loop.values.held_at(0), **{name: float(v) for name, v in loop.scalars(values, 0).items()}}
 
         assert decay({"weight_decay": double(0.1)}) == {"weight_decay/no_decay": 0.0, "weight_decay": 0.1}
         assert decay({}, **{"weight_decay/no_decay": 0.3}) == {"weight_decay/no_decay": 0.3}
         assert decay({"weight_decay/no_decay": double(0.2)}) == {"weight_decay/no_decay": 0.2}
         loop = make_loop(problem, fixed={"lr": 0.1})
-        assert loop.fixed_beside(["weight_decay"]) == {"weight_decay/no_decay": 0.0, "lr": 0.1}
+        assert loop.values.fixed_beside(["weight_decay"]) == {"weight_decay/no_decay": 0.0, "lr": 0.1}
 
     def test_self_tuning_networks_refuse_values_of_groups(self) -> None:
         def penalised(output: Tensor, target: Tensor, *, params: dict[str, Tensor], l2: float = 0.0) -> Tensor:
@@ -447,7 +447,7 @@ class TestReplay:
         loop = make_loop(problem, STEPS, optimizer)
         with loop.running():
             state = loop.run(values)
-        Schedule.from_tensors(values, loop.fixed_beside(values)).save(tmp_path / "schedule.json")
+        Schedule.from_tensors(values, loop.values.fixed_beside(values)).save(tmp_path / "schedule.json")
         model = copy.deepcopy(loop.model)
         theirs = TORCH[optimizer](param_groups(model), lr=1.0)
         scheduler = Schedule.load(tmp_path / "schedule.json").scheduler(theirs, total_steps=STEPS)

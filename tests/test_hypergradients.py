@@ -18,7 +18,8 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import OPTIMIZERS, InnerLoop, hypergradient, hypergradient_run
 from tune_hypergrad.hypergradients.check import finite_differences
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.hypergradient import choose_differentiation, state_bytes
+from tune_hypergrad.hypergradients.modes import MODES as BY_NAME
+from tune_hypergrad.hypergradients.modes import Reverse, Work, cheapest, state_bytes
 
 # every hyperparameter of every optimizer, with different numbers of windows; 5 steps, so most divide unevenly
 TUNED: dict[str, Values] = {
@@ -432,25 +433,55 @@ class TestClippedHessianProducts:
 
 
 class TestChoiceOfMode:
-    def test_few_columns_go_forward(self) -> None:
-        assert choose_differentiation([1], 100, None, 1, 10**9).differentiation == "forward"
+    @pytest.mark.parametrize(
+        ("work", "free", "mode", "said"),
+        [
+            (Work((1,), 100, 1), 10**9, "forward", "all fit"),
+            (Work((7, 1, 1), 100, 1000), 10**6, "reverse", "all fit"),
+            (Work((7, 1, 1), 100, 1000), 10**5 - 1, "checkpointed_reverse", "of reverse do not fit"),
+            (Work((1, 2), 100, 1), 1000, "reverse", "all fit"),
+            # where nothing fits, what keeps least
+            (Work((1, 2), 100, 1000), 1, "forward", "of reverse, 0 MiB of checkpointed_reverse do not fit"),
+            (Work((50, 50), 100, 1000), 1, "checkpointed_reverse", "do not fit"),
+            # greedy, whatever the columns
+            (Work((100, 100), 100, 1, horizon=1), 10**9, "forward", "all fit"),
+            (Work((100, 100), 100, 10**6, horizon=1), 10**8, "reverse", "of forward do not fit"),
+            (Work((1,), 100, 1, may_be_rejected=True), 10**9, "reverse", "a rejected run is not gone back through"),
+            (Work((1,), 100, 10**6, may_be_rejected=True), 10**8 - 1, "checkpointed_reverse", "a rejected run"),
+        ],
+    )
+    def test_the_cheapest_that_fits(self, work: Work, free: float, mode: str, said: str) -> None:
+        choice = cheapest(work, free)
+        assert choice.mode is BY_NAME[mode] and said in choice.reason
 
-    def test_many_columns_go_backward(self) -> None:
-        choice = choose_differentiation([7, 1, 1], 100, None, 1000, 10**6)
-        assert choice.differentiation == "reverse"
-        assert "fit" in choice.reason
+    @pytest.mark.parametrize(
+        ("lacking", "free", "mode"),
+        [("reverse", 1, "forward"), ("forward", 10**9, "reverse"), ("forward", 1, "checkpointed_reverse")],
+    )
+    def test_the_cheapest_of_those_that_a_problem_has(self, lacking: str, free: float, mode: str) -> None:
+        choice = cheapest(Work((50,), 100, 1000), free, {lacking: "is not there"})
+        assert choice.mode is BY_NAME[mode] and choice.reason == "is not there"
 
-    def test_many_columns_and_no_memory_recompute(self) -> None:
-        choice = choose_differentiation([7, 1, 1], 100, None, 1000, 10**5 - 1)
-        assert choice.differentiation == "checkpointed_reverse"
-        assert "do not fit" in choice.reason
+    def test_another_mode_is_a_class_and_an_entry(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class FromTheMiddle(Reverse):
+            """Cheap, and not used to do it: back through the last half alone."""
 
-    def test_a_middling_number_without_memory_goes_forward(self) -> None:
-        assert choose_differentiation([1, 2], 100, None, 1, 1000).differentiation == "reverse"
-        assert choose_differentiation([1, 2], 100, None, 1000, 1).differentiation == "forward"
+            name = "from_the_middle"
 
-    def test_greedy_goes_forward_whatever_the_columns(self) -> None:
-        assert choose_differentiation([100, 100], 100, 1, 1, 10**9).differentiation == "forward"
+            def gradients(self, work: Work) -> float:
+                return super().gradients(work) / 2
+
+            def begin(self, loop: InnerLoop, values: Values, **arguments: Any) -> Any:
+                return super().begin(loop, values, **{**arguments, "horizon": loop.steps // 2})
+
+        monkeypatch.setitem(BY_NAME, "from_the_middle", FromTheMiddle())
+        values = {"lr": double(0.1, 0.2, 0.1, 0.2, 0.1, 0.2)}
+        chosen = hypergradient(make_problem(), values, steps=6, check=False)
+        asked = hypergradient(make_problem(), values, steps=6, check=False, differentiation="from_the_middle")
+        truncated = differentiate(make_loop(steps=6), values, "reverse", horizon=3)
+        assert "from_the_middle" in chosen.reason and asked.reason == "asked for"
+        for found in (chosen, asked):
+            assert_close(found.hypergradients, truncated.hypergradients, 1e-12)
 
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     def test_state_bytes(self, optimizer: str) -> None:
@@ -578,6 +609,9 @@ class TestHeld:
 
 def test_small_validation_samples_cost_what_they_are() -> None:
     loop = make_loop(steps=4)
-    whole, sample = loop.eval_cost("val", None, gradient=True), loop.eval_cost("val", 10**6, gradient=True)
+    whole, sample = (
+        loop.costs.evaluation("val", None, gradient=True),
+        loop.costs.evaluation("val", 10**6, gradient=True),
+    )
     assert sample == whole
-    assert loop.eval_cost("val", 3, gradient=True).gradients == pytest.approx(3 / loop.problem.batch_size)
+    assert loop.costs.evaluation("val", 3, gradient=True).gradients == pytest.approx(3 / loop.problem.batch_size)

@@ -336,7 +336,7 @@ class TestDropConnect:
                 gradient = loop.training(state, {}, step).gradient
                 masks.append((loop.unflatten(gradient)["weight"] != 0) / 0.6)
                 named = {name: p.clone().requires_grad_() for name, p in loop.unflatten(state.params).items()}
-                x, y = loop.batch(step)
+                x, y = loop.batches.of_step(step)
                 loss = F.cross_entropy(F.linear(x, named["weight"] * masks[-1], named["bias"]), y)
                 expected = torch.autograd.grad(loss, list(named.values()))
                 torch.testing.assert_close(gradient, torch.cat([g.reshape(-1) for g in expected]))
@@ -819,7 +819,7 @@ class TestSelfTuning:
         with loop.running():
             values = {name: value.detach() for name, value in tuned.values().items()}
             plain = loop.training(loop.initial_state(), values, 0).gradient
-            batch = loop.batch(0)
+            batch = loop.batches.of_step(0)
             loop.seed_model(0)
             general, responses = training_gradients(
                 network, tuned, VARIANTS[variant], loop.objective, batch, perturbations
@@ -916,7 +916,7 @@ class TestRefusals:
         loop = make_loop(make_problem(regularisers=[WeightDecay("momentum")]))
         assert_one_line(
             "'momentum' is a hyperparameter of both a regulariser and optimizer 'sgd': rename the regulariser's",
-            lambda: loop.check_names({}),
+            lambda: loop.values.check_names({}),
         )
 
     def test_a_name_of_the_model_factory(self) -> None:
@@ -937,14 +937,14 @@ class TestRefusals:
     )
     def test_a_value_outside_its_range(self, name: str, value: float, interval: str) -> None:
         message = f"'{name}' is {value}: its regulariser takes finite numbers from {interval}"
-        assert_one_line(message, lambda: make_loop(of_features(), fixed={name: [0.1, value]}).check_names({}))
+        assert_one_line(message, lambda: make_loop(of_features(), fixed={name: [0.1, value]}).values.check_names({}))
         assert_one_line(message, lambda: hypergradient(of_features(), {name: double(0.1, value)}, steps=4))
 
     def test_one_value_of_two(self) -> None:
         problem = make_problem(regularisers=[TwoNames()])
         message = "TwoNames has no value for 'second': tune it or fix it as well"
-        assert_one_line(message, lambda: make_loop(problem, fixed={"first": 0.1}).check_names({}))
-        make_loop(problem, fixed={"first": 0.1}).check_names({"second"})
+        assert_one_line(message, lambda: make_loop(problem, fixed={"first": 0.1}).values.check_names({}))
+        make_loop(problem, fixed={"first": 0.1}).values.check_names({"second"})
 
     @pytest.mark.parametrize("name", ["dropout", "mixup", "weight_drop"])
     def test_no_derivative(self, name: str) -> None:
@@ -999,7 +999,7 @@ class TestCopies:
         problem = of_features().replace(model=double_dropout)
         _, values, fixed = CASES["features"]
         again = copied(problem)
-        make_loop(again, fixed=fixed).check_names(values)
+        make_loop(again, fixed=fixed).values.check_names(values)
         actual, expected = (train(make_loop(each, fixed=fixed), values)[-1] for each in (again, problem))
         assert torch.equal(actual.params, expected.params)
 

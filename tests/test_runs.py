@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Descent, InnerLoop, OnlineRun, hypergradient_run
-from tune_hypergrad.hypergradients.hypergradient import choose_differentiation
+from tune_hypergrad.hypergradients.modes import Work, cheapest
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
 from tune_hypergrad.space import Range
@@ -81,10 +81,10 @@ class TestReplay:
     def test_weights_order_and_augmentation_each_follow_the_seed(self) -> None:
         first, second = make_loop(seed=0), make_loop(seed=1)
         assert not torch.equal(first.initial_state().params, second.initial_state().params)
-        assert not torch.equal(first.batch(0)[0], second.batch(0)[0])
+        assert not torch.equal(first.batches.of_step(0)[0], second.batches.of_step(0)[0])
         augmented = make_loop(make_problem(train=Examples(data(), augment=True), batch_size=12))
-        assert torch.equal(augmented.batch(0)[0], augmented.batch(0)[0])
-        assert not torch.equal(augmented.batch(0)[0], augmented.batch(1)[0])
+        assert torch.equal(augmented.batches.of_step(0)[0], augmented.batches.of_step(0)[0])
+        assert not torch.equal(augmented.batches.of_step(0)[0], augmented.batches.of_step(1)[0])
 
     @pytest.mark.parametrize("mode", MODES)
     def test_global_generators_are_left_as_found(self, mode: str) -> None:
@@ -121,18 +121,18 @@ class TestBatches:
     def test_the_splits_length_means_full_batch(self, train: Any) -> None:
         loop = make_loop(make_problem(train=train, batch_size=12))
         for step in range(3):
-            assert torch.equal(loop.batch(step)[0], data()[0])
+            assert torch.equal(loop.batches.of_step(step)[0], data()[0])
 
     def test_an_epoch_takes_every_example_once(self) -> None:
         loop = make_loop(make_problem(batch_size=4))
-        epochs = [torch.cat([loop.batch(3 * epoch + step)[0] for step in range(3)]) for epoch in range(2)]
+        epochs = [torch.cat([loop.batches.of_step(3 * epoch + step)[0] for step in range(3)]) for epoch in range(2)]
         for epoch in epochs:
             assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, data()[0].tolist()))
         assert not torch.equal(*epochs)
 
     def test_an_incomplete_last_batch_is_dropped(self) -> None:
         loop = make_loop(make_problem(batch_size=5))
-        assert [len(loop.batch(step)[0]) for step in range(5)] == [5] * 5
+        assert [len(loop.batches.of_step(step)[0]) for step in range(5)] == [5] * 5
 
     def test_evaluation_does_not_depend_on_its_batch_size(self) -> None:
         losses, gradients = [], []
@@ -373,7 +373,7 @@ class TestRejected:
         # as many validation examples as two batches: a run's share that gets the smaller the longer it is
         rejected = self.finished(self.run_of(mode, 0.0))
         assert rejected.cost.steps == self.steps and not rejected._kept  # type: ignore[attr-defined]
-        evaluation = rejected.loop.eval_cost("val", gradient=True).gradients
+        evaluation = rejected.loop.costs.evaluation("val", gradient=True).gradients
         assert rejected.cost.gradients == pytest.approx(self.steps + evaluation)
         assert rejected.cost.gradients <= 1.2 * self.steps
 
@@ -386,7 +386,7 @@ class TestRejected:
         assert run.rejected and plain.val_loss == pytest.approx(free.val_loss, rel=1e-9)
         assert plain.val_loss == free.val_loss or mode == "forward"  # whose tangents are added up in another order
         assert all(bool(gradient.isnan().all()) for gradient in plain.hypergradients.values())
-        assert plain.cost.gradients == pytest.approx(self.steps + run.loop.eval_cost("val").gradients)
+        assert plain.cost.gradients == pytest.approx(self.steps + run.loop.costs.evaluation("val").gradients)
         assert plain.cost.hypergradients == 0
 
     def test_what_may_be_rejected_is_differentiated_by_reverse_mode(self) -> None:
@@ -400,10 +400,9 @@ class TestRejected:
         assert modes == {inf: "forward", 1e9: "reverse", 0.0: "reverse"}
         asked = hypergradient_run(make_loop(steps=4), values, differentiation="forward", reject_above=0.0)
         assert asked.differentiation == "forward"
-        none_free = choose_differentiation([1], 16, None, 100, 0, may_be_rejected=True)
-        assert none_free.differentiation == "checkpointed_reverse"
-        refused = choose_differentiation([1], 16, None, 1, 99, {"reverse": "it cannot"}, may_be_rejected=True)
-        assert refused == ("forward", "it cannot")
+        assert cheapest(Work((1,), 16, 100, may_be_rejected=True), 0).mode.name == "checkpointed_reverse"
+        refused = cheapest(Work((1,), 16, 1, may_be_rejected=True), 99, {"reverse": "it cannot"})
+        assert (refused.mode.name, refused.reason) == ("forward", "it cannot")
 
     def test_plain_training_asks_for_no_derivative_of_the_model(self) -> None:
         """What cannot be differentiated twice can still be trained to confirm a schedule."""

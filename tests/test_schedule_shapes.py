@@ -205,7 +205,7 @@ def test_a_step_of_a_run_on_no_device_computes_curves_on_the_cpu():
     """Where to train is not where curves are computed: a GPU's stand-in has no values at all."""
     loop = make_loop(steps=STEPS)
     loop.device, numbers = torch.device("meta"), Schedule(CURVES["all at once"]).to_tensors()
-    placed = {name: loop.placed(name, values) for name, values in numbers.items()}
+    placed = {name: loop.values.placed(name, values) for name, values in numbers.items()}
     assert {name: values.device.type for name, values in placed.items()} == {
         **{name: "cpu" for name in placed},
         "weight_decay": "meta",
@@ -251,7 +251,7 @@ def test_single_precision_trains_with_the_doubles_rounded():
     problem = make_problem(dtype=torch.float32)
     loop = make_loop(problem, STEPS)
     schedule = Schedule(CURVES["cosine"])
-    numbers = {name: loop.placed(name, values) for name, values in schedule.to_tensors().items()}
+    numbers = {name: loop.values.placed(name, values) for name, values in schedule.to_tensors().items()}
     for step in range(STEPS):
         (value,) = loop.scalars(numbers, step).values()
         assert value.dtype == torch.float32

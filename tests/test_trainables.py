@@ -253,7 +253,7 @@ def replayed_in_plain_torch(problem, found, seed=0):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for step in range(STEPS):
         with loop.running():
-            inputs, target = loop.batch(step)
+            inputs, target = loop.batches.of_step(step)
         of_loss = found.apply(optimizer, step, STEPS)
         optimizer.zero_grad()
         penalised(model(inputs), target, params=dict(model.named_parameters()), **of_loss).backward()

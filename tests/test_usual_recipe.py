@@ -122,10 +122,11 @@ class TestAccumulate:
     def test_counts(self) -> None:
         problem = make_problem(batch_size=3, accumulate=2)
         assert (problem.steps_per_epoch, problem.examples_per_step, problem.step_length(0)) == (2, 6, 6)
-        assert make_loop(problem).step_cost(0).examples == 6
-        assert make_loop(problem).step_cost(0).gradients == 1
+        assert make_loop(problem).costs.step(0).examples == 6
+        assert make_loop(problem).costs.step(0).gradients == 1
         assert (
-            make_loop(problem).eval_cost("val").gradients == make_loop(make_problem(batch_size=6)).eval_cost().gradients
+            make_loop(problem).costs.evaluation("val").gradients
+            == make_loop(make_problem(batch_size=6)).costs.evaluation().gradients
         )
         epoch = [problem.place(step, number) for step in range(2) for number in range(2)]
         assert epoch == [(0, slice(begin, begin + 3)) for begin in (0, 3, 6, 9)]

@@ -67,7 +67,7 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
             named = {name: p for name, p in model.named_parameters() if p.requires_grad}
             takes = {name: now[name] for name in problem.train_loss_hyperparameters if name in now}
             for number in range(problem.accumulate):
-                *inputs, target = loop.batch(step, number)
+                *inputs, target = loop.batches.of_step(step, number)
                 loop.seed_model(step, number)
                 weights = {name: named[name] * factor for name, factor in objective.weight_factors(named, now).items()}
                 with objective.acting(now), autocast:
@@ -83,7 +83,7 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
         for parameter, average in averages:
             parameter.data = average
         trained.eval()
-        *inputs, target = loop.cast(problem.val.batch(slice(None)))  # type: ignore[union-attr]
+        *inputs, target = loop.batches.cast(problem.val.batch(slice(None)))  # type: ignore[union-attr]
         with torch.no_grad(), autocast:
             return Trained(model, loss, train_loss, float(mean(loss(model(*inputs), target))))
 

@@ -27,7 +27,7 @@ from tune_hypergrad.hypergradients import (
     TrainingSettings,
     get_optimizer,
 )
-from tune_hypergrad.hypergradients.inner_loop import EMA
+from tune_hypergrad.hypergradients.loop_values import EMA
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength

@@ -18,8 +18,10 @@ from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import EMA, InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.inspection import Refusals, inspect
+from tune_hypergrad.hypergradients.loop_batches import LoopBatches
+from tune_hypergrad.hypergradients.loop_values import EMA
 from tune_hypergrad.hypergradients.narrowing import culprit
 from tune_hypergrad.hypergradients.optimizers import Optimizer, is_built_in
 from tune_hypergrad.hypergradients.plain_training import (
@@ -140,7 +142,7 @@ def usual_values(loop: InnerLoop, names: Mapping[str, Any] | None = None) -> Hyp
         names: which; None are learning rate, momentum and weight decay, the learning rate in a few groups, the decay of
             an average, and all that losses can be differentiated by.
     """
-    problem, of_optimizer = loop.problem, loop.update_hyperparameters
+    problem, of_optimizer = loop.problem, loop.values.of_update
     usual = _USUAL if loop.optimizer.name in ("sgd", "nesterov") else _ADAPTIVE
     known = {**of_optimizer, **{name: value for name, value in usual.items() if name in of_optimizer}}
     of_losses = {
@@ -181,16 +183,28 @@ def finite_differences(loop: InnerLoop, hyperparameters: Hyperparameters, epsilo
         }
 
 
+class _ReadOnce(LoopBatches):
+    """Training batches that are read once, so that data which is another one each time is the same; by step and number,
+    `read` has those that were."""
+
+    def __init__(self, read: Mapping[tuple[int, int], Batch], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._read = dict(read)
+
+    def of_step(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
+        if (step, number) not in self._read:
+            self._read[step, number] = super().of_step(step, number, again=again)
+        return self._read[step, number]
+
+
 class _ReadingOnce(InnerLoop):
-    """An inner loop whose batches are read once, so that data which is another one each time is the same."""
+    """An inner loop that reads so."""
 
-    batches: dict[tuple[int, int], Batch]
-
-    def batch(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
-        self.batches = getattr(self, "batches", {})
-        if (step, number) not in self.batches:
-            self.batches[step, number] = super().batch(step, number, again=again)
-        return self.batches[step, number]
+    def __init__(
+        self, problem: Problem, settings: TrainingSettings, read: Mapping[tuple[int, int], Batch] | None = None
+    ) -> None:
+        super().__init__(problem, settings)
+        self.batches = _ReadOnce(read or {}, self.problem, settings.steps, settings.seed, self.device, self.dtype)
 
 
 def _compare(
@@ -221,7 +235,7 @@ class _Comparison:
         self._differences: dict[tuple[str, int, float], float] = {}
         with self._loop.running():
             self._batches = [
-                [self._loop.batch(step, number) for number in range(problem.batches_in(step))]
+                [self._loop.batches.of_step(step, number) for number in range(problem.batches_in(step))]
                 for step in range(settings.steps)
             ]
 
@@ -278,13 +292,12 @@ class _Comparison:
         return ""
 
     def _fresh_loop(self) -> _ReadingOnce:
-        loop = _ReadingOnce(self._problem, self._settings)
-        loop.batches = {
+        read = {
             (step, number): batch
             for step, batches in enumerate(getattr(self, "_batches", ()))
             for number, batch in enumerate(batches)
         }
-        return loop
+        return _ReadingOnce(self._problem, self._settings, read)
 
     def _plain_loss(self, values: Hyperparameters, nudge: float = 0.0) -> float:
         if is_built_in(self._loop.optimizer):

@@ -368,7 +368,7 @@ class _Trial:
 
     def __init__(self, loop: EnsembleLoop, hyperparameters: Hyperparameters) -> None:
         self._loop = loop
-        self._values = {name: loop.placed(name, values) for name, values in hyperparameters.items()}
+        self._values = {name: loop.values.placed(name, values) for name, values in hyperparameters.items()}
         self.flops = 0.0
         """Of a training step of one run."""
 

@@ -17,10 +17,11 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from tune_hypergrad.batches import Batch
-from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation
-from tune_hypergrad.hypergradients.inner_loop import MODEL_STREAM, InnerLoop, TrainingSettings, as_real
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings, as_real
+from tune_hypergrad.hypergradients.loop_batches import MODEL_STREAM, LoopBatches
+from tune_hypergrad.hypergradients.loop_costs import LoopCosts
 from tune_hypergrad.hypergradients.member_draws import MemberDraws
 from tune_hypergrad.hypergradients.normalisation import batch_norm, instance_norm
 from tune_hypergrad.hypergradients.optimizers import Slots, is_built_in
@@ -39,6 +40,38 @@ LOSS_SPREAD = "loss_std"
 _COMMON_SEED = 0
 _FIRST_DRAWS = random.Random(_COMMON_SEED).random(), np.random.RandomState(_COMMON_SEED).random_sample()
 """What Python's and NumPy's generators give first after that seed."""
+
+
+class EnsembleBatches(LoopBatches):
+    """The batches of several runs, which all read the same data.
+
+    Args:
+        problem: whose data they are.
+        steps: inner steps of every run, T.
+        seed: of what is evaluated in common.
+        members: the runs' own batches.
+    """
+
+    def __init__(self, problem: Problem, steps: int, seed: int, members: Sequence[LoopBatches]) -> None:
+        super().__init__(problem, steps, seed, members[0].device, members[0].dtype)
+        self._members = members
+        for member in members:
+            member.share(self)
+
+    def of_step(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
+        """The runs' training batches `number` of `step`: leaves of shape [S, b, ...]."""
+        split = self.split("train")
+        if split.tensors is None:
+            found = self._training_data.get(self.draw(step, number), again=again)
+            batches = [self.cast(batch) for batch in found]
+            return tree_map(lambda *leaves: torch.stack(leaves), *batches)
+        chosen = [member.indices(step, number) for member in self._members]
+        if isinstance(chosen[0], slice):
+            return tree_map(lambda tensor: tensor.expand(len(chosen), *tensor.shape), split.tensors)
+        return split.batch(torch.stack(chosen))  # type: ignore[arg-type]
+
+    def tasks(self, draw: int) -> Sequence[Task]:
+        return [task for member in self._members for task in member.tasks(draw)]
 
 
 class EnsembleLoop(InnerLoop):
@@ -64,8 +97,10 @@ class EnsembleLoop(InnerLoop):
         self.members = tuple(InnerLoop(problem, replace(settings, seed=seed)) for seed in seeds)
         """The runs' own inner loops."""
         for member in self.members:
-            member.share_data(self)
             member.moving = self.moving  # one set, to which either adds
+        own = [member.batches for member in self.members]
+        self.batches = EnsembleBatches(self.problem, settings.steps, seeds[0], own)
+        self.costs = LoopCosts(self.problem, self.batches, len(seeds))
         self._draws = MemberDraws(len(seeds), self.device)
         self._index = torch.arange(len(seeds), device=self.device)
 
@@ -91,24 +126,9 @@ class EnsembleLoop(InnerLoop):
         common = super().scalars(hyperparameters, step)
         return {name: value.repeat(len(self.seeds)) for name, value in common.items()}
 
-    def batch(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
-        """The runs' training batches `number` of `step`: leaves of shape [S, b, ...]."""
-        split = self.split("train")
-        if split.tensors is None:
-            found = self._training_data.get(self.draw(step, number), again=again)
-            batches = [self.cast(batch) for batch in found]
-            return tree_map(lambda *leaves: torch.stack(leaves), *batches)
-        chosen = [member.indices(step, number) for member in self.members]
-        if isinstance(chosen[0], slice):
-            return tree_map(lambda tensor: tensor.expand(len(chosen), *tensor.shape), split.tensors)
-        return split.batch(torch.stack(chosen))  # type: ignore[arg-type]
-
-    def tasks(self, draw: int) -> Sequence[Task]:
-        return [task for member in self.members for task in member.tasks(draw)]
-
     def seed_model(self, step: int, number: int = 0) -> None:
         """Seed the generators of every run for what batch `number` of a training step draws."""
-        self._draws.seed([fold_seed(seed, MODEL_STREAM, self.draw(step, number)) for seed in self.seeds])
+        self._draws.seed([fold_seed(seed, MODEL_STREAM, self.batches.draw(step, number)) for seed in self.seeds])
         seed_everything(_COMMON_SEED)
 
     def at_training_loss(
@@ -192,18 +212,6 @@ class EnsembleLoop(InnerLoop):
             member.evaluate(self.of_member(state, number), which, gradient=gradient, examples=examples, draw=draw)
             for number, member in enumerate(self.members)
         ]
-
-    def step_cost(self, step: int, hessian_columns: int = 0) -> Cost:
-        return self._of_all(super().step_cost(step, hessian_columns))
-
-    def adjoint_cost(self) -> Cost:
-        return self._of_all(super().adjoint_cost())
-
-    def eval_cost(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
-        return self._of_all(super().eval_cost(which, examples, gradient=gradient))
-
-    def _of_all(self, cost: Cost) -> Cost:
-        return sum([cost] * len(self.seeds), Cost())
 
     def unflatten(self, params: Tensor) -> dict[str, Tensor]:
         """The flat weights [S, P] by parameter name, each [S, ...]: views, but for complex ones."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.batches import Batch
-from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.figures import (
     Measure,
@@ -31,6 +30,7 @@ from tune_hypergrad.figures import (
     joined,
     part_of,
 )
+from tune_hypergrad.hypergradients.loop_batches import LoopBatches
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.normalisation import IN_EVALUATION
 from tune_hypergrad.hypergradients.state import Buffers, State
@@ -66,10 +66,7 @@ class Evaluable(Protocol):
     model: nn.Module
     device: torch.device
     dtype: torch.dtype
-
-    def split(self, which: str) -> Split: ...
-
-    def evaluation_batches(self, which: str, chosen: Sequence[Tensor | slice]) -> Iterator[Batch]: ...
+    batches: LoopBatches
 
     def seed_evaluation(self) -> None: ...
 
@@ -162,7 +159,7 @@ class _Pass:
         gradient: bool,
     ) -> None:
         self._loop, self._measures, self._whole = loop, measures, whole
-        self._which, self._split, self._batches = which, loop.split(which), batches
+        self._which, self._split, self._batches = which, loop.batches.split(which), batches
         named = {name: p.detach().requires_grad_(gradient) for name, p in loop.unflatten(state.params).items()}
         moved = loop.differentiated(state.buffers)
         leaves = {name: state.buffers[name].detach().requires_grad_(gradient) for name in moved}
@@ -211,7 +208,7 @@ class _Pass:
         return Evaluation(figures[LOSS], metrics, self._loop.flatten(self._by_leaf), of_buffers)
 
     def _read(self, batches: Sequence[Tensor | slice]) -> Iterator[_Chosen]:
-        for chosen, batch in zip(batches, self._loop.evaluation_batches(self._which, batches), strict=True):
+        for chosen, batch in zip(batches, self._loop.batches.of_evaluation(self._which, batches), strict=True):
             yield _Chosen(chosen, batch, _length(chosen, len(self._split)))
 
     def _within(self, body: Callable[[], Any]) -> Any:

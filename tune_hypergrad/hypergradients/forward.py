@@ -113,10 +113,10 @@ class ForwardRun(HypergradientRun):
         if fresh_segment and not reads_loss:  # Z = 0, so no Hessian product
             _, gradient, without, buffers = loop.training(self.state, h, step)
             dgradient = torch.zeros_like(dparams)
-            self.cost += loop.step_cost(step)
+            self.cost += loop.costs.step(step)
         else:
             gradient, dgradient, without, buffers = self._gradient_tangents(h, dparams, dh, step)
-            self.cost += loop.step_cost(step, hessian_columns=self._in_use)
+            self.cost += loop.costs.step(step, hessian_columns=self._in_use)
         if self.clip_hessian_product is not None:
             dgradient.clamp_(-self.clip_hessian_product, self.clip_hessian_product)
         blocks = step_blocks(self.state.counts, without)
@@ -206,7 +206,7 @@ class ForwardRun(HypergradientRun):
         number: int,
     ) -> tuple[_Differentiated, Buffers]:
         """What `_tangents_on` gives, and the tangents of the buffers afterwards."""
-        loop, state, batch = self.loop, self.state, self.loop.batch(step, number)
+        loop, state, batch = self.loop, self.state, self.loop.batches.of_step(step, number)
         of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
         moved = {name: buffers[name] for name in loop.differentiated(buffers)}
         others = {name: buffer for name, buffer in buffers.items() if name not in moved}

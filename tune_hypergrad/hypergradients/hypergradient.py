@@ -6,17 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun, RunsInTurn, advance_together, why_in_turn
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
-from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings, adjoint_gradients
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
+from tune_hypergrad.hypergradients.modes import (
+    AUTO,
+    MODES,
+    Choice,
+    Forward,
+    Mode,
+    Reverse,
+    Work,
+    cheapest_right,
+    mode_named,
+)
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values, refuse_underivable
@@ -25,15 +34,9 @@ from tune_hypergrad.hypergradients.verification import refusal_of, remember
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.space import Place, places_of, put
 
-MODES = ("auto", "forward", "reverse", "checkpointed_reverse")
 _NOT_DIFFERENTIATED = "nothing is differentiated"
-
-
-class Choice(NamedTuple):
-    """A differentiation mode and why it was taken."""
-
-    differentiation: str
-    reason: str
+_CLIPPED = MODES[Forward.name]
+"""The mode that has Hessian products to clip."""
 
 
 def hypergradient(
@@ -45,7 +48,7 @@ def hypergradient(
     fixed: Mapping[str, Any] | None = None,
     seed: int | Sequence[int] = 0,
     horizon: int | None = None,
-    differentiation: str = "auto",
+    differentiation: str = AUTO,
     clip_gradient: float | None = None,
     clip_norm: float | None = None,
     ema: float | None = None,
@@ -117,7 +120,7 @@ def hypergradient(
             if isinstance(run, EnsembleRun):
                 run = advance_together(run, run.length, begin)
             else:
-                run = advance(run, run.length, begin if differentiation == "auto" else None)
+                run = advance(run, run.length, begin if differentiation == AUTO else None)
     return _with_nested(places, run.result())
 
 
@@ -181,7 +184,7 @@ def hypergradient_run(
     hyperparameters: Mapping[str, Tensor],
     *,
     horizon: int | None = None,
-    differentiation: str = "auto",
+    differentiation: str = AUTO,
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
     reject_above: float = inf,
@@ -197,64 +200,46 @@ def hypergradient_run(
     """
     values = dict(hyperparameters)
     check_values(loop, values)
-    if differentiation not in MODES:
-        raise InputError(f"unknown differentiation {differentiation!r}: choose one of {', '.join(MODES)}")
+    mode, differentiated = mode_named(differentiation), reject_above > -inf
     if clip_hessian_product is not None:
         if not clip_hessian_product > 0:
             raise InputError(f"clip_hessian_product is {clip_hessian_product!r}: give a positive number, or None")
-        if "reverse" in differentiation and reject_above > -inf:
+        if mode not in (None, _CLIPPED) and differentiated:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
+        mode = _CLIPPED
     refuse_underivable(loop, values)
+    common: dict[str, Any] = {"horizon": horizon, "val_examples": val_examples}
     if isinstance(loop, EnsembleLoop):
-        forward = differentiation == "forward" or clip_hessian_product is not None
-        differentiated = reject_above > -inf
-        reason = _why_in_turn(loop, values, together, differentiated=differentiated, forward=forward, check=check)
+        reason = _why_in_turn(loop, values, together, mode, differentiated=differentiated, check=check)
         if reason is None:
-            return _at_once(
-                loop, values, differentiation, horizon=horizon, val_examples=val_examples, reject_above=reject_above
-            )
-        if differentiation == "auto" and not forward and differentiated:
-            differentiation = _cheapest_right(loop, values, horizon, check=check).differentiation
+            return _at_once(loop, values, mode, **common, reject_above=reject_above)
+        if mode is None and differentiated:
+            mode = cheapest_right(loop, values, Work.of(loop, values, horizon), check=check).mode
         begin = partial(
             hypergradient_run,
             hyperparameters=values,
-            horizon=horizon,
-            differentiation=differentiation,
+            **common,
+            differentiation=AUTO if mode is None else mode.name,
             clip_hessian_product=clip_hessian_product,
-            val_examples=val_examples,
             reject_above=inf if differentiated else -inf,  # the mean decides
             check=check,
         )
         return RunsInTurn(loop, values, begin, reason, reject_above=reject_above)
-    if reject_above == -inf:
+    if not differentiated:
         run: HypergradientRun = ReverseRun(loop, values, val_examples=val_examples, reject_above=reject_above)
         run.reason = _NOT_DIFFERENTIATED
         return run
-    if clip_hessian_product is not None:
-        choice = Choice("forward", "Hessian products are clipped, which is defined for forward mode only")
-    elif differentiation == "auto":
-        choice = _cheapest_right(loop, values, horizon, check=check, may_be_rejected=reject_above < inf)
+    if mode is None:
+        work = Work.of(loop, values, horizon, may_be_rejected=reject_above < inf)
+        choice = cheapest_right(loop, values, work, check=check)
     else:
-        choice = Choice(differentiation, "asked for")
-    if differentiation != "auto" or clip_hessian_product is not None:
-        refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
+        refusal = refusal_of(loop, values, mode.derivatives, check=check)
         if refusal is not None:
             raise InputError(refusal)
-    if choice.differentiation == "forward":
-        run = ForwardRun(
-            loop,
-            values,
-            horizon=horizon,
-            val_examples=val_examples,
-            reject_above=reject_above,
-            clip_hessian_product=clip_hessian_product,
-            columns_at_once=_columns_at_once(loop, values),
-        )
-    else:
-        keep_all = choice.differentiation == "reverse"
-        run = ReverseRun(
-            loop, values, horizon=horizon, val_examples=val_examples, reject_above=reject_above, keep_all=keep_all
-        )
+        clipped = clip_hessian_product is not None
+        choice = Choice(mode, "Hessian products are clipped in forward mode only" if clipped else "asked for")
+    clipping = {} if clip_hessian_product is None else {"clip_hessian_product": clip_hessian_product}
+    run = choice.mode.begin(loop, values, **common, reject_above=reject_above, **clipping)
     run.reason = choice.reason
     return run
 
@@ -263,9 +248,9 @@ def _why_in_turn(
     loop: EnsembleLoop,
     values: Hyperparameters,
     together: bool | None,
+    mode: Mode | None,
     *,
     differentiated: bool,
-    forward: bool,
     check: bool,
 ) -> str | None:
     """Why the runs of an ensemble go one after another, or None.
@@ -277,10 +262,10 @@ def _why_in_turn(
         return "asked for"
     if not differentiated:
         reason: str | None = None
-    elif forward:
-        reason = "forward mode has no other way"
+    elif mode is not None and not isinstance(mode, Reverse):
+        reason = f"{mode.name} mode has no other way"
     else:
-        reason = refusal_of(loop, values, "reverse", check=check)
+        reason = refusal_of(loop, values, Reverse.derivatives, check=check)
     if reason is None:
         reason = why_in_turn(loop, values, worthwhile=together is None)
     if together and reason is not None:
@@ -289,123 +274,14 @@ def _why_in_turn(
 
 
 def _at_once(
-    loop: EnsembleLoop,
-    values: Hyperparameters,
-    differentiation: str,
-    *,
-    horizon: int | None,
-    val_examples: int | None,
-    reject_above: float,
+    loop: EnsembleLoop, values: Hyperparameters, mode: Mode | None, *, reject_above: float, **common: Any
 ) -> EnsembleRun:
-    needed, free = state_bytes(loop) * loop.steps, free_memory(loop.device)
-    keep_all = needed <= free if differentiation == "auto" else differentiation == "reverse"
-    run = EnsembleRun(
-        loop, values, horizon=horizon, val_examples=val_examples, reject_above=reject_above, keep_all=keep_all
-    )
+    work, free = Work.of(loop, values, common["horizon"]), free_memory(loop.device)
+    whole = MODES[Reverse.name]
+    needed = whole.kept_bytes(work)
+    keep_all = mode is whole or (mode is None and needed <= free)
+    run = EnsembleRun(loop, values, **common, reject_above=reject_above, keep_all=keep_all)
     kept = f"{mebibytes(needed)} of states {'fit' if keep_all else 'are not kept'}"
     how = f" by reverse mode; {kept}" if reject_above > -inf else f"; {_NOT_DIFFERENTIATED}"
     run.reason = f"{len(loop.seeds)} runs at once{how}"
     return run
-
-
-def _columns_at_once(loop: InnerLoop, values: Mapping[str, Tensor]) -> int | None:
-    """A step that cannot be run again for its adjoint cannot be run once for every few columns either."""
-    several = sum(len(v) for v in values.values()) > COLUMNS_AT_ONCE
-    return None if several and refusal_of(loop, values, "reverse", check=False) else COLUMNS_AT_ONCE
-
-
-def _cheapest_right(
-    loop: InnerLoop,
-    values: Mapping[str, Tensor],
-    horizon: int | None,
-    *,
-    check: bool,
-    may_be_rejected: bool = False,
-) -> Choice:
-    """The cheapest mode, or the other one where that has no right derivatives.
-
-    Raises:
-        InputError: neither has.
-    """
-    refusals: dict[str, str] = {}
-    windows, free = [len(v) for v in values.values()], free_memory(loop.device)
-    while len(refusals) < 2:
-        choice = choose_differentiation(
-            windows,
-            loop.steps,
-            horizon,
-            state_bytes(loop),
-            free,
-            refusals,
-            may_be_rejected,
-            adjoint_gradients(loop.problem),
-        )
-        refusal = refusal_of(loop, values, _kind(choice.differentiation), check=check)
-        if refusal is None:
-            return choice
-        refusals[_kind(choice.differentiation)] = refusal
-    raise InputError("; ".join(dict.fromkeys(refusals.values())))
-
-
-def _kind(differentiation: str) -> str:
-    return differentiation.removeprefix("checkpointed_")
-
-
-def choose_differentiation(
-    windows: list[int],
-    steps: int,
-    horizon: int | None,
-    state_bytes: int,
-    free_bytes: int,
-    refusals: Mapping[str, str] | None = None,
-    may_be_rejected: bool = False,
-    adjoint_step: float = GRADIENTS_PER["adjoint_step"],
-) -> Choice:
-    """The cheapest mode for hyperparameters with these numbers of windows whose memory fits.
-
-    Args:
-        windows: number of windows of every hyperparameter.
-        steps: inner steps T.
-        horizon: steps of a segment; forward mode pays no Hessian product in a segment's first step.
-        state_bytes: size of one inner state.
-        free_bytes: memory that may be used.
-        refusals: why "forward" or "reverse" cannot be taken.
-        may_be_rejected: whether the run may turn out not to be worth it, which reverse mode knows before it goes back,
-            and forward mode when all is paid for.
-        adjoint_step: gradient evaluations that going back over a step takes.
-    """
-    refusals = refusals or {}
-    # a window of N is carried from its opening on: (N + 1) / 2 columns on average
-    columns = sum((count + 1) / 2 for count in windows)
-    carried = 1 - 1 / (horizon or steps)
-    forward = GRADIENTS_PER["step"] + GRADIENTS_PER["hessian_column"] * columns * carried
-    reverse = GRADIENTS_PER["step"] + adjoint_step
-    checkpointed = reverse + GRADIENTS_PER["step"]
-    needed = state_bytes * steps
-    states = f"{mebibytes(needed)} of states"
-    if "reverse" in refusals:
-        return Choice("forward", refusals["reverse"])
-    if "forward" in refusals:
-        kept = needed <= free_bytes
-        return Choice("reverse" if kept else "checkpointed_reverse", refusals["forward"])
-    if may_be_rejected:
-        kept = needed <= free_bytes
-        return Choice("reverse" if kept else "checkpointed_reverse", "a rejected run is not gone back through")
-    if forward <= reverse:
-        return Choice(
-            "forward", f"{columns:g} columns on average: {forward:.1f} gradients a step, reverse {reverse:.1f}"
-        )
-    if needed <= free_bytes:
-        return Choice("reverse", f"{reverse:.1f} gradients a step, forward {forward:.1f}; {states} fit")
-    if forward <= checkpointed:
-        return Choice("forward", f"{states} do not fit; {forward:.1f} gradients a step")
-    return Choice(
-        "checkpointed_reverse",
-        f"{checkpointed:.1f} gradients a step, forward {forward:.1f}; {states} do not fit {mebibytes(free_bytes)}",
-    )
-
-
-def state_bytes(loop: InnerLoop) -> int:
-    """Size of one inner state: weights, optimizer slots and buffers; states share what stays frozen."""
-    state = loop.initial_state()
-    return sum(tensor.nbytes for tensor in (state.params, *state.slots, *loop.reported(state.buffers).values()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from math import isfinite, isnan
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,24 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tune_hypergrad.batches import Batch
-from tune_hypergrad.budget import GRADIENTS_PER, Cost
-from tune_hypergrad.curves import (
-    SUFFIXES,
-    Curve,
-    base_names,
-    curves_of,
-    forms_of,
-    refuse_incomplete,
-    split_group,
-    split_name,
-)
-from tune_hypergrad.data import Split, cast_batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import find_groups, ungrouped
-from tune_hypergrad.hypergradients.ahead import BatchesAhead
 from tune_hypergrad.hypergradients.autocast import UnderAutocast, autocast_dtype
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
+from tune_hypergrad.hypergradients.loop_batches import INITIALISATION, MODEL_STREAM, VALIDATION, LoopBatches
+from tune_hypergrad.hypergradients.loop_costs import LoopCosts
+from tune_hypergrad.hypergradients.loop_values import EMA, LoopValues
 from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer, guarded_sqrt, initial_slots
 from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks, update_each
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
@@ -42,17 +31,8 @@ from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything
-from tune_hypergrad.reading import Reader, Task
-from tune_hypergrad.sampling import epoch_order
-from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
-
-EMA = "ema"
-"""The hyperparameter that is the decay of the weights' average."""
-
-# What a draw is for; one stream each, so that none depends on how often another is used.
-_INITIALISATION, _ORDER, _AUGMENTATION, MODEL_STREAM, _VALIDATION, _VALIDATION_ORDER, _EVALUATED_DATA = range(7)
 
 
 class Training(NamedTuple):
@@ -114,23 +94,6 @@ class TrainingSettings:
             )
 
 
-def check_strength(problem: Problem, name: str, values: Iterable[float]) -> None:
-    """Refuse values that a regulariser's hyperparameter cannot have.
-
-    Raises:
-        InputError: one is outside what it can be.
-    """
-    strength = problem.regulariser_hyperparameters.get(name)
-    if strength is None:
-        return
-    for value in values:
-        if not (isfinite(value) and strength.lower <= value <= strength.upper):
-            raise InputError(
-                f"{name!r} is {value!r}: its regulariser takes finite numbers from {strength.lower:g} to "
-                f"{strength.upper:g}"
-            )
-
-
 class _Scope(nn.Module):
     """A model, and the losses that are modules: what functional calls give other tensors to.
 
@@ -183,12 +146,8 @@ class InnerLoop:
         """Names of a state's slots: the optimizer's, and the average of the weights where there is one."""
         self.validated = 0 if judged is None else 1 + self.slots.index(judged)
         """Where in `(params, *slots)` the weights are that evaluations judge."""
-        self.update_hyperparameters: dict[str, float] = dict(self.optimizer.hyperparameters)
-        """The optimizer's hyperparameters, and the decay of the average where there is one, with their defaults."""
-        if settings.ema is not None:
-            self.update_hyperparameters[EMA] = settings.ema
         with preserved_generators():
-            seed_everything(fold_seed(settings.seed, _INITIALISATION))
+            seed_everything(fold_seed(settings.seed, INITIALISATION))
             self.model: nn.Module = problem.model()
         if settings.device is not None:
             self.model.to(settings.device)
@@ -224,20 +183,18 @@ class InnerLoop:
         set_training(self.model, self.in_evaluation)
         self.moving = _running_statistics(self.model)
         """Names of the buffers and frozen parameters that training has been seen to change."""
-        self.train, self.val, self.test = (
-            None if split is None else split.to(self.device, self.dtype)  # type: ignore[union-attr]
-            for split in (self.problem.train, self.problem.val, self.problem.test)
+        self.batches = LoopBatches(self.problem, settings.steps, settings.seed, self.device, self.dtype)
+        self.values = LoopValues(
+            self.problem,
+            self.optimizer,
+            self.groups,
+            settings.steps,
+            settings.fixed,
+            settings.ema,
+            self.device,
+            self.dtype,
         )
-        splits = {"train": self.train, "val": self.val, "test": self.test}
-        self._readers = {
-            name: Reader(split, pin=self.device.type == "cuda") for name, split in splits.items() if split is not None
-        }
-        self._begin_reading()
-        self._fixed = flat_values(settings.fixed)
-        self._given, self._fixed_parts = _whole_and_parts(self._fixed)
-        of_groups = {name: (value,) for name, value in self.groups.values.items()}
-        self._held: dict[str, tuple[float, ...] | Curve] = {**of_groups, **self._given}
-        self._orders: dict[str, tuple[int, Tensor]] = {}  # of the present epoch, by split
+        self.costs = LoopCosts(self.problem, self.batches)
         self._evaluator = Evaluator(self)
 
     @property
@@ -255,96 +212,6 @@ class InnerLoop:
         """Names of the trainable parameters that losses have."""
         return [name for name in self._names if self._scope.path(name) == f"losses.{name}"]
 
-    def check_names(self, tuned: Mapping[str, Any]) -> None:
-        """Refuse hyperparameters that nothing in this inner loop reads.
-
-        Raises:
-            InputError: a name is unknown, tuned and fixed at once, or has no value and no default.
-        """
-        of_optimizer, of_loss = self.update_hyperparameters, self.problem.train_loss_hyperparameters
-        of_regularisers = self.problem.regulariser_hyperparameters
-        for name in (*of_loss, *of_regularisers):
-            if name in of_optimizer:
-                other, remedy = (
-                    ("the train loss", "rename the train loss's argument")
-                    if name in of_loss
-                    else ("a regulariser", "rename the regulariser's")
-                )
-                raise InputError(
-                    f"{name!r} is a hyperparameter of both {other} and optimizer {self.optimizer.name!r}: {remedy}"
-                )
-        bases = base_names(tuned)
-        for name in dict.fromkeys((*bases, *base_names(self._fixed), *self.groups.values)):
-            if name in of_optimizer or name in of_loss or name in of_regularisers:
-                continue
-            if split_group(name)[0] in self.optimizer.hyperparameters:
-                self.groups.check_name(name)
-                continue
-            if split_group(name)[0] == EMA and name != EMA:
-                raise InputError(f"{name!r}: all weights have one average, whose decay is {EMA!r}")
-            if name in self.problem.model_hyperparameters:
-                raise InputError(
-                    f"hyperparameter {name!r} is an argument of the model factory, which no gradient reaches: fix it, "
-                    "or tune it outside with a black-box searcher"
-                )
-            hyperparameter, group = split_group(name)
-            if group and (hyperparameter in of_loss or hyperparameter in of_regularisers):
-                raise InputError(
-                    f"{name!r}: only hyperparameters of the optimizer have values by group, and {hyperparameter!r} is "
-                    "one of the training loss"
-                )
-            if name == EMA:
-                raise InputError(f"{EMA!r} is given, but no average is kept: set {EMA} to its decay, such as 0.99")
-            takes = ", ".join(of_loss) or "none (give Problem a train_loss with keyword-only arguments)"
-            raise InputError(
-                f"unknown hyperparameter {name!r}: optimizer {self.optimizer.name!r} has {', '.join(of_optimizer)}, "
-                f"the train loss {takes}, and regularisers {', '.join(of_regularisers) or 'none'}"
-            )
-        for name in bases:
-            if name in self.problem.whole_hyperparameters:
-                raise InputError(
-                    f"hyperparameter {name!r} of the train loss is a whole number by its default, and has no "
-                    f"derivative: fix it or tune it outside, or write {float(of_loss[name])!r} if it is a real number"
-                )
-            if name in self._given:
-                raise InputError(f"hyperparameter {name!r} is both tuned and fixed: drop one of the two")
-        for name in tuned:
-            if name in self._fixed:
-                raise InputError(f"{name!r} is both tuned and fixed: drop one of the two")
-        given = {*bases, *base_names(self._fixed)}
-        for name, default in of_loss.items():
-            if isnan(default) and name not in given:
-                raise InputError(f"the train loss needs {name!r}, which has no default: tune it or fix it to a value")
-        for name in (*bases, *base_names(self._fixed)):
-            if name in self.optimizer.hyperparameters:
-                self.groups.refuse_idle(name, {*given, *self.groups.values})
-        refuse_incomplete((*self._fixed_parts, *tuned))
-        for name, values in self._held.items():
-            self.check_values(name, values)
-        self._check_completeness(given)
-
-    def check_values(self, name: str, values: tuple[float, ...] | Curve) -> None:
-        """Refuse values of a hyperparameter that its form, or its regulariser, cannot have.
-
-        Raises:
-            InputError: one is outside what it can be.
-        """
-        if isinstance(values, Curve):
-            values.refuse_impossible(name)
-            values = values.at_steps(self.steps)
-        check_strength(self.problem, name, values)
-        if name == EMA and not all(0 <= value <= 1 for value in values):
-            raise InputError(f"{EMA!r} is {list(values)!r}: an average's decay is between 0 and 1")
-
-    def _check_completeness(self, given: set[str]) -> None:
-        for regulariser in self.problem.regularisers:
-            names = list(regulariser.hyperparameters)
-            missing = [name for name in names if name not in given]
-            if missing and len(missing) < len(names):
-                raise InputError(
-                    f"{type(regulariser).__name__} has no value for {missing[0]!r}: tune it or fix it as well"
-                )
-
     @contextmanager
     def running(self, *, plain: bool = False) -> Iterator[None]:
         """Enter before calling the methods below: right kernels, global generators given back afterwards, and workers
@@ -356,10 +223,8 @@ class InnerLoop:
         """
         kernels = once_differentiable if plain else twice_differentiable
         with ExitStack() as stack:
-            for context in (preserved_generators(), kernels(self.model), kept_heap()):
+            for context in (preserved_generators(), kernels(self.model), kept_heap(), self.batches.opened()):
                 stack.enter_context(context)
-            for reader in self._readers.values():
-                stack.enter_context(reader.opened())
             yield
 
     def initial_state(self) -> State:
@@ -369,136 +234,13 @@ class InnerLoop:
         return State(self._initial.clone(), slots, dict(self._initial_buffers), (0,) * len(self._names))
 
     def scalars(self, hyperparameters: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The tuned hyperparameters' values in force at `step`, 0-dim, by hyperparameter, of groups by such names as
-        `lr/backbone`: element floor(N step / T) of windows, and a curve's at progress (step + 1/2) / T."""
-        windows = {
-            name: v[len(v) * step // self.steps] for name, v in hyperparameters.items() if not split_name(name)[1]
-        }
-        if len(windows) == len(hyperparameters):
-            return windows
-        curves = self.curves(hyperparameters)
-        values = {name: curve.tensor(self.steps, self.device, self.dtype)[step] for name, curve in curves.items()}
-        return {name: {**windows, **values}[name] for name in base_names(hyperparameters)}
-
-    def placed(self, name: str, values: Tensor) -> Tensor:
-        """A tuned tensor where training needs it: windows on its device and in its type, a curve's numbers in float64
-        on the CPU, where curves are computed."""
-        if split_name(name)[1]:
-            return values.detach().to(device="cpu", dtype=torch.float64)
-        return values.detach().to(device=self.device, dtype=self.dtype)
-
-    def curves(self, hyperparameters: Mapping[str, Tensor]) -> dict[str, Curve]:
-        """The tuned curves by hyperparameter, with what is fixed of them."""
-        tuned = {name: values.tolist() for name, values in hyperparameters.items() if split_name(name)[1]}
-        bases = set(base_names(tuned))
-        fixed = {name: values for name, values in self._fixed_parts.items() if split_name(name)[0] in bases}
-        found = curves_of({**fixed, **tuned}) if tuned else {}
-        return {name: curve for name, curve in found.items() if isinstance(curve, Curve)}
-
-    def held_at(self, step: int) -> dict[str, float]:
-        """The held hyperparameters' values in force at `step`."""
-        return {
-            name: values.at_step(step, self.steps)
-            if isinstance(values, Curve)
-            else values[len(values) * step // self.steps]
-            for name, values in self._held.items()
-        }
-
-    @property
-    def held(self) -> list[str]:
-        """The hyperparameters that are held, in the order of `held_at`."""
-        return list(self._held)
-
-    def fixed_beside(self, tuned: Iterable[str]) -> dict[str, Any]:
-        """What is held while hyperparameters, or numbers of curves, are tuned: the settings' `fixed`, and what the
-        problem's groups have brought along, as entries by name."""
-        bases = {*base_names(tuned), *base_names(self._fixed)}
-        of_groups = {name: value for name, value in self.groups.values.items() if name not in bases}
-        return {**of_groups, **self.settings.fixed}
-
-    def share_data(self, other: InnerLoop) -> None:
-        """Read another loop's data, which is of the same problem, by its workers."""
-        self.train, self.val, self.test, self._readers = other.train, other.val, other.test, other._readers
-        self._begin_reading()
-
-    def _begin_reading(self) -> None:
-        self._training_data = BatchesAhead(self._readers["train"], self.tasks, self.steps * self.problem.accumulate)
-        self._validation_data: dict[int, BatchesAhead] = {}  # by batch size
-
-    def batch(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
-        """Training batch `number` of `step`, a function of (seed, step, number) only; `again`: it will be asked for
-        again."""
-        split = self.split("train")
-        if split.tensors is not None:
-            return self.cast(split.batch(self.indices(step, number)))
-        (batch,) = self._training_data.get(self.draw(step, number), again=again)
-        return self.cast(batch)
-
-    def expect(self, steps: Sequence[int]) -> None:
-        """Announce steps whose training batches will be asked for, in this order."""
-        batches_in = self.problem.batches_in
-        self._training_data.expect([self.draw(step, number) for step in steps for number in range(batches_in(step))])
-
-    def forget_batches(self) -> None:
-        """Let go of training batches that were to be asked for again."""
-        self._training_data.forget()
-
-    def tasks(self, draw: int) -> Sequence[Task]:
-        """What to read of a data set for the batch with this draw."""
-        step, number = divmod(draw, self.problem.accumulate)
-        seed = fold_seed(self.settings.seed, _AUGMENTATION, draw)
-        return [Task(seed, self.split("train").positions(self.indices(step, number)))]
-
-    def indices(self, step: int, number: int = 0) -> Tensor | slice:
-        """Which training examples batch `number` of `step` has, shape [batch size], or all of them."""
-        if self.problem.sampler is None and self.problem.batch_size == len(self.split("train")):
-            return slice(None)
-        epoch, chosen = self.problem.place(step, number)
-        return self._epoch_order("train", epoch)[chosen]
-
-    def draw(self, step: int, number: int) -> int:
-        """What seeds the draws of batch `number` of `step`: no two batches of a run have the same."""
-        return step * self.problem.accumulate + number
+        """The tuned hyperparameters' values in force at `step`; see `LoopValues.tuned_at`."""
+        return self.values.tuned_at(hyperparameters, step)
 
     def seed_model(self, step: int, number: int = 0) -> None:
         """Seed the global generators for what batch `number` of a training step draws: dropout, noise, augmentation on
         the device."""
-        seed_everything(fold_seed(self.settings.seed, MODEL_STREAM, self.draw(step, number)))
-
-    def val_batch(self, number: int, size: int) -> Batch:
-        """Batch `number` of the validation split, of `size` examples or all of them, in passes of a random order."""
-        split = self.split("val")
-        size = min(size, len(split))
-
-        def indices(number: int) -> Tensor:
-            epoch, position = divmod(number, len(split) // size)
-            return self._epoch_order("val", epoch)[position * size : (position + 1) * size]
-
-        if split.tensors is not None:
-            return self.cast(split.batch(indices(number)))
-
-        def tasks(number: int) -> Sequence[Task]:
-            return [self._evaluation_task(split, number, indices(number))]
-
-        ahead = self._validation_data.setdefault(size, BatchesAhead(self._readers["val"], tasks))
-        return self.cast(ahead.get(number)[0])
-
-    def evaluation_batches(self, which: str, chosen: Sequence[Tensor | slice]) -> Iterator[Batch]:
-        """Batches of the "train", "val" or "test" split to evaluate, one of each indices; draws are seeded apart."""
-        split = self.split(which)
-        if split.tensors is not None:
-            yield from (self.cast(split.batch(indices)) for indices in chosen)
-            return
-
-        def tasks(number: int) -> Sequence[Task]:
-            return [self._evaluation_task(split, number, chosen[number])]
-
-        numbers, ahead = range(len(chosen)), BatchesAhead(self._readers[which], tasks)
-        ahead.expect(numbers)
-        yield from (self.cast(ahead.get(number)[0]) for number in numbers)
-
-    def _evaluation_task(self, split: Split, number: int, indices: Tensor | slice) -> Task:
-        return Task(fold_seed(self.settings.seed, _EVALUATED_DATA, number), split.positions(indices))
+        seed_everything(fold_seed(self.settings.seed, MODEL_STREAM, self.batches.draw(step, number)))
 
     def within(self, tensors: Mapping[str, Tensor], body: Callable[[], T], *, training: bool) -> T:
         """What `body()` gives while the model, and the losses that are modules, have these tensors.
@@ -540,7 +282,7 @@ class InnerLoop:
             mode: what to run it all in; made of the tensors that the step may overwrite.
         """
         self.seed_model(step, number)
-        values = {**self.held_at(step), **h}
+        values = {**self.values.held_at(step), **h}
         batch = self.objective.transform(batch, values)
         target = self.problem.target(batch)
         of_model = {name: p for name, p in named.items() if self._scope.path(name) != f"losses.{name}"}
@@ -578,7 +320,7 @@ class InnerLoop:
 
         with torch.enable_grad(), DataWrites(buffers.values()).noted() as writes:
             versions = {name: buffer._version for name, buffer in buffers.items()}
-            batch = self.batch(step, number, again=again)
+            batch = self.batches.of_step(step, number, again=again)
             loss, found, after = self.at_training_loss(named, buffers, h, batch, step, differentiate, number=number)
         gradient, without = self._together(named, found)
         traceless = {name for name, buffer in buffers.items() if writes.have_changed(buffer)}
@@ -661,7 +403,7 @@ class InnerLoop:
             shapes: the parameters' shapes, where these are not those of the model.
         """
         gradient = self._clipped(gradient)
-        values = {**self.update_hyperparameters, **self.held_at(step), **h}
+        values = {**self.values.of_update, **self.values.held_at(step), **h}
         shapes = self._shapes if shapes is None else shapes
         sizes = [shape.numel() for shape in shapes]
 
@@ -704,7 +446,7 @@ class InnerLoop:
     def run(self, hyperparameters: Hyperparameters) -> State:
         """A whole training run without any hypergradient."""
         state = self.initial_state()
-        self.expect(range(self.steps))
+        self.batches.expect(range(self.steps))
         for step in range(self.steps):
             state = self.step(state, self.scalars(hyperparameters, step), step)
         return state
@@ -719,9 +461,8 @@ class InnerLoop:
             examples: how many examples to take, drawn from (seed, `draw`), and these without metrics, which few
                 examples may not have; None for the whole split.
         """
-        split = self.split(which)
-        sample, size = self._sample(split, draw, examples), self.problem.eval_batch_size
-        total = len(split) if sample is None else len(sample)
+        sample, size = self.batches.sample(which, draw, examples), self.problem.eval_batch_size
+        total = len(self.batches.split(which)) if sample is None else len(sample)
         ends = [(start, min(start + size, total)) for start in range(0, total, size)]
         batches = [slice(*pair) if sample is None else sample[slice(*pair)] for pair in ends]
         judged = state._replace(params=self.judged_weights(state))
@@ -733,28 +474,7 @@ class InnerLoop:
 
     def seed_evaluation(self) -> None:
         """Seed the global generators for what an evaluation draws."""
-        seed_everything(fold_seed(self.settings.seed, _VALIDATION))
-
-    def step_cost(self, step: int, hessian_columns: int = 0) -> Cost:
-        """Cost of a training step that also carries `hessian_columns` tangent columns."""
-        tangents = hessian_columns * GRADIENTS_PER["hessian_column"]
-        gradients = GRADIENTS_PER["step"] + tangents
-        return Cost(steps=1, examples=self.problem.step_length(step), gradients=gradients, hypergradients=tangents)
-
-    def adjoint_cost(self) -> Cost:
-        """Cost of going back over one training step."""
-        spent = adjoint_gradients(self.problem)
-        return Cost(gradients=spent, hypergradients=spent)
-
-    def eval_cost(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
-        """Cost of evaluating a split, or `examples` of it, with or without its gradient."""
-        total = len(self.split(which))
-        batches = (total if examples is None else min(examples, total)) / self.problem.examples_per_step
-        if gradient:
-            spent = batches * GRADIENTS_PER["val_gradient"]
-            return Cost(gradients=spent, hypergradients=spent)
-        spent = batches * GRADIENTS_PER["evaluation"]
-        return Cost(gradients=spent, evaluations=spent)
+        seed_everything(fold_seed(self.settings.seed, VALIDATION))
 
     def unflatten(self, params: Tensor) -> dict[str, Tensor]:
         """The flat weights by parameter name: views, but for complex ones."""
@@ -776,32 +496,6 @@ class InnerLoop:
         """Names of those buffers that are part of the differentiated state: floating ones that training changes."""
         return [name for name, buffer in buffers.items() if name in self.moving and has_derivatives(buffer)]
 
-    def split(self, which: str) -> Split:
-        """The "train", "val" or "test" split, where training happens."""
-        split: Split | None = getattr(self, which)
-        if split is None:
-            raise InputError(f"the problem has no {which} split")
-        return split
-
-    def cast(self, batch: Batch) -> Batch:
-        """The batch where training happens, floating tensors in the weights' type."""
-        return cast_batch(batch, self.device, self.dtype)
-
-    def _epoch_order(self, which: str, epoch: int) -> Tensor:
-        known = self._orders.get(which)
-        if known is None or known[0] != epoch:
-            stream = _ORDER if which == "train" else _VALIDATION_ORDER
-            sampler = self.problem.sampler if which == "train" else None
-            order = epoch_order(len(self.split(which)), sampler, fold_seed(self.settings.seed, stream, epoch))
-            known = self._orders[which] = epoch, order.to(self.device)
-        return known[1]
-
-    def _sample(self, split: Split, draw: int, examples: int | None) -> Tensor | None:
-        if examples is None or examples >= len(split):
-            return None
-        generator = torch.Generator().manual_seed(fold_seed(self.settings.seed, _VALIDATION, draw))
-        return torch.randperm(len(split), generator=generator)[:examples].to(self.device)
-
 
 def mean_training(parts: Iterable[Training]) -> Training:
     """The mean of a step's batches: of their losses and gradients, with the last one's buffers."""
@@ -816,25 +510,6 @@ def mean_training(parts: Iterable[Training]) -> Training:
             part.buffers,
         )
     return mean if count == 1 else mean._replace(loss=mean.loss / count, gradient=mean.gradient / count)
-
-
-def adjoint_gradients(problem: Problem) -> float:
-    """Gradient evaluations that going back over one training step takes: where it has several batches, their mean
-    gradient has to be known before any of them is gone back through."""
-    return GRADIENTS_PER["adjoint_step"] + (GRADIENTS_PER["step"] if problem.accumulate > 1 else 0.0)
-
-
-def _whole_and_parts(
-    fixed: Mapping[str, tuple[float, ...]],
-) -> tuple[dict[str, tuple[float, ...] | Curve], dict[str, tuple[float, ...]]]:
-    """Of numbers by flat name, the windows and curves that are complete by hyperparameter, and the parts of others."""
-    incomplete = {
-        name
-        for name, forms in forms_of(fixed).items()
-        if len(forms) == 1 and any(form and len(own) < len(SUFFIXES[form]) for form, own in forms.items())
-    }
-    parts = {name: values for name, values in fixed.items() if split_name(name)[0] in incomplete}
-    return curves_of({name: values for name, values in fixed.items() if name not in parts}), parts
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class _Inspection:
             raise InputError(f"a training step fails: {in_one_line(error)}") from error
 
     def _data_versions(self) -> list[int]:
-        splits = (self._loop.train, self._loop.val)
+        splits = (self._loop.batches.train, self._loop.batches.val)
         return [
             tensor._version
             for split in splits
@@ -181,7 +181,7 @@ class _Inspection:
         for _ in range(2):
             named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
             with torch.enable_grad():
-                loop.at_training_loss(named, loop.copies(state.buffers), self._h, loop.batch(0), 0, look)
+                loop.at_training_loss(named, loop.copies(state.buffers), self._h, loop.batches.of_step(0), 0, look)
         for leaf in found[1]:
             # the parameters are other tensors each time, and so is what the forward pass itself makes
             if any(leaf is earlier for earlier in found[0]):
@@ -202,7 +202,7 @@ class _Inspection:
             named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
             moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
             buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-            batch = loop.batch(0)
+            batch = loop.batches.of_step(0)
             with torch.enable_grad(), conversions.noted():
                 return loop.at_training_loss(named, buffers, h, batch, 0, _constant_loss, mode=differentiable)
 
@@ -227,7 +227,7 @@ class _Inspection:
         return (None if same else self._fault_of_differing()) or self._fault_of(loss)
 
     def _evaluate(self, gradient: bool) -> Tensor:
-        examples = min(len(self._loop.split("val")), self._loop.problem.eval_batch_size)
+        examples = min(len(self._loop.batches.split("val")), self._loop.problem.eval_batch_size)
         loss = self._loop.evaluate(self._state, gradient=gradient, examples=examples).loss
         return torch.tensor(loss, dtype=torch.float64)
 
@@ -355,9 +355,9 @@ class _Inspection:
 
     def _impure_part(self) -> str:
         """What gives something else for the same."""
-        first, second = (tree_leaves(self._loop.batch(0)) for _ in range(2))
+        first, second = (tree_leaves(self._loop.batches.of_step(0)) for _ in range(2))
         if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-            source = self._loop.split("train").dataset
+            source = self._loop.batches.split("train").dataset
             return f"the train data ({type(source).__name__})"
         _, run = self._fingerprints(self._training)
         self._train_elsewhere()

@@ -69,7 +69,7 @@ def culprit(loop: InnerLoop, hyperparameters: Hyperparameters) -> str | None:
         return None
 
     with torch.enable_grad(), sites.watched():
-        loop.at_training_loss(named, loop.copies(state.buffers), h, loop.batch(0), 0, nothing, mode=recording)
+        loop.at_training_loss(named, loop.copies(state.buffers), h, loop.batches.of_step(0), 0, nothing, mode=recording)
     for function, args, kwargs, place in recorder.operations.values():
         fault = fault_of(function, args, kwargs)
         if fault is not None:

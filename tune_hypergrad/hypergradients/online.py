@@ -65,7 +65,7 @@ class OnlineRun:
     def advance(self, steps: int) -> int:
         """Do up to `steps` inner steps; returns how many were done."""
         start = self.run.position
-        self.loop.expect(range(start, min(start + steps, self.run.length)))
+        self.loop.batches.expect(range(start, min(start + steps, self.run.length)))
         while self.run.position < min(start + steps, self.run.length):
             for name, values in self.descent.values.items():
                 self.history[name].append(float(values))

@@ -18,7 +18,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from tune_hypergrad.batches import Batch
 from tune_hypergrad.figures import as_mean
 from tune_hypergrad.groups import in_group
-from tune_hypergrad.hypergradients.inner_loop import EMA, InnerLoop
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.loop_values import EMA
 from tune_hypergrad.hypergradients.optimizers import Optimizer, initial_slots
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.modules import parts_in_evaluation, set_training
@@ -117,8 +118,8 @@ def plain_val_loss(
     for step, of_step in enumerate(batches):
         trained.train()
         set_training(model, in_evaluation)
-        values: dict[str, Any] = {**loop.held_at(step), **loop.scalars(hyperparameters, step)}
-        _set(optimizer, {**loop.update_hyperparameters, **values})
+        values: dict[str, Any] = {**loop.values.held_at(step), **loop.scalars(hyperparameters, step)}
+        _set(optimizer, {**loop.values.of_update, **values})
         optimizer.zero_grad()
         for number, batch in enumerate(of_step):
             loop.seed_model(step, number)
@@ -145,7 +146,7 @@ def plain_val_loss(
             parameter.data = average
     trained.eval()
     loop.seed_evaluation()
-    (batch,) = loop.evaluation_batches("val", [slice(0, len(loop.split("val")))])
+    (batch,) = loop.batches.of_evaluation("val", [slice(0, len(loop.batches.split("val")))])
     with mode, torch.no_grad():
         return float(as_mean(problem.loss(problem.predict(model, batch), problem.target(batch))))
 

@@ -38,6 +38,11 @@ _COMPARED_TOGETHER = 64
 """Steps between two comparisons on a device that has to be waited for."""
 
 
+def checkpoint_interval(steps: int) -> int:
+    """Steps between kept states where not all are kept: the square root of the number of steps, rounded up."""
+    return isqrt(steps - 1) + 1
+
+
 class NotReplayedError(InputError):
     """A training step that was run again was another one."""
 
@@ -61,7 +66,7 @@ class ReverseRun(HypergradientRun):
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.differentiation = "reverse" if keep_all else "checkpointed_reverse"
-        self._sparse_interval = isqrt(loop.steps - 1) + 1
+        self._sparse_interval = checkpoint_interval(loop.steps)
         self._interval = 1 if keep_all else self._sparse_interval
         self._kept: dict[int, State] = {}
         self._losses: list[Tensor] = []  # of the steps on the way there
@@ -94,7 +99,7 @@ class ReverseRun(HypergradientRun):
         self._losses.append(loss)
 
     def _plain_step(self, state: State, step: int) -> tuple[State, Tensor]:
-        self.cost += self.loop.step_cost(step)
+        self.cost += self.loop.costs.step(step)
         # its batch is used once more on the way back
         again = self.reject_above > -inf
         return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step, again=again)
@@ -108,7 +113,7 @@ class ReverseRun(HypergradientRun):
             self._begin_segment(loop.steps)
         else:
             self.final = self._evaluate_whole(self.state)
-            self.cost += loop.eval_cost("val")
+            self.cost += loop.costs.evaluation("val")
 
     def _begin_segment(self, end: int) -> None:
         """Take the adjoint of the validation loss at the end of a segment."""
@@ -140,7 +145,7 @@ class ReverseRun(HypergradientRun):
             self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
         self._add(step, pulled.by_hyperparameters)
-        self.cost += loop.adjoint_cost()
+        self.cost += loop.costs.adjoint_step()
 
     def _add(self, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
         """Add what a step gives the hyperparameters."""
@@ -170,7 +175,7 @@ class ReverseRun(HypergradientRun):
     def _give_up(self) -> None:
         """Do not go back through the run, which diverged or is rejected."""
         self._kept.clear()
-        self.loop.forget_batches()
+        self.loop.batches.forget()
         self._forget_hypergradients()
         self.position = self.length - 1
 
@@ -181,7 +186,7 @@ class ReverseRun(HypergradientRun):
         if step not in self._kept:
             start = max((kept for kept in self._kept if kept < step), default=0)
             state = self._kept.get(start) or self.loop.initial_state()
-            self.loop.expect(range(start, step))
+            self.loop.batches.expect(range(start, step))
             for between in range(start, step):
                 self._kept[between] = state
                 state, _ = self._plain_step(state, between)
@@ -348,7 +353,7 @@ def _through_batch(
             dict(zip(h, by_h, strict=True)),
         )
 
-    batch = loop.batch(step, number)
+    batch = loop.batches.of_step(step, number)
     buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
     return loop.at_training_loss(named, buffers, h, batch, step, pull, number=number, mode=mode or differentiable)
 

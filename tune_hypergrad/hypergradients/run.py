@@ -57,7 +57,7 @@ def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
     Raises:
         InputError: a hyperparameter is unknown, no tensor, has a wrong shape, or is a curve that lacks a part.
     """
-    loop.check_names(hyperparameters)
+    loop.values.check_names(hyperparameters)
     for name, values in hyperparameters.items():
         suffix = split_name(name)[1]
         shape = list(values.shape) if isinstance(values, Tensor) else None
@@ -68,9 +68,9 @@ def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
             wanted = "one element" if suffix and suffix != KNOTS else wanted
             raise InputError(f"hyperparameter {name!r} {given}: give a 1-d tensor with {wanted}")
         if not suffix:
-            loop.check_values(name, tuple(values.tolist()))
-    for name, curve in loop.curves(hyperparameters).items():
-        loop.check_values(name, curve)
+            loop.values.check_values(name, tuple(values.tolist()))
+    for name, curve in loop.values.curves(hyperparameters).items():
+        loop.values.check_values(name, curve)
 
 
 def refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
@@ -144,12 +144,12 @@ class HypergradientRun(ABC):
                 f"val_examples is {val_examples!r}: it must be a whole number of at least 1, or None for all"
             )
         self.loop, self.val_examples, self.reject_above = loop, val_examples, reject_above
-        self.hyperparameters = {name: loop.placed(name, values) for name, values in hyperparameters.items()}
+        self.hyperparameters = {name: loop.values.placed(name, values) for name, values in hyperparameters.items()}
         self.hypergradients = {
             name: torch.zeros(len(values), device=loop.device, dtype=loop.dtype)
             for name, values in self.hyperparameters.items()
         }
-        self.curves = loop.curves(self.hyperparameters)
+        self.curves = loop.values.curves(self.hyperparameters)
         """Those of the hyperparameters that are curves."""
         self.state = loop.initial_state()
         self.position = 0
@@ -170,7 +170,7 @@ class HypergradientRun(ABC):
         """Do up to `units` of work; returns how many were done. Enter `loop.running()` around it."""
         start = self.position
         if units > 1:  # else whoever asks for one knows what comes next
-            self.loop.expect(range(start, min(start + units, self.loop.steps)))
+            self.loop.batches.expect(range(start, min(start + units, self.loop.steps)))
         while self.position < min(start + units, self.length):
             self._advance_one()
             self.position += 1
@@ -249,7 +249,7 @@ class HypergradientRun(ABC):
     def _segment_gradient(self, state: State, end: int) -> Evaluation:
         """The validation loss with its gradients at the end of a segment; kept if it is the final one."""
         evaluation = self._evaluate_at_end(state, end)
-        self.cost += self.loop.eval_cost("val", self.val_examples, gradient=True)
+        self.cost += self.loop.costs.evaluation("val", self.val_examples, gradient=True)
         if end == self.loop.steps:
             self._evaluate_final(state, evaluation)
         return evaluation
@@ -263,9 +263,9 @@ class HypergradientRun(ABC):
         return self.loop.evaluate(state)
 
     def _evaluate_final(self, state: State, evaluation: Evaluation) -> None:
-        if self.val_examples is not None and self.val_examples < len(self.loop.split("val")):
+        if self.val_examples is not None and self.val_examples < len(self.loop.batches.split("val")):
             evaluation = self._evaluate_whole(state)
-            self.cost += self.loop.eval_cost("val")
+            self.cost += self.loop.costs.evaluation("val")
         self.final = Evaluation(evaluation.loss, evaluation.metrics)
         if self.rejected:
             self._forget_hypergradients()

@@ -78,7 +78,7 @@ class _Finding(NamedTuple):
 
 def _inspected(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) -> str | None:
     # of a loop of its own, whose model may be left with what it keeps between calls
-    own = {name: loop.placed(name, v) for name, v in hyperparameters.items()}
+    own = {name: loop.values.placed(name, v) for name, v in hyperparameters.items()}
     return inspect(InnerLoop(loop.source.independent(), loop.settings), own, (mode,)).get(mode)
 
 

@@ -161,7 +161,7 @@ def self_tune(place: Place, *, settings: Settings, variant: str, seed: int) -> d
 def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed: int) -> dict[str, Any]:
     """A training with fixed hyperparameters, judged after every epoch: `points`, `best` and `seconds`."""
     loop = _loop(place, settings, settings.random_epochs, seed, values)
-    loop.check_names({})
+    loop.values.check_names({})
     saved = place.load()
     record, begun = _Record.of(saved), time.monotonic()
     state, step, cost = (
@@ -173,10 +173,10 @@ def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed
     def work() -> None:
         nonlocal state, step, cost
         state = loop.step(state, {}, step)
-        step, cost = step + 1, cost + loop.step_cost(step)
+        step, cost = step + 1, cost + loop.costs.step(step)
         if step % loop.problem.steps_per_epoch == 0 or step == loop.steps:
             judged = loop.evaluate(state)
-            cost += loop.eval_cost("val")
+            cost += loop.costs.evaluation("val")
             record.add(judged, cost, values, lambda: loop.evaluate(state, "test"))
 
     def keep() -> dict[str, Any]:

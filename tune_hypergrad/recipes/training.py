@@ -157,7 +157,7 @@ def retrain(
     loop = experiment.loop(place, epochs, seed, all_data=all_data)
     options: dict[str, Any] = {"device": loop.device, "dtype": loop.dtype}
     tensors = {name: torch.tensor(windows, **options) for name, windows in values.items()}
-    loop.check_names(tensors)
+    loop.values.check_names(tensors)
     saved = place.load() or {"seconds": 0.0, "step": 0, "moving": [], "state": loop.initial_state()}
     begun = time.monotonic() - saved["seconds"]
     step, state = saved["step"], State(*saved["state"])

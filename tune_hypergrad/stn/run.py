@@ -140,8 +140,8 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
                 f"hyperparameter {name!r} is searched from {definition.lower:g} to {definition.largest:g}: its "
                 f"regulariser takes {strength.lower:g} to {strength.upper:g}"
             )
-    loop.check_names({definition.name: None for definition in tuned})
-    of_groups = next((name for name in loop.held if split_group(name)[1]), None)
+    loop.values.check_names({definition.name: None for definition in tuned})
+    of_groups = next((name for name in loop.values.held if split_group(name)[1]), None)
     if of_groups is not None:
         raise InputError(
             f"{of_groups!r} is a value of a parameter group: a self-tuning network, whose responses are trained beside "
@@ -158,9 +158,9 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
 def unlike_batches(loop: InnerLoop) -> Iterator[int]:
     """For the body, training batches are as large as nothing else in model and data, so that no other dimension passes
     for the examples; as large as ever where there is no such size. Enter `loop.running()` around it."""
-    shapes = [leaf.shape[1:] for leaf in tree_leaves(loop.batch(0)) if isinstance(leaf, Tensor)]
+    shapes = [leaf.shape[1:] for leaf in tree_leaves(loop.batches.of_step(0)) if isinstance(leaf, Tensor)]
     taken = {size for shape in (*shapes, *(p.shape for p in loop.model.parameters())) for size in shape}
-    sizes = range(3, len(loop.split("train")) + 1, 2)
+    sizes = range(3, len(loop.batches.split("train")) + 1, 2)
     before = loop.problem
     size = next((size for size in sizes if size not in taken), before.batch_size)
     loop.problem = before.replace(batch_size=size, accumulate=1)
@@ -208,7 +208,7 @@ class SelfTuningRun:
         self._hyper_optimizer = get_optimizer(settings.hyper_optimizer)
         unconstrained = torch.cat([self.tuned.unconstrained, self.tuned.log_scales]).detach()
         self._hyper_slots = initial_slots(self._hyper_optimizer, unconstrained)
-        self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.held), dtype=torch.float64)
+        self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.values.held), dtype=torch.float64)
         self.position = 0
         """Training steps taken."""
         self.val_steps = 0
@@ -222,7 +222,7 @@ class SelfTuningRun:
         Raises:
             InputError: what is reported would not be what is trained, or a derivative not that of what is trained.
         """
-        batch, problem = self.loop.batch(0), self.loop.problem
+        batch, problem = self.loop.batches.of_step(0), self.loop.problem
         inputs = self.tuned.of_layers(self._random_inputs())
         predict = partial(self._predict, batch)
 
@@ -248,7 +248,7 @@ class SelfTuningRun:
 
     def _why_one_for_all(self) -> str | None:
         with self.loop.running(), unlike_batches(self.loop):
-            predict = partial(self._predict, self.loop.batch(0))
+            predict = partial(self._predict, self.loop.batches.of_step(0))
             return why_one_for_all(self.network.train(), predict, self._random_inputs())
 
     @property
@@ -272,14 +272,14 @@ class SelfTuningRun:
     def history(self) -> dict[str, tuple[float, ...]]:
         """The values at every training step so far, held ones too: what a plain training run replays."""
         taken = self._path[: self.position].T.tolist()
-        names = (*self.tuned.definitions, *self.loop.held)
+        names = (*self.tuned.definitions, *self.loop.values.held)
         return {name: tuple(values) for name, values in zip(names, taken, strict=True)}
 
     def advance(self, steps: int) -> None:
         """Take training steps, as many as are left at the most, and the validation steps that fall between them."""
         settings, first = self.settings, round(self.settings.warm_up * self.loop.problem.steps_per_epoch)
         upcoming = range(self.position, min(self.position + steps, self.loop.steps))
-        self.loop.expect(upcoming)
+        self.loop.batches.expect(upcoming)
         for _ in upcoming:
             self._train()
             since = self.position - first
@@ -291,7 +291,7 @@ class SelfTuningRun:
         """Evaluate the present weights on the validation split, and keep them if they are the best so far."""
         state = self.state
         evaluation = self.loop.evaluate(state)
-        self.cost += self.loop.eval_cost("val")
+        self.cost += self.loop.costs.evaluation("val")
         score = self.loop.problem.criterion.score(evaluation)
         best = None if self.incumbent is None else self.incumbent.score
         if best is None or score < best or (isnan(best) and not isnan(score)):
@@ -341,14 +341,14 @@ class SelfTuningRun:
     def _used_elsewhere(self) -> tuple[str, ...]:
         """Layers that cannot respond, since the model uses their weights in other places."""
         with self.loop.running():
-            batch = self.loop.batch(0)
+            batch = self.loop.batches.of_step(0)
             self.loop.seed_model(0)
             model, problem = self.loop.model, self.loop.problem
             return used_elsewhere(model, responding_layers(model), lambda copied: problem.predict(copied, batch))
 
     def _train(self) -> None:
         loop, step = self.loop, self.position
-        held = loop.held_at(step)
+        held = loop.values.held_at(step)
         self._path[step] = torch.tensor([*self.values.values(), *held.values()], dtype=torch.float64)
         self.network.train()
         count = loop.problem.batches_in(step)
@@ -379,7 +379,7 @@ class SelfTuningRun:
     def _training_gradients(self, held: Mapping[str, float], step: int, number: int) -> tuple[_ByName, _ByName]:
         """Of a step's batch, by general and by response parameters; the network's buffers go on."""
         loop = self.loop
-        batch, drawn = loop.batch(step, number), loop.draw(step, number)
+        batch, drawn = loop.batches.of_step(step, number), loop.batches.draw(step, number)
         perturbations = self._perturbations(_TRAINING_PERTURBATION, drawn, loop.problem.batch_length(step, number))
         loop.seed_model(step, number)
         return training_gradients(
@@ -396,7 +396,7 @@ class SelfTuningRun:
 
     def _validate(self) -> None:
         loop, settings = self.loop, self.settings
-        size = min(settings.val_batch_size or loop.problem.batch_size, len(loop.split("val")))
+        size = min(settings.val_batch_size or loop.problem.batch_size, len(loop.batches.split("val")))
         self.network.eval()
         loop.seed_model(-1 - self.val_steps)
         _, *gradients = validation_gradients(
@@ -404,7 +404,7 @@ class SelfTuningRun:
             self.tuned,
             self.variant,
             lambda output, target: as_mean(loop.problem.loss(output, target)),
-            loop.val_batch(self.val_steps, size),
+            loop.batches.of_validation(self.val_steps, size),
             self._perturbations(_VALIDATION_PERTURBATION, self.val_steps, size),
             entropy_weight=settings.entropy_weight,
             linearised=settings.linearised_validation,

@@ -23,7 +23,7 @@ from tune_hypergrad.errors import InputError, UnsuitedError
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
-from tune_hypergrad.hypergradients.inner_loop import EMA
+from tune_hypergrad.hypergradients.loop_values import EMA
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
@@ -256,7 +256,7 @@ class ProblemTrainable(tune.Trainable):
 
     def evaluate_test(self, loop: InnerLoop, state: State) -> dict[str, float]:
         """`test_loss` and `test_<metric>`, where there is a test split; reading it is not charged."""
-        if loop.test is None:
+        if loop.batches.test is None:
             return {}
         with self._off_the_clock():
             return evaluation_results("test", loop.evaluate(state, "test"))

@@ -216,7 +216,7 @@ class FDS(ProblemTrainable):
             **evaluation_results("val", self.loop.evaluate(state)),
             **self.evaluate_test(self.loop, state),
         }
-        self._earlier += self.loop.eval_cost("val")
+        self._earlier += self.loop.costs.evaluation("val")
         unknown = {name: torch.full_like(values, torch.nan) for name, values in self.run.hyperparameters.items()}
         self._record(self._untrained, unknown)
         self._best = _incumbent_results(self._results)
@@ -269,7 +269,7 @@ class FDS(ProblemTrainable):
         return None if self.search.incumbent is None else self._schedule(self.search.incumbent.values)
 
     def _schedule(self, values: Hyperparameters) -> Schedule:
-        return Schedule.from_tensors(values, self.loop.fixed_beside(values))
+        return Schedule.from_tensors(values, self.loop.values.fixed_beside(values))
 
     @property
     def spent(self) -> Cost:

@@ -33,7 +33,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         cls, problem: Problem, settings: TrialSettings, hyperparameters: dict[str, Any], *, check: bool
     ) -> None:
         loop = InnerLoop(problem, settings.training())
-        loop.check_names({})
+        loop.values.check_names({})
         if check:
             check_training(loop)
 
@@ -43,8 +43,8 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         held = {name: value for name, value in settings.fixed.items() if split_name(name)[0] not in hyperparameters}
         self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
         check_values(self.loop, values)
-        self._hyperparameters = {name: self.loop.placed(name, v) for name, v in values.items()}
-        fixed = self.loop.fixed_beside(values)
+        self._hyperparameters = {name: self.loop.values.placed(name, v) for name, v in values.items()}
+        fixed = self.loop.values.fixed_beside(values)
         self._schedule = Schedule({**fixed, **hyperparameters}) if fixed or hyperparameters else None
         self.end = settings.steps
         self._chunk = -(-settings.steps // settings.reports)
@@ -56,13 +56,13 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         loop = self.loop
         with loop.running(plain=True):
             steps = range(self._step, min(self._step + self._chunk, self.end))
-            loop.expect(steps)
+            loop.batches.expect(steps)
             for step in steps:
                 self._state = loop.step(self._state, loop.scalars(self._hyperparameters, step), step)
                 self._step += 1
-                self._spent += loop.step_cost(step)
+                self._spent += loop.costs.step(step)
             evaluation = loop.evaluate(self._state)
-            self._spent += loop.eval_cost("val")
+            self._spent += loop.costs.evaluation("val")
             return {
                 **evaluation_results("val", evaluation),
                 **self.evaluate_test(loop, self._state),

@@ -68,7 +68,7 @@ class HD(ProblemTrainable):
                 evaluation = run.final
             else:
                 evaluation = loop.evaluate(run.state)
-                self._evaluations += loop.eval_cost("val")
+                self._evaluations += loop.costs.evaluation("val")
             return {
                 **evaluation_results("val", evaluation),
                 **self.evaluate_test(loop, run.state),
@@ -82,7 +82,7 @@ class HD(ProblemTrainable):
     def found(self) -> Schedule | None:
         if not self.online.run.position:
             return None
-        values: dict[str, Any] = {**self.loop.fixed_beside(self.online.history), **self.online.history}
+        values: dict[str, Any] = {**self.loop.values.fixed_beside(self.online.history), **self.online.history}
         return Schedule(values)
 
     @property

@@ -15,7 +15,8 @@ from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.check import usual_values
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun, advance_together
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
-from tune_hypergrad.hypergradients.hypergradient import MODES, advance
+from tune_hypergrad.hypergradients.hypergradient import advance
+from tune_hypergrad.hypergradients.modes import AUTO, mode_named
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.incumbents import CONFIRMATIONS, FALLEN
@@ -32,7 +33,7 @@ class InnerRunSettings(TrialSettings):
 
     horizon: int | None = None
     """Inner steps a hypergradient looks through: None exact, 1 greedy, in between truncated."""
-    differentiation: str = "auto"
+    differentiation: str = AUTO
     """"forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory."""
     clip_hessian_product: float | None = None
     """Clamp the Hessian products' elements to +- this value (forward mode only; no longer exact)."""
@@ -57,8 +58,7 @@ class InnerRunSettings(TrialSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.differentiation not in MODES:
-            raise InputError(f"unknown differentiation {self.differentiation!r}: choose one of {', '.join(MODES)}")
+        mode_named(self.differentiation)
         if isinstance(self.ensemble, bool) or not isinstance(self.ensemble, int) or self.ensemble < 1:
             raise InputError(f"ensemble is {self.ensemble!r}: a trial has a whole number of seeds of at least 1")
 
@@ -104,7 +104,7 @@ class InnerRunSettings(TrialSettings):
         begin = partial(self.make_run, run.loop, run.hyperparameters, reject_above=run.reject_above)
         if isinstance(run, EnsembleRun):
             return advance_together(run, units, begin)
-        return advance(run, units, begin if self.differentiation == "auto" else None)
+        return advance(run, units, begin if self.differentiation == AUTO else None)
 
 
 class InnerRun(ProblemTrainable):
@@ -121,9 +121,9 @@ class InnerRun(ProblemTrainable):
         cls, problem: Problem, settings: InnerRunSettings, hyperparameters: dict[str, Any], *, check: bool
     ) -> None:
         loop = settings.make_loop(problem)
-        loop.check_names({})
+        loop.values.check_names({})
         if check:  # at what is sure to be tuned, since only trials know the rest
-            names = loop.update_hyperparameters if settings.tuned is None else base_names(settings.tuned)
+            names = loop.values.of_update if settings.tuned is None else base_names(settings.tuned)
             values = {name: v for name, v in usual_values(loop).items() if name in names}
             settings.make_run(loop, values, check=True)
 
@@ -141,7 +141,7 @@ class InnerRun(ProblemTrainable):
         held = {name: v for name, v in {**settings.fixed, **hyperparameters}.items() if name not in bases}
         held |= {name: float(v) for name, v in given.items() if name not in self._values}  # parts of curves
         self.loop = settings.make_loop(self.problem, fixed=held, device=self.device)
-        self.schedule = Schedule.from_tensors(self._values, self.loop.fixed_beside(self._values))
+        self.schedule = Schedule.from_tensors(self._values, self.loop.values.fixed_beside(self._values))
         self.run = settings.make_run(self.loop, self._values)
         self._untrained: dict[str, float] = {}
         self._spent = Cost()
@@ -181,7 +181,7 @@ class InnerRun(ProblemTrainable):
 
     def _evaluate_untrained(self) -> dict[str, float]:
         state = self.loop.initial_state()
-        self._spent += self.loop.eval_cost("val")
+        self._spent += self.loop.costs.evaluation("val")
         return {**evaluation_results("val", self.loop.evaluate(state)), **self.evaluate_test(self.loop, state)}
 
     @property

@@ -144,7 +144,7 @@ class DeltaSTN(ProblemTrainable):
         if not self.run.position:
             return None
         history = self.run.history
-        held = {name: history[name][:1] for name in self.run.loop.held if len(set(history[name])) == 1}
+        held = {name: history[name][:1] for name in self.run.loop.values.held if len(set(history[name])) == 1}
         return Schedule({**history, **held})
 
     @property

@@ -1,0 +1,52 @@
+"""What an inner loop's work costs, in the units of budgets."""
+
+from __future__ import annotations
+
+from tune_hypergrad.budget import GRADIENTS_PER, Cost
+from tune_hypergrad.hypergradients.loop_batches import LoopBatches
+from tune_hypergrad.problem import Problem
+
+
+class LoopCosts:
+    """Costs of the steps and evaluations of a training run, or of several that are made at once.
+
+    Args:
+        problem: what is trained.
+        batches: its data.
+        runs: how many there are.
+    """
+
+    def __init__(self, problem: Problem, batches: LoopBatches, runs: int = 1) -> None:
+        self._problem, self._batches, self._runs = problem, batches, runs
+
+    def step(self, step: int, hessian_columns: int = 0) -> Cost:
+        """Cost of a training step that also carries `hessian_columns` tangent columns."""
+        tangents = hessian_columns * GRADIENTS_PER["hessian_column"]
+        gradients = GRADIENTS_PER["step"] + tangents
+        return self._of_all(
+            Cost(steps=1, examples=self._problem.step_length(step), gradients=gradients, hypergradients=tangents)
+        )
+
+    def adjoint_step(self) -> Cost:
+        """Cost of going back over one training step."""
+        spent = adjoint_gradients(self._problem)
+        return self._of_all(Cost(gradients=spent, hypergradients=spent))
+
+    def evaluation(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
+        """Cost of evaluating a split, or `examples` of it, with or without its gradient."""
+        total = len(self._batches.split(which))
+        batches = (total if examples is None else min(examples, total)) / self._problem.examples_per_step
+        if gradient:
+            spent = batches * GRADIENTS_PER["val_gradient"]
+            return self._of_all(Cost(gradients=spent, hypergradients=spent))
+        spent = batches * GRADIENTS_PER["evaluation"]
+        return self._of_all(Cost(gradients=spent, evaluations=spent))
+
+    def _of_all(self, cost: Cost) -> Cost:
+        return sum([cost] * self._runs, Cost())
+
+
+def adjoint_gradients(problem: Problem) -> float:
+    """Gradient evaluations that going back over one training step takes: where it has several batches, their mean
+    gradient has to be known before any of them is gone back through."""
+    return GRADIENTS_PER["adjoint_step"] + (GRADIENTS_PER["step"] if problem.accumulate > 1 else 0.0)

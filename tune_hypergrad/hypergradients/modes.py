@@ -1,0 +1,200 @@
+"""The ways to a hypergradient: what each costs and keeps, and the cheapest of those that can be taken."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from tune_hypergrad.budget import GRADIENTS_PER
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.loop_costs import adjoint_gradients
+from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
+from tune_hypergrad.hypergradients.reverse import ReverseRun, checkpoint_interval
+from tune_hypergrad.hypergradients.run import HypergradientRun
+from tune_hypergrad.hypergradients.verification import refusal_of
+
+AUTO = "auto"
+"""In place of a mode's name: the cheapest that can be taken."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The size of a run, by which modes are chosen."""
+
+    windows: tuple[int, ...]
+    """Number of windows of every hyperparameter."""
+    steps: int
+    """Inner steps T."""
+    state_bytes: int
+    """Size of one inner state."""
+    horizon: int | None = None
+    """Steps of a segment; None is T."""
+    adjoint_step: float = GRADIENTS_PER["adjoint_step"]
+    """Gradient evaluations that going back over a step takes."""
+    may_be_rejected: bool = False
+    """Whether the run may turn out not to be worth its hypergradient."""
+
+    @classmethod
+    def of(
+        cls, loop: InnerLoop, values: Mapping[str, Tensor], horizon: int | None, *, may_be_rejected: bool = False
+    ) -> Work:
+        """That of a run of this loop."""
+        windows = tuple(len(v) for v in values.values())
+        adjoint_step = adjoint_gradients(loop.problem)
+        return cls(windows, loop.steps, state_bytes(loop), horizon, adjoint_step, may_be_rejected)
+
+
+class Mode(ABC):
+    """A way to a hypergradient; entered in `MODES`, it can be asked for by name, and chosen."""
+
+    name: ClassVar[str]
+    derivatives: ClassVar[str]
+    """Which derivatives of a step it is made of, "forward" or "reverse": a problem may lack either."""
+    rejects_early: ClassVar[bool]
+    """Whether a rejected run costs no more than its training."""
+
+    @abstractmethod
+    def gradients(self, work: Work) -> float:
+        """What an inner step costs on average, in gradient evaluations."""
+
+    @abstractmethod
+    def kept_bytes(self, work: Work) -> int:
+        """What is kept beside the present state."""
+
+    @abstractmethod
+    def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> HypergradientRun:
+        """A run; arguments as for `HypergradientRun`."""
+
+
+class Forward(Mode):
+    """Tangents of the state, carried along with it: `ForwardRun`."""
+
+    name, derivatives, rejects_early = "forward", "forward", False
+
+    def gradients(self, work: Work) -> float:
+        # a window of N is carried from its opening on: (N + 1) / 2 columns on average
+        columns = sum((count + 1) / 2 for count in work.windows)
+        carried = 1 - 1 / (work.horizon or work.steps)  # a segment's first step has no Hessian product
+        return GRADIENTS_PER["step"] + GRADIENTS_PER["hessian_column"] * columns * carried
+
+    def kept_bytes(self, work: Work) -> int:
+        return sum(work.windows) * work.state_bytes
+
+    def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ForwardRun:
+        # a step that cannot be run again for its adjoint cannot be run once for every few columns either
+        several = sum(len(v) for v in values.values()) > COLUMNS_AT_ONCE
+        whole = several and refusal_of(loop, values, "reverse", check=False) is not None
+        return ForwardRun(loop, dict(values), columns_at_once=None if whole else COLUMNS_AT_ONCE, **arguments)
+
+
+class Reverse(Mode):
+    """Back through all steps, from states that were all kept: `ReverseRun`."""
+
+    name, derivatives, rejects_early = "reverse", "reverse", True
+
+    def gradients(self, work: Work) -> float:
+        return GRADIENTS_PER["step"] + work.adjoint_step
+
+    def kept_bytes(self, work: Work) -> int:
+        return work.steps * work.state_bytes
+
+    def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ReverseRun:
+        return ReverseRun(loop, dict(values), keep_all=True, **arguments)
+
+
+class CheckpointedReverse(Reverse):
+    """The same from about sqrt(T) kept states, between which steps are taken again."""
+
+    name = "checkpointed_reverse"
+
+    def gradients(self, work: Work) -> float:
+        return super().gradients(work) + GRADIENTS_PER["step"]
+
+    def kept_bytes(self, work: Work) -> int:
+        return 2 * checkpoint_interval(work.steps) * work.state_bytes  # those, and the ones of one stretch
+
+    def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ReverseRun:
+        return ReverseRun(loop, dict(values), keep_all=False, **arguments)
+
+
+MODES: dict[str, Mode] = {mode.name: mode for mode in (Forward(), Reverse(), CheckpointedReverse())}
+"""By name. Where modes cost the same, the first of them is taken."""
+
+
+class Choice(NamedTuple):
+    """A mode and why it was taken."""
+
+    mode: Mode
+    reason: str
+
+
+def mode_named(name: str) -> Mode | None:
+    """The mode of that name; None for "auto".
+
+    Raises:
+        InputError: there is none.
+    """
+    if name != AUTO and name not in MODES:
+        raise InputError(f"unknown differentiation {name!r}: choose one of {', '.join((AUTO, *MODES))}")
+    return MODES.get(name)
+
+
+def cheapest(work: Work, free_bytes: float = inf, refusals: Mapping[str, str] | None = None) -> Choice:
+    """The cheapest mode whose memory fits; where none does, the one that keeps least.
+
+    Args:
+        work: the size of the run.
+        free_bytes: memory that may be used.
+        refusals: why forward or reverse derivatives cannot be taken; not both.
+    """
+    refusals = refusals or {}
+    able = [mode for mode in MODES.values() if mode.derivatives not in refusals]
+    early = [mode for mode in able if mode.rejects_early] if work.may_be_rejected else []
+    candidates = early or able
+    fitting = [mode for mode in candidates if mode.kept_bytes(work) <= free_bytes]
+    best = min(fitting or candidates, key=lambda mode: mode.gradients(work) if fitting else mode.kept_bytes(work))
+    if refusals:
+        return Choice(best, "; ".join(dict.fromkeys(refusals.values())))
+    if early:
+        return Choice(best, "a rejected run is not gone back through")
+    costs = ", ".join(f"{mode.name} {mode.gradients(work):.1f}" for mode in candidates)
+    too_large = [mode for mode in candidates if mode not in fitting]
+    spaces = ", ".join(f"{mebibytes(mode.kept_bytes(work))} of {mode.name}" for mode in too_large)
+    memory = f"{spaces} do not fit" if spaces else "all fit"
+    return Choice(best, f"gradients a step: {costs}; {memory} {mebibytes(free_bytes)}")
+
+
+def cheapest_right(loop: InnerLoop, values: Mapping[str, Tensor], work: Work, *, check: bool) -> Choice:
+    """The cheapest mode that has right derivatives of a problem.
+
+    Args:
+        loop: the problem, and how it is trained.
+        values: hyperparameters by flat name.
+        work: the size of the run.
+        check: compare what is chosen with plain training.
+
+    Raises:
+        InputError: none has.
+    """
+    refusals: dict[str, str] = {}
+    free = free_memory(loop.device)
+    while any(mode.derivatives not in refusals for mode in MODES.values()):
+        choice = cheapest(work, free, refusals)
+        refusal = refusal_of(loop, values, choice.mode.derivatives, check=check)
+        if refusal is None:
+            return choice
+        refusals[choice.mode.derivatives] = refusal
+    raise InputError("; ".join(dict.fromkeys(refusals.values())))
+
+
+def state_bytes(loop: InnerLoop) -> int:
+    """Size of one inner state: weights, optimizer slots and buffers; states share what stays frozen."""
+    state = loop.initial_state()
+    return sum(tensor.nbytes for tensor in (state.params, *state.slots, *loop.reported(state.buffers).values()))
