@@ -14,14 +14,15 @@ from tiny_problem import tiny_problem
 
 from tune_hypergrad import InputError, Retraining, cli, compare
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison import Comparison, run
-from tune_hypergrad.comparison.growth import Continuation, Growth, continuation_of, growth_of
-from tune_hypergrad.comparison.plan import Plan, chosen_methods
-from tune_hypergrad.comparison.records import SETTINGS_FILE
-from tune_hypergrad.comparison.report import summary_text
-from tune_hypergrad.ledger import RETRAINING, Account, Ledger
-from tune_hypergrad.methods import Task
-from tune_hypergrad.searchers.portfolio import SNAPSHOT_FILE
+from tune_hypergrad.comparison import Comparison
+from tune_hypergrad.comparison.ledger import RETRAINING, Account, Ledger
+from tune_hypergrad.comparison.methods import Task
+from tune_hypergrad.comparison.running import run
+from tune_hypergrad.comparison.running.growth import Continuation, Growth, continuation_of, growth_of
+from tune_hypergrad.comparison.running.plan import Plan, chosen_methods
+from tune_hypergrad.comparison.running.portfolio import SNAPSHOT_FILE
+from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
+from tune_hypergrad.comparison.telling.report import summary_text
 from tune_hypergrad.searchers.snapshot import saved_searcher
 
 SPACE = {"lr": tune.loguniform(1e-3, 0.5), "momentum": tune.uniform(0, 0.9)}

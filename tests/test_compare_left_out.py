@@ -16,15 +16,22 @@ from torch import nn
 
 from tune_hypergrad import FDS, InputError, Method, RandomSearch
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison import run
-from tune_hypergrad.comparison.growth import Growth
-from tune_hypergrad.comparison.plan import Plan, chosen_methods
-from tune_hypergrad.comparison.progress import JsonLines, Speed, Terminal, make_display, progress_line, progress_table
-from tune_hypergrad.comparison.records import SETTINGS_FILE
-from tune_hypergrad.comparison.report import summary_table, summary_text, write_report
+from tune_hypergrad.comparison.methods import BY_DEFAULT, METHODS, Task, paper_space, regularisation_space
+from tune_hypergrad.comparison.running import run
+from tune_hypergrad.comparison.running.growth import Growth
+from tune_hypergrad.comparison.running.plan import Plan, chosen_methods
+from tune_hypergrad.comparison.telling.progress import (
+    JsonLines,
+    Speed,
+    Terminal,
+    make_display,
+    progress_line,
+    progress_table,
+)
+from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
+from tune_hypergrad.comparison.telling.report import summary_table, summary_text, write_report
 from tune_hypergrad.errors import UnsuitedError
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.methods import BY_DEFAULT, METHODS, Task, paper_space, regularisation_space
 
 SPACE = {"lr": tune.uniform(0, 0.5)}
 REASON = "a self-tuning step fails: forward-mode differentiation does not see through Doubled"

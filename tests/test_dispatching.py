@@ -17,14 +17,13 @@ from ray.tune.result import RESULT_DUPLICATE, TRIAL_INFO
 from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import FDS, HD, Budget, FixedSchedule, InputError, Schedule, continuing, schedule
-from tune_hypergrad.criterion import Criterion
-from tune_hypergrad.incumbents import FALLEN
-from tune_hypergrad.ledger import LEDGER_FILE, Account, read_events
-from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch, PortfolioStopper, portfolio_of
-from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.comparison.ledger import LEDGER_FILE, Account, read_events
+from tune_hypergrad.comparison.running.dispatching import FOUND, PORTFOLIO, Dispatching
+from tune_hypergrad.comparison.running.portfolio import Contender, PortfolioSearch, PortfolioStopper, portfolio_of
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.comparison.running.retrained import Retrained
+from tune_hypergrad.criterion import FALLEN, Criterion
 from tune_hypergrad.trainables.base import Stored, stored
-from tune_hypergrad.trainables.dispatching import FOUND, PORTFOLIO, Dispatching
-from tune_hypergrad.trainables.retrained import Retrained
 
 
 class Counted(tune.Trainable):

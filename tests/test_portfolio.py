@@ -19,9 +19,9 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad import BOHBSearch, BOSearch, Budget, Cost, RandomSearch, Schedule
-from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULES_FOLDER, Account, Ledger, read_events
-from tune_hypergrad.searchers import portfolio as portfolio_module
-from tune_hypergrad.searchers.portfolio import (
+from tune_hypergrad.comparison.ledger import LEDGER_FILE, SCHEDULES_FOLDER, Account, Ledger, read_events
+from tune_hypergrad.comparison.running import portfolio as portfolio_module
+from tune_hypergrad.comparison.running.portfolio import (
     FOUND,
     PORTFOLIO,
     RETRAINS,
@@ -34,7 +34,7 @@ from tune_hypergrad.searchers.portfolio import (
     portfolio_of,
     trial_name,
 )
-from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.searchers.snapshot import SavedTrial
 
 AMOUNT = 1000

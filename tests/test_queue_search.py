@@ -2,7 +2,7 @@
 
 from ray.tune.search import Searcher
 
-from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.searchers.restorable import restore_among, state_of
 from tune_hypergrad.searchers.snapshot import SavedTrial
 

@@ -19,8 +19,8 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad import BOHBSearch, BOSearch, HyperBandSearch, HypergradientSearch, RandomSearch
+from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.searchers import restorable
-from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.searchers.ray_loop import searchers_of
 from tune_hypergrad.searchers.snapshot import SavedTrial
 

@@ -31,20 +31,7 @@ from ray.tune import (
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.arguments import checked
-from tune_hypergrad.comparison.folders import contents, folder_for, joined, new_file, storage_for
-from tune_hypergrad.comparison.growth import EXTENSIONS, Growth, continuation_of, growth_of
-from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space
-from tune_hypergrad.comparison.progress import Display, Status, make_display
-from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
-from tune_hypergrad.comparison.report import write_report
-from tune_hypergrad.comparison.retraining import Retraining
-from tune_hypergrad.comparison.scheduling import PatientScheduler
-from tune_hypergrad.comparison.session import cluster_session
-from tune_hypergrad.comparison.start import complete_start
-from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.ledger import (
+from tune_hypergrad.comparison.ledger import (
     BUDGET_SPENT,
     GRID,
     LEDGER_FILE,
@@ -55,10 +42,13 @@ from tune_hypergrad.ledger import (
     Ledger,
     read_events,
 )
-from tune_hypergrad.methods import BY_DEFAULT, Method, Task
-from tune_hypergrad.problem import Problem
-from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.searchers.portfolio import (
+from tune_hypergrad.comparison.methods import BY_DEFAULT, Method, Task
+from tune_hypergrad.comparison.running.arguments import checked
+from tune_hypergrad.comparison.running.dispatching import PORTFOLIO, Dispatching
+from tune_hypergrad.comparison.running.folders import contents, folder_for, joined, new_file, storage_for
+from tune_hypergrad.comparison.running.growth import EXTENSIONS, Growth, continuation_of, growth_of
+from tune_hypergrad.comparison.running.plan import Plan, chosen_methods, default_space
+from tune_hypergrad.comparison.running.portfolio import (
     SNAPSHOT_FILE,
     WAITING,
     PortfolioStopper,
@@ -66,9 +56,19 @@ from tune_hypergrad.searchers.portfolio import (
     raise_if_full,
     trial_name,
 )
+from tune_hypergrad.comparison.running.retraining import Retraining
+from tune_hypergrad.comparison.running.scheduling import PatientScheduler
+from tune_hypergrad.comparison.running.session import cluster_session
+from tune_hypergrad.comparison.running.start import complete_start
+from tune_hypergrad.comparison.telling.progress import Display, Status, make_display
+from tune_hypergrad.comparison.telling.records import SETTINGS_FILE, Comparison
+from tune_hypergrad.comparison.telling.report import write_report
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients import Optimizer
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.snapshot import put_snapshot_back, saved_searcher
 from tune_hypergrad.trainables.checkpoints import delete_checkpoints
-from tune_hypergrad.trainables.dispatching import PORTFOLIO, Dispatching
 
 COMMAND_FILE = "command.json"
 """In a comparison's folder, where the command line made it: its options, for resuming."""

@@ -15,18 +15,8 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.growth import Continuation
-from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
-from tune_hypergrad.comparison.reference import grid_points
-from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
-from tune_hypergrad.comparison.session import grows
-from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
-from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
-from tune_hypergrad.groups import regrouped
-from tune_hypergrad.hypergradients import Optimizer, get_optimizer
-from tune_hypergrad.hypergradients.optimizers import is_built_in
-from tune_hypergrad.ledger import GRID, RETRAINING, START, Account
-from tune_hypergrad.methods import (
+from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START, Account
+from tune_hypergrad.comparison.methods import (
     BY_DEFAULT,
     FLOOR,
     METHODS,
@@ -40,10 +30,20 @@ from tune_hypergrad.methods import (
     regularisation_space,
     taken_by,
 )
+from tune_hypergrad.comparison.running.growth import Continuation
+from tune_hypergrad.comparison.running.placement import IN_PIECES, can_be_placed
+from tune_hypergrad.comparison.running.portfolio import Contender, PortfolioSearch
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.comparison.running.reference import grid_points
+from tune_hypergrad.comparison.running.retraining import Retraining, RetrainingSearch
+from tune_hypergrad.comparison.running.session import grows
+from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
+from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
+from tune_hypergrad.groups import regrouped
+from tune_hypergrad.hypergradients import Optimizer, get_optimizer
+from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
-from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
-from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.space import is_number
 
 OF_TASKS = (

@@ -15,9 +15,8 @@ from ray.tune.result import RESULT_DUPLICATE, TIME_TOTAL_S, TRIAL_INFO
 from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.criterion import FALLEN, Criterion
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.incumbents import FALLEN
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import flat_values
 from tune_hypergrad.trainables.base import objective_results

@@ -24,11 +24,7 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget, Cost
-from tune_hypergrad.criterion import Criterion
-from tune_hypergrad.errors import InputError, in_one_line
-from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
-from tune_hypergrad.ledger import (
+from tune_hypergrad.comparison.ledger import (
     BUDGET_SPENT,
     LEDGER_FILE,
     SCHEDULE_COLUMN,
@@ -37,11 +33,15 @@ from tune_hypergrad.ledger import (
     Account,
     Ledger,
 )
+from tune_hypergrad.comparison.running.dispatching import FOUND, LONG, PORTFOLIO
+from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.hypergradients import Optimizer
+from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.restorable import restore_among, state_of
 from tune_hypergrad.searchers.snapshot import SavedTrial, keep_snapshot, saved_trials
 from tune_hypergrad.trainables.checkpoints import delete_checkpoints
-from tune_hypergrad.trainables.dispatching import FOUND, LONG, PORTFOLIO
 
 RETRAINS = "retrains"
 """Key within `PORTFOLIO`, of trials that train an incumbent again: whose and which."""
