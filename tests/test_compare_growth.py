@@ -146,7 +146,7 @@ def test_searchers_go_on_where_they_were_and_plans_begin_again_from_the_incumben
     suggested = [searchers[RS].suggest(f"t{i}")["lr"] for i in range(3)]
     for i in range(3):
         searchers[RS].on_trial_complete(f"t{i}", {"val_loss": 0.5})
-    portfolio.contenders[RS].longest = 2.0
+    portfolio.contenders[RS].claim.longest = 2.0
     portfolio.save(str(tmp_path / "searcher-state-1.pkl"))
     for number in range(3):
         for kind, content in trial(RS, f"rs-0-{number + 1}", 20.0):
@@ -158,7 +158,7 @@ def test_searchers_go_on_where_they_were_and_plans_begin_again_from_the_incumben
     again = larger.searchers()
     whole = larger.portfolio(again, tmp_path, "after")
     whole.extend((tmp_path / "searcher-state-1.pkl").read_bytes(), {FDS})
-    assert whole.contenders[RS].suggested == 3 and whole.contenders[RS].longest == 2.0
+    assert whole.contenders[RS].suggested == 3 and whole.contenders[RS].claim.longest == 2.0
     fourth = first._searcher(first.methods[0], 0)
     expected = [fourth.suggest(f"t{i}")["lr"] for i in range(4)]
     assert expected[:3] == suggested and again[RS].suggest("t3")["lr"] == expected[3]

@@ -11,7 +11,8 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from tiny_problem import STEPS, ours, tiny_problem
 
 from tune_hypergrad import FDS, HD, STN, FixedSchedule, InnerRun, RandomSearch
-from tune_hypergrad.comparison.running.dispatching import PORTFOLIO, Dispatching
+from tune_hypergrad.comparison.running.dispatching import Dispatching
+from tune_hypergrad.comparison.running.labels import PORTFOLIO
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.trainables.base import TrialSettings, split_config

@@ -15,6 +15,7 @@ from ray.tune.result import RESULT_DUPLICATE, TIME_TOTAL_S, TRIAL_INFO
 from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.comparison.running.labels import PORTFOLIO
 from tune_hypergrad.criterion import FALLEN, Criterion
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
@@ -28,9 +29,6 @@ from tune_hypergrad.trainables.checkpoints import (
     write_result,
 )
 
-PORTFOLIO = "portfolio"
-"""Key in a trial's config: its account and its number, `{"method": "fds", "seed": 0, "trial": 1}`, beside what a
-suggestion has there itself."""
 FOUND = "found"
 """Key in a result: a schedule too long for scalars, `{name: values}`, which is kept as a file."""
 

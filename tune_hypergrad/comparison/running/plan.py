@@ -30,6 +30,7 @@ from tune_hypergrad.comparison.methods import (
     regularisation_space,
     taken_by,
 )
+from tune_hypergrad.comparison.running.fair_share import Claim
 from tune_hypergrad.comparison.running.growth import Continuation
 from tune_hypergrad.comparison.running.placement import IN_PIECES, can_be_placed
 from tune_hypergrad.comparison.running.portfolio import Contender, PortfolioSearch
@@ -188,24 +189,23 @@ class Plan:
         if self.start:  # the first, so that what it is worth is known when incumbents are trained again
             asked = kinds[START]
             contenders += [
-                Contender(Account(START, seed), QueueSearch([self.start]), self.budget, 1, asked, {"seed": seed})
+                Contender(Account(START, seed), QueueSearch([self.start]), Claim(self.budget, 1, asked), {"seed": seed})
                 for seed in self.seeds
             ]
         contenders += [
             Contender(
                 account,
                 searcher,
-                self.budget,
-                methods[account.method].concurrent,
-                kinds[account.method],
+                Claim(self.budget, methods[account.method].concurrent, kinds[account.method]),
                 {"seed": account.seed},
             )
             for account, searcher in searchers.items()
         ]
         if self.grid:
-            contenders.append(Contender(Account(GRID, 0), QueueSearch(self.grid), None, None, kinds[GRID], {"seed": 0}))
+            claim = Claim(None, resources=kinds[GRID])
+            contenders.append(Contender(Account(GRID, 0), QueueSearch(self.grid), claim, {"seed": 0}))
         again = RetrainingSearch(folder, key, self.retraining, self.problem.model_hyperparameters)
-        contenders.append(Contender(Account(RETRAINING, 0), again, None, None, kinds[RETRAINING]))
+        contenders.append(Contender(Account(RETRAINING, 0), again, Claim(None, resources=kinds[RETRAINING])))
         criterion = self.problem.criterion
         return PortfolioSearch(contenders, folder, key, max_concurrent=self.max_concurrent, criterion=criterion)
 

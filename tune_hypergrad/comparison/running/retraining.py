@@ -14,8 +14,8 @@ from ray.tune.search import Searcher
 
 from tune_hypergrad.comparison.ledger import RETRAINING, START, Account
 from tune_hypergrad.comparison.methods import Task, is_whole, optimizers_of, training_reports
-from tune_hypergrad.comparison.running.dispatching import PORTFOLIO
-from tune_hypergrad.comparison.running.portfolio import RETRAINS, portfolio_of
+from tune_hypergrad.comparison.running.labels import PORTFOLIO, RETRAINS
+from tune_hypergrad.comparison.running.portfolio import portfolio_of
 from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.comparison.running.retrained import Retrained
 from tune_hypergrad.comparison.telling.records import Comparison

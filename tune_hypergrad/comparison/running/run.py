@@ -7,7 +7,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -18,7 +18,6 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from pyarrow.fs import FileSelector, FileSystem, FileType
 from ray import tune
 from ray.tune import (
     Callback,
@@ -44,22 +43,22 @@ from tune_hypergrad.comparison.ledger import (
 )
 from tune_hypergrad.comparison.methods import BY_DEFAULT, Method, Task
 from tune_hypergrad.comparison.running.arguments import checked
-from tune_hypergrad.comparison.running.dispatching import PORTFOLIO, Dispatching
-from tune_hypergrad.comparison.running.folders import contents, folder_for, joined, new_file, storage_for
+from tune_hypergrad.comparison.running.dispatching import Dispatching
+from tune_hypergrad.comparison.running.fair_share import WAITING
+from tune_hypergrad.comparison.running.folders import contents, folder_for, joined, new_file, raise_if_full, storage_for
 from tune_hypergrad.comparison.running.growth import EXTENSIONS, Growth, continuation_of, growth_of
+from tune_hypergrad.comparison.running.labels import PORTFOLIO, trial_name
 from tune_hypergrad.comparison.running.plan import Plan, chosen_methods, default_space
 from tune_hypergrad.comparison.running.portfolio import (
     SNAPSHOT_FILE,
-    WAITING,
     PortfolioStopper,
     portfolio_of,
-    raise_if_full,
-    trial_name,
 )
 from tune_hypergrad.comparison.running.retraining import Retraining
 from tune_hypergrad.comparison.running.scheduling import PatientScheduler
 from tune_hypergrad.comparison.running.session import cluster_session
 from tune_hypergrad.comparison.running.start import complete_start
+from tune_hypergrad.comparison.running.sweeping import sweep_all
 from tune_hypergrad.comparison.telling.progress import Display, Status, make_display
 from tune_hypergrad.comparison.telling.records import SETTINGS_FILE, Comparison
 from tune_hypergrad.comparison.telling.report import write_report
@@ -68,7 +67,6 @@ from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.snapshot import put_snapshot_back, saved_searcher
-from tune_hypergrad.trainables.checkpoints import delete_checkpoints
 
 COMMAND_FILE = "command.json"
 """In a comparison's folder, where the command line made it: its options, for resuming."""
@@ -321,9 +319,9 @@ class ComparisonCallback(Callback):
         statuses = [
             Status(
                 account,
-                0.0 if contender.budget is None else contender.budget.spent_by(portfolio.ledger.spent(account)),
+                contender.claim.share(portfolio.ledger.spent(account)),
                 contender.suggested,
-                len(contender.live),
+                len(contender.claim.live),
                 best.get(account, float("inf")),
                 portfolio.ledger.reason(account),
                 sum(trial.status == "failed" for trial in portfolio.ledger.trials_of(account)),
@@ -357,7 +355,7 @@ def _run(
         _write_extension(folder, plan)
     known = put_snapshot_back(folder / SNAPSHOT_FILE, path)
     if known:
-        _delete_checkpoints(path, keep=known)
+        sweep_all(path, keep=known)
         tuner = tune.Tuner.restore(path, trainable)
         assert tuner._local_tuner is not None  # which a client of Ray alone has not
         run_config = tuner._local_tuner.get_run_config()
@@ -394,16 +392,8 @@ def _run(
     tuner.fit()
     finished = portfolio_of(key).finished  # Ray catches Ctrl-C, stops the trials and returns
     if finished:
-        _delete_checkpoints(path)
+        sweep_all(path)
     return finished
-
-
-def _delete_checkpoints(trials: str, keep: Collection[str] = ()) -> None:
-    """Delete the checkpoints of all trials but those of the ids `keep`: nobody will go on from them."""
-    filesystem, folder = FileSystem.from_uri(trials)
-    for found in filesystem.get_file_info(FileSelector(folder)):
-        if found.type == FileType.Directory and not any(f"_{trial_id}_" in found.base_name for trial_id in keep):
-            delete_checkpoints(filesystem, found.path)
 
 
 def _forget(folder: Path, trials: str) -> None:
