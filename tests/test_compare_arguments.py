@@ -24,10 +24,12 @@ from tune_hypergrad.comparison.methods import METHODS, Task, get_method
 from tune_hypergrad.comparison.running.arguments import CHECKS, checked
 from tune_hypergrad.comparison.running.folders import folder_for, joined, new_file, storage_for
 from tune_hypergrad.comparison.running.plan import Plan
-from tune_hypergrad.comparison.running.session import cluster_session, grows
+from tune_hypergrad.comparison.running.session import cluster_session
 from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
 from tune_hypergrad.hypergradients import get_optimizer
+from tune_hypergrad.ray_internals import cluster_grows
 
+OF_PLAN = "tune_hypergrad.comparison.running.plan"
 SPACE = {"lr": tune.uniform(0, 0.5)}
 PROBLEM = tiny_problem()
 NAN, INF = float("nan"), float("inf")
@@ -238,7 +240,7 @@ def test_resources_of_nothing_are_left_out(nothing):
 def test_bundles_that_only_fit_one_by_one_are_refused(monkeypatch, bundles, strategy, fits):
     nodes = [{"Alive": True, "Resources": {"CPU": 2}}, {"Alive": False, "Resources": {"CPU": 9}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr("tune_hypergrad.comparison.running.plan.grows", lambda: False)
+    monkeypatch.setattr(f"{OF_PLAN}.cluster_grows", lambda: False)
     planned = plan(resources=PlacementGroupFactory(bundles, strategy=strategy))
     if fits:
         planned.check_resources()
@@ -253,7 +255,7 @@ def test_a_cluster_that_grows_may_have_room_later(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
     planned = plan(resources=PlacementGroupFactory([{"CPU": 1}, *[{"CPU": 2}] * 4]))
     for may_grow in (True, False):
-        monkeypatch.setattr("tune_hypergrad.comparison.running.plan.grows", lambda may_grow=may_grow: may_grow)
+        monkeypatch.setattr(f"{OF_PLAN}.cluster_grows", lambda may_grow=may_grow: may_grow)
         with nullcontext() if may_grow else pytest.raises(InputError, match="no room together"):
             planned.check_resources()
 
@@ -261,15 +263,14 @@ def test_a_cluster_that_grows_may_have_room_later(monkeypatch):
 @pytest.mark.parametrize("told", [None, object()], ids=["nothing", "its nodes"])
 def test_a_cluster_grows_whose_autoscaler_has_told_of_its_nodes(monkeypatch, told):
     monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: told)
-    assert grows() is (told is not None)
+    assert cluster_grows() is (told is not None)
 
 
 def test_what_all_methods_ask_for_is_looked_at_once(monkeypatch):
     asked = []
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
-    of_plan = "tune_hypergrad.comparison.running.plan"
-    monkeypatch.setattr(f"{of_plan}.grows", lambda: False)
-    monkeypatch.setattr(f"{of_plan}.can_be_placed", lambda *given: asked.append(given) or True)
+    monkeypatch.setattr(f"{OF_PLAN}.cluster_grows", lambda: False)
+    monkeypatch.setattr(f"{OF_PLAN}.can_be_placed", lambda *given: asked.append(given) or True)
     plan(["rs", "bo", replace(get_method("hb"), resources={"cpu": 2})]).check_resources()
     assert len(asked) == 2
 

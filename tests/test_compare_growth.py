@@ -23,7 +23,7 @@ from tune_hypergrad.comparison.running.plan import Plan, chosen_methods
 from tune_hypergrad.comparison.running.portfolio import SNAPSHOT_FILE
 from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
 from tune_hypergrad.comparison.telling.report import summary_text
-from tune_hypergrad.searchers.snapshot import saved_searcher
+from tune_hypergrad.ray_internals import saved_searcher
 
 SPACE = {"lr": tune.loguniform(1e-3, 0.5), "momentum": tune.uniform(0, 0.9)}
 RS, FDS = Account("rs", 0), Account("fds", 0)

@@ -18,7 +18,7 @@ PACKAGE = Path(tune_hypergrad.__file__).parent
 FLOORS = (
     *("errors", "randomness", "modules", "losses", "criterion", "figures", "budget", "batches", "curves", "sampling"),
     *("reading", "regularisers", "groups", "data", "objective", "space", "schedules", "defaults", "problem"),
-    *("hypergradients", "problems", "stn", "bridges", "recipes", "trainables", "searchers"),
+    *("hypergradients", "problems", "stn", "bridges", "recipes", "ray_internals", "trainables", "searchers"),
     *("comparison.incumbents", "comparison.ledger", "comparison.telling", "comparison.methods", "comparison.running"),
     *("comparison", "cli", "__main__"),
 )

@@ -40,7 +40,7 @@ from tune_hypergrad.comparison.running.portfolio import (
     portfolio_of,
 )
 from tune_hypergrad.comparison.running.queue import QueueSearch
-from tune_hypergrad.searchers.snapshot import SavedTrial
+from tune_hypergrad.ray_internals import SavedTrial
 
 AMOUNT = 1000
 SESSION = "2026-01-01_00-00-00"

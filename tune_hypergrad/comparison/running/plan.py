@@ -37,7 +37,6 @@ from tune_hypergrad.comparison.running.portfolio import Contender, PortfolioSear
 from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.comparison.running.reference import grid_points
 from tune_hypergrad.comparison.running.retraining import Retraining, RetrainingSearch
-from tune_hypergrad.comparison.running.session import grows
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
 from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import regrouped
@@ -45,6 +44,7 @@ from tune_hypergrad.hypergradients import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.ray_internals import cluster_grows
 from tune_hypergrad.space import is_number
 
 OF_TASKS = (
@@ -227,7 +227,7 @@ class Plan:
         Raises:
             InputError: some never will.
         """
-        if grows():
+        if cluster_grows():
             return
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         # one search for each kind, told of by the first that asks for it

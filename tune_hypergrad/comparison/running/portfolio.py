@@ -24,8 +24,8 @@ from tune_hypergrad.comparison.running.recorder import Recorder
 from tune_hypergrad.comparison.running.sweeping import Sweeper
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.ray_internals import SavedTrial, folder_of, keep_snapshot, saved_trials, searcher_files
 from tune_hypergrad.searchers.restorable import restore_among, state_of
-from tune_hypergrad.searchers.snapshot import SavedTrial, keep_snapshot, saved_trials
 
 SNAPSHOT_FILE = "snapshot.pkl"
 """In the portfolio's folder: what Ray's last snapshot had, complete."""
@@ -205,7 +205,7 @@ class PortfolioSearch(Searcher):
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Called by Ray's `Tuner.restore`."""
-        self.restore(str(max(Path(checkpoint_dir).glob(self.CKPT_FILE_TMPL.format("*")))))
+        self.restore(str(searcher_files(checkpoint_dir)[0]))
 
     # What the stopper and the callback tell
 
@@ -227,11 +227,11 @@ class PortfolioSearch(Searcher):
 
     def ended(self, trial: Trial) -> None:
         """A trial has come to its end."""
-        contender = self.contenders[account_of(trial.config)]
+        contender, folder = self.contenders[account_of(trial.config)], folder_of(trial)
         contender.failures = 0
         self._recorder.ended(trial)
-        if trial.storage is not None and not _resumes_promoted(contender.searcher):
-            self._sweeper.add((trial.storage.storage_filesystem, trial.storage.trial_fs_path))
+        if folder is not None and not _resumes_promoted(contender.searcher):
+            self._sweeper.add(folder)
 
     def retried(self, trial: Trial) -> None:
         """A trial's process has failed and will be started again.

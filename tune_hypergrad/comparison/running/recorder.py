@@ -21,6 +21,7 @@ from tune_hypergrad.comparison.running.labels import LENGTH, PORTFOLIO, RETRAINS
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
+from tune_hypergrad.ray_internals import last_failure_of, resources_of
 from tune_hypergrad.schedules import Schedule
 
 _NOT_RECORDED = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, "config", "trial_id", "experiment_tag", "checkpoint_dir_name"}
@@ -49,8 +50,6 @@ class Recorder:
 
     def started(self, trial: Trial) -> None:
         """A trial's process has begun, or begun again."""
-        asked = trial.placement_group_factory
-        resources: dict[str, float] = {} if asked is None else asked.required_resources
         suggestion = {
             key: value.name if isinstance(value, Optimizer) else value
             for key, value in trial.config.items()
@@ -58,7 +57,7 @@ class Recorder:
         }
         retrains = {key: value for key, value in trial.config[PORTFOLIO].items() if key == RETRAINS}
         named = _named(trial.config, trial.trial_id)
-        self.ledger.write("start", **named, **retrains, config=suggestion, resources=resources)
+        self.ledger.write("start", **named, **retrains, config=suggestion, resources=resources_of(trial))
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> None:
         """A trial has had a result, perhaps one that is in the ledger already. `FOUND` is taken out of it."""
@@ -134,8 +133,6 @@ def _without_long_hypergradients(row: dict[str, Any]) -> dict[str, Any]:
 
 def _error_of(trial: Trial) -> str:
     """Why a trial failed the last time, in a line."""
-    file = trial.error_file  # which Ray brings to the storage only later
-    text = Path(file).read_text(errors="replace") if file and Path(file).exists() else ""
-    last = text.rpartition("Failure #")[2].partition("\n")[2].strip()
+    last = last_failure_of(trial)
     raised = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt)(?:: .*)?)$", last, re.MULTILINE)
     return str((raised or last.splitlines() or ["its process died"])[-1])

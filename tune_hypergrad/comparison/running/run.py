@@ -65,8 +65,8 @@ from tune_hypergrad.comparison.telling.report import write_report
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.ray_internals import put_snapshot_back, run_config_of, saved_searcher
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.searchers.snapshot import put_snapshot_back, saved_searcher
 
 COMMAND_FILE = "command.json"
 """In a comparison's folder, where the command line made it: its options, for resuming."""
@@ -357,8 +357,7 @@ def _run(
     if known:
         sweep_all(path, keep=known)
         tuner = tune.Tuner.restore(path, trainable)
-        assert tuner._local_tuner is not None  # which a client of Ray alone has not
-        run_config = tuner._local_tuner.get_run_config()
+        run_config = run_config_of(tuner)
         run_config.callbacks = [ComparisonCallback(key, max_failures), *callbacks]
         run_config.failure_config = FailureConfig(max_failures=max_failures)
     else:

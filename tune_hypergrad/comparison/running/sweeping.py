@@ -6,10 +6,8 @@ from collections.abc import Collection, Iterable
 
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
+from tune_hypergrad.ray_internals import Folder
 from tune_hypergrad.trainables.checkpoints import delete_checkpoints
-
-Folder = tuple[FileSystem, str]
-"""A trial's, and the file system that it is on."""
 
 
 class Sweeper:
