@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from tiny_problem import tiny_problem
 from tune_hypergrad import FDS, DeltaSTN, FixedSchedule, HypergradientSearch, InnerRun, InputError
 from tune_hypergrad.comparison.ledger import Account, Ledger
 from tune_hypergrad.comparison.methods import METHODS, Task
-from tune_hypergrad.comparison.running.run import replace
 from tune_hypergrad.comparison.telling.progress import Speed, progress_line, progress_table
 from tune_hypergrad.comparison.telling.report import summary_text, write_report
 from tune_hypergrad.criterion import Criterion
