@@ -664,7 +664,7 @@ def test_trials_of_classes_and_functions_share_actors(ray_session, tmp_path, mon
     )
     tuner.fit()
     portfolio = portfolio_of("of a run")
-    assert portfolio.finished and not any(contender.live for contender in portfolio.contenders.values())
+    assert portfolio.finished and not any(contender.claim.live for contender in portfolio.contenders.values())
     reasons = {account.method: reason for account, reason in portfolio.ledger.stopped.items()}
     assert reasons == dict.fromkeys(trainables, "search ended")
     events = read_events(tmp_path / LEDGER_FILE)
