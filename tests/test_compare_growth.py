@@ -86,9 +86,23 @@ def test_only_what_is_finished_is_extended(tmp_path):
     assert resuming.growth_in(made.folder, larger, None) == Growth(Budget(60))
 
 
+def test_what_another_version_has_left_is_refused_in_a_line(tmp_path):
+    made = begun(tmp_path / "out").stop(RS)
+    state = pickle.dumps(Account("rs", 0)).replace(b"comparison.ledger", b"comparison.lodger")
+    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": state}))
+    with pytest.raises(
+        InputError, match=r"begun by another version .*lodger.*: resume it with that version, or"
+    ) as refused:
+        resuming.growth_in(made.folder, plan(retraining=Retraining(seeds=0)), None)
+    assert "\n" not in str(refused.value)
+
+
+STATE = pickle.dumps("a searcher's")
+
+
 def test_an_extension_is_told_to_the_ledger_once_and_the_snapshot_before_is_put_aside(tmp_path):
     made = begun(tmp_path / "out").stop(RS)
-    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": b"state"}))
+    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": STATE}))
     larger = plan(["bo", "rs"], 90, (0, 1), retraining=Retraining(seeds=0))
     growth = resuming.growth_in(made.folder, larger, None)
     larger = resuming.continued(larger, made.folder, growth)
@@ -102,7 +116,7 @@ def test_an_extension_is_told_to_the_ledger_once_and_the_snapshot_before_is_put_
     for _ in range(2):
         resuming.write_extension(made.folder, larger)
         assert not (made.folder / SNAPSHOT_FILE).exists()
-    assert saved_searcher(resuming.snapshot_before(made.folder, larger)) == b"state"
+    assert saved_searcher(resuming.snapshot_before(made.folder, larger)) == STATE
     comparison = Comparison(made.folder)
     (event,) = comparison.extensions
     assert event["reopened"] == [[RETRAINING, 0], ["rs", 0]] and not comparison.finished

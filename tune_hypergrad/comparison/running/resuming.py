@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -24,6 +25,7 @@ from tune_hypergrad.comparison.running.plan import Plan
 from tune_hypergrad.comparison.running.portfolio import SNAPSHOT_FILE
 from tune_hypergrad.comparison.telling.records import SETTINGS_FILE, Comparison
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.ray_internals import saved_searcher
 
 
 def forget_unsaved(folder: Path, trials: str) -> None:
@@ -58,9 +60,22 @@ def growth_in(folder: Path, plan: Plan, storage: str | None) -> Growth:
     growth = growth_of(saved, {**plan.settings(), "storage": storage}, folder)
     if saved["folder"] != str(folder):
         raise InputError(f"{folder} was begun as {saved['folder']}: move it back there to resume")
+    _refuse_unreadable(folder)
     if growth and not Comparison(folder).finished:
         raise InputError(f"{folder} is not finished: resume it with the arguments that it has, then extend it")
     return growth
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Refuse what another version of the package has left, in which things had other places."""
+    saved = saved_searcher(folder / SNAPSHOT_FILE)
+    try:
+        pickle.loads(saved or pickle.dumps(None))
+    except (AttributeError, ImportError) as error:
+        raise InputError(
+            f"{folder} was begun by another version of tune_hypergrad ({error}): resume it with that version, or begin "
+            "anew in another folder"
+        ) from error
 
 
 def continued(plan: Plan, folder: Path, growth: Growth) -> Plan:
