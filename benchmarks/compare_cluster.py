@@ -22,9 +22,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tune_hypergrad import Comparison, Method, Retraining, compare, problems
-from tune_hypergrad.comparison.series import Granted
-from tune_hypergrad.ledger import LEDGER_FILE
-from tune_hypergrad.methods import BY_DEFAULT, METHODS
+from tune_hypergrad.comparison.ledger import LEDGER_FILE
+from tune_hypergrad.comparison.methods import BY_DEFAULT, METHODS
+from tune_hypergrad.comparison.telling.series import Granted
 
 NODES, GPUS = 3, 1
 

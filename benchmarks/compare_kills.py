@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.comparison.telling.records import Comparison
 
 METHODS = ("fds", "delta-stn", "rs", "bohb", "cosine")
 

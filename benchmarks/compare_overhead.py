@@ -21,8 +21,8 @@ from ray import tune
 from ray.tune import RunConfig, TuneConfig
 
 from tune_hypergrad import Budget, Method, RandomSearch, Retraining, compare, problems
-from tune_hypergrad.comparison.records import Comparison
-from tune_hypergrad.comparison.report import write_report
+from tune_hypergrad.comparison.telling.records import Comparison
+from tune_hypergrad.comparison.telling.report import write_report
 
 SPACE = {"x": tune.uniform(0, 1)}
 

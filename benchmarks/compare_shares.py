@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tune_hypergrad import Comparison
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.comparison.ledger import Account
 
 
 def training_cost(comparison: Comparison, account: Account) -> float:

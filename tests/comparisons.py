@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tune_hypergrad.budget import UNITS, Cost
-from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison, schedule_of
-from tune_hypergrad.ledger import GRID, LEDGER_FILE, RETRAINING, SCHEDULES_FOLDER, Account, Ledger
+from tune_hypergrad.comparison.ledger import GRID, LEDGER_FILE, RETRAINING, SCHEDULES_FOLDER, Account, Ledger
+from tune_hypergrad.comparison.telling.records import SETTINGS_FILE, Comparison, schedule_of
 
 STARTED = 1_795_000_000.0
 """When every comparison begins, in seconds since 1970."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from comparisons import write_comparison
 
-from tune_hypergrad.comparison.report import write_report
+from tune_hypergrad.cli import app
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -16,7 +16,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def small_comparison(folder: str) -> None:
     """A finished comparison in `folder`, made up, with its report."""
     if not Path(folder).exists():
-        write_report(write_comparison(Path(folder), ("fds", "rs"), (0,), interrupted=False))
+        write_comparison(Path(folder), ("fds", "rs"), (0,), interrupted=False)
+        app(["report", folder], standalone_mode=False)
 
 
 def trainer_parts() -> tuple[Any, Any, Any, Any]:

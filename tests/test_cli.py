@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from tune_hypergrad import InputError, cli
 from tune_hypergrad.comparison import Comparison
-from tune_hypergrad.comparison.plan import _in_words
-from tune_hypergrad.methods import optimizer_space, paper_space
+from tune_hypergrad.comparison.methods import optimizer_space, paper_space
+from tune_hypergrad.comparison.running.plan import _in_words
 
 OWN_PROBLEM = """
 import torch

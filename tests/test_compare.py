@@ -22,9 +22,9 @@ from tiny_problem import tiny_problem
 from tune_hypergrad import FixedSchedule, InputError, Method, RandomSearch, Retraining, compare, complement
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison import Comparison, Interrupted
+from tune_hypergrad.comparison.ledger import LEDGER_FILE, RETRAINING, START, Ledger
+from tune_hypergrad.comparison.methods import BY_DEFAULT
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.ledger import LEDGER_FILE, RETRAINING, START, Ledger
-from tune_hypergrad.methods import BY_DEFAULT
 
 HERE = Path(__file__).parent
 SPACE = {"lr": tune.uniform(0, 0.5), "momentum": tune.uniform(0, 0.9)}

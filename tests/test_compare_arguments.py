@@ -20,14 +20,16 @@ from tiny_problem import tiny_problem
 
 from tune_hypergrad import FixedSchedule, InputError, Method, RandomSearch, Retraining, compare
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.arguments import CHECKS, checked
-from tune_hypergrad.comparison.folders import folder_for, joined, new_file, storage_for
-from tune_hypergrad.comparison.plan import Plan
-from tune_hypergrad.comparison.records import SETTINGS_FILE
-from tune_hypergrad.comparison.session import cluster_session, grows
+from tune_hypergrad.comparison.methods import METHODS, Task, get_method
+from tune_hypergrad.comparison.running.arguments import CHECKS, checked
+from tune_hypergrad.comparison.running.folders import folder_for, joined, new_file, storage_for
+from tune_hypergrad.comparison.running.plan import Plan
+from tune_hypergrad.comparison.running.session import cluster_session
+from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
 from tune_hypergrad.hypergradients import get_optimizer
-from tune_hypergrad.methods import METHODS, Task, get_method
+from tune_hypergrad.ray_internals import cluster_grows
 
+OF_PLAN = "tune_hypergrad.comparison.running.plan"
 SPACE = {"lr": tune.uniform(0, 0.5)}
 PROBLEM = tiny_problem()
 NAN, INF = float("nan"), float("inf")
@@ -238,7 +240,7 @@ def test_resources_of_nothing_are_left_out(nothing):
 def test_bundles_that_only_fit_one_by_one_are_refused(monkeypatch, bundles, strategy, fits):
     nodes = [{"Alive": True, "Resources": {"CPU": 2}}, {"Alive": False, "Resources": {"CPU": 9}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr("tune_hypergrad.comparison.plan.grows", lambda: False)
+    monkeypatch.setattr(f"{OF_PLAN}.cluster_grows", lambda: False)
     planned = plan(resources=PlacementGroupFactory(bundles, strategy=strategy))
     if fits:
         planned.check_resources()
@@ -253,7 +255,7 @@ def test_a_cluster_that_grows_may_have_room_later(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
     planned = plan(resources=PlacementGroupFactory([{"CPU": 1}, *[{"CPU": 2}] * 4]))
     for may_grow in (True, False):
-        monkeypatch.setattr("tune_hypergrad.comparison.plan.grows", lambda may_grow=may_grow: may_grow)
+        monkeypatch.setattr(f"{OF_PLAN}.cluster_grows", lambda may_grow=may_grow: may_grow)
         with nullcontext() if may_grow else pytest.raises(InputError, match="no room together"):
             planned.check_resources()
 
@@ -261,14 +263,14 @@ def test_a_cluster_that_grows_may_have_room_later(monkeypatch):
 @pytest.mark.parametrize("told", [None, object()], ids=["nothing", "its nodes"])
 def test_a_cluster_grows_whose_autoscaler_has_told_of_its_nodes(monkeypatch, told):
     monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: told)
-    assert grows() is (told is not None)
+    assert cluster_grows() is (told is not None)
 
 
 def test_what_all_methods_ask_for_is_looked_at_once(monkeypatch):
     asked = []
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
-    monkeypatch.setattr("tune_hypergrad.comparison.plan.grows", lambda: False)
-    monkeypatch.setattr("tune_hypergrad.comparison.plan.can_be_placed", lambda *given: asked.append(given) or True)
+    monkeypatch.setattr(f"{OF_PLAN}.cluster_grows", lambda: False)
+    monkeypatch.setattr(f"{OF_PLAN}.can_be_placed", lambda *given: asked.append(given) or True)
     plan(["rs", "bo", replace(get_method("hb"), resources={"cpu": 2})]).check_resources()
     assert len(asked) == 2
 
@@ -276,7 +278,7 @@ def test_what_all_methods_ask_for_is_looked_at_once(monkeypatch):
 @pytest.mark.parametrize(("name", "lr"), [(None, "loguniform (0.0001, 1)"), ("paper", "uniform (0, 1.0)")])
 def test_a_space_by_name_is_without_what_is_held(monkeypatch, tmp_path, name, lr):
     made = []
-    monkeypatch.setattr("tune_hypergrad.comparison.run.run_plan", lambda plan, **of_run: made.append(plan))
+    monkeypatch.setattr("tune_hypergrad.comparison.running.run.run_plan", lambda plan, **of_run: made.append(plan))
     compare(PROBLEM, ["rs"], space=name, fixed={"momentum": 0.5}, out=tmp_path / "out")
     said = made[0].settings()["space"]
     assert said.keys() == {"lr", "weight_decay"} and said["lr"].startswith(lr)
@@ -359,7 +361,7 @@ def test_what_is_held_is_not_searched():
 
 
 def test_what_is_held_is_left_out_of_the_default_space(ray_must_not_start, monkeypatch, tmp_path):
-    monkeypatch.setattr("tune_hypergrad.comparison.run.run_plan", lambda made, **options: made)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.run.run_plan", lambda made, **options: made)
     made = compare(PROBLEM, ["rs"], fixed={"momentum": np.array(0.5)}, epochs=2, out=tmp_path / "out", check=False)
     assert "momentum" not in made.task.space and "lr" in made.task.space and made.task.fixed == {"momentum": 0.5}
 
@@ -434,7 +436,7 @@ def test_what_others_put_into_the_folder_meanwhile_is_theirs(monkeypatch, tmp_pa
         (out / "notes.txt").write_text("mine")
         yield
 
-    monkeypatch.setattr("tune_hypergrad.comparison.run.cluster_session", session)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.run.cluster_session", session)
     monkeypatch.setattr(Plan, "check_resources", lambda self: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {})
     monkeypatch.setattr(ray, "nodes", list)
@@ -444,7 +446,7 @@ def test_what_others_put_into_the_folder_meanwhile_is_theirs(monkeypatch, tmp_pa
         (out / "later.txt").write_text("mine too")
         raise KeyError("a bug")
 
-    monkeypatch.setattr("tune_hypergrad.comparison.run._run", fails)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.run._run", fails)
     with pytest.raises(KeyError):
         compare(PROBLEM, ["rs"], space=SPACE, out=out, check=False, progress="quiet")
     assert sorted(path.name for path in out.iterdir()) == ["later.txt", "notes.txt"]
@@ -459,7 +461,7 @@ def test_of_two_that_begin_in_one_folder_the_second_is_refused(monkeypatch, tmp_
         (out / SETTINGS_FILE).write_text("another's")
         yield
 
-    monkeypatch.setattr("tune_hypergrad.comparison.run.cluster_session", session)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.run.cluster_session", session)
     monkeypatch.setattr(Plan, "check_resources", lambda self: None)
     with pytest.raises(InputError, match=f"another comparison has just begun in {out}: choose another folder"):
         compare(PROBLEM, ["rs"], space=SPACE, out=out, check=False, progress="quiet")
@@ -545,7 +547,7 @@ class Bucket:
 def test_a_storage_elsewhere_is_tried_out_and_cleared(monkeypatch, refuses):
     bucket = Bucket(refuses)
     known = type("Known", (), {"from_uri": staticmethod(lambda address: (bucket, "bucket/out-1"))})
-    monkeypatch.setattr("tune_hypergrad.comparison.folders.FileSystem", known)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.folders.FileSystem", known)
     works = refuses in ("nothing", "delete_file")  # who may write need not be allowed to delete
     with (
         pytest.raises(KeyError if works else InputError) as raised,

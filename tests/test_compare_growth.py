@@ -14,15 +14,16 @@ from tiny_problem import tiny_problem
 
 from tune_hypergrad import InputError, Retraining, cli, compare
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison import Comparison, run
-from tune_hypergrad.comparison.growth import Continuation, Growth, continuation_of, growth_of
-from tune_hypergrad.comparison.plan import Plan, chosen_methods
-from tune_hypergrad.comparison.records import SETTINGS_FILE
-from tune_hypergrad.comparison.report import summary_text
-from tune_hypergrad.ledger import RETRAINING, Account, Ledger
-from tune_hypergrad.methods import Task
-from tune_hypergrad.searchers.portfolio import SNAPSHOT_FILE
-from tune_hypergrad.searchers.snapshot import saved_searcher
+from tune_hypergrad.comparison import Comparison
+from tune_hypergrad.comparison.ledger import RETRAINING, Account, Ledger
+from tune_hypergrad.comparison.methods import Task
+from tune_hypergrad.comparison.running import callback, resuming
+from tune_hypergrad.comparison.running.growth import Continuation, Growth, continuation_of, growth_of
+from tune_hypergrad.comparison.running.plan import Plan, chosen_methods
+from tune_hypergrad.comparison.running.portfolio import SNAPSHOT_FILE
+from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
+from tune_hypergrad.comparison.telling.report import summary_text
+from tune_hypergrad.ray_internals import saved_searcher
 
 SPACE = {"lr": tune.loguniform(1e-3, 0.5), "momentum": tune.uniform(0, 0.9)}
 RS, FDS = Account("rs", 0), Account("fds", 0)
@@ -80,17 +81,31 @@ def test_only_what_is_finished_is_extended(tmp_path):
     made = begun(tmp_path / "out")
     larger = plan(budget=90, retraining=Retraining(seeds=0))
     with pytest.raises(InputError, match="is not finished"):
-        run._growth_in(made.folder, larger, None)
+        resuming.growth_in(made.folder, larger, None)
     made.stop(RS)
-    assert run._growth_in(made.folder, larger, None) == Growth(Budget(60))
+    assert resuming.growth_in(made.folder, larger, None) == Growth(Budget(60))
+
+
+def test_what_another_version_has_left_is_refused_in_a_line(tmp_path):
+    made = begun(tmp_path / "out").stop(RS)
+    state = pickle.dumps(Account("rs", 0)).replace(b"comparison.ledger", b"comparison.lodger")
+    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": state}))
+    with pytest.raises(
+        InputError, match=r"begun by another version .*lodger.*: resume it with that version, or"
+    ) as refused:
+        resuming.growth_in(made.folder, plan(retraining=Retraining(seeds=0)), None)
+    assert "\n" not in str(refused.value)
+
+
+STATE = pickle.dumps("a searcher's")
 
 
 def test_an_extension_is_told_to_the_ledger_once_and_the_snapshot_before_is_put_aside(tmp_path):
     made = begun(tmp_path / "out").stop(RS)
-    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": b"state"}))
+    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": STATE}))
     larger = plan(["bo", "rs"], 90, (0, 1), retraining=Retraining(seeds=0))
-    growth = run._growth_in(made.folder, larger, None)
-    larger = run._continued(larger, made.folder, growth)
+    growth = resuming.growth_in(made.folder, larger, None)
+    larger = resuming.continued(larger, made.folder, growth)
     assert [m.name for m in larger.methods] == ["rs", "bo"] and larger.continuation.number == 1
     assert {account for account in larger.continuation.known if account.method != RETRAINING} >= {RS}
     assert Account("bo", 0) not in larger.continuation.known and Account("rs", 1) not in larger.continuation.known
@@ -99,16 +114,16 @@ def test_an_extension_is_told_to_the_ledger_once_and_the_snapshot_before_is_put_
         json.dumps({**settings, **larger.settings(), "extensions": [growth.said()]})
     )
     for _ in range(2):
-        run._write_extension(made.folder, larger)
+        resuming.write_extension(made.folder, larger)
         assert not (made.folder / SNAPSHOT_FILE).exists()
-    assert saved_searcher(run._snapshot_before(made.folder, larger)) == b"state"
+    assert saved_searcher(resuming.snapshot_before(made.folder, larger)) == STATE
     comparison = Comparison(made.folder)
     (event,) = comparison.extensions
     assert event["reopened"] == [[RETRAINING, 0], ["rs", 0]] and not comparison.finished
     assert comparison.accounts["trials"].tolist() == [1, 0, 0, 0] and not comparison.interruptions
     told = summary_text(comparison)
     assert "the budget, before 60 gradients; the method bo; the seed 1. What was done before is kept" in told
-    again = run._continued(plan(["rs", "bo"], 90, (0, 1), retraining=Retraining(seeds=0)), made.folder, Growth())
+    again = resuming.continued(plan(["rs", "bo"], 90, (0, 1), retraining=Retraining(seeds=0)), made.folder, Growth())
     assert again.continuation.known == larger.continuation.known and again.continuation.number == 1
 
 
@@ -145,7 +160,7 @@ def test_searchers_go_on_where_they_were_and_plans_begin_again_from_the_incumben
     suggested = [searchers[RS].suggest(f"t{i}")["lr"] for i in range(3)]
     for i in range(3):
         searchers[RS].on_trial_complete(f"t{i}", {"val_loss": 0.5})
-    portfolio.contenders[RS].longest = 2.0
+    portfolio.contenders[RS].claim.longest = 2.0
     portfolio.save(str(tmp_path / "searcher-state-1.pkl"))
     for number in range(3):
         for kind, content in trial(RS, f"rs-0-{number + 1}", 20.0):
@@ -157,7 +172,7 @@ def test_searchers_go_on_where_they_were_and_plans_begin_again_from_the_incumben
     again = larger.searchers()
     whole = larger.portfolio(again, tmp_path, "after")
     whole.extend((tmp_path / "searcher-state-1.pkl").read_bytes(), {FDS})
-    assert whole.contenders[RS].suggested == 3 and whole.contenders[RS].longest == 2.0
+    assert whole.contenders[RS].suggested == 3 and whole.contenders[RS].claim.longest == 2.0
     fourth = first._searcher(first.methods[0], 0)
     expected = [fourth.suggest(f"t{i}")["lr"] for i in range(4)]
     assert expected[:3] == suggested and again[RS].suggest("t3")["lr"] == expected[3]
@@ -205,11 +220,11 @@ def test_who_plans_waits_where_an_outer_step_cannot_be_paid_for(tmp_path, budget
     (made.folder / SETTINGS_FILE).write_text(json.dumps({**said, "key": "k"}))
     made.start(FDS).result(FDS, 0.5, 48, **{"schedule/momentum": 0.5, "schedule/lr": 0.2}).end(FDS).stop(FDS)
     larger = plan(["fds"], budget, retraining=Retraining(seeds=0))
-    growth = run._growth_in(made.folder, larger, None)
-    larger = run._continued(larger, made.folder, growth)
+    growth = resuming.growth_in(made.folder, larger, None)
+    larger = resuming.continued(larger, made.folder, growth)
     settings = {**json.loads((made.folder / SETTINGS_FILE).read_text()), "extensions": [growth.said()]}
     (made.folder / SETTINGS_FILE).write_text(json.dumps(settings))
-    run._write_extension(made.folder, larger)
+    resuming.write_extension(made.folder, larger)
     (event,) = made.comparison.extensions
     assert event["reopened"] == [*reopened, [RETRAINING, 0]]
     assert (FDS in made.comparison.ledger.stopped) is not bool(reopened)
@@ -249,10 +264,10 @@ def test_the_command_line_adds_to_what_there_is(tmp_path):
 
 
 def test_restarts_are_those_of_the_resuming_call(monkeypatch):
-    callback = run.ComparisonCallback("key", 7)
-    monkeypatch.setattr(run, "portfolio_of", lambda key: SimpleNamespace(started=lambda trial: None))
+    told = callback.ComparisonCallback("key", 7)
+    monkeypatch.setattr(callback, "portfolio_of", lambda key: SimpleNamespace(started=lambda trial: None))
     begun = SimpleNamespace(max_failures=2)
-    callback.on_trial_start(0, [], begun)
+    told.on_trial_start(0, [], begun)
     assert begun.max_failures == 7
 
 

@@ -1,6 +1,7 @@
 """Methods that cannot run a problem are left out of a comparison with the reason, and the others run."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
 
@@ -16,15 +17,24 @@ from torch import nn
 
 from tune_hypergrad import FDS, InputError, Method, RandomSearch
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison import run
-from tune_hypergrad.comparison.growth import Growth
-from tune_hypergrad.comparison.plan import Plan, chosen_methods
-from tune_hypergrad.comparison.progress import JsonLines, Speed, Terminal, make_display, progress_line, progress_table
-from tune_hypergrad.comparison.records import SETTINGS_FILE
-from tune_hypergrad.comparison.report import summary_table, summary_text, write_report
+from tune_hypergrad.comparison.methods import BY_DEFAULT, METHODS, Task, paper_space, regularisation_space
+from tune_hypergrad.comparison.running import settings
+from tune_hypergrad.comparison.running.growth import Growth
+from tune_hypergrad.comparison.running.plan import Plan, chosen_methods
+from tune_hypergrad.comparison.running.resuming import as_begun
+from tune_hypergrad.comparison.running.run import run_plan
+from tune_hypergrad.comparison.telling.progress import (
+    JsonLines,
+    Speed,
+    Terminal,
+    make_display,
+    progress_line,
+    progress_table,
+)
+from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
+from tune_hypergrad.comparison.telling.report import summary_table, summary_text, write_report
 from tune_hypergrad.errors import UnsuitedError
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.methods import BY_DEFAULT, METHODS, Task, paper_space, regularisation_space
 
 SPACE = {"lr": tune.uniform(0, 0.5)}
 REASON = "a self-tuning step fails: forward-mode differentiation does not see through Doubled"
@@ -116,18 +126,18 @@ def test_a_model_without_right_hypergradients_raises_what_says_so():
 def test_what_was_left_out_stays_left_out(tmp_path):
     of_old = {**plan(["rs"], tiny_problem()).settings(), "problem": "another", "left_out": {"stn": "the reason of old"}}
     (tmp_path / SETTINGS_FILE).write_text(json.dumps(of_old))
-    made = run._as_begun(plan(["stn", "rs"], tiny_problem()), tmp_path)
+    made = as_begun(plan(["stn", "rs"], tiny_problem()), tmp_path)
     assert made.left_out == {"stn": "the reason of old"} and [method.name for method in made.methods] == ["rs"]
     with pytest.raises(InputError, match="made with another problem, 'another'"):  # and not by another method
-        run.run_plan(plan(["stn", "rs"], tiny_problem()), tmp_path, resume=True, progress="quiet")
+        run_plan(plan(["stn", "rs"], tiny_problem()), tmp_path, resume=True, progress="quiet")
 
 
 def test_an_extension_adds_to_what_was_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "ray", SimpleNamespace(cluster_resources=dict, nodes=list))
-    first = run.replace(plan(["rs"], tiny_problem()), left_out={"stn": "the reason of old"})
-    run._write_settings(tmp_path, first, "k", None, Growth())
+    monkeypatch.setattr(settings, "ray", SimpleNamespace(cluster_resources=dict, nodes=list))
+    first = replace(plan(["rs"], tiny_problem()), left_out={"stn": "the reason of old"})
+    settings.write_settings(tmp_path, first, "k", None, Growth())
     for growth, left_out in ((Growth(Budget(30)), {}), (Growth(), {"delta-stn": "that of now"})):
-        run._write_settings(tmp_path, run.replace(plan(["rs"], tiny_problem()), left_out=left_out), "k", None, growth)
+        settings.write_settings(tmp_path, replace(plan(["rs"], tiny_problem()), left_out=left_out), "k", None, growth)
     said = json.loads((tmp_path / SETTINGS_FILE).read_text())
     assert said["left_out"] == {"stn": "the reason of old", "delta-stn": "that of now"}
 
@@ -142,7 +152,7 @@ def test_an_optimizer_without_a_learning_rate_leaves_cosine_out():
 
 def test_the_live_view_has_them(capsys):
     left_out = {"delta-stn": REASON}
-    overview = run.replace(Speed().overview([status("rs", 0.5)], now=1.0), left_out=left_out)
+    overview = replace(Speed().overview([status("rs", 0.5)], now=1.0), left_out=left_out)
     assert "delta-stn left out" in progress_line(overview)
     console = Console(file=StringIO(), width=120)
     console.print(progress_table(overview))

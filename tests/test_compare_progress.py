@@ -9,10 +9,19 @@ import types
 import pytest
 from rich.console import Console
 
-from tune_hypergrad.comparison import progress
-from tune_hypergrad.comparison.progress import JsonLines, Log, Notebook, Quiet, Speed, Status, Terminal, make_display
+from tune_hypergrad.comparison.ledger import GRID, RETRAINING, Account
+from tune_hypergrad.comparison.telling import progress
+from tune_hypergrad.comparison.telling.progress import (
+    JsonLines,
+    Log,
+    Notebook,
+    Quiet,
+    Speed,
+    Status,
+    Terminal,
+    make_display,
+)
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.ledger import GRID, RETRAINING, Account
 
 INF = float("inf")
 

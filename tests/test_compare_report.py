@@ -14,12 +14,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tune_hypergrad.comparison import pictures, tables
-from tune_hypergrad.comparison.drawing import NARROW, Look, compact
-from tune_hypergrad.comparison.records import Comparison
-from tune_hypergrad.comparison.report import all_pictures, inline_svg, summary_table, summary_text, write_report
-from tune_hypergrad.comparison.series import Granted, curves, distinct_units, spending_parts, thinned
-from tune_hypergrad.ledger import RETRAINING, Account
+from tune_hypergrad.comparison.ledger import RETRAINING, Account
+from tune_hypergrad.comparison.telling import pictures, tables
+from tune_hypergrad.comparison.telling.drawing import NARROW, Look, compact
+from tune_hypergrad.comparison.telling.records import Comparison
+from tune_hypergrad.comparison.telling.report import all_pictures, inline_svg, summary_table, summary_text, write_report
+from tune_hypergrad.comparison.telling.series import Granted, curves, distinct_units, spending_parts, thinned
 from tune_hypergrad.schedules import Schedule
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

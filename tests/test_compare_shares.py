@@ -5,7 +5,7 @@ import pytest
 from compare_shares import shares_behind, training_cost
 from comparisons import HandMade, write_comparison
 
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.comparison.ledger import Account
 
 A, B = Account("a", 0), Account("b", 0)
 

@@ -13,17 +13,17 @@ from tiny_problem import tiny_problem
 
 from tune_hypergrad import InputError, Retraining, Schedule, complement, schedule
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.arguments import checked
-from tune_hypergrad.comparison.plan import Plan
-from tune_hypergrad.comparison.report import summary_text
-from tune_hypergrad.comparison.retraining import RetrainingSearch
-from tune_hypergrad.comparison.run import compare
-from tune_hypergrad.comparison.start import complete_start, stretched
-from tune_hypergrad.comparison.tables import results
-from tune_hypergrad.ledger import GRID, RETRAINING, START, Account
-from tune_hypergrad.methods import METHODS, Method, Task, get_method, regularisation_space
+from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START, Account
+from tune_hypergrad.comparison.methods import METHODS, Method, Task, get_method, regularisation_space
+from tune_hypergrad.comparison.running.arguments import checked
+from tune_hypergrad.comparison.running.plan import Plan
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.comparison.running.retraining import RetrainingSearch
+from tune_hypergrad.comparison.running.run import compare
+from tune_hypergrad.comparison.running.start import complete_start, stretched
+from tune_hypergrad.comparison.telling.report import summary_text
+from tune_hypergrad.comparison.telling.tables import results
 from tune_hypergrad.searchers.brackets import rungs
-from tune_hypergrad.searchers.queue import QueueSearch
 
 SPACE = {"lr": schedule(tune.loguniform(1e-3, 1), 3), "momentum": tune.uniform(0, 0.9), "l2": tune.loguniform(1e-5, 1)}
 FDS, RS = Account("fds", 0), Account("rs", 0)
@@ -368,7 +368,7 @@ class Portfolio:
 
 def retrained_configs(comparison, monkeypatch, ended, others=(), **settings):
     portfolio = Portfolio(ended, [*ended, *others, Account(RETRAINING, 0)])
-    monkeypatch.setattr("tune_hypergrad.comparison.retraining.portfolio_of", lambda key: portfolio)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.retraining.portfolio_of", lambda key: portfolio)
     search = RetrainingSearch(comparison.folder, "key", Retraining(**{"seeds": 1, **settings}), ())
     found = []
     while isinstance(config := search.suggest(f"t{len(found)}"), dict):

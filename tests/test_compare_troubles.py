@@ -9,10 +9,10 @@ import pytest
 from comparisons import HandMade
 from rich.console import Console
 
-from tune_hypergrad.comparison import pictures, tables
-from tune_hypergrad.comparison.report import all_pictures, summary_table, summary_text, write_report
+from tune_hypergrad.comparison.ledger import RETRAINING, Account
+from tune_hypergrad.comparison.telling import pictures, tables
+from tune_hypergrad.comparison.telling.report import all_pictures, summary_table, summary_text, write_report
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.ledger import RETRAINING, Account
 
 FDS, FDS1, RS, RS1 = (Account(method, seed) for method in ("fds", "rs") for seed in (0, 1))
 UNTRAINED = {"run/step": 0, "run/steps": 170, "run/completed": 0}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from comparisons import GRID, HandMade
 
-from tune_hypergrad.comparison.report import summary_text, write_report
-from tune_hypergrad.comparison.series import Curve
-from tune_hypergrad.comparison.verdict import Verdict, cost_in_words, verdict_text
-from tune_hypergrad.ledger import Account
+from tune_hypergrad.comparison.ledger import Account
+from tune_hypergrad.comparison.telling.report import summary_text, write_report
+from tune_hypergrad.comparison.telling.series import Curve
+from tune_hypergrad.comparison.telling.verdict import Verdict, cost_in_words, verdict_text
 
 
 def curve(method, *points):

@@ -17,14 +17,15 @@ from ray.tune.result import RESULT_DUPLICATE, TRIAL_INFO
 from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import FDS, HD, Budget, FixedSchedule, InputError, Schedule, continuing, schedule
-from tune_hypergrad.criterion import Criterion
-from tune_hypergrad.incumbents import FALLEN
-from tune_hypergrad.ledger import LEDGER_FILE, Account, read_events
-from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch, PortfolioStopper, portfolio_of
-from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.comparison.ledger import LEDGER_FILE, Account, read_events
+from tune_hypergrad.comparison.running.dispatching import FOUND, Dispatching
+from tune_hypergrad.comparison.running.fair_share import Claim
+from tune_hypergrad.comparison.running.labels import PORTFOLIO
+from tune_hypergrad.comparison.running.portfolio import Contender, PortfolioSearch, PortfolioStopper, portfolio_of
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.comparison.running.retrained import Retrained
+from tune_hypergrad.criterion import FALLEN, Criterion
 from tune_hypergrad.trainables.base import Stored, stored
-from tune_hypergrad.trainables.dispatching import FOUND, PORTFOLIO, Dispatching
-from tune_hypergrad.trainables.retrained import Retrained
 
 
 class Counted(tune.Trainable):
@@ -645,7 +646,7 @@ def test_trials_of_classes_and_functions_share_actors(ray_session, tmp_path, mon
         "hd": [{}],
         "f": [{"n": 2, "cost": cost}, {"n": 3, "cost": cost, "fails_at": 2}],
     }
-    contenders = [Contender(Account(name, 0), QueueSearch(queue), Budget(1e6)) for name, queue in queues.items()]
+    contenders = [Contender(Account(name, 0), QueueSearch(queue), Claim(Budget(1e6))) for name, queue in queues.items()]
     portfolio = PortfolioSearch(contenders, tmp_path, "of a run")
     dispatching = tune.with_parameters(Dispatching, trainables=trainables, unit="gradients", criterion=Criterion())
     tuner = tune.Tuner(
@@ -663,7 +664,7 @@ def test_trials_of_classes_and_functions_share_actors(ray_session, tmp_path, mon
     )
     tuner.fit()
     portfolio = portfolio_of("of a run")
-    assert portfolio.finished and not any(contender.live for contender in portfolio.contenders.values())
+    assert portfolio.finished and not any(contender.claim.live for contender in portfolio.contenders.values())
     reasons = {account.method: reason for account, reason in portfolio.ledger.stopped.items()}
     assert reasons == dict.fromkeys(trainables, "search ended")
     events = read_events(tmp_path / LEDGER_FILE)

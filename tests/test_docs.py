@@ -308,3 +308,13 @@ def test_pages_and_examples_import_public_names():
             assert last in entries or name in modules, f"{where} imports {name}, which is not in the reference"
             if module == "tune_hypergrad" and last in entries:
                 assert last in tune_hypergrad.__all__ or name in modules, f"{where}: {name} is not in __all__"
+
+
+def test_the_version_stands_in_one_place():
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    version = config["metadata"]["version"]
+    assert tune_hypergrad.__version__ == version
+    assert f"version: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert f"## [{version}]" in changes or f"What will be {version}" in changes

@@ -22,8 +22,8 @@ from tune_hypergrad import (
     complement,
     schedule,
 )
-from tune_hypergrad.comparison.start import complete_start
-from tune_hypergrad.methods import METHODS, Task, hyperparameters_of
+from tune_hypergrad.comparison.methods import METHODS, Task, hyperparameters_of
+from tune_hypergrad.comparison.running.start import complete_start
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.space import gradient_ranges
 

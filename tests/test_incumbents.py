@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_hypergrad.incumbents import Judged, Standings
+from tune_hypergrad.comparison.incumbents import Judged, Standings
 
 
 def numbers(*rows, start=None, averaged=True):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.ledger import Account, Ledger, read_events
+from tune_hypergrad.comparison.ledger import Account, Ledger, read_events
 
 FDS, RS = Account("fds", 0), Account("rs", 1)
 

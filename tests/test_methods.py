@@ -13,8 +13,7 @@ from self_tuning import EPOCH, regularised_problem
 from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import FixedSchedule, InputError, RandomSearch, schedule
-from tune_hypergrad.hypergradients import get_optimizer
-from tune_hypergrad.methods import (
+from tune_hypergrad.comparison.methods import (
     BY_DEFAULT,
     METHODS,
     Method,
@@ -27,6 +26,7 @@ from tune_hypergrad.methods import (
     regularisation_space,
     training_reports,
 )
+from tune_hypergrad.hypergradients import get_optimizer
 from tune_hypergrad.space import Range, flat_values, gradient_ranges
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +14,13 @@ from test_compare_progress import shown, status
 from tiny_problem import tiny_problem
 
 from tune_hypergrad import FDS, DeltaSTN, FixedSchedule, HypergradientSearch, InnerRun, InputError
-from tune_hypergrad.comparison.progress import Speed, progress_line, progress_table
-from tune_hypergrad.comparison.report import summary_text, write_report
-from tune_hypergrad.comparison.run import replace
+from tune_hypergrad.comparison.ledger import Account, Ledger
+from tune_hypergrad.comparison.methods import METHODS, Task
+from tune_hypergrad.comparison.telling.progress import Speed, progress_line, progress_table
+from tune_hypergrad.comparison.telling.report import summary_text, write_report
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.hypergradients import Outcome, RobustSearch
 from tune_hypergrad.hypergradients.outer import Descent, PaperSearch
-from tune_hypergrad.ledger import Account, Ledger
-from tune_hypergrad.methods import METHODS, Task
 from tune_hypergrad.space import Range
 
 RS = Account("rs", 0)

@@ -1,8 +1,9 @@
 """The package as a whole: what importing it brings in, its public names, and problems on their way to workers."""
 
-import configparser
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,52 @@ from torch.utils.data import Dataset
 import tune_hypergrad
 from tune_hypergrad import FixedSchedule
 
-REPOSITORY = Path(__file__).parent.parent
+PACKAGE = Path(tune_hypergrad.__file__).parent
+FLOORS = (
+    *("errors", "randomness", "modules", "losses", "criterion", "figures", "budget", "batches", "curves", "sampling"),
+    *("reading", "regularisers", "groups", "data", "objective", "space", "schedules", "defaults", "problem"),
+    *("hypergradients", "problems", "stn", "bridges", "recipes", "ray_internals", "trainables", "searchers"),
+    *("comparison.incumbents", "comparison.ledger", "comparison.telling", "comparison.methods", "comparison.running"),
+    *("comparison", "cli", "__main__"),
+)
+"""Modules and packages, each of which imports only what stands before it."""
+
+
+def floor(module: str) -> str:
+    """What of `FLOORS` a module belongs to."""
+    _, *parts = module.split(".")
+    return ".".join(parts[:2] if parts[0] == "comparison" else parts[:1])
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules of the package that a file imports when it runs, wherever it does so."""
+    tree = ast.parse(file.read_text())
+    checks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    types_only = {id(node) for check in checks for node in ast.walk(check)}
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name
+        if named and id(node) not in types_only:
+            for name in node.names:
+                path = PACKAGE.parent.joinpath(*node.module.split("."), name.name)
+                is_module = path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+                yield f"{node.module}.{name.name}" if is_module else node.module
+
+
+def test_imports_run_one_way():
+    for file in PACKAGE.rglob("*.py"):
+        module = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        if module != PACKAGE.name:
+            above = {other for other in imports(file) if FLOORS.index(floor(other)) > FLOORS.index(floor(module))}
+            assert not above, f"{module} imports {above}"
+
+
+def test_what_tells_of_a_comparison_brings_no_ray_in():
+    files = sorted((PACKAGE / "comparison" / "telling").glob("[!_]*.py"))
+    assert "report" in [file.stem for file in files]
+    lines = [f"import tune_hypergrad.comparison.telling.{file.stem}" for file in files]
+    lines += ["import sys", "print([name for name in sys.modules if name.split('.')[0] in ('ray', 'hpbandster')])"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_the_engine_brings_no_ray_in():
@@ -35,16 +81,6 @@ def test_every_public_name_resolves():
     assert set(tune_hypergrad._MODULES) == set(tune_hypergrad.__all__)
     with pytest.raises(AttributeError, match="'nothing'"):
         tune_hypergrad.nothing  # noqa: B018
-
-
-def test_the_version_stands_in_one_place():
-    config = configparser.ConfigParser()
-    config.read(REPOSITORY / "setup.cfg")
-    version = config["metadata"]["version"]
-    assert tune_hypergrad.__version__ == version
-    assert f"version: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
-    changes = (REPOSITORY / "CHANGELOG.md").read_text()
-    assert f"## [{version}]" in changes or f"What will be {version}" in changes
 
 
 def addresses(references):

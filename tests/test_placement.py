@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_hypergrad.comparison.placement import can_be_placed
+from tune_hypergrad.comparison.running.placement import can_be_placed
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 

@@ -19,23 +19,28 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad import BOHBSearch, BOSearch, Budget, Cost, RandomSearch, Schedule
-from tune_hypergrad.ledger import LEDGER_FILE, SCHEDULES_FOLDER, Account, Ledger, read_events
-from tune_hypergrad.searchers import portfolio as portfolio_module
-from tune_hypergrad.searchers.portfolio import (
-    FOUND,
-    PORTFOLIO,
-    RETRAINS,
+from tune_hypergrad.comparison.ledger import (
+    LEDGER_FILE,
     SCHEDULE_COLUMN,
+    SCHEDULES_FOLDER,
+    Account,
+    Ledger,
+    read_events,
+)
+from tune_hypergrad.comparison.running import fair_share
+from tune_hypergrad.comparison.running import portfolio as portfolio_module
+from tune_hypergrad.comparison.running.dispatching import FOUND
+from tune_hypergrad.comparison.running.fair_share import Claim
+from tune_hypergrad.comparison.running.labels import PORTFOLIO, RETRAINS, account_of, trial_name
+from tune_hypergrad.comparison.running.portfolio import (
     SNAPSHOT_FILE,
     Contender,
     PortfolioSearch,
     PortfolioStopper,
-    account_of,
     portfolio_of,
-    trial_name,
 )
-from tune_hypergrad.searchers.queue import QueueSearch
-from tune_hypergrad.searchers.snapshot import SavedTrial
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.ray_internals import SavedTrial
 
 AMOUNT = 1000
 SESSION = "2026-01-01_00-00-00"
@@ -208,9 +213,9 @@ class Loop:
         contender = self.portfolio.contenders[account]
         result = trial.result(value, **more)
         stop = self.stopper(trial.trial_id, result) or result["done"]
-        if contender.budget is not None:
+        if contender.claim.budget is not None:
             spent = self.portfolio.ledger.spent(account).gradients
-            self.over[account] = self.over.get(account, 0) + (spent > contender.budget.amount)
+            self.over[account] = self.over.get(account, 0) + (spent > contender.claim.budget.amount)
         if stop:
             result["done"] = True
         else:
@@ -275,12 +280,14 @@ def make(folder, searchers, *, amount=AMOUNT, concurrent=None, resources=None, b
         Contender(
             Account(name, 0),
             searcher,
-            (budgets or {}).get(name, Budget(amount)),
-            (concurrent or {}).get(name),
-            (resources or {}).get(name, "1 CPU"),
+            Claim(
+                (budgets or {}).get(name, Budget(amount)),
+                (concurrent or {}).get(name),
+                (resources or {}).get(name, "1 CPU"),
+                largest=known,
+                longest=1.0,
+            ),
             {"seed": 0},
-            largest=known,
-            longest=1.0,
         )
         for name, searcher in searchers.items()
     ]
@@ -293,6 +300,10 @@ def endless(*names):
 
 def of(portfolio, name):
     return portfolio.contenders[Account(name, 0)]
+
+
+def claim(portfolio, name):
+    return of(portfolio, name).claim
 
 
 def reasons(portfolio):
@@ -380,13 +391,13 @@ def test_shares_stay_close_whatever_the_order_in_which_trials_end(tmp_path_facto
     portfolio = make(tmp_path_factory.mktemp("portfolio"), endless(*names))
     by_name = dict(zip(names, costs, strict=True))
     for name, cost in by_name.items():
-        of(portfolio, name).largest = cost / AMOUNT  # known from earlier ones
+        claim(portfolio, name).largest = cost / AMOUNT  # known from earlier ones
     loop, turns = Loop(portfolio, slots, costs=lambda account, _: by_name[account.method]), count()
 
     def check():
         loop.fill()
         spent = {name: portfolio.ledger.spent(Account(name, 0)).gradients for name in names}
-        on_their_way = {name: spent[name] + cost * len(of(portfolio, name).live) for name, cost in by_name.items()}
+        on_their_way = {name: spent[name] + cost * len(claim(portfolio, name).live) for name, cost in by_name.items()}
         if not reasons(portfolio) and max(on_their_way.values()) < AMOUNT:
             assert max(on_their_way.values()) - min(on_their_way.values()) <= max(costs)
 
@@ -416,9 +427,9 @@ def test_one_result_goes_over_a_budget_at_the_most(tmp_path_factory, costs, repo
     portfolio = make(tmp_path_factory.mktemp("portfolio"), searchers)
     by_name = dict(zip(names, costs, strict=True))
     for name, own in by_name.items():
-        contender = of(portfolio, name)  # what follows is known from earlier ones
-        contender.largest, contender.longest = (1, max(own)) if tell_lengths else (max(own), 1)
-        contender.largest /= AMOUNT
+        own_claim = claim(portfolio, name)  # what follows is known from earlier ones
+        own_claim.largest, own_claim.longest = (1, max(own)) if tell_lengths else (max(own), 1)
+        own_claim.largest /= AMOUNT
     options = {"costs": lambda account, _: by_name[account.method], "reports": lambda _: reports}
     loop = Loop(portfolio, slots, ahead=ahead, **options)
     turns = count()
@@ -475,14 +486,14 @@ def test_a_longer_training_run_is_thought_to_cost_as_much_more(tmp_path):
         return trial
 
     loop.report(begin())
-    assert (of(loop.portfolio, "m").largest, of(loop.portfolio, "m").longest) == (pytest.approx(0.02), 27)
+    assert (claim(loop.portfolio, "m").largest, claim(loop.portfolio, "m").longest) == (pytest.approx(0.02), 27)
     for spent in (560, 1100):  # from 540 on
         trial = begin()
         assert begin() is None, "two of 540 each are too much"
         loop.report(trial)
         assert loop.portfolio.ledger.spent(Account("m", 0)).gradients == spent
     again = restored(loop, {"m": Says()})
-    assert vars(of(again.portfolio, "m"))["longest"] == 27 and loop.over[Account("m", 0)] == 1
+    assert vars(claim(again.portfolio, "m"))["longest"] == 27 and loop.over[Account("m", 0)] == 1
 
 
 def test_statuses_say_why_trials_have_ended(tmp_path):
@@ -504,7 +515,7 @@ def test_work_that_is_repeated_does_not_make_later_results_look_free(tmp_path):
     first.iteration, first.spent = 0, 0
     loop.report(first)  # 200, and 400 lost
     assert loop.portfolio.ledger.lost(Account("m", 0)).gradients == 400
-    assert of(loop.portfolio, "m").live[first.trial_id].last == 0.2
+    assert claim(loop.portfolio, "m").live[first.trial_id].last == 0.2
     loop.report(second)  # 400
     for trial in (first, second):  # 800
         loop.report(trial)
@@ -606,12 +617,12 @@ def test_a_methods_own_limit(tmp_path):
     loop.fill()
     assert sorted(account_of(trial.config).method for trial in loop.running) == ["fds"] + ["rs"] * 5
     most = []
-    loop.run(each=lambda: most.append(len(of(loop.portfolio, "fds").live)))
+    loop.run(each=lambda: most.append(len(claim(loop.portfolio, "fds").live)))
     assert max(most) == 1
 
 
 def test_of_each_kind_of_resources_only_so_many_trials_wait_for_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(portfolio_module, "WAITING", 1)
+    monkeypatch.setattr(fair_share, "WAITING", 1)
     kinds = {"gpu": "1 GPU", "also gpu": "1 GPU", "cpu": "1 CPU"}
     portfolio = make(tmp_path, endless(*kinds), resources=kinds)
     loop = Loop(portfolio)
@@ -623,7 +634,7 @@ def test_of_each_kind_of_resources_only_so_many_trials_wait_for_their_place(tmp_
     assert loop.ask() is None
     portfolio.on_trial_complete(waiting[1].trial_id, error=True)  # it never began
     assert account_of(loop.ask().config).method == "cpu"
-    monkeypatch.setattr(portfolio_module, "WAITING", 2)
+    monkeypatch.setattr(fair_share, "WAITING", 2)
     assert loop.ask() is not None and loop.ask() is not None and loop.ask() is None
     assert not reasons(portfolio)
 
@@ -673,7 +684,7 @@ def test_a_searcher_that_raises_on_restoring_stops_its_method_only(tmp_path):
     again = make(tmp_path, {"broken": broken, "works": Endless()}, key=loop.portfolio.key)
     again.restore_from_dir(str(loop.save()))
     assert reasons(again) == {"broken": "its searcher failed: ZeroDivisionError: no model"}
-    assert len(of(again, "broken").live) == 1, "its trials go on"
+    assert len(claim(again, "broken").live) == 1, "its trials go on"
 
 
 @pytest.mark.parametrize("nonsense", [[1, 2], 0.5, "later"])
@@ -921,8 +932,8 @@ def agreement(loop):
     """Ledger, searchers and Ray tell the same of what runs."""
     portfolio = loop.portfolio
     live = {trial_id for trial_id, trial in loop.trials.items() if trial.status == "RUNNING"}
-    assert {id for contender in portfolio.contenders.values() for id in contender.live} == live
-    assert set(portfolio._accounts) == live
+    assert {id for contender in portfolio.contenders.values() for id in contender.claim.live} == live
+    assert set(portfolio.fair_share.trials) == live
     records = portfolio.ledger.trials
     assert {id for id, record in records.items() if record.status == "forgotten"}.isdisjoint(loop.trials)
     for account, contender in portfolio.contenders.items():
@@ -930,7 +941,7 @@ def agreement(loop):
         assert portfolio.ledger.spent(account) == sum((record.spent for record in counted), Cost())
         if isinstance(contender.searcher, Endless):
             known = {*contender.searcher.running, *contender.searcher.results, *contender.searcher.errors}
-            assert set(contender.searcher.running) == set(contender.live) & known
+            assert set(contender.searcher.running) == set(contender.claim.live) & known
             assert {*contender.searcher.results, *contender.searcher.errors} & live == set()
 
 
@@ -1065,7 +1076,7 @@ def test_trials_that_a_searcher_does_not_know_run_on_without_it(tmp_path):
     torn(folder, lambda saved: saved.update(later=["RUNNING", {}, stranger.config]))
     searcher = Endless()
     again = restored(loop, {"m": searcher}, folder)
-    assert "later" in of(again.portfolio, "m").live and "later" not in searcher.running
+    assert "later" in claim(again.portfolio, "m").live and "later" not in searcher.running
     assert of(again.portfolio, "m").suggested == 9, "numbers are not given twice"
     again.fill()
     again.report(again.trials["later"])
@@ -1142,8 +1153,8 @@ def test_what_is_on_its_way_is_known_after_a_restore(tmp_path):
     for trial in list(loop.running):
         loop.report(trial)
         loop.fill()
-    before = loop.portfolio.contenders[Account("m", 0)]
-    again = restored(loop, endless("m")).portfolio.contenders[Account("m", 0)]
+    before = claim(loop.portfolio, "m")
+    again = claim(restored(loop, endless("m")).portfolio, "m")
     assert again.live == before.live and again.committed == before.committed
 
 

@@ -2,9 +2,9 @@
 
 from ray.tune.search import Searcher
 
-from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.ray_internals import SavedTrial
 from tune_hypergrad.searchers.restorable import restore_among, state_of
-from tune_hypergrad.searchers.snapshot import SavedTrial
 
 CONFIGS = [{"lr": {"0": 0.1, "1": 0.2}}, {"lr": 0.2}, {"lr": 0.3}]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ray import tune
 
 from tune_hypergrad import schedule
-from tune_hypergrad.comparison.reference import grid_points
+from tune_hypergrad.comparison.running.reference import grid_points
 from tune_hypergrad.errors import InputError
 
 

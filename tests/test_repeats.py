@@ -11,10 +11,11 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from tiny_problem import STEPS, ours, tiny_problem
 
 from tune_hypergrad import FDS, HD, STN, FixedSchedule, InnerRun, RandomSearch
+from tune_hypergrad.comparison.running.dispatching import Dispatching
+from tune_hypergrad.comparison.running.labels import PORTFOLIO
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.trainables.base import TrialSettings, split_config
-from tune_hypergrad.trainables.dispatching import PORTFOLIO, Dispatching
 
 SPACE = {"lr": tune.uniform(0, 1)}
 CASES = {

@@ -19,10 +19,10 @@ from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad import BOHBSearch, BOSearch, HyperBandSearch, HypergradientSearch, RandomSearch
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.ray_internals import SavedTrial
 from tune_hypergrad.searchers import restorable
-from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.searchers.ray_loop import searchers_of
-from tune_hypergrad.searchers.snapshot import SavedTrial
 
 SPACE = {"x": tune.uniform(0, 1)}
 GIVEN = {"metric": "val_loss", "mode": "min", "seed": 0}

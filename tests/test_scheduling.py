@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tune_hypergrad.comparison import scheduling
+from tune_hypergrad.comparison.running import scheduling
 
 
 class Clock:

@@ -34,8 +34,8 @@ from tune_hypergrad import (
     complement,
     schedule,
 )
-from tune_hypergrad.comparison.plan import _in_words
-from tune_hypergrad.comparison.reference import grid_points
+from tune_hypergrad.comparison.running.plan import _in_words
+from tune_hypergrad.comparison.running.reference import grid_points
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import (
     Range,

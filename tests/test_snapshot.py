@@ -8,7 +8,7 @@ import ray.cloudpickle as pickle
 from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
-from tune_hypergrad.searchers.snapshot import SavedTrial, keep_snapshot, put_snapshot_back, saved_trials
+from tune_hypergrad.ray_internals import SavedTrial, keep_snapshot, put_snapshot_back, saved_trials
 
 ONE_CPU = PlacementGroupFactory([{"CPU": 1}])
 FIRST, SECOND = "2026-01-01_10-00-00", "2026-01-02_09-00-00"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch_loops import SGD, VALUES, assert_exact, train
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.plan import Plan
-from tune_hypergrad.comparison.retraining import Retraining
+from tune_hypergrad.comparison.methods import Task, get_method
+from tune_hypergrad.comparison.running.plan import Plan
+from tune_hypergrad.comparison.running.retraining import Retraining
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer, TrainingSettings, check_problem, hypergradient
-from tune_hypergrad.methods import Task, get_method
 from tune_hypergrad.regularisers import WeightDecay
 from tune_hypergrad.trainables import STN, FixedSchedule, InnerRun
 

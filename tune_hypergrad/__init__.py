@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tune_hypergrad.budget import Budget, Cost
     from tune_hypergrad.comparison import Comparison, Retraining, compare
+    from tune_hypergrad.comparison.methods import Method
     from tune_hypergrad.errors import InputError
     from tune_hypergrad.hypergradients import HypergradientResult, check_problem, hypergradient
-    from tune_hypergrad.methods import Method
     from tune_hypergrad.problem import Problem
     from tune_hypergrad.schedules import Schedule
     from tune_hypergrad.searchers import (
@@ -47,7 +47,7 @@ _MODULES = {
     "HypergradientSearch": "searchers",
     "InnerRun": "trainables",
     "InputError": "errors",
-    "Method": "methods",
+    "Method": "comparison.methods",
     "Problem": "problem",
     "RandomSearch": "searchers",
     "Retraining": "comparison",

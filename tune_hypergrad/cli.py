@@ -180,10 +180,10 @@ def _compare(
 
     from tune_hypergrad.comparison import Interrupted, Retraining
     from tune_hypergrad.comparison import compare as run
-    from tune_hypergrad.comparison.arguments import checked
-    from tune_hypergrad.comparison.folders import contents, folder_for, new_file
-    from tune_hypergrad.comparison.records import SETTINGS_FILE
-    from tune_hypergrad.comparison.run import COMMAND_FILE
+    from tune_hypergrad.comparison.running.arguments import checked
+    from tune_hypergrad.comparison.running.folders import contents, folder_for, new_file
+    from tune_hypergrad.comparison.running.run import COMMAND_FILE
+    from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
 
     folder: Path = checked({"out": out})["out"]
     saved, settings = folder / COMMAND_FILE, folder / SETTINGS_FILE
@@ -227,7 +227,7 @@ def _compare(
 
 
 def _saved_command(folder: Path) -> dict[str, Any]:
-    from tune_hypergrad.comparison.run import COMMAND_FILE
+    from tune_hypergrad.comparison.running.run import COMMAND_FILE
 
     file = folder / COMMAND_FILE
     if not file.is_file() and (folder / "settings.json").exists():
@@ -253,7 +253,7 @@ def _with_added(command: dict[str, Any], grown: dict[str, Any], added: dict[str,
     """A saved command as the comparison has been extended since, and is to be now; methods come beside those there
     are."""
     from tune_hypergrad.budget import Budget
-    from tune_hypergrad.methods import BY_DEFAULT
+    from tune_hypergrad.comparison.methods import BY_DEFAULT
 
     there = grown.get("method") or command["method"] or BY_DEFAULT
     command = {**command, **grown, **added}
@@ -265,8 +265,8 @@ def _with_added(command: dict[str, Any], grown: dict[str, Any], added: dict[str,
 
 
 def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None, name: str | None) -> dict[str, Any]:
-    from tune_hypergrad.comparison.plan import SPACES, checked_space_name
-    from tune_hypergrad.methods import regularisation_space
+    from tune_hypergrad.comparison.methods import regularisation_space
+    from tune_hypergrad.comparison.running.plan import SPACES, checked_space_name
 
     if name is not None:
         checked_space_name(name)
@@ -280,8 +280,8 @@ def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None, na
 
 def _show(comparison: Comparison) -> None:
     """Print what came out of a comparison."""
-    from tune_hypergrad.comparison.report import summary_table
-    from tune_hypergrad.comparison.verdict import verdict_text
+    from tune_hypergrad.comparison.telling.report import summary_table
+    from tune_hypergrad.comparison.telling.verdict import verdict_text
 
     console.print(summary_table(comparison))
     console.print(verdict_text(comparison), highlight=False, markup=False)
@@ -299,8 +299,8 @@ def report(
     folder: Annotated[Path, typer.Argument(help="What `compare --out` wrote.")],
 ) -> None:
     """Write a comparison's report again, finished or not."""
-    from tune_hypergrad.comparison.records import Comparison
-    from tune_hypergrad.comparison.report import write_report
+    from tune_hypergrad.comparison.telling.records import Comparison
+    from tune_hypergrad.comparison.telling.report import write_report
 
     comparison = Comparison(folder)
     write_report(comparison)
@@ -408,7 +408,7 @@ def problems() -> None:
 @app.command()
 def methods() -> None:
     """List the methods."""
-    from tune_hypergrad.methods import METHODS
+    from tune_hypergrad.comparison.methods import METHODS
 
     shown = Table("method", "what it does")
     for method in METHODS.values():

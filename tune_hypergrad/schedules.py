@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SCHEDULE_FILE = "schedule.json"
+"""Beside a checkpoint's state: the schedule that the trial stands for; in a report's folders: a method's best."""
+
 _FORMAT, _VERSION = "tune_hypergrad/schedule", 2
 _READABLE = (1, 2)  # version 1 had windows only
 _DRAWN = 200

@@ -11,14 +11,13 @@ import torch
 from ray.tune.search import Repeater
 from ray.tune.search.repeater import TRIAL_INDEX
 
-from tune_hypergrad.criterion import OBJECTIVE
+from tune_hypergrad.criterion import CONFIRMATIONS, OBJECTIVE
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.outer import mean_outcome
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
-from tune_hypergrad.incumbents import CONFIRMATIONS
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.constants import check_constant, is_same

@@ -27,10 +27,10 @@ from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.ray_internals import SavedTrial, heard_of, last_result_of, saved_trials, searcher_files
 from tune_hypergrad.searchers import wrappers
 from tune_hypergrad.searchers.constants import plain, shown
 from tune_hypergrad.searchers.ray_loop import RayLoop, calling_loop, calling_searchers, continue_counting, searchers_of
-from tune_hypergrad.searchers.snapshot import SavedTrial, saved_trials
 
 STATE_KEY = "tune_hypergrad_search"
 """In a searcher's file: its state."""
@@ -229,8 +229,7 @@ class RestorableSearch(Searcher, Generic[Work]):
             InputError: the folder has nothing to continue from.
         """
         searchers, trials = self._among(calling_searchers()), saved_trials(checkpoint_dir)
-        files = sorted(Path(checkpoint_dir).glob(self.CKPT_FILE_TMPL.format("*")), reverse=True)
-        saved = next(filter(None, map(_read, files)), None)
+        saved = next(filter(None, map(_read, searcher_files(checkpoint_dir))), None)
         if saved is None and trials is None:
             raise InputError(f"{checkpoint_dir} has no state of a searcher: give the folder of a Ray Tune experiment")
         if saved is None:
@@ -335,10 +334,12 @@ class RestorableSearch(Searcher, Generic[Work]):
             return False
         trials = loop.trials()
         ended = [trials[trial_id] for trial_id in unheard if trial_id in trials]
-        counted = {t.trial_id: t for t in ended if t.status == Trial.ERROR or self._counts(t.trial_id, _last_result(t))}
+        counted = {
+            t.trial_id: t for t in ended if t.status == Trial.ERROR or self._counts(t.trial_id, flat(last_result_of(t)))
+        }
         self._lose([trial_id for trial_id in unheard if trial_id not in counted], loop.searchers)
-        for trial in sorted(counted.values(), key=lambda trial: trial.run_metadata.last_result_time):
-            _tell_end(loop.searchers, trial.trial_id, _last_result(trial), trial.status == Trial.ERROR)
+        for trial in sorted(counted.values(), key=heard_of):
+            _tell_end(loop.searchers, trial.trial_id, flat(last_result_of(trial)), trial.status == Trial.ERROR)
         return True
 
     def _counts(self, trial_id: str, result: Mapping[str, Any]) -> bool:
@@ -556,10 +557,6 @@ def _around(searcher: Searcher, outer: Searcher) -> list[Searcher]:
 def _tell_end(searchers: Sequence[Searcher], trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
     """Tell of a trial's end as Ray does: those that have failed have no result."""
     searchers[0].on_trial_complete(trial_id, result=None if error or not result else dict(result), error=error)
-
-
-def _last_result(trial: Trial) -> dict[str, Any]:
-    return flat(trial.run_metadata.last_result)  # the trial's own makes one up where there is none
 
 
 def _agree(suggested: Any, given: Any) -> bool:

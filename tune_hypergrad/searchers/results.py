@@ -19,6 +19,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from ray import tune
 
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.ray_internals import SEARCHER_FILES
 from tune_hypergrad.searchers.restorable import STATE_KEY
 
 _LOGGED = ("configs.json", "results.json")  # what HpBandSter's json_result_logger writes
@@ -68,7 +69,7 @@ def hpbandster_result(experiment: tune.ResultGrid | str | PathLike[str]) -> Expe
         InputError: no such searcher's state is there, or it cannot be read.
     """
     place = _locate(experiment)
-    names = [name for name in place.file_names() if fnmatch(name, "searcher-state-*.pkl")]
+    names = [name for name in place.file_names() if fnmatch(name, SEARCHER_FILES)]
     newest = max(names, default=None)  # named by when each session of Ray's began
     if newest is None:
         raise InputError(f"{place} has no state of a searcher: give the folder of a Ray Tune experiment")

@@ -13,10 +13,10 @@ from ConfigSpace import ConfigurationSpace
 from ray import tune
 
 from tune_hypergrad.errors import InputError, did_you_mean
+from tune_hypergrad.ray_internals import saved_trials
 from tune_hypergrad.searchers.configspace import Translation, translate
 from tune_hypergrad.searchers.hypergradient_search import OURS
 from tune_hypergrad.searchers.restorable import flat
-from tune_hypergrad.searchers.snapshot import saved_trials
 from tune_hypergrad.space import is_number
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 

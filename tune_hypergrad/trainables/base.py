@@ -28,13 +28,11 @@ from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
-from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.schedules import SCHEDULE_FILE, Schedule
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
 _OF_SEARCHERS = (PROMOTED_FROM, TRIAL_INDEX)  # in a trial's config, but neither settings nor hyperparameters
 _STATE_FILE = "state.pt"
-SCHEDULE_FILE = "schedule.json"
-"""Beside a checkpoint's state: the schedule that the trial stands for."""
 
 
 @dataclass(frozen=True)

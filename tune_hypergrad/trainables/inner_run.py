@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from tune_hypergrad.budget import Cost
+from tune_hypergrad.criterion import CONFIRMATIONS, FALLEN
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
@@ -19,7 +20,6 @@ from tune_hypergrad.hypergradients.hypergradient import advance
 from tune_hypergrad.hypergradients.modes import AUTO, mode_named
 from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
 from tune_hypergrad.hypergradients.state import Hyperparameters
-from tune_hypergrad.incumbents import CONFIRMATIONS, FALLEN
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.splits import split_anew
 from tune_hypergrad.randomness import fold_seed

@@ -20,16 +20,16 @@ from rich.table import Column as TerminalColumn
 from rich.table import Table
 from rich.text import Text
 
-from tune_hypergrad.comparison import pictures, tables
-from tune_hypergrad.comparison.drawing import COST_LABELS, INK, NARROW, shortened
-from tune_hypergrad.comparison.records import Comparison, measure_label
-from tune_hypergrad.comparison.series import Granted, distinct_units
-from tune_hypergrad.comparison.tables import Column, TextTable
-from tune_hypergrad.comparison.troubles import Trouble
-from tune_hypergrad.comparison.verdict import cost_in_words, verdict_text
+from tune_hypergrad.comparison.telling import pictures, tables
+from tune_hypergrad.comparison.telling.drawing import COST_LABELS, INK, NARROW, shortened
+from tune_hypergrad.comparison.telling.records import Comparison, measure_label
+from tune_hypergrad.comparison.telling.series import Granted, distinct_units
+from tune_hypergrad.comparison.telling.tables import Column, TextTable
+from tune_hypergrad.comparison.telling.troubles import Trouble
+from tune_hypergrad.comparison.telling.verdict import cost_in_words, verdict_text
 from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.curves import Curve
-from tune_hypergrad.trainables.base import SCHEDULE_FILE
+from tune_hypergrad.schedules import SCHEDULE_FILE
 
 REPORT_FILE = "report.html"
 """In a comparison's folder: one page, which needs no network and no other file."""

@@ -9,15 +9,21 @@ from numbers import Real
 from typing import Any, cast
 
 from ray import tune
-from ray.train._internal.session import _TrainingResult
-from ray.train._internal.storage import StorageContext
 from ray.tune.result import RESULT_DUPLICATE, TIME_TOTAL_S, TRIAL_INFO
 from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.comparison.running.labels import PORTFOLIO
+from tune_hypergrad.criterion import FALLEN, Criterion
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.incumbents import FALLEN
+from tune_hypergrad.ray_internals import (
+    count_checkpoints_from,
+    folder_in,
+    saved_as,
+    seconds_of,
+    storage_of,
+    trial_info_of,
+)
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import flat_values
 from tune_hypergrad.trainables.base import objective_results
@@ -29,9 +35,6 @@ from tune_hypergrad.trainables.checkpoints import (
     write_result,
 )
 
-PORTFOLIO = "portfolio"
-"""Key in a trial's config: its account and its number, `{"method": "fds", "seed": 0, "trial": 1}`, beside what a
-suggestion has there itself."""
 FOUND = "found"
 """Key in a result: a schedule too long for scalars, `{name: values}`, which is kept as a file."""
 
@@ -68,7 +71,7 @@ class Dispatching(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Called by Ray when an actor is reused for another trial."""
         same = new_config[PORTFOLIO]["method"] == self._method
-        if same and self._inner.reset(self._own(new_config), storage=self._storage):
+        if same and self._inner.reset(self._own(new_config), storage=storage_of(self)):
             self._begin()
         else:
             self._inner.stop()
@@ -83,7 +86,7 @@ class Dispatching(tune.Trainable):
         """
         if not self._has_begun:
             self._has_begun = True
-            restored = None if self._storage is None else self._restore_newest(self._storage)
+            restored = self._restore_newest()
             if restored is not None:
                 return {**restored, "config": self.config}
         result: dict[str, Any] = self._inner.train()
@@ -113,10 +116,11 @@ class Dispatching(tune.Trainable):
             saved = self._inner.save(checkpoint_dir).checkpoint
             if saved is not None:
                 write_result(saved, {key: value for key, value in self._reported.items() if key != "config"})
-                if self._storage is not None:
-                    delete_checkpoints(self._storage.storage_filesystem, self._storage.trial_fs_path, before=saved)
+                storage = storage_of(self)
+                if storage is not None:
+                    delete_checkpoints(*folder_in(storage), before=saved)
             self._unsaved = False
-        return _TrainingResult(None, {})
+        return saved_as(None, {})
 
     def cleanup(self) -> None:
         """Called by Ray."""
@@ -124,33 +128,36 @@ class Dispatching(tune.Trainable):
 
     def _make(self, config: dict[str, Any]) -> None:
         self._method = config[PORTFOLIO]["method"]
-        self._inner = self._trainables[self._method](config=self._own(config), storage=self._storage)
+        self._inner = self._trainables[self._method](config=self._own(config), storage=storage_of(self))
         self._begin()
 
     def _begin(self) -> None:
         self._lowest = float("inf")
         self._has_begun = self._unsaved = False
-        self._seconds_before = self._inner._time_total  # of a shorter trial that this one continues
+        self._seconds_before = seconds_of(self._inner)  # of a shorter trial that this one continues
 
-    def _restore_newest(self, storage: StorageContext) -> dict[str, Any] | None:
+    def _restore_newest(self) -> dict[str, Any] | None:
         """Go on from the newest whole checkpoint, if there is one; the result that belongs to it.
 
         Not as the trial begins: Ray does not try again what fails before the first result is asked for.
         """
-        there = checkpoints_in(storage.storage_filesystem, storage.trial_fs_path)
+        storage = storage_of(self)
+        if storage is None:
+            return None
+        there = checkpoints_in(*folder_in(storage))
         if there:  # those to come must not be written over one that a process has left unfinished
-            storage.current_checkpoint_index = checkpoint_number(there[-1])
+            count_checkpoints_from(storage, checkpoint_number(there[-1]))
         for checkpoint in reversed(there):
             result = read_result(checkpoint)
             if result is not None:
-                self._inner.restore(_TrainingResult(checkpoint, dict(result)))
+                self._inner.restore(saved_as(checkpoint, dict(result)))
                 return result
         return None
 
     def _own(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config that the method's searcher suggested, and what Ray tells trials of themselves."""
         own = {name: value for name, value in config.items() if name != PORTFOLIO}
-        return {**own, TRIAL_INFO: self._trial_info}
+        return {**own, TRIAL_INFO: trial_info_of(self)}
 
     def _with_long_schedule(self, result: dict[str, Any]) -> dict[str, Any]:
         """The schedule whole instead of scalar by scalar where it is long, and only with what may be an incumbent, or

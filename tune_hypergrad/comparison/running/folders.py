@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -28,6 +29,13 @@ def contents(folder: Path) -> list[Path]:
         return list(folder.iterdir()) if os.path.isdir(folder) else []
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {in_one_line(error)}; choose another folder") from error
+
+
+def raise_if_full(error: str) -> None:
+    """Raise the OSError that an error's text tells of, if it is that of a full disk."""
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(code) in error:
+            raise OSError(code, os.strerror(code))
 
 
 def _make(folder: Path) -> None:

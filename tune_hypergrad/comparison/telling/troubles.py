@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from tune_hypergrad.ledger import BUDGET_SPENT, SEARCH_ENDED
+from tune_hypergrad.comparison.ledger import BUDGET_SPENT, SEARCH_ENDED
 
 _INTERRUPTED = "the comparison was interrupted"
 

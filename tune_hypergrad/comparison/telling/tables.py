@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tune_hypergrad.comparison.drawing import COST_LABELS, shortened
-from tune_hypergrad.comparison.records import Comparison, Yardstick, measure_label
-from tune_hypergrad.comparison.series import spending_parts
-from tune_hypergrad.comparison.troubles import first_line
-from tune_hypergrad.comparison.verdict import OTHER_LENGTH, Verdict, cost_in_words
+from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START
+from tune_hypergrad.comparison.telling.drawing import COST_LABELS, shortened
+from tune_hypergrad.comparison.telling.records import Comparison, Yardstick, measure_label
+from tune_hypergrad.comparison.telling.series import spending_parts
+from tune_hypergrad.comparison.telling.troubles import first_line
+from tune_hypergrad.comparison.telling.verdict import OTHER_LENGTH, Verdict, cost_in_words
 from tune_hypergrad.criterion import OBJECTIVE
-from tune_hypergrad.ledger import GRID, RETRAINING, START
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import is_hyperparameter
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune_hypergrad.comparison.drawing import unit_in_words
-from tune_hypergrad.comparison.records import Comparison, Yardstick
-from tune_hypergrad.comparison.series import Curve, curves
+from tune_hypergrad.comparison.telling.drawing import unit_in_words
+from tune_hypergrad.comparison.telling.records import Comparison, Yardstick
+from tune_hypergrad.comparison.telling.series import Curve, curves
 
 OTHER_LENGTH = "*"
 """Behind what was tested after a training run of another length than the others'."""

@@ -15,18 +15,8 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.growth import Continuation
-from tune_hypergrad.comparison.placement import IN_PIECES, can_be_placed
-from tune_hypergrad.comparison.reference import grid_points
-from tune_hypergrad.comparison.retraining import Retraining, RetrainingSearch
-from tune_hypergrad.comparison.session import grows
-from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
-from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
-from tune_hypergrad.groups import regrouped
-from tune_hypergrad.hypergradients import Optimizer, get_optimizer
-from tune_hypergrad.hypergradients.optimizers import is_built_in
-from tune_hypergrad.ledger import GRID, RETRAINING, START, Account
-from tune_hypergrad.methods import (
+from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START, Account
+from tune_hypergrad.comparison.methods import (
     BY_DEFAULT,
     FLOOR,
     METHODS,
@@ -40,10 +30,21 @@ from tune_hypergrad.methods import (
     regularisation_space,
     taken_by,
 )
+from tune_hypergrad.comparison.running.fair_share import Claim
+from tune_hypergrad.comparison.running.growth import Continuation
+from tune_hypergrad.comparison.running.placement import IN_PIECES, can_be_placed
+from tune_hypergrad.comparison.running.portfolio import Contender, PortfolioSearch
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.comparison.running.reference import grid_points
+from tune_hypergrad.comparison.running.retraining import Retraining, RetrainingSearch
+from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
+from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
+from tune_hypergrad.groups import regrouped
+from tune_hypergrad.hypergradients import Optimizer, get_optimizer
+from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
-from tune_hypergrad.searchers.portfolio import Contender, PortfolioSearch
-from tune_hypergrad.searchers.queue import QueueSearch
+from tune_hypergrad.ray_internals import cluster_grows
 from tune_hypergrad.space import is_number
 
 OF_TASKS = (
@@ -188,24 +189,23 @@ class Plan:
         if self.start:  # the first, so that what it is worth is known when incumbents are trained again
             asked = kinds[START]
             contenders += [
-                Contender(Account(START, seed), QueueSearch([self.start]), self.budget, 1, asked, {"seed": seed})
+                Contender(Account(START, seed), QueueSearch([self.start]), Claim(self.budget, 1, asked), {"seed": seed})
                 for seed in self.seeds
             ]
         contenders += [
             Contender(
                 account,
                 searcher,
-                self.budget,
-                methods[account.method].concurrent,
-                kinds[account.method],
+                Claim(self.budget, methods[account.method].concurrent, kinds[account.method]),
                 {"seed": account.seed},
             )
             for account, searcher in searchers.items()
         ]
         if self.grid:
-            contenders.append(Contender(Account(GRID, 0), QueueSearch(self.grid), None, None, kinds[GRID], {"seed": 0}))
+            claim = Claim(None, resources=kinds[GRID])
+            contenders.append(Contender(Account(GRID, 0), QueueSearch(self.grid), claim, {"seed": 0}))
         again = RetrainingSearch(folder, key, self.retraining, self.problem.model_hyperparameters)
-        contenders.append(Contender(Account(RETRAINING, 0), again, None, None, kinds[RETRAINING]))
+        contenders.append(Contender(Account(RETRAINING, 0), again, Claim(None, resources=kinds[RETRAINING])))
         criterion = self.problem.criterion
         return PortfolioSearch(contenders, folder, key, max_concurrent=self.max_concurrent, criterion=criterion)
 
@@ -227,7 +227,7 @@ class Plan:
         Raises:
             InputError: some never will.
         """
-        if grows():
+        if cluster_grows():
             return
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         # one search for each kind, told of by the first that asks for it

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.budget import UNITS
-from tune_hypergrad.comparison.records import Comparison
-from tune_hypergrad.ledger import GRID, RETRAINING, START
+from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START
+from tune_hypergrad.comparison.telling.records import Comparison
 
 
 @dataclass(frozen=True)

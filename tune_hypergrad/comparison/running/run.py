@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
-import shutil
-import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import ray
-from pyarrow.fs import FileSelector, FileSystem, FileType
 from ray import tune
 from ray.tune import (
     Callback,
@@ -31,44 +23,49 @@ from ray.tune import (
 from ray.tune.search import Searcher
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.arguments import checked
-from tune_hypergrad.comparison.folders import contents, folder_for, joined, new_file, storage_for
-from tune_hypergrad.comparison.growth import EXTENSIONS, Growth, continuation_of, growth_of
-from tune_hypergrad.comparison.plan import Plan, chosen_methods, default_space
-from tune_hypergrad.comparison.progress import Display, Status, make_display
-from tune_hypergrad.comparison.records import SETTINGS_FILE, Comparison
-from tune_hypergrad.comparison.report import write_report
-from tune_hypergrad.comparison.retraining import Retraining
-from tune_hypergrad.comparison.scheduling import PatientScheduler
-from tune_hypergrad.comparison.session import cluster_session
-from tune_hypergrad.comparison.start import complete_start
-from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.ledger import (
-    BUDGET_SPENT,
-    GRID,
+from tune_hypergrad.comparison.ledger import (
     LEDGER_FILE,
     RETRAINING,
-    SEARCH_ENDED,
-    START,
     Account,
     Ledger,
-    read_events,
 )
-from tune_hypergrad.methods import BY_DEFAULT, Method, Task
-from tune_hypergrad.problem import Problem
-from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.searchers.portfolio import (
+from tune_hypergrad.comparison.methods import BY_DEFAULT, Method, Task
+from tune_hypergrad.comparison.running.arguments import checked
+from tune_hypergrad.comparison.running.callback import DISPLAYS, ComparisonCallback
+from tune_hypergrad.comparison.running.dispatching import Dispatching
+from tune_hypergrad.comparison.running.fair_share import WAITING
+from tune_hypergrad.comparison.running.folders import contents, folder_for, joined, new_file, raise_if_full, storage_for
+from tune_hypergrad.comparison.running.growth import Growth
+from tune_hypergrad.comparison.running.labels import PORTFOLIO, trial_name
+from tune_hypergrad.comparison.running.plan import Plan, chosen_methods, default_space
+from tune_hypergrad.comparison.running.portfolio import (
     SNAPSHOT_FILE,
-    WAITING,
     PortfolioStopper,
     portfolio_of,
-    raise_if_full,
-    trial_name,
 )
-from tune_hypergrad.searchers.snapshot import put_snapshot_back, saved_searcher
-from tune_hypergrad.trainables.checkpoints import delete_checkpoints
-from tune_hypergrad.trainables.dispatching import PORTFOLIO, Dispatching
+from tune_hypergrad.comparison.running.resuming import (
+    as_begun,
+    continued,
+    forget_unsaved,
+    growth_in,
+    key_of,
+    snapshot_before,
+    write_extension,
+)
+from tune_hypergrad.comparison.running.retraining import Retraining
+from tune_hypergrad.comparison.running.scheduling import PatientScheduler
+from tune_hypergrad.comparison.running.session import cluster_session
+from tune_hypergrad.comparison.running.settings import write_settings
+from tune_hypergrad.comparison.running.start import complete_start
+from tune_hypergrad.comparison.running.sweeping import sweep_all
+from tune_hypergrad.comparison.telling.progress import make_display
+from tune_hypergrad.comparison.telling.records import SETTINGS_FILE, Comparison
+from tune_hypergrad.comparison.telling.report import write_report
+from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients import Optimizer
+from tune_hypergrad.problem import Problem
+from tune_hypergrad.ray_internals import put_snapshot_back, run_config_of, saved_searcher
+from tune_hypergrad.schedules import Schedule
 
 COMMAND_FILE = "command.json"
 """In a comparison's folder, where the command line made it: its options, for resuming."""
@@ -78,8 +75,6 @@ _BEFORE = (COMMAND_FILE, "settings.tmp")  # what a folder may have before anythi
 _BESIDE_LEDGER = (SETTINGS_FILE, "settings.tmp", SNAPSHOT_FILE, "snapshot.tmp", _TRIALS_FOLDER)
 _OF_RUNS = ("out", "resume", "max_failures", "storage", "address", "progress", "callbacks")
 _logger = logging.getLogger(__name__)
-
-_PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "numpy")
 
 
 class Interrupted(Exception):
@@ -231,14 +226,14 @@ def run_plan(
     folder = Path(out).resolve()
     # whoever has named methods wants to know at once; of all the usual ones the report says it
     were_named = {method.name for method in plan.methods} != set(BY_DEFAULT)
-    plan = (_as_begun(plan, folder) if resume else plan).suited()
-    growth = _growth_in(folder, plan, storage) if resume else Growth()
-    plan = _continued(plan, folder, growth) if resume else plan
+    plan = (as_begun(plan, folder) if resume else plan).suited()
+    growth = growth_in(folder, plan, storage) if resume else Growth()
+    plan = continued(plan, folder, growth) if resume else plan
     for name, reason in plan.left_out.items():
         _logger.log(logging.WARNING if were_named else logging.INFO, "%s is left out: %s", name, reason)
     display = make_display(progress, plan.left_out, plan.problem.criterion)
     trainables, searchers = plan.trainables(), plan.searchers()
-    key = _key_of(folder) if resume else _new_key(folder)
+    key = key_of(folder) if resume else _new_key(folder)
     trials = joined(storage, f"{folder.name}-{key}") if storage else str(folder)
 
     @cache  # asked when something has failed, by whoever clears up
@@ -254,8 +249,8 @@ def run_plan(
             plan.check_resources()
             if not resume:
                 stack.enter_context(new_file(folder / LEDGER_FILE, _BESIDE_LEDGER, begun))
-            _write_settings(folder, plan, key, storage, growth)
-            _DISPLAYS[key] = display
+            write_settings(folder, plan, key, storage, growth)
+            DISPLAYS[key] = display
             finished = _run(plan, trainables, searchers, folder, key, max_failures, trials, callbacks)
     except Exception as error:
         try:
@@ -265,7 +260,7 @@ def run_plan(
             raise InputError(f"the disk of {folder} is full: {remedy}") from error
         raise
     finally:
-        _DISPLAYS.pop(key, None)
+        DISPLAYS.pop(key, None)
         display.close()
     comparison = Comparison(folder)
     write_report(comparison)
@@ -274,66 +269,6 @@ def run_plan(
             f"stopped: {folder} has the results so far; the same call with resume=True goes on from there"
         )
     return comparison
-
-
-class ComparisonCallback(Callback):
-    """Tells the portfolio of its trials' beginnings and ends, and a display of everybody's progress.
-
-    Args:
-        key: of the portfolio.
-        max_failures: restarts of a trial that fails, also of one that was begun before the comparison was resumed.
-    """
-
-    def __init__(self, key: str, max_failures: int) -> None:
-        self.key, self.max_failures = key, max_failures
-        self._shown = 0.0
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Ray."""
-        trial.max_failures = self.max_failures
-        portfolio_of(self.key).started(trial)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Ray."""
-        portfolio_of(self.key).ended(trial)
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Ray when a trial has failed and is tried again."""
-        portfolio_of(self.key).retried(trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Ray when a trial has failed for good."""
-        portfolio_of(self.key).failed(trial)
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Called by Ray."""
-        if time.monotonic() - self._shown >= 0.25:
-            self._show()
-
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Called by Ray."""
-        self._show(finished=portfolio_of(self.key).finished)
-
-    def _show(self, finished: bool = False) -> None:
-        self._shown = time.monotonic()
-        portfolio = portfolio_of(self.key)
-        best = portfolio.best
-        statuses = [
-            Status(
-                account,
-                0.0 if contender.budget is None else contender.budget.spent_by(portfolio.ledger.spent(account)),
-                contender.suggested,
-                len(contender.live),
-                best.get(account, float("inf")),
-                portfolio.ledger.reason(account),
-                sum(trial.status == "failed" for trial in portfolio.ledger.trials_of(account)),
-            )
-            for account, contender in portfolio.contenders.items()
-        ]
-        _DISPLAYS[self.key].update(statuses, finished=finished)
-
-
-_DISPLAYS: dict[str, Display] = {}
 
 
 def _run(
@@ -354,21 +289,20 @@ def _run(
     name = _TRIALS_FOLDER if plan.continuation is None else f"{_TRIALS_FOLDER}-{plan.continuation.number}"
     path = joined(trials, name)
     if plan.continuation is not None:
-        _write_extension(folder, plan)
+        write_extension(folder, plan)
     known = put_snapshot_back(folder / SNAPSHOT_FILE, path)
     if known:
-        _delete_checkpoints(path, keep=known)
+        sweep_all(path, keep=known)
         tuner = tune.Tuner.restore(path, trainable)
-        assert tuner._local_tuner is not None  # which a client of Ray alone has not
-        run_config = tuner._local_tuner.get_run_config()
+        run_config = run_config_of(tuner)
         run_config.callbacks = [ComparisonCallback(key, max_failures), *callbacks]
         run_config.failure_config = FailureConfig(max_failures=max_failures)
     else:
-        _forget(folder, path)
+        forget_unsaved(folder, path)
         portfolio = plan.portfolio(searchers, folder, key)
         if plan.continuation is not None:
             anew = {*plan.continuation.anew, Account(RETRAINING, 0)}
-            portfolio.extend(saved_searcher(_snapshot_before(folder, plan)), anew)
+            portfolio.extend(saved_searcher(snapshot_before(folder, plan)), anew)
         tuner = tune.Tuner(
             trainable,
             tune_config=TuneConfig(
@@ -394,101 +328,8 @@ def _run(
     tuner.fit()
     finished = portfolio_of(key).finished  # Ray catches Ctrl-C, stops the trials and returns
     if finished:
-        _delete_checkpoints(path)
+        sweep_all(path)
     return finished
-
-
-def _delete_checkpoints(trials: str, keep: Collection[str] = ()) -> None:
-    """Delete the checkpoints of all trials but those of the ids `keep`: nobody will go on from them."""
-    filesystem, folder = FileSystem.from_uri(trials)
-    for found in filesystem.get_file_info(FileSelector(folder)):
-        if found.type == FileType.Directory and not any(f"_{trial_id}_" in found.base_name for trial_id in keep):
-            delete_checkpoints(filesystem, found.path)
-
-
-def _forget(folder: Path, trials: str) -> None:
-    """What a driver left that was killed before Ray had saved anything."""
-    events = read_events(folder / LEDGER_FILE)
-    if events and events[-1]["event"] != "extend":
-        Ledger(folder / LEDGER_FILE).write("resume", known=[])
-    with suppress(FileNotFoundError):
-        if "://" not in trials:
-            shutil.rmtree(trials)
-
-
-def _as_begun(plan: Plan, folder: Path) -> Plan:
-    """A plan without the methods that were left out as the comparison in a folder began."""
-    file = folder / SETTINGS_FILE
-    reasons = json.loads(file.read_text()).get("left_out", {}) if file.is_file() else {}
-    known = {method.name: reasons[method.name] for method in plan.methods if method.name in reasons}
-    left = tuple(method for method in plan.methods if method.name not in known)
-    return replace(plan, methods=left, left_out=known)
-
-
-def _growth_in(folder: Path, plan: Plan, storage: str | None) -> Growth:
-    """By what a plan extends the comparison in a folder.
-
-    Raises:
-        InputError: there is none, it had another plan, or it is not finished and so cannot be extended.
-    """
-    file = folder / SETTINGS_FILE
-    if not file.is_file():
-        raise InputError(f"{folder} has nothing to resume: there is no {SETTINGS_FILE}")
-    saved = json.loads(file.read_text())
-    growth = growth_of(saved, {**plan.settings(), "storage": storage}, folder)
-    if saved["folder"] != str(folder):
-        raise InputError(f"{folder} was begun as {saved['folder']}: move it back there to resume")
-    if growth and not Comparison(folder).finished:
-        raise InputError(f"{folder} is not finished: resume it with the arguments that it has, then extend it")
-    return growth
-
-
-def _continued(plan: Plan, folder: Path, growth: Growth) -> Plan:
-    """A plan with what its extension, if it is one, begins with, and in the order in which things were added."""
-    saved = json.loads((folder / SETTINGS_FILE).read_text())
-    number = len(saved.get(EXTENSIONS, ())) + bool(growth)
-    names, own = [method["name"] for method in saved["methods"]], {method.name: method for method in plan.methods}
-    order = [*names, *growth.methods]
-    plan = replace(plan, methods=tuple(own[name] for name in order), seeds=(*saved["seeds"], *growth.seeds))
-    if not number:
-        return plan
-    new = growth.said() if growth else saved[EXTENSIONS][-1]
-    known = frozenset(
-        Account(method, seed)
-        for method in (*order, START, GRID, RETRAINING)
-        for seed in plan.seeds
-        if method not in new["methods"] and seed not in new["seeds"]
-    )
-    return replace(plan, continuation=continuation_of(folder, number, own, plan.task, plan.budget, known))
-
-
-def _snapshot_before(folder: Path, plan: Plan) -> Path:
-    """The copy of Ray's last snapshot before an extension."""
-    assert plan.continuation is not None
-    file = folder / SNAPSHOT_FILE
-    return file.with_stem(f"{file.stem}-{plan.continuation.number}")
-
-
-def _write_extension(folder: Path, plan: Plan) -> None:
-    """Tell the ledger of an extension that has just begun, and put what was before it aside."""
-    assert plan.continuation is not None
-    before, file = _snapshot_before(folder, plan), folder / SNAPSHOT_FILE
-    if not before.exists() and file.exists():  # from now on that is the extension's own
-        file.rename(before)
-    events = read_events(folder / LEDGER_FILE)
-    if sum(event["event"] == "extend" for event in events) >= plan.continuation.number:
-        return
-    ledger, said = Ledger(folder / LEDGER_FILE), json.loads((folder / SETTINGS_FILE).read_text())[EXTENSIONS][-1]
-    ended = {account for account, why in ledger.stopped.items() if why in (BUDGET_SPENT, SEARCH_ENDED)}
-    methods = {method.name for method in plan.methods}
-    grown = {account for account in ended if account.method in methods and said["budget_before"]}
-    grown -= plan.continuation.waiting
-    ledger.write("extend", **said, reopened=sorted([*map(list, grown), [RETRAINING, 0]]))
-
-
-def _key_of(folder: Path) -> str:
-    """The key of the portfolio to go on with."""
-    return str(json.loads((folder / SETTINGS_FILE).read_text())["key"])
 
 
 def _new_key(folder: Path) -> str:
@@ -500,45 +341,6 @@ def _new_key(folder: Path) -> str:
     if any(file.name not in _BEFORE for file in contents(folder)):
         raise InputError(f"{folder} is not empty: choose another folder, resume what is in it, or remove it")
     return uuid4().hex[:8]
-
-
-def _write_settings(folder: Path, plan: Plan, key: str, storage: str | None, growth: Growth) -> None:
-    """Write what is compared, how, with what versions and on which machine; where it was begun already, only the
-    latter anew, what it has grown by, and what was left out beside what has been."""
-    file = folder / SETTINGS_FILE
-    resources = ray.cluster_resources()
-    machine = {
-        "nodes": sum(node["Alive"] for node in ray.nodes()),
-        "CPU": resources.get("CPU", 0),
-        "GPU": resources.get("GPU", 0),
-        "processor": _processor(),
-    }
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-    begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    settings = {
-        **plan.settings(),
-        "storage": storage,
-        "key": key,
-        "folder": str(folder),
-        "started": begun,
-        "versions": versions,
-    }
-    if file.exists():
-        saved = json.loads(file.read_text())
-        grown = {**plan.settings(), EXTENSIONS: [*saved.get(EXTENSIONS, ()), growth.said()]} if growth else {}
-        settings = {**saved, **grown, "left_out": {**saved.get("left_out", {}), **plan.left_out}}
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**settings, "machine": machine}, indent=1))
-    temporary.replace(file)
-
-
-def _processor() -> str:
-    """This node's, by its name where the system tells."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _trial_name(trial: Any) -> str:

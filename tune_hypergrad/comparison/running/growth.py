@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.records import Comparison
-from tune_hypergrad.comparison.start import complete_start
+from tune_hypergrad.comparison.ledger import Account
+from tune_hypergrad.comparison.methods import LEAST_TRAININGS, Method, Task
+from tune_hypergrad.comparison.running.start import complete_start
+from tune_hypergrad.comparison.telling.records import Comparison
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.ledger import Account
-from tune_hypergrad.methods import LEAST_TRAININGS, Method, Task
 
 EXTENSIONS = "extensions"
 """In `settings.json`: a comparison's growths, in order, as `Growth.said` has them."""

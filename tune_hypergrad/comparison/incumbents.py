@@ -7,11 +7,6 @@ from math import inf, isfinite
 from statistics import fmean
 from typing import NamedTuple
 
-CONFIRMATIONS = "run/confirmations"
-"""Of a result: over how many trainings, made to confirm a schedule, its `val_loss` is the mean; 0 for others."""
-FALLEN = "run/fallen"
-"""Of a result: whether a training made to confirm a schedule speaks against it, by its own validation loss."""
-
 
 class Judged(NamedTuple):
     """A result, as far as it matters for what the incumbent is."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.criterion import Criterion
-from tune_hypergrad.incumbents import CONFIRMATIONS, FALLEN, Judged, Standings
+from tune_hypergrad.comparison.incumbents import Judged, Standings
+from tune_hypergrad.criterion import CONFIRMATIONS, FALLEN, Criterion
 
 LEDGER_FILE = "ledger.jsonl"
 """In a comparison's folder: one JSON object a line, appended as things happen."""

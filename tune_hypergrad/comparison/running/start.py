@@ -12,10 +12,10 @@ from typing import Any
 
 from ray.tune.search.sample import Domain, Float, Integer, LogUniform
 
+from tune_hypergrad.comparison.methods import Task, customary
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, split_group
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import get_optimizer
-from tune_hypergrad.methods import Task, customary
 from tune_hypergrad.schedules import Schedule, stretched
 from tune_hypergrad.space import Place, flat_values, is_entry, is_hyperparameter, is_number, places_of, put
 

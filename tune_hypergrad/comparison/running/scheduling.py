@@ -9,6 +9,8 @@ import ray
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
+from tune_hypergrad.ray_internals import resources_of
+
 _PATIENCE = 20.0  # seconds in which an actor that has a place on the cluster has started
 _REFRESH = 1.0  # seconds between looks at the cluster's size
 
@@ -47,13 +49,8 @@ class PatientScheduler(FIFOScheduler):
         """Whether the cluster has room for this trial beside those that run and the actor that has become free."""
         if now - self._size[0] >= _REFRESH:
             self._size = now, ray.cluster_resources()
-        used = [_resources(each) for each in running]
+        used = [resources_of(each) for each in running]
         return all(
             self._size[1].get(name, 0.0) - sum(each.get(name, 0.0) for each in used) >= 2 * amount
-            for name, amount in _resources(trial).items()
+            for name, amount in resources_of(trial).items()
         )
-
-
-def _resources(trial: Trial) -> dict[str, float]:
-    asked = trial.placement_group_factory
-    return {} if asked is None else dict(asked.required_resources)

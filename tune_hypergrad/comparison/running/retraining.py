@@ -12,17 +12,17 @@ import pandas as pd
 from ray import tune
 from ray.tune.search import Searcher
 
-from tune_hypergrad.comparison.records import Comparison
+from tune_hypergrad.comparison.ledger import RETRAINING, START, Account
+from tune_hypergrad.comparison.methods import Task, is_whole, optimizers_of, training_reports
+from tune_hypergrad.comparison.running.labels import PORTFOLIO, RETRAINS
+from tune_hypergrad.comparison.running.portfolio import portfolio_of
+from tune_hypergrad.comparison.running.queue import QueueSearch
+from tune_hypergrad.comparison.running.retrained import Retrained
+from tune_hypergrad.comparison.telling.records import Comparison
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.optimizers import is_built_in
-from tune_hypergrad.ledger import RETRAINING, START, Account
-from tune_hypergrad.methods import Task, is_whole, optimizers_of, training_reports
 from tune_hypergrad.problems.splits import with_val
-from tune_hypergrad.searchers.portfolio import RETRAINS, portfolio_of
-from tune_hypergrad.searchers.queue import QueueSearch
 from tune_hypergrad.space import is_number
-from tune_hypergrad.trainables.dispatching import PORTFOLIO
-from tune_hypergrad.trainables.retrained import Retrained
 
 _logger = logging.getLogger(__name__)
 

@@ -14,17 +14,17 @@ from ConfigSpace import ConfigurationSpace
 from ray.tune import Callback
 
 from tune_hypergrad.budget import Budget
-from tune_hypergrad.comparison.plan import checked_space_name, factory_of
-from tune_hypergrad.comparison.progress import make_display
-from tune_hypergrad.comparison.retraining import Retraining
-from tune_hypergrad.comparison.session import refuse_client
-from tune_hypergrad.comparison.start import read_start
+from tune_hypergrad.comparison.ledger import GRID
+from tune_hypergrad.comparison.methods import Method, is_whole
+from tune_hypergrad.comparison.running.plan import checked_space_name, factory_of
+from tune_hypergrad.comparison.running.retraining import Retraining
+from tune_hypergrad.comparison.running.session import refuse_client
+from tune_hypergrad.comparison.running.start import read_start
+from tune_hypergrad.comparison.telling.progress import make_display
 from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.hypergradients.autocast import autocast_dtype
-from tune_hypergrad.ledger import GRID
-from tune_hypergrad.methods import Method, is_whole
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.brackets import rungs

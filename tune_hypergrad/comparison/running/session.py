@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import ray
 import ray.util.client
-from ray.tune.execution.cluster_info import _is_ray_cluster
 
 from tune_hypergrad.errors import InputError, in_one_line
 
@@ -77,11 +76,6 @@ def refuse_client(what: str, address: str) -> None:
     """
     if address.startswith("ray://"):
         raise InputError(f"{what}: {_NO_CLIENT}")
-
-
-def grows() -> bool:
-    """Whether the session's cluster starts nodes when they are asked for, so that those it has are not all."""
-    return _is_ray_cluster() or ray._private.state.state.get_cluster_config() is not None
 
 
 def _start(address: str | None) -> None:

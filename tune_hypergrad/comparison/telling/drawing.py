@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from tune_hypergrad.comparison.series import Curve
-from tune_hypergrad.ledger import GRID, START
+from tune_hypergrad.comparison.ledger import GRID, START
+from tune_hypergrad.comparison.telling.series import Curve
 
 COST_LABELS = {
     "steps": "inner steps",

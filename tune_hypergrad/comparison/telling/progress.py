@@ -19,9 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START, Account
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.ledger import GRID, RETRAINING, START, Account
 
 _logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from tune_hypergrad.comparison import drawing
-from tune_hypergrad.comparison.drawing import GREY, INK, WIDE, Look, styled
-from tune_hypergrad.comparison.records import Comparison, measure_label
-from tune_hypergrad.comparison.series import Curve, Granted, curves, spending_parts, thinned
-from tune_hypergrad.comparison.verdict import cost_in_words
+from tune_hypergrad.comparison.telling import drawing
+from tune_hypergrad.comparison.telling.drawing import GREY, INK, WIDE, Look, styled
+from tune_hypergrad.comparison.telling.records import Comparison, measure_label
+from tune_hypergrad.comparison.telling.series import Curve, Granted, curves, spending_parts, thinned
+from tune_hypergrad.comparison.telling.verdict import cost_in_words
 from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule

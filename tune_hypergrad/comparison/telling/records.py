@@ -14,11 +14,8 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.budget import UNITS, Budget, Cost
-from tune_hypergrad.comparison.troubles import Trouble, find_troubles
-from tune_hypergrad.criterion import OBJECTIVE, Criterion
-from tune_hypergrad.errors import InputError
-from tune_hypergrad.incumbents import Judged, Standings
-from tune_hypergrad.ledger import (
+from tune_hypergrad.comparison.incumbents import Judged, Standings
+from tune_hypergrad.comparison.ledger import (
     GRID,
     LEDGER_FILE,
     RETRAINING,
@@ -29,6 +26,9 @@ from tune_hypergrad.ledger import (
     Ledger,
     read_events,
 )
+from tune_hypergrad.comparison.telling.troubles import Trouble, find_troubles
+from tune_hypergrad.criterion import OBJECTIVE, Criterion
+from tune_hypergrad.errors import InputError
 from tune_hypergrad.schedules import Schedule
 
 SETTINGS_FILE = "settings.json"

@@ -1,0 +1,138 @@
+"""`Recorder`: writes what happens to a comparison's trials into its ledger."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
+
+from tune_hypergrad.budget import Cost
+from tune_hypergrad.comparison.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger
+from tune_hypergrad.comparison.running.dispatching import FOUND, LONG
+from tune_hypergrad.comparison.running.folders import raise_if_full
+from tune_hypergrad.comparison.running.labels import LENGTH, PORTFOLIO, RETRAINS, account_of, trial_name
+from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.hypergradients import Optimizer
+from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
+from tune_hypergrad.ray_internals import last_failure_of, resources_of
+from tune_hypergrad.schedules import Schedule
+
+_NOT_RECORDED = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, "config", "trial_id", "experiment_tag", "checkpoint_dir_name"}
+_LEDGERS_OWN = {"event", "time", "method", "seed", "trial", "id", "iteration"}  # results of these names give way
+
+
+class Recorder:
+    """Makes one event of everything that happens.
+
+    Args:
+        folder: the comparison's; it gets the ledger, and schedules that are too long for it.
+        criterion: what trials are judged by.
+    """
+
+    def __init__(self, folder: Path, criterion: Criterion) -> None:
+        self._folder, self._criterion = folder, criterion
+        self.ledger = Ledger(folder / LEDGER_FILE, criterion)
+        """As the file is, and what follows from it."""
+        self.cut: set[str] = set()
+        """Trials that have been told to stop since the budget is spent, until they have ended."""
+
+    def resumed(self, known: Collection[str]) -> None:
+        """Everything goes on after an interruption, from the ledger's file as it is now; Ray knows these trials."""
+        self.ledger = Ledger(self._folder / LEDGER_FILE, self._criterion)
+        self.ledger.write("resume", known=list(known))
+
+    def started(self, trial: Trial) -> None:
+        """A trial's process has begun, or begun again."""
+        suggestion = {
+            key: value.name if isinstance(value, Optimizer) else value
+            for key, value in trial.config.items()
+            if key != PORTFOLIO
+        }
+        retrains = {key: value for key, value in trial.config[PORTFOLIO].items() if key == RETRAINS}
+        named = _named(trial.config, trial.trial_id)
+        self.ledger.write("start", **named, **retrains, config=suggestion, resources=resources_of(trial))
+
+    def reported(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A trial has had a result, perhaps one that is in the ledger already. `FOUND` is taken out of it."""
+        config, found, cost = result["config"], result.pop(FOUND, None), Cost.from_result(result)
+        iteration = int(result["training_iteration"])
+        if self.ledger.repeats(trial_id, iteration, cost):
+            return
+        row = _without_long_hypergradients({k: v for k, v in result.items() if _is_recorded(k, v)})
+        row |= {key: value for key, value in config.items() if key == LENGTH}
+        if found is not None:
+            row[SCHEDULE_COLUMN] = self._keep(Schedule(found))
+        self.ledger.write("result", **_named(config, trial_id), iteration=iteration, **{**row, **cost.as_result()})
+
+    def ended(self, trial: Trial) -> None:
+        """A trial has come to its end."""
+        status = "budget" if trial.trial_id in self.cut else "completed"
+        self.cut.discard(trial.trial_id)
+        self.ledger.write("end", **_named(trial.config, trial.trial_id), status=status)
+
+    def retried(self, trial: Trial) -> None:
+        """A trial's process has failed and will be started again.
+
+        Raises:
+            OSError: the disk is full: that is not the trial's fault, and everything has to stop.
+        """
+        error = _error_of(trial)
+        self.ledger.write("retry", **_named(trial.config, trial.trial_id), error=error)
+        raise_if_full(error)
+
+    def failed(self, trial: Trial) -> str:
+        """A trial has failed for good; why, in a line.
+
+        Raises:
+            OSError: since the disk is full.
+        """
+        error = _error_of(trial)
+        raise_if_full(error)
+        self.ledger.write("end", **_named(trial.config, trial.trial_id), status="failed", error=error)
+        return error
+
+    def stopped(self, account: Account, reason: str) -> None:
+        """An account suggests nothing more; the first reason is the one that stays."""
+        if account not in self.ledger.stopped:
+            self.ledger.write("stop", **account._asdict(), reason=reason)
+
+    def _keep(self, found: Schedule) -> str:
+        """Save a schedule; its file's name, by which it is told from others, and so follows from what it holds."""
+        folder = self._folder / SCHEDULES_FOLDER
+        folder.mkdir(exist_ok=True)
+        content = json.dumps(found.entries(), sort_keys=True)
+        name = f"{sha256(content.encode()).hexdigest()[:20]}.json"
+        found.save(folder / name)
+        return name
+
+
+def _named(config: Mapping[str, Any], trial_id: str) -> dict[str, Any]:
+    """How events name a trial."""
+    return {**account_of(config)._asdict(), "trial": trial_name(config), "id": trial_id}
+
+
+def _is_recorded(key: Any, value: Any) -> bool:
+    """Whether an entry of a result goes into the ledger: scalars do, NumPy's included."""
+    scalar = value is None or isinstance(value, bool | int | float | str) or getattr(value, "ndim", None) == 0
+    return scalar and isinstance(key, str) and key not in _NOT_RECORDED | _LEDGERS_OWN
+
+
+def _without_long_hypergradients(row: dict[str, Any]) -> dict[str, Any]:
+    """A result without the hypergradients of schedules that are too long for it."""
+    windows = [key.rpartition("/")[0] for key in row if key.startswith(f"{HYPERGRADIENT_KEY}/")]
+    long = {name for name, count in Counter(windows).items() if count > LONG}
+    return {key: value for key, value in row.items() if key.rpartition("/")[0] not in long}
+
+
+def _error_of(trial: Trial) -> str:
+    """Why a trial failed the last time, in a line."""
+    last = last_failure_of(trial)
+    raised = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Interrupt)(?:: .*)?)$", last, re.MULTILINE)
+    return str((raised or last.splitlines() or ["its process died"])[-1])

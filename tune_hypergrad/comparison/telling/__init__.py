@@ -1,0 +1,1 @@
+"""What a comparison tells of itself, while it runs and afterwards: data frames, tables, pictures, the report."""
