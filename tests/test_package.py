@@ -16,7 +16,19 @@ from tune_hypergrad import FixedSchedule
 
 PACKAGE = Path(tune_hypergrad.__file__).parent
 FLOORS = (
-    *("errors", "randomness", "modules", "losses", "criterion", "figures", "budget", "batches", "curves", "sampling"),
+    *(
+        "errors",
+        "randomness",
+        "modules",
+        "losses",
+        "criterion",
+        "figures",
+        "budget",
+        "batches",
+        "domains",
+        "curves",
+        "sampling",
+    ),
     *("reading", "regularisers", "groups", "data", "objective", "space", "schedules", "defaults", "problem"),
     *("hypergradients", "problems", "stn", "bridges", "recipes", "ray_internals", "trainables", "searchers"),
     *("comparison.incumbents", "comparison.ledger", "comparison.telling", "comparison.methods", "comparison.running"),

@@ -175,7 +175,6 @@ def test_a_range_without_room_is_refused(lower, upper):
         ({"a": tune.uniform(1, 0)}, {}, r"'a' has the range \[1.*, 0.*\], which leaves no room"),
         ({"a": tune.loguniform(0.1, 0.01)}, {}, r"'a' has the range \[0.1, 0.01\], which leaves no room"),
         ({"a": 0.5}, {"per_minibatch": ["a"]}, "per_minibatch has 'a', which is not tuned: nothing is$"),
-        ({"lr": tune.uniform(0, 1)}, {}, "'lr' is the optimizer's"),
         ({"a": tune.choice([1, 2])}, {}, "'a' cannot be tuned"),
         ({"a": tune.quniform(0, 1, 0.1)}, {}, "'a' cannot be tuned"),
         ({"a": {"0": tune.uniform(0, 1)}}, {}, "'a' cannot be tuned"),
@@ -185,6 +184,11 @@ def test_a_range_without_room_is_refused(lower, upper):
 def test_what_a_self_tuning_network_cannot_tune(space, options, part):
     with pytest.raises(InputError, match=part):
         tuned_hyperparameters(space, **options)
+
+
+def test_a_regulariser_may_be_called_like_a_hyperparameter_of_another_optimizer():
+    (alpha,), _ = tuned_hyperparameters({"alpha": tune.loguniform(1e-5, 1e-1)})
+    assert (alpha.name, alpha.lower, alpha.upper, alpha.log) == ("alpha", 1e-5, 1e-1, True)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """The search space: what Ray Tune's domains, and schedules made of them, mean to a gradient method.
 
-Ray is imported only by the functions that read domains: the engine uses `Range` without it.
+Domains are read by `tune_hypergrad.domains`; the engine uses `Range` without them.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,6 +14,18 @@ import torch
 from torch import Tensor
 
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS, Curve, base_names, split_name
+from tune_hypergrad.domains import (
+    Choices,
+    Constant,
+    Formless,
+    Numbers,
+    has_domain,
+    is_domain,
+    is_grid,
+    is_logarithmic,
+    is_number,
+    read,
+)
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import ungrouped
 
@@ -71,7 +82,7 @@ def schedule(
                 domain[ONE_MINUS], windows, knots=knots, shape=shape, warm_up=warm_up, floor=floor, decay=decay
             )
         }
-    if not (is_number(domain) or _is_domain(domain)):
+    if not (is_number(domain) or is_domain(domain)):
         raise InputError(
             f"schedule cannot repeat {domain!r}: pass a Ray Tune domain such as tune.loguniform(1e-4, 1), or a number"
         )
@@ -108,13 +119,13 @@ def complement(entry: Any) -> dict[str, Any]:
     """
     if isinstance(entry, Mapping) and ONE_MINUS in entry:
         raise InputError("complement of a complement: leave out both")
-    places = places_of("", entry, lambda leaf: is_number(leaf) or _is_domain(leaf))
-    domains = [] if places is None else [place.leaf for place in places if _is_domain(place.leaf)]
+    places = places_of("", entry, lambda leaf: is_number(leaf) or is_domain(leaf))
+    domains = [] if places is None else [place.leaf for place in places if is_domain(place.leaf)]
     if not domains:
         remedy = f"write {1 - entry:g}" if is_number(entry) else "pass one such as tune.loguniform(0.01, 1)"
         raise InputError(f"complement needs a Ray Tune domain, or a schedule of one, and not {entry!r}: {remedy}")
     for domain in domains:
-        if _is_log(domain) and domain.upper > 1:
+        if is_logarithmic(domain) and domain.upper > 1:
             raise InputError(
                 f"complement of a log-uniform domain up to {domain.upper:g}, which is 1 minus the value on its natural "
                 "scale: let it reach 1 at the most"
@@ -224,7 +235,7 @@ def longest_schedule(space: Mapping[str, Any]) -> int:
     """The most windows, or knots, that an entry of a space has: inner steps that a run needs at least; 1 without."""
     counts = [1]
     for name, value in space.items():
-        places = places_of(name, value, is_entry) if isinstance(value, Mapping) and not _is_grid(value) else None
+        places = places_of(name, value, is_entry) if isinstance(value, Mapping) and not is_grid(value) else None
         names = [place.name for place in places or ()]
         counts += [names.count(flat) for flat in set(names)]
     return max(counts)
@@ -232,7 +243,7 @@ def longest_schedule(space: Mapping[str, Any]) -> int:
 
 def without_schedule(entry: Any) -> Any:
     """What a schedule is made of, of a window, of a knot, or of the peak; anything else as it is."""
-    if not isinstance(entry, Mapping) or _is_grid(entry) or places_of("", entry, is_entry) is None:
+    if not isinstance(entry, Mapping) or is_grid(entry) or places_of("", entry, is_entry) is None:
         return entry
     key, inner = next(iter(entry.items()))
     if key == ONE_MINUS:
@@ -242,7 +253,7 @@ def without_schedule(entry: Any) -> Any:
 
 def is_entry(leaf: Any) -> bool:
     """Whether it is a number, a domain or a grid search: what stands in the windows of a space's schedules."""
-    return is_number(leaf) or _is_domain(leaf) or _is_grid(leaf)
+    return is_number(leaf) or is_domain(leaf) or is_grid(leaf)
 
 
 def flat_values(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
@@ -335,11 +346,6 @@ def _shown(values: tuple[float, ...]) -> str:
 def is_hyperparameter(value: Any) -> bool:
     """Whether `flat_values` can read `value`: tells numeric hyperparameters from a config's other entries."""
     return places_of("", value, is_number) is not None
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a real number, Python's or NumPy's; booleans are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -440,12 +446,12 @@ def gradient_ranges(space: Mapping[str, Any]) -> tuple[dict[str, Range], dict[st
     ranges: dict[str, Range] = {}
     constants: dict[str, Any] = {}
     for name, places in leaves.items():
-        if not any(_is_domain(place.leaf) for place in places):
+        if not any(is_domain(place.leaf) for place in places):
             constants[name] = space[name]
             continue
         for flat in dict.fromkeys(place.name for place in places):
             own = [place for place in places if place.name == flat]
-            if any(_is_domain(place.leaf) for place in own):
+            if any(is_domain(place.leaf) for place in own):
                 ranges[flat] = _range(flat, own)
             else:
                 constants[flat] = own[0].leaf  # of a shape, whose parts have one number each
@@ -468,11 +474,11 @@ def _refuse_underivable(leaves: Mapping[str, list[Any]]) -> None:
 
 def _leaves(name: str, value: Any) -> list[Place]:
     """What stands in each window of `value`; only itself where it is no schedule."""
-    if isinstance(value, list | tuple) and any(_is_domain(item) or _is_grid(item) for item in value):
+    if isinstance(value, list | tuple) and any(is_domain(item) or is_grid(item) for item in value):
         raise InputError(
             f"hyperparameter {name!r} is a list of domains: write it as schedule(domain, windows={len(value)})"
         )
-    if not isinstance(value, Mapping) or _is_grid(value) or not has_domain(value):
+    if not isinstance(value, Mapping) or is_grid(value) or not has_domain(value):
         return [Place((name,), name, False, value)]
     leaves = places_of(name, value, is_entry)
     if leaves is None:
@@ -484,7 +490,7 @@ def _leaves(name: str, value: Any) -> list[Place]:
 
 
 def _range(name: str, windows: list[Place]) -> Range:
-    domains = [place.leaf for place in windows if _is_domain(place.leaf)]
+    domains = [place.leaf for place in windows if is_domain(place.leaf)]
     try:
         ranges = {_domain_range(domain, len(windows), windows[0].complement) for domain in domains}
     except InputError as error:
@@ -498,59 +504,29 @@ def _range(name: str, windows: list[Place]) -> Range:
 
 
 def _domain_range(domain: Any, windows: int, one_minus: bool) -> Range:
-    lower, upper = float(domain.lower), float(domain.upper)
+    found = read(domain)
+    assert isinstance(found, Numbers)  # what has no derivative has been refused
     if one_minus:
-        return Range(windows, 1 - upper, 1 - lower, "complement" if _is_log(domain) else "linear")
-    return Range(windows, lower, upper, "log" if _is_log(domain) else "linear")
-
-
-def _is_log(domain: Any) -> bool:
-    from ray.tune.search import sample
-
-    return isinstance(domain, sample.Float) and isinstance(domain.get_sampler(), sample.LogUniform)
+        return Range(windows, 1 - found.upper, 1 - found.lower, "complement" if found.log else "linear")
+    return Range(windows, float(found.lower), float(found.upper), "log" if found.log else "linear")
 
 
 def _underivable_kind(leaf: Any) -> str | None:
     """What `leaf` is, if it has no derivative; None for continuous domains and constants."""
-    from ray.tune.search import sample
-
-    if _is_grid(leaf):
-        return "a grid search"
-    if not _is_domain(leaf):
-        return None
-    if isinstance(leaf, sample.Function):
-        return "a sample_from function"
-    if isinstance(leaf, sample.Categorical):
+    found = read(leaf)
+    if isinstance(found, Formless):
+        return found.kind
+    if isinstance(found, Choices):
         return "a choice"
-    if isinstance(leaf, sample.Integer):
-        return "an integer domain"
-    if isinstance(leaf.get_sampler(), sample.Quantized):
-        return "a quantised domain"
-    return None if isinstance(leaf, sample.Float) else f"a {type(leaf).__name__} domain"
+    if isinstance(found, Constant) or found.has_derivative:
+        return None
+    return "an integer domain" if found.whole else "a quantised domain"
 
 
 def _in_window_order(value: Mapping[Any, Any]) -> list[Any] | None:
     """Entries by window where the keys are exactly "0" to "N-1", else None."""
     keys = [str(window) for window in range(len(value))]
     return [value[key] for key in keys] if keys and all(key in value for key in keys) else None
-
-
-def _is_domain(value: Any) -> bool:
-    from ray.tune.search import sample
-
-    return isinstance(value, sample.Domain)
-
-
-def _is_grid(value: Any) -> bool:
-    return isinstance(value, Mapping) and "grid_search" in value
-
-
-def has_domain(value: Any) -> bool:
-    """Whether there is a domain or a grid search anywhere in nested dicts and lists."""
-    if _is_domain(value) or _is_grid(value):
-        return True
-    items = value.values() if isinstance(value, Mapping) else value
-    return isinstance(value, Mapping | list | tuple) and any(map(has_domain, items))
 
 
 def _is_count(value: Any) -> bool:

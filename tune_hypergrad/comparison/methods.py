@@ -14,9 +14,10 @@ import torch
 from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
-from ray.tune.search.sample import Float, Function, LogUniform
+from ray.tune.search.sample import Function
 
 from tune_hypergrad.curves import split_group
+from tune_hypergrad.domains import Numbers, is_logarithmic, read
 from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import Groups
 from tune_hypergrad.hypergradients import (
@@ -339,8 +340,7 @@ def _linear(space: Any) -> Any:
     """A space whose logarithmic domains are uniform between the same bounds."""
     if isinstance(space, Mapping):
         return {name: _linear(entry) for name, entry in space.items()}
-    logarithmic = isinstance(space, Float) and isinstance(space.get_sampler(), LogUniform)
-    return tune.uniform(space.lower, space.upper) if logarithmic else space
+    return tune.uniform(space.lower, space.upper) if is_logarithmic(space) else space
 
 
 def _hypergradient_descent(task: Task) -> Trainable:
@@ -478,7 +478,8 @@ def _entry_of(space: Mapping[str, Any], name: str, value: float) -> Any:
 
 def _on_edge(domain: Any, value: float) -> bool:
     """Whether a value is the least or the greatest of a continuous domain."""
-    return isinstance(domain, Float) and not domain.lower < value < domain.upper
+    found = read(domain)
+    return isinstance(found, Numbers) and not found.whole and not found.lower < value < found.upper
 
 
 def _seeds(task: Task) -> Searcher:

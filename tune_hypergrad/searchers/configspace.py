@@ -25,6 +25,7 @@ from ConfigSpace.util import deactivate_inactive_hyperparameters
 from ray.tune.search import sample
 
 from tune_hypergrad.curves import ONE_MINUS
+from tune_hypergrad.domains import Choices, Constant, Formless, Numbers, has_domain, is_grid, is_number, read
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.searchers.constants import (
     check_constant,
@@ -35,7 +36,6 @@ from tune_hypergrad.searchers.constants import (
     warn_of_an_object,
     without_breaks,
 )
-from tune_hypergrad.space import has_domain, is_number
 
 Path = tuple[Any, ...]
 """The keys that lead to an entry of a nested dict."""
@@ -244,103 +244,76 @@ def _translate_domains(space: Mapping[str, Any], seed: int) -> Translation:
         name = _name(path)
         if name in translation.paths:
             raise InputError(f"the search space has two hyperparameters with the name {name!r}: rename one of them")
-        _refuse_inconvertible(name, leaf)
-        constant = _only_value(leaf)
-        if not isinstance(constant, sample.Domain):
-            translation.constants[path] = constant
+        found = _convertible(name, leaf)
+        if isinstance(found, Constant):
+            translation.constants[path] = found.value
             continue
         try:
-            translation.configspace.add(_hyperparameter(name, leaf, translation))
+            translation.configspace.add(_hyperparameter(name, found, translation))
         except (TypeError, ValueError) as error:
             raise InputError(f"hyperparameter {name!r} cannot be converted: {without_breaks(str(error))}") from error
         translation.paths[name] = path
     return translation
 
 
-def _hyperparameter(name: str, domain: Any, translation: Translation) -> Hyperparameter[Any, Any]:
-    if isinstance(domain, sample.Categorical):
-        translation.categories[name] = [plain(category) for category in domain.categories]
+def _hyperparameter(name: str, found: Numbers | Choices, translation: Translation) -> Hyperparameter[Any, Any]:
+    if isinstance(found, Choices):
+        translation.categories[name] = [plain(category) for category in found.values]
         return CategoricalHyperparameter(name, _choices(translation.categories[name]))
-    sampler, (lower, upper) = domain.get_sampler(), _bounds(domain)
-    if isinstance(sampler, sample.Quantized):
-        step = translation.steps[name] = plain(sampler.q)
-        upper += step - 1 if isinstance(domain, sample.Integer) else 0  # so many integers stand for each multiple
-        sampler = sampler.sampler
-    log = isinstance(sampler, sample.LogUniform)
-    if isinstance(domain, sample.Integer):
-        return UniformIntegerHyperparameter(name, lower, upper, log=log)
-    if isinstance(sampler, sample.Normal):
-        return NormalFloatHyperparameter(name, sampler.mean, sampler.sd, lower=lower, upper=upper)
-    return UniformFloatHyperparameter(name, lower, upper, log=log)
+    if found.step is not None:
+        translation.steps[name] = found.step
+    if found.whole:  # so many integers stand for each multiple
+        upper = int(found.upper) + (0 if found.step is None else int(found.step) - 1)
+        return UniformIntegerHyperparameter(name, int(found.lower), upper, log=found.log)
+    if found.normal is not None:
+        return NormalFloatHyperparameter(name, *found.normal, lower=found.lower, upper=found.upper)
+    return UniformFloatHyperparameter(name, found.lower, found.upper, log=found.log)
 
 
-def _refuse_inconvertible(name: str, leaf: Any) -> None:
-    which = f"hyperparameter {name!r}"
-    if _is_grid(leaf):
+def _convertible(name: str, leaf: Any) -> Numbers | Choices | Constant:
+    """What stands in a place, of which a hyperparameter can be made; what has one value only is a constant.
+
+    Raises:
+        InputError: none can be made.
+    """
+    which, found = f"hyperparameter {name!r}", read(leaf)
+    if is_grid(leaf):
         raise InputError(f"{which} is a grid search: use tune.choice(values), or run the Tuner without a search_alg")
     if isinstance(leaf, list | tuple) and has_domain(leaf):
         raise InputError(
             f"{which} is a list of domains: write it as schedule(domain, windows={len(leaf)}), or as a dict"
         )
-    if not isinstance(leaf, sample.Domain):
-        return
-    if isinstance(leaf, sample.Function):
-        raise InputError(f"{which} is a sample_from function: use a domain such as tune.uniform(0, 1)")
-    if isinstance(leaf, sample.Categorical):
-        if has_domain(leaf.categories):
+    if isinstance(found, Formless):
+        if isinstance(leaf, sample.Function):
+            raise InputError(f"{which} is {found.kind}: use a domain such as tune.uniform(0, 1)")
+        raise InputError(f"{which} is {found.kind}, which cannot be converted: use a ConfigSpace")
+    if isinstance(found, Choices):
+        if has_domain(found.values):
             raise InputError(f"{which} is a choice between domains: use a ConfigSpace with conditions")
-        if not leaf.categories:
+        if not found.values:
             raise InputError(f"{which} is a choice of nothing: give it categories")
-        return
-    if not isinstance(leaf, sample.Float | sample.Integer):
-        raise InputError(f"{which} is a {type(leaf).__name__} domain, which cannot be converted: use a ConfigSpace")
-    if not (math.isfinite(leaf.lower) and math.isfinite(leaf.upper)):
+        return Constant(plain(found.values[0])) if len(found.values) == 1 else found
+    if isinstance(found, Constant):
+        return found
+    if not (math.isfinite(found.lower) and math.isfinite(found.upper)):
         raise InputError(
             f"{which} has no bounds: use tune.uniform, or ray.tune.search.sample.Float(lower, upper).normal(mean, sd)"
         )
-    _refuse_bounds(which, leaf)
+    _refuse_bounds(which, leaf, found)
+    return Constant(leaf.cast(found.lower)) if found.lower == found.upper else found
 
 
-def _refuse_bounds(which: str, domain: Any) -> None:
-    sampler, (lower, upper) = domain.get_sampler(), _bounds(domain)
-    if isinstance(domain, sample.Integer) and isinstance(sampler, sample.Quantized) and sampler.q % 1:
-        raise InputError(f"{which} has integers that are multiples of {sampler.q}: use tune.quniform")
-    if lower > upper:
+def _refuse_bounds(which: str, domain: Any, found: Numbers) -> None:
+    if found.whole and found.step is not None and found.step % 1:
+        raise InputError(f"{which} has integers that are multiples of {found.step}: use tune.quniform")
+    if found.lower > found.upper:
         raise InputError(f"{which} has no value between its bounds {domain.lower} and {domain.upper}: correct them")
-    least, greatest = (round(bound, ROUND_PLACES) for bound in (lower, upper))
-    if (least == greatest and lower != upper) or (least == 0 < lower):
+    least, greatest = (round(bound, ROUND_PLACES) for bound in (found.lower, found.upper))
+    if (least == greatest and found.lower != found.upper) or (least == 0 < found.lower):
         raise InputError(
             f"{which} needs more decimals than the {ROUND_PLACES} to which ConfigSpace rounds: search its logarithm or "
             "a multiple of it"
         )
-
-
-def _is_grid(value: Any) -> bool:
-    if isinstance(value, sample.Domain):
-        return bool(value.is_grid())
-    return isinstance(value, Mapping) and "grid_search" in value
-
-
-def _only_value(leaf: Any) -> Any:
-    """What a domain of one value always gives; anything else as it is."""
-    if isinstance(leaf, sample.Categorical):
-        return plain(leaf.categories[0]) if len(leaf.categories) == 1 else leaf
-    if not isinstance(leaf, sample.Domain):
-        return leaf
-    lower, upper = _bounds(leaf)
-    return leaf.cast(lower) if lower == upper else leaf
-
-
-def _bounds(domain: Any) -> tuple[Any, Any]:
-    """The least and the greatest value that Ray draws, in exact arithmetic of the decimal numbers that were written."""
-    sampler, whole = domain.get_sampler(), isinstance(domain, sample.Integer)
-    if isinstance(sampler, sample.Quantized) and (sampler.q != 1 or not whole):
-        step = Fraction(repr(plain(sampler.q)))
-        lower, upper = (Fraction(repr(plain(bound))) / step for bound in (domain.lower, domain.upper))
-        # Ray has made sure that the bounds of floats are multiples, up to rounding
-        first, last = (math.ceil(lower), math.floor(upper)) if whole else (round(lower), round(upper))
-        return domain.cast(first * step), domain.cast(last * step)
-    return domain.lower, domain.upper - 1 if whole else domain.upper
 
 
 def _choices(categories: list[Any]) -> list[Any]:
@@ -360,7 +333,7 @@ def _leaves(space: Mapping[str, Any], nested: Callable[[Path], bool], path: Path
     """The entries of a nested dict by path; a dict for whose path `nested` is False is an entry itself."""
     for name, value in space.items():
         here = (*path, name)
-        if isinstance(value, Mapping) and value and not _is_grid(value) and nested(here):
+        if isinstance(value, Mapping) and value and not is_grid(value) and nested(here):
             yield from _leaves(value, nested, here)
         else:
             yield here, value

@@ -20,13 +20,14 @@ from ray.tune import Stopper
 from ray.tune.search.repeater import TRIAL_INDEX
 from ray.tune.utils import flatten_dict
 
+from tune_hypergrad.domains import has_domain
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.searchers.brackets import Bracket
 from tune_hypergrad.searchers.configspace import Translation, translate
 from tune_hypergrad.searchers.master import ConfigId, Generator, Master, Sampler
 from tune_hypergrad.searchers.restorable import RestorableSearch, flat
 from tune_hypergrad.searchers.results import ExperimentResult, read_result
-from tune_hypergrad.space import has_domain, schedules_in
+from tune_hypergrad.space import schedules_in
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
 Space: TypeAlias = Mapping[str, Any] | ConfigurationSpace

@@ -13,6 +13,7 @@ from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.criterion import CONFIRMATIONS, OBJECTIVE
 from tune_hypergrad.curves import base_names, split_name
+from tune_hypergrad.domains import has_domain
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
@@ -23,14 +24,7 @@ from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.constants import check_constant, is_same
 from tune_hypergrad.searchers.ray_loop import RayLoop
 from tune_hypergrad.searchers.restorable import RestorableSearch
-from tune_hypergrad.space import (
-    flat_values,
-    gradient_ranges,
-    has_domain,
-    in_form_of,
-    is_hyperparameter,
-    tuned_values,
-)
+from tune_hypergrad.space import flat_values, gradient_ranges, in_form_of, is_hyperparameter, tuned_values
 
 OURS = ("seed", "split_seed", "steps", "tuned", "reject_above", "confirmed", "fall_above", TRIAL_INDEX)
 """What this searcher, and wrappers, put into configs beside the space's."""

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 from ConfigSpace import ConfigurationSpace
 from ray import tune
 
+from tune_hypergrad.domains import is_number
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.ray_internals import saved_trials
 from tune_hypergrad.searchers.configspace import Translation, translate
 from tune_hypergrad.searchers.hypergradient_search import OURS
 from tune_hypergrad.searchers.restorable import flat
-from tune_hypergrad.space import is_number
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
 _OF_SEARCHERS = (PROMOTED_FROM, *OURS)  # in configs, but no hyperparameters unless the space has them

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tune_hypergrad.domains import Numbers, is_domain, read
 from tune_hypergrad.errors import InputError, did_you_mean
 
 
@@ -191,41 +192,30 @@ def tuned_hyperparameters(
         What is tuned, and the constants.
 
     Raises:
-        InputError: a domain that has no order (choices, grids, functions, quantised or nested ones), a learning rate
-            or momentum, or a name in `per_minibatch` that is not tuned.
+        InputError: a domain that has no order (choices, grids, functions, quantised or nested ones), or a name in
+            `per_minibatch` that is not tuned.
     """
-    from ray.tune.search import sample
-
-    sampler_of: Any = sample.Domain.get_sampler
     tuned, constants = [], {}
     for name, entry in space.items():
-        domain: Any = entry
-        if not isinstance(domain, sample.Domain) and not isinstance(domain, Mapping):
-            constants[name] = domain
+        if not is_domain(entry) and not isinstance(entry, Mapping):
+            constants[name] = entry
             continue
-        if name in _OF_THE_OPTIMIZER:
-            raise InputError(
-                f"{name!r} is the optimizer's: the weights' best response, which a self-tuning network learns, does "
-                "not depend on how they are trained; tune it by FDS, or outside by a black-box searcher"
-            )
-        if not isinstance(domain, sample.Float | sample.Integer) or isinstance(sampler_of(domain), sample.Quantized):
+        found = read(entry)
+        if not isinstance(found, Numbers) or found.step is not None:
             raise InputError(
                 f"hyperparameter {name!r} cannot be tuned by a self-tuning network: use tune.uniform, tune.loguniform, "
                 "tune.randint or a constant"
             )
-        log = isinstance(sampler_of(domain), sample.LogUniform)
-        whole = isinstance(domain, sample.Integer)
         tuned.append(
-            TunedHyperparameter(name, domain.lower, domain.upper, log, whole, per_example=name not in per_minibatch)
+            TunedHyperparameter(
+                name, found.lower, found.end, found.log, found.whole, per_example=name not in per_minibatch
+            )
         )
     names = [definition.name for definition in tuned]
     for name in per_minibatch:
         if name not in names:
             raise InputError(f"per_minibatch has {name!r}, which is not tuned: {', '.join(names) or 'nothing is'}")
     return tuned, constants
-
-
-_OF_THE_OPTIMIZER = ("lr", "momentum", "beta1", "beta2", "alpha", "eps", "dampening")
 
 
 def _inverse_softplus(value: float) -> float:

@@ -21,6 +21,7 @@ from tune_hypergrad.comparison.running.retraining import Retraining
 from tune_hypergrad.comparison.running.session import refuse_client
 from tune_hypergrad.comparison.running.start import read_start
 from tune_hypergrad.comparison.telling.progress import make_display
+from tune_hypergrad.domains import is_number
 from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import Optimizer
@@ -28,7 +29,6 @@ from tune_hypergrad.hypergradients.autocast import autocast_dtype
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.brackets import rungs
-from tune_hypergrad.space import is_number
 
 _SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 _LONGEST = 400  # characters of a message

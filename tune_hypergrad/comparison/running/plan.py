@@ -38,6 +38,7 @@ from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.comparison.running.reference import grid_points
 from tune_hypergrad.comparison.running.retraining import Retraining, RetrainingSearch
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, PARTS
+from tune_hypergrad.domains import is_number
 from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import regrouped
 from tune_hypergrad.hypergradients import Optimizer, get_optimizer
@@ -45,7 +46,6 @@ from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.ray_internals import cluster_grows
-from tune_hypergrad.space import is_number
 
 OF_TASKS = (
     *("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from math import ceil, exp, floor, inf, log
+from math import exp, floor, log
 from typing import Any
 
-from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized
-
+from tune_hypergrad.domains import Choices, Numbers, is_domain, read
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.space import Place, is_entry, places_of, put
 
@@ -25,7 +24,7 @@ def grid_points(space: Mapping[str, Any], trainings: int) -> list[dict[str, Any]
         InputError: `trainings` does not allow two values for each, or a domain is of an unknown kind.
     """
     places = [place for name, entry in space.items() for place in places_of(name, entry, is_entry) or ()]
-    tuned = {place.name: place.leaf for place in places if isinstance(place.leaf, Domain)}
+    tuned = {place.name: place.leaf for place in places if is_domain(place.leaf)}
     values = floor(trainings ** (1 / len(tuned)) + 1e-9) if tuned else 1
     if values < 2 and tuned:
         raise InputError(
@@ -46,21 +45,17 @@ def _at(space: Mapping[str, Any], places: Sequence[Place], point: Mapping[str, A
 
 def _values(name: str, domain: Any, count: int) -> list[Any]:
     shares = [(i + 0.5) / count for i in range(count)]
-    if isinstance(domain, Categorical):
-        categories = list(domain.categories)
-        return [categories[i] for i in dict.fromkeys(int(len(categories) * share) for share in shares)]
-    if not isinstance(domain, Float | Integer) or not -inf < domain.lower < domain.upper < inf:
+    found = read(domain)
+    if isinstance(found, Choices):
+        return [found.values[i] for i in dict.fromkeys(int(len(found.values) * share) for share in shares)]
+    if not isinstance(found, Numbers) or not found.has_room:
         raise InputError(f"a grid cannot cover {name!r}: {type(domain).__name__} has no range")
-    sampler: Any = domain.get_sampler()  # type: ignore[no-untyped-call]
-    step = sampler.q if isinstance(sampler, Quantized) else None
-    logarithmic = isinstance(sampler.get_sampler() if step else sampler, LogUniform)
-    low, high = (log(domain.lower), log(domain.upper)) if logarithmic else (domain.lower, domain.upper)
+    low, high = (log(found.lower), log(found.end)) if found.log else (found.lower, found.end)
     middles = [low + (high - low) * share for share in shares]
-    points = [exp(middle) if logarithmic else middle for middle in middles]
-    whole = isinstance(domain, Integer)
-    if step and not (whole and step == 1):  # multiples of it, the domain's upper end included
-        multiples = ceil(domain.lower / step - 1e-9), floor(domain.upper / step + 1e-9)
-        points = [min(max(floor(point / step + 0.5), multiples[0]), multiples[1]) * step for point in points]
-    elif whole:
+    points = [exp(middle) if found.log else middle for middle in middles]
+    if found.step is not None:
+        multiples = round(found.lower / found.step), round(found.upper / found.step)
+        points = [min(max(floor(p / found.step + 0.5), multiples[0]), multiples[1]) * found.step for p in points]
+    elif found.whole:
         points = [floor(point) for point in points]
     return list(dict.fromkeys(points))

@@ -19,10 +19,10 @@ from tune_hypergrad.comparison.running.portfolio import portfolio_of
 from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.comparison.running.retrained import Retrained
 from tune_hypergrad.comparison.telling.records import Comparison
+from tune_hypergrad.domains import is_number
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.problems.splits import with_val
-from tune_hypergrad.space import is_number
 
 _logger = logging.getLogger(__name__)
 

@@ -10,14 +10,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ray.tune.search.sample import Domain, Float, Integer, LogUniform
-
 from tune_hypergrad.comparison.methods import Task, customary
 from tune_hypergrad.curves import KNOTS, ONE_MINUS, split_group
+from tune_hypergrad.domains import Choices, Numbers, is_domain, is_logarithmic, is_number, read
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.hypergradients import get_optimizer
 from tune_hypergrad.schedules import Schedule, stretched
-from tune_hypergrad.space import Place, flat_values, is_entry, is_hyperparameter, is_number, places_of, put
+from tune_hypergrad.space import Place, flat_values, is_entry, is_hyperparameter, places_of, put
 
 _ROUNDING = 1e-9  # by how much of a bound a value may be outside, since 1 - 0.95 is not 0.05
 
@@ -65,7 +64,7 @@ def complete_start(given: Mapping[str, Any], task: Task) -> Start:
             have, or something has no customary value.
     """
     places = {name: places_of(name, entry, is_entry) or [] for name, entry in task.space.items()}
-    tuned = {name: own for name, own in places.items() if any(isinstance(place.leaf, Domain) for place in own)}
+    tuned = {name: own for name, own in places.items() if any(is_domain(place.leaf) for place in own)}
     for name in given:
         if name not in tuned:
             raise InputError(_unknown(name, task, list(tuned)))
@@ -129,7 +128,7 @@ def _of_curve(name: str, found: Mapping[str, tuple[float, ...]], places: Sequenc
 def _checked(name: str, value: Any, place: Place) -> Any:
     """What stands in a place for a value, which its domain has."""
     leaf, domain = 1 - value if place.complement else value, place.leaf
-    if not isinstance(domain, Domain):
+    if not is_domain(domain):
         if leaf != domain:
             raise InputError(
                 f"start has {name!r} at {value!r}, which the search space fixes to {domain!r}: leave it out"
@@ -138,7 +137,7 @@ def _checked(name: str, value: Any, place: Place) -> Any:
     near = _nearest(domain, leaf)
     if isinstance(leaf, float) and isinstance(near, float) and math.isclose(leaf, near, rel_tol=_ROUNDING):
         return near
-    if leaf == 0 and split_group(name)[0] != "lr" and _is_logarithmic(domain) and not place.complement:
+    if leaf == 0 and split_group(name)[0] != "lr" and is_logarithmic(domain) and not place.complement:
         return near  # no penalty at all, of which there is no logarithm; no training is no start
     if not _is_valid(domain, leaf):
         shown = f"{value:g}" if isinstance(value, float) else repr(value)
@@ -149,28 +148,19 @@ def _checked(name: str, value: Any, place: Place) -> Any:
     return near
 
 
-def _is_logarithmic(domain: Any) -> bool:
-    return isinstance(domain, Float) and isinstance(domain.get_sampler(), LogUniform)
-
-
 def _is_valid(domain: Any, value: Any) -> bool:
-    if isinstance(domain, Integer):
-        return is_number(value) and value % 1 == 0 and domain.lower <= value < domain.upper
-    if hasattr(domain, "lower"):
-        return is_number(value) and domain.lower <= value <= domain.upper
-    return any(choice == value for choice in getattr(domain, "categories", [value]))
+    found = read(domain)
+    if isinstance(found, Numbers):
+        return found.holds(value)
+    return any(choice == value for choice in found.values) if isinstance(found, Choices) else True
 
 
 def _nearest(domain: Any, value: Any) -> Any:
     """The value of a domain that is nearest to a value, of a domain's type; the first choice where it is none."""
-    categories = list(getattr(domain, "categories", ()))
-    if categories:
-        return next((choice for choice in categories if choice == value), categories[0])
-    if not hasattr(domain, "lower") or not is_number(value):
-        return value
-    if isinstance(domain, Integer):
-        return round(min(max(value, domain.lower), domain.upper - 1))
-    return float(min(max(value, domain.lower), domain.upper))
+    found = read(domain)
+    if isinstance(found, Choices) and found.values:
+        return next((choice for choice in found.values if choice == value), found.values[0])
+    return found.nearest(value) if isinstance(found, Numbers) and is_number(value) else value
 
 
 def _filled(name: str, value: Any, places: Sequence[Place]) -> list[Any]:
@@ -180,7 +170,7 @@ def _filled(name: str, value: Any, places: Sequence[Place]) -> list[Any]:
         leaf = 1 - value if ONE_MINUS in place.path else value
         # of a curve with a peak, the other parts do nothing
         part = 0.0 if place.path[-1] in ("warm_up", "floor", "decay") else leaf
-        leaves.append(_nearest(place.leaf, part) if isinstance(place.leaf, Domain) else place.leaf)
+        leaves.append(_nearest(place.leaf, part) if is_domain(place.leaf) else place.leaf)
     return leaves
 
 
