@@ -43,14 +43,15 @@ def by_logarithm(rates: Tensor, result: HypergradientResult) -> Tensor:
 def horizons() -> Figure:
     """The validation loss after runs of three lengths against one learning rate, with hypergradients as tangents."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    grid = np.geomspace(1e-3, 0.3, 17)
+    grid = np.geomspace(1e-3, 1, 21)
     for steps, colour in zip((5, 20, 100), COLOURS, strict=False):
         results = [differentiate(torch.tensor([rate], dtype=torch.float32), steps) for rate in grid]
         losses = np.array([result.val_loss for result in results])
         axes.plot(grid, losses, color=colour, linewidth=1, label=f"{steps} steps")
         for rate, result in list(zip(grid, results, strict=True))[::2]:
-            slope = float(result.hypergradients["lr"]) * rate  # by the logarithm
-            reach = 0.16 / max(1.0, abs(slope))
+            slope, reach = float(result.hypergradients["lr"]) * rate, 0.16  # by the logarithm
+            if abs(slope) > 3:
+                continue  # chaos
             ends = rate * np.exp(np.array([-reach, reach]))
             axes.plot(ends, result.val_loss + slope * np.array([-reach, reach]), color=colour, linewidth=3)
         best = int(np.nanargmin(losses))
