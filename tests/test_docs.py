@@ -39,7 +39,6 @@ SMALLER = {
     "docs/black_box.md": [("num_samples=200", "num_samples=6"), ("max_budget=27", "max_budget=3")],
     "docs/concepts/sharing.md": [("steps=250", "steps=50"), ("(250,)", "(50,)"), ("equal(250, 50)", "equal(50, 10)")],
     "docs/groups.md": [
-        ("schedule.apply(", "Schedule.load('schedule.json').apply("),
         ("Problem(..., ", "problem = Problem(Net, train, val, loss=F.cross_entropy, "),
         (
             "steps=500, fixed={...}",

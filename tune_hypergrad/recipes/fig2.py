@@ -151,6 +151,8 @@ class Findings:
     """What Theorem 4.1 bounds these with."""
     greedy: tuple[float, float] | None
     """Of greedy hypergradients; None: there are none yet."""
+    greedy_seeds: int
+    """How many of these are done."""
     adapted: dict[int, list[tuple[Sharing, float]]]
     """Windows and their error, by the number of other seeds that they were estimated with, for as many separate
     ensembles of so many as there are."""
@@ -187,6 +189,7 @@ def findings(settings: Settings, results: Results, problem: str) -> Findings | N
         {length: _error(Sharing.equal(steps, length), exact) for length in lengths},
         noise_and_drift(exact),
         _mean(((greedy - truth) ** 2).mean(-1)) if len(greedy) > 0 else None,
+        len(greedy),
         adapted,
     )
 
@@ -229,7 +232,7 @@ def rows(settings: Settings, results: Results) -> list[Row]:
 
 def _errors(settings: Settings, problem: str, found: Findings) -> list[Row]:
     lines = [Row(f"{problem}: seeds", "100" if problem == PUBLISHED_ON else "-", f"{found.seeds} of {settings.seeds}")]
-    here = "not run" if found.greedy is None else _against(found.greedy, found)
+    here = "not run" if found.greedy is None else f"{_against(found.greedy, found)}; {found.greedy_seeds} seeds"
     lines.append(Row(f"{problem}: greedy", f"{GREEDY:g}" if problem == PUBLISHED_ON else "-", here))
     for length, error in found.shared.items():
         here = _against(error, found) + (", the best" if length == found.best else "")
