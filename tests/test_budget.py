@@ -20,7 +20,7 @@ from tune_hypergrad.budget import UNITS
         ("0.25k", 250, "examples"),
         ("2M", 2_000_000, "examples"),
         ("90s", 90, "device_seconds"),
-        ("1.5m", 90, "device_seconds"),
+        ("1.5min", 90, "device_seconds"),
         ("2h", 7200, "device_seconds"),
     ],
 )
@@ -30,7 +30,26 @@ def test_parse(text, amount, unit):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "e", "abc", "20x", "nan", "0", "0e", "-5g", "inf", "1 2 g", "20ee", "5kg", "k", "5K", "0M", "-1k", "1e999M"],
+    [
+        "",
+        "e",
+        "abc",
+        "20x",
+        "nan",
+        "0",
+        "0e",
+        "-5g",
+        "inf",
+        "1 2 g",
+        "20ee",
+        "5kg",
+        "k",
+        "5K",
+        "0M",
+        "-1k",
+        "1e999M",
+        "30m",
+    ],
 )
 def test_nonsense_is_refused(text):
     with pytest.raises(InputError) as error:

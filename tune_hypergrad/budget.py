@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
+from string import ascii_letters
 from typing import Any
 
 from tune_hypergrad.errors import InputError
@@ -76,7 +77,7 @@ _SUFFIXES = {
     "k": ("examples", 1e3),
     "M": ("examples", 1e6),
     "s": ("device_seconds", 1.0),
-    "m": ("device_seconds", 60.0),
+    "min": ("device_seconds", 60.0),
     "h": ("device_seconds", 3600.0),
 }
 
@@ -104,13 +105,14 @@ class Budget:
         """Read a budget as a person writes it.
 
         `20e` is as many gradient evaluations as 20 epochs of plain training have steps; `5000g` (or `5000`) are
-        gradient evaluations; `500k` and `2M` are thousands and millions of training examples; `90s`, `30m` and `2h` are
-        device-seconds, -minutes and -hours.
+        gradient evaluations; `500k` and `2M` are thousands and millions of training examples; `90s`, `30min` and `2h`
+        are device-seconds, -minutes and -hours.
 
         Raises:
             InputError: it is not such a text, or not above zero.
         """
-        number, suffix = (text[:-1], text[-1]) if text[-1:].isalpha() else (text, "g")
+        suffix = text[len(text.rstrip(ascii_letters)) :]
+        number, suffix = text.removesuffix(suffix), suffix or "g"
         try:
             amount = float(number)
         except ValueError:
@@ -118,7 +120,7 @@ class Budget:
         if amount != amount or suffix not in ("e", *_SUFFIXES):
             raise InputError(
                 f"budget {text!r} is not understood: write 20e (epochs of plain training), 5000g (gradients), "
-                "500k (examples), 90s, 30m or 2h"
+                "500k or 2M (examples), 90s, 30min or 2h"
             )
         if suffix == "e":
             return cls(amount * steps_per_epoch, "gradients")

@@ -70,7 +70,7 @@ def compare(
     budget: Annotated[
         str,
         typer.Option(
-            help="Of each method: 300e (epochs of plain training), 5000g (gradients), 500k (examples), 90s, 30m or 2h."
+            help="Of each method: 300e (epochs of plain training), 5000g (gradients), 500k (examples), 90s, 30min, 2h."
         ),
     ] = "300e",
     out: Annotated[Path, typer.Option(help="Folder for everything; it must not hold an earlier run.")] = Path(

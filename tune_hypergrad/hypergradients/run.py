@@ -223,7 +223,7 @@ class HypergradientRun(ABC):
             "hyperparameters": dict(self.hyperparameters),
             "hypergradients": {name: values.clone() for name, values in self.hypergradients.items()},
             "state": tuple(self.state),
-            "cost": tuple(vars(self.cost).values()),
+            "cost": dict(vars(self.cost)),
             "final": None if self.final is None else tuple(self.final),
             "reason": self.reason,
         }
@@ -234,7 +234,7 @@ class HypergradientRun(ABC):
         self.loop.moving |= set(saved["moving"])
         self.hyperparameters = dict(saved["hyperparameters"])
         self.hypergradients = {name: values.clone() for name, values in saved["hypergradients"].items()}
-        self.state, self.cost = State(*saved["state"]), Cost(*saved["cost"])
+        self.state, self.cost = State(*saved["state"]), Cost(**saved["cost"])
         self.final = None if saved["final"] is None else Evaluation(*saved["final"])
 
     def _jacobians(self) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed
     state, step, cost = (
         (loop.initial_state(), 0, Cost())
         if saved is None
-        else (State(*saved["state"]), saved["step"], Cost(*saved["cost"]))
+        else (State(*saved["state"]), saved["step"], Cost(**saved["cost"]))
     )
 
     def work() -> None:
@@ -181,7 +181,7 @@ def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed
 
     def keep() -> dict[str, Any]:
         seconds = record.seconds + time.monotonic() - begun
-        of_run = {"state": tuple(state), "step": step, "cost": tuple(vars(cost).values())}
+        of_run = {"state": tuple(state), "step": step, "cost": dict(vars(cost))}
         return {**of_run, "record": {**vars(record), "seconds": seconds}}
 
     with loop.running():

@@ -319,7 +319,7 @@ class SelfTuningRun:
             "hyper_slots": self._hyper_slots,
             "path": self._path[: self.position].clone(),
             "incumbent": None if self.incumbent is None else tuple(self.incumbent),
-            "cost": tuple(vars(self.cost).values()),
+            "cost": dict(vars(self.cost)),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -336,7 +336,7 @@ class SelfTuningRun:
         self._hyper_slots = tuple(saved["hyper_slots"])
         self._path[: self.position] = saved["path"]
         self.incumbent = None if saved["incumbent"] is None else Incumbent(*saved["incumbent"])
-        self.cost = Cost(*saved["cost"])
+        self.cost = Cost(**saved["cost"])
 
     def _used_elsewhere(self) -> tuple[str, ...]:
         """Layers that cannot respond, since the model uses their weights in other places."""

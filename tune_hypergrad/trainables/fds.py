@@ -282,7 +282,7 @@ class FDS(ProblemTrainable):
             "outcomes": [tuple(outcome) for outcome in self._outcomes],
             "figures": [dict(figures) for figures in self._figures],
             "means": {key: dict(mean) for key, mean in self._means.items()},
-            "earlier": tuple(vars(self._earlier).values()),
+            "earlier": dict(vars(self._earlier)),
             "completed": (self._completed, self._judged),
             "results": (self._untrained, self._results, self._best),
         }
@@ -302,7 +302,7 @@ class FDS(ProblemTrainable):
                 reject_above=self.proposal.reject_above,
             )
             self.run.load_state_dict(saved["run"])
-        self._earlier, (self._completed, self._judged) = Cost(*saved["earlier"]), saved["completed"]
+        self._earlier, (self._completed, self._judged) = Cost(**saved["earlier"]), saved["completed"]
         self._untrained, self._results, self._best = (dict(results) for results in saved["results"])
 
 

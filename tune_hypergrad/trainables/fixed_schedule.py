@@ -96,7 +96,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         return self._spent
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "state": tuple(self._state), "spent": tuple(vars(self._spent).values())}
+        return {"step": self._step, "state": tuple(self._state), "spent": dict(vars(self._spent))}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self._step, self._state, self._spent = saved["step"], State(*saved["state"]), Cost(*saved["spent"])
+        self._step, self._state, self._spent = saved["step"], State(*saved["state"]), Cost(**saved["spent"])

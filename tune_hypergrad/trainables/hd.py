@@ -90,8 +90,8 @@ class HD(ProblemTrainable):
         return self._evaluations + self.online.run.cost
 
     def state_dict(self) -> dict[str, Any]:
-        return {"online": self.online.state_dict(), "evaluations": tuple(vars(self._evaluations).values())}
+        return {"online": self.online.state_dict(), "evaluations": dict(vars(self._evaluations))}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.online.load_state_dict(saved["online"])
-        self._evaluations = Cost(*saved["evaluations"])
+        self._evaluations = Cost(**saved["evaluations"])

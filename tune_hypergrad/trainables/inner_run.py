@@ -193,10 +193,10 @@ class InnerRun(ProblemTrainable):
         return self._spent + self.run.cost
 
     def state_dict(self) -> dict[str, Any]:
-        return {"run": self.run.state_dict(), "untrained": self._untrained, "spent": tuple(vars(self._spent).values())}
+        return {"run": self.run.state_dict(), "untrained": self._untrained, "spent": dict(vars(self._spent))}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         mode, together = saved["run"]["differentiation"], saved["run"].get("together")
         self.run = self.settings.make_run(self.loop, self._values, mode, together=together)
         self.run.load_state_dict(saved["run"])
-        self._untrained, self._spent = saved["untrained"], Cost(*saved["spent"])
+        self._untrained, self._spent = saved["untrained"], Cost(**saved["spent"])
