@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -46,7 +47,7 @@ settings fall well short of the best, each a fraction of a second, and a grid th
 _GROW = ("budget", "method", "seeds")
 """Options by which a finished comparison may be extended."""
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console()
 
 
@@ -394,14 +395,15 @@ def problems() -> None:
     """List the built-in problems."""
     from tune_hypergrad.problems import table
 
-    shown = Table()
-    for heading in ("problem", "model", "train", "val", "test", "batch", "data"):
-        number = heading in ("train", "val", "test", "batch")
-        shown.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=heading == "problem")
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("problem", no_wrap=True)
+    shown.add_column("what is trained", overflow="fold")
+    shown.add_column("train / val / test", no_wrap=True)
+    shown.add_column("batch", justify="right", no_wrap=True)
     for entry in table():
-        parts = (entry.train, entry.val, entry.test, entry.batch_size)
-        sizes = ("-" if size is None else f"{size:,}" for size in parts)
-        shown.add_row(entry.name, entry.model, *sizes, entry.description)
+        known = [size for size in (entry.train, entry.val, entry.test) if size is not None]
+        sizes = " / ".join(f"{size:,}" for size in known) or "-"
+        shown.add_row(entry.name, f"{entry.model}; {entry.description}", sizes, f"{entry.batch_size:,}")
     console.print(shown)
 
 
