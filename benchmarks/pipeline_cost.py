@@ -300,17 +300,16 @@ def main() -> None:
     if options.growth_of:
         print_growth(*options.growth_of)
         return
-    print(
-        "| model | weights | steps | loop, ms a step | reverse | sqrt checkpoints | forward, 3 columns | memory, MiB |"
-    )
-    print("|" + " --- |" * 8)
+    memory = f"memory in MiB: {' / '.join(CONTENDERS)}"
+    print(f"| model | weights | steps | loop, ms a step | {' | '.join(MODES)} | {memory} |")
+    print("|" + " --- |" * (5 + len(MODES)))
     for name in options.models:
         title, make, steps = MODELS[name]
         weights = sum(parameter.numel() for parameter in make(1).model().parameters())
         times = ratios(name, options.turns)
         shown = [f"{statistics.median(times[m]):.2f} ({min(times[m]):.2f} to {max(times[m]):.2f})" for m in MODES]
-        memory = " / ".join(f"{growth(name, contender):.0f}" for contender in CONTENDERS)
-        cells = (f"{weights:,}", f"{steps}", f"{statistics.median(times['loop']):.1f}", *shown, memory)
+        grown = " / ".join(f"{growth(name, contender):.0f}" for contender in CONTENDERS)
+        cells = (f"{weights:,}", f"{steps}", f"{statistics.median(times['loop']):.1f}", *shown, grown)
         print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 

@@ -64,6 +64,11 @@ def test_what_ray_draws_is_held(data: st.DataObject) -> None:
         (Numbers(0, 5, whole=True), 5, True, 5),
         (Numbers(0, 5, whole=True), 6, False, 5),
         (Numbers(0, 1), True, False, 1.0),
+        (Numbers(5, 10, whole=True, step=5), 5, True, 5),
+        (Numbers(5, 10, whole=True, step=5), 7, False, 5),
+        (Numbers(5, 10, whole=True, step=5), 1, False, 5),
+        (Numbers(0.1, 0.7, step=0.1), 0.1 + 0.2, True, 3 * 0.1),
+        (Numbers(0.1, 0.7, step=0.1), 0.13, False, 0.1),
     ],
 )
 def test_holds_and_nearest(numbers: Numbers, value: Any, held: bool, nearest: float) -> None:

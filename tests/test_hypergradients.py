@@ -481,7 +481,13 @@ class TestChoiceOfMode:
         truncated = differentiate(make_loop(steps=6), values, "reverse", horizon=3)
         assert "from_the_middle" in chosen.reason and asked.reason == "asked for"
         for found in (chosen, asked):
+            assert found.differentiation == "from_the_middle"  # by which a run is restored
             assert_close(found.hypergradients, truncated.hypergradients, 1e-12)
+        both = hypergradient(
+            make_problem(), values, steps=6, seed=[0, 1], check=False, differentiation="from_the_middle"
+        )
+        assert both.reason.endswith("from_the_middle mode has no other way")
+        assert_close(both.members[0].hypergradients, truncated.hypergradients, 1e-12)
 
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     def test_state_bytes(self, optimizer: str) -> None:

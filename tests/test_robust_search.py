@@ -267,7 +267,7 @@ class TestLadder:
             if proposal.reject_above == -INF:
                 return Outcome(0.4 if high else 0.6, UNTRAINED, None, TRAINING)
             gradients = {name: torch.zeros_like(v) + 1e-9 for name, v in proposal.values.items()}
-            return Outcome(0.5, UNTRAINED, gradients, DIFFERENTIATED)
+            return Outcome(0.45, UNTRAINED, gradients, DIFFERENTIATED)
 
         search = RobustSearch(RANGES, trainings=40)
         driven(search, outcome)

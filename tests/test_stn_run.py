@@ -37,6 +37,7 @@ from tune_hypergrad.losses import smoothed_cross_entropy
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Cutout, Dropout, InputNoise, Mixup, WeightDecay
 from tune_hypergrad.stn import VARIANTS, TunedHyperparameter, TunedHyperparameters
+from tune_hypergrad.stn.run import unlike_batches
 
 STEPS = 13
 CUTS = {"warm_up": 0.8, "train_steps": 3, "val_steps": 2}
@@ -601,6 +602,20 @@ def test_one_perturbation_for_all_is_the_same_for_every_example(variant, monkeyp
     for name, path in for_each.history.items():
         assert path == pytest.approx(once.history[name], rel=1e-9)
     torch.testing.assert_close(once.state.params, for_each.state.params)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_examples_that_can_be_told_apart_have_perturbations_of_their_own(variant):
+    initial = {"dropout": INITIAL["dropout"]}
+    problem = regularised_problem(regularisers=[Dropout(), WeightDecay()])
+    run = make_run(problem, STEPS, tuned=(DROPOUT,), initial=initial, variant=variant, training={"fixed": {"l2": 0.0}})
+    assert run.why_one_for_all is None and not run.tuned.one_for_all
+    loop = run.loop
+    with loop.running():
+        own = len(loop.batches.of_step(0)[0])
+        with unlike_batches(loop) as size:
+            assert size != own and len(loop.batches.of_step(0)[0]) == size == loop.costs.step(0).examples
+        assert len(loop.batches.of_step(0)[0]) == own == loop.costs.step(0).examples
 
 
 class OfPacked(nn.Module):

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+_ROUNDING = 1e-6  # as a share of a step
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -48,12 +50,17 @@ class Numbers:
         return math.isfinite(self.lower) and math.isfinite(self.upper) and self.lower < self.end
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is within the bounds, and whole where it has to be."""
-        return is_number(value) and self.lower <= value <= self.upper and not (self.whole and value % 1)
+        """Whether a value is one of them; of multiples, up to rounding."""
+        if not (is_number(value) and self.lower <= value <= self.upper):
+            return False
+        if self.step is not None and abs(value / self.step - round(value / self.step)) > _ROUNDING:
+            return False
+        return not (self.whole and value % 1)
 
     def nearest(self, value: float) -> float:
-        """The nearest number within the bounds."""
-        inside = min(max(value, self.lower), self.upper)
+        """The nearest of them."""
+        multiple = value if self.step is None or not math.isfinite(value) else round(value / self.step) * self.step
+        inside = min(max(multiple, self.lower), self.upper)
         return round(inside) if self.whole else float(inside)
 
 

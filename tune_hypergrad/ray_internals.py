@@ -1,8 +1,9 @@
 """What the package uses of Ray that Ray does not promise to keep; tried on Ray 2.60.0 (see constraints.txt).
 
-Attributes with an underscore, modules that are Ray's own, the files of its snapshots: all that comparisons need, and
-what they share with searchers. With another version of Ray, look here first, then at what is of one use elsewhere:
-`searchers.ray_loop` and `searchers.wrappers` (Ray's loop and its wrappers from within), `trainables.promoted`.
+It has attributes with an underscore, modules that are Ray's own, and the files of its snapshots: all that comparisons
+need, and what they share with searchers. With another version of Ray, look here first, then at what is of one use
+elsewhere: `searchers.ray_loop` and `searchers.wrappers` (Ray's loop and its wrappers from within), and
+`trainables.promoted`.
 """
 
 from __future__ import annotations

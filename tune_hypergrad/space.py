@@ -506,9 +506,10 @@ def _range(name: str, windows: list[Place]) -> Range:
 def _domain_range(domain: Any, windows: int, one_minus: bool) -> Range:
     found = read(domain)
     assert isinstance(found, Numbers)  # what has no derivative has been refused
+    lower, upper = float(found.lower), float(found.upper)
     if one_minus:
-        return Range(windows, 1 - found.upper, 1 - found.lower, "complement" if found.log else "linear")
-    return Range(windows, float(found.lower), float(found.upper), "log" if found.log else "linear")
+        return Range(windows, 1 - upper, 1 - lower, "complement" if found.log else "linear")
+    return Range(windows, lower, upper, "log" if found.log else "linear")
 
 
 def _underivable_kind(leaf: Any) -> str | None:

@@ -21,6 +21,7 @@ from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.inspection import Refusals, inspect
 from tune_hypergrad.hypergradients.loop_batches import LoopBatches
+from tune_hypergrad.hypergradients.loop_costs import LoopCosts
 from tune_hypergrad.hypergradients.loop_values import EMA
 from tune_hypergrad.hypergradients.narrowing import culprit
 from tune_hypergrad.hypergradients.optimizers import Optimizer, is_built_in
@@ -205,6 +206,7 @@ class _ReadingOnce(InnerLoop):
     ) -> None:
         super().__init__(problem, settings)
         self.batches = _ReadOnce(read or {}, self.problem, settings.steps, settings.seed, self.device, self.dtype)
+        self.costs = LoopCosts(self.batches)
 
 
 def _compare(

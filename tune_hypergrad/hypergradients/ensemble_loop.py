@@ -100,7 +100,7 @@ class EnsembleLoop(InnerLoop):
             member.moving = self.moving  # one set, to which either adds
         own = [member.batches for member in self.members]
         self.batches = EnsembleBatches(self.problem, settings.steps, seeds[0], own)
-        self.costs = LoopCosts(self.problem, self.batches, len(seeds))
+        self.costs = LoopCosts(self.batches, len(seeds))
         self._draws = MemberDraws(len(seeds), self.device)
         self._index = torch.arange(len(seeds), device=self.device)
 

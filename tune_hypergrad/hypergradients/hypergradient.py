@@ -18,6 +18,7 @@ from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.modes import (
     AUTO,
     MODES,
+    TOGETHER,
     Choice,
     Forward,
     Mode,
@@ -206,7 +207,7 @@ def hypergradient_run(
             raise InputError(f"clip_hessian_product is {clip_hessian_product!r}: give a positive number, or None")
         if mode not in (None, _CLIPPED) and differentiated:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
-        mode = _CLIPPED
+        mode = _CLIPPED if differentiated else mode
     refuse_underivable(loop, values)
     common: dict[str, Any] = {"horizon": horizon, "val_examples": val_examples}
     if isinstance(loop, EnsembleLoop):
@@ -240,7 +241,7 @@ def hypergradient_run(
         choice = Choice(mode, "Hessian products are clipped in forward mode only" if clipped else "asked for")
     clipping = {} if clip_hessian_product is None else {"clip_hessian_product": clip_hessian_product}
     run = choice.mode.begin(loop, values, **common, reject_above=reject_above, **clipping)
-    run.reason = choice.reason
+    run.differentiation, run.reason = choice.mode.name, choice.reason
     return run
 
 
@@ -262,7 +263,7 @@ def _why_in_turn(
         return "asked for"
     if not differentiated:
         reason: str | None = None
-    elif mode is not None and not isinstance(mode, Reverse):
+    elif mode is not None and mode.name not in TOGETHER:
         reason = f"{mode.name} mode has no other way"
     else:
         reason = refusal_of(loop, values, Reverse.derivatives, check=check)

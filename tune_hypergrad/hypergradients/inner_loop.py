@@ -194,7 +194,7 @@ class InnerLoop:
             self.device,
             self.dtype,
         )
-        self.costs = LoopCosts(self.problem, self.batches)
+        self.costs = LoopCosts(self.batches)
         self._evaluator = Evaluator(self)
 
     @property
@@ -226,6 +226,16 @@ class InnerLoop:
             for context in (preserved_generators(), kernels(self.model), kept_heap(), self.batches.opened()):
                 stack.enter_context(context)
             yield
+
+    @contextmanager
+    def trained_on(self, problem: Problem) -> Iterator[None]:
+        """For the body, training steps are those of another problem, with the same model, loss and data."""
+        before = self.problem
+        self.problem = self.batches.problem = problem
+        try:
+            yield
+        finally:
+            self.problem = self.batches.problem = before
 
     def initial_state(self) -> State:
         """Fresh weights (drawn from the seed), zero optimizer state, fresh buffers, no step taken."""

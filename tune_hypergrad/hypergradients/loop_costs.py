@@ -11,31 +11,28 @@ class LoopCosts:
     """Costs of the steps and evaluations of a training run, or of several that are made at once.
 
     Args:
-        problem: what is trained.
-        batches: its data.
+        batches: the data that is trained on, and whose they are.
         runs: how many there are.
     """
 
-    def __init__(self, problem: Problem, batches: LoopBatches, runs: int = 1) -> None:
-        self._problem, self._batches, self._runs = problem, batches, runs
+    def __init__(self, batches: LoopBatches, runs: int = 1) -> None:
+        self._batches, self._runs = batches, runs
 
     def step(self, step: int, hessian_columns: int = 0) -> Cost:
         """Cost of a training step that also carries `hessian_columns` tangent columns."""
         tangents = hessian_columns * GRADIENTS_PER["hessian_column"]
-        gradients = GRADIENTS_PER["step"] + tangents
-        return self._of_all(
-            Cost(steps=1, examples=self._problem.step_length(step), gradients=gradients, hypergradients=tangents)
-        )
+        examples, gradients = self._batches.problem.step_length(step), GRADIENTS_PER["step"] + tangents
+        return self._of_all(Cost(steps=1, examples=examples, gradients=gradients, hypergradients=tangents))
 
     def adjoint_step(self) -> Cost:
         """Cost of going back over one training step."""
-        spent = adjoint_gradients(self._problem)
+        spent = adjoint_gradients(self._batches.problem)
         return self._of_all(Cost(gradients=spent, hypergradients=spent))
 
     def evaluation(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
         """Cost of evaluating a split, or `examples` of it, with or without its gradient."""
         total = len(self._batches.split(which))
-        batches = (total if examples is None else min(examples, total)) / self._problem.examples_per_step
+        batches = (total if examples is None else min(examples, total)) / self._batches.problem.examples_per_step
         if gradient:
             spent = batches * GRADIENTS_PER["val_gradient"]
             return self._of_all(Cost(gradients=spent, hypergradients=spent))

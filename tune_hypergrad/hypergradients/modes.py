@@ -124,6 +124,9 @@ class CheckpointedReverse(Reverse):
         return ReverseRun(loop, dict(values), keep_all=False, **arguments)
 
 
+TOGETHER = (Reverse.name, CheckpointedReverse.name)
+"""Those by which the runs of several seeds can take their steps at once."""
+
 MODES: dict[str, Mode] = {mode.name: mode for mode in (Forward(), Reverse(), CheckpointedReverse())}
 """By name. Where modes cost the same, the first of them is taken."""
 

@@ -211,9 +211,10 @@ class RobustSearch(OuterSearch):
         adaptive_sharing: whether neighbouring windows, of a hyperparameter that has at least 16, move together where
             that makes the estimated error of their hypergradient least (see `Sharing`).
         confirmations: other seeds with which the two best places, and the initial one if `polish`, are trained before
-            the search ends; None: 3, or as many as a fifth of `trainings` pays for with two places, but at least 1
-            where an outer step leaves enough for it. What comes to nothing there is replaced by the next best; where
-            all has, the search goes on from there with what calms training lowered.
+            the search ends, a plain training that ended below both in place of the second; None: 3, or as many as a
+            fifth of `trainings` pays for with two places, but at least 1 where an outer step leaves enough for it. What
+            comes to nothing there is replaced by the next best; where all has, the search goes on from there with what
+            calms training lowered.
         polish: whether what is found must not be worse than `initial`, by mean validation loss over the confirmations.
 
     Raises:
@@ -529,7 +530,7 @@ class RobustSearch(OuterSearch):
         standing = self._standing
         start = self._start_to_confirm if self.polish else []
         best = sorted(standing, key=self._score)[:_CANDIDATES]
-        rung = min((p for p in standing if p.outer_step < 0), key=lambda p: p.val_loss, default=None)
+        rung = next((place for place in standing if place.outer_step < 0), None)
         if rung is not None and all(rung.val_loss < place.val_loss for place in best):
             best[_CANDIDATES - 1 :] = [rung]  # whether it is as wild as it might be, other seeds tell
         chosen = [*start, *(place for place in best if not start or not self._is_start(place.internal))]

@@ -161,13 +161,9 @@ def unlike_batches(loop: InnerLoop) -> Iterator[int]:
     shapes = [leaf.shape[1:] for leaf in tree_leaves(loop.batches.of_step(0)) if isinstance(leaf, Tensor)]
     taken = {size for shape in (*shapes, *(p.shape for p in loop.model.parameters())) for size in shape}
     sizes = range(3, len(loop.batches.split("train")) + 1, 2)
-    before = loop.problem
-    size = next((size for size in sizes if size not in taken), before.batch_size)
-    loop.problem = before.replace(batch_size=size, accumulate=1)
-    try:
-        yield loop.problem.batch_size
-    finally:
-        loop.problem = before
+    size = next((size for size in sizes if size not in taken), loop.problem.batch_size)
+    with loop.trained_on(loop.problem.replace(batch_size=size, accumulate=1)):
+        yield size
 
 
 class SelfTuningRun:

@@ -68,9 +68,10 @@ def growth_in(folder: Path, plan: Plan, storage: str | None) -> Growth:
 
 def _refuse_unreadable(folder: Path) -> None:
     """Refuse what another version of the package has left, in which things had other places."""
-    saved = saved_searcher(folder / SNAPSHOT_FILE)
+    file = folder / SNAPSHOT_FILE
     try:
-        pickle.loads(saved or pickle.dumps(None))
+        for each in (file, *folder.glob(f"{file.stem}-*{file.suffix}")):  # of what came before an extension
+            pickle.loads(saved_searcher(each) or pickle.dumps(None))
     except (AttributeError, ImportError) as error:
         raise InputError(
             f"{folder} was begun by another version of tune_hypergrad ({error}): resume it with that version, or begin "

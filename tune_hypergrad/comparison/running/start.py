@@ -142,8 +142,10 @@ def _checked(name: str, value: Any, place: Place) -> Any:
     if not _is_valid(domain, leaf):
         shown = f"{value:g}" if isinstance(value, float) else repr(value)
         inside = f"1 - {domain.domain_str}" if place.complement else domain.domain_str
+        found = read(domain)
+        of = f", in multiples of {found.step:g}" if isinstance(found, Numbers) and found.step is not None else ""
         raise InputError(
-            f"start has {name!r} at {shown}, outside the search space's {inside}: change it, or widen the space"
+            f"start has {name!r} at {shown}, outside the search space's {inside}{of}: change it, or widen the space"
         )
     return near
 
