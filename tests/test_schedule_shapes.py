@@ -204,7 +204,7 @@ def test_check_problem_takes_curves(case):
 def test_a_step_of_a_run_on_no_device_computes_curves_on_the_cpu():
     """Where to train is not where curves are computed: a GPU's stand-in has no values at all."""
     loop = make_loop(steps=STEPS)
-    loop.device, numbers = torch.device("meta"), Schedule(CURVES["all at once"]).to_tensors()
+    loop.values.device, numbers = torch.device("meta"), Schedule(CURVES["all at once"]).to_tensors()
     placed = {name: loop.values.placed(name, values) for name, values in numbers.items()}
     assert {name: values.device.type for name, values in placed.items()} == {
         **{name: "cpu" for name in placed},

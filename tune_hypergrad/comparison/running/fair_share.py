@@ -19,6 +19,7 @@ WAITING = 2
 which a new actor starts meanwhile. With one, short trials would pass a single actor on and use no second."""
 
 _UNKNOWN_RESULT = 1.0  # share of the budget: until an account's first result, one of its trials runs
+_WHOLE = 1 - 1e-9  # what all of a budget is at least, where shares of it have been added up
 
 
 class Live(NamedTuple):
@@ -123,7 +124,7 @@ class FairShare:
         """Whether a trial of an account that has just reported has to stop: the budget is spent, or can be by the
         results on their way before the last of them has come."""
         claim = self.claims[account]
-        return claim.budget is not None and claim.share(spent) + claim.committed_before_last() >= 1
+        return claim.budget is not None and claim.share(spent) + claim.committed_before_last() >= _WHOLE
 
     def _turn(self, claim: Claim, share: float) -> Turn:
         if claim.budget is not None and share >= 1:
@@ -175,4 +176,4 @@ def _priority(claim: Claim, share: float) -> tuple[bool, float, int]:
 
 def _is_spoken_for(claim: Claim, share: float) -> bool:
     """Whether another trial could make two results go over the budget; the longest run of those seen is assumed."""
-    return claim.budget is not None and share + claim.committed_before_last(Live(claim.longest)) >= 1
+    return claim.budget is not None and share + claim.committed_before_last(Live(claim.longest)) >= _WHOLE
