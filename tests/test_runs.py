@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import random
 import subprocess
 import sys
+import weakref
 from math import inf, isqrt
 from typing import Any
 
@@ -477,3 +479,21 @@ def test_advance_stops_where_told(mode: str) -> None:
 def test_the_engine_imports_without_ray() -> None:
     code = "import sys, tune_hypergrad.hypergradients; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loop_and_its_data_go_when_the_last_run_does(mode: str) -> None:
+    """Not when garbage is collected: a search makes a loop for every outer step."""
+    loop = make_loop()
+    run = hypergradient_run(loop, {"lr": double(0.1, 0.2)}, differentiation=mode)
+    with loop.running():
+        run.advance(run.length)
+    run.result()
+    left = [weakref.ref(loop), weakref.ref(loop.batches), weakref.ref(run)]
+    gc.collect()
+    gc.disable()
+    try:
+        del loop, run
+        assert [each() for each in left] == [None, None, None]
+    finally:
+        gc.enable()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import proxy
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class Evaluator:
     """
 
     def __init__(self, loop: Evaluable) -> None:
-        self._loop = loop
+        self._loop: Evaluable = proxy(loop)  # no circle, which would keep the loop's data until garbage is collected
         self._measures: dict[str, Measure] = {**loop.problem.metrics, LOSS: loop.problem.loss}
         marked = {name for name, measure in self._measures.items() if is_of_whole_split(measure)}
         self._whole = {which: set(marked) for which in ("train", "val", "test")}

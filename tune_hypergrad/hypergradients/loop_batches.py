@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -60,7 +61,10 @@ class LoopBatches:
         self._begin_reading()
 
     def _begin_reading(self) -> None:
-        self._training_data = BatchesAhead(self._readers["train"], self.tasks, self._steps * self.problem.accumulate)
+        # no circle: what holds the data goes when the last run that reads it does, not when garbage is collected
+        own = ref(self)
+        end = self._steps * self.problem.accumulate
+        self._training_data = BatchesAhead(self._readers["train"], lambda draw: _alive(own).tasks(draw), end)
         self._validation_data: dict[int, BatchesAhead] = {}  # by batch size
 
     def of_step(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
@@ -102,19 +106,21 @@ class LoopBatches:
         """Batch `number` of the validation split, of `size` examples or all of them, in passes of a random order."""
         split = self.split("val")
         size = min(size, len(split))
-
-        def indices(number: int) -> Tensor:
-            epoch, position = divmod(number, len(split) // size)
-            return self._epoch_order("val", epoch)[position * size : (position + 1) * size]
-
         if split.tensors is not None:
-            return self.cast(split.batch(indices(number)))
+            return self.cast(split.batch(self._validation_indices(number, size)))
+        if size not in self._validation_data:
+            own = ref(self)
+            self._validation_data[size] = BatchesAhead(
+                self._readers["val"], lambda number: _alive(own)._validation_tasks(number, size)
+            )
+        return self.cast(self._validation_data[size].get(number)[0])
 
-        def tasks(number: int) -> Sequence[Task]:
-            return [self._evaluation_task(split, number, indices(number))]
+    def _validation_tasks(self, number: int, size: int) -> Sequence[Task]:
+        return [self._evaluation_task(self.split("val"), number, self._validation_indices(number, size))]
 
-        ahead = self._validation_data.setdefault(size, BatchesAhead(self._readers["val"], tasks))
-        return self.cast(ahead.get(number)[0])
+    def _validation_indices(self, number: int, size: int) -> Tensor:
+        epoch, position = divmod(number, len(self.split("val")) // size)
+        return self._epoch_order("val", epoch)[position * size : (position + 1) * size]
 
     def of_evaluation(self, which: str, chosen: Sequence[Tensor | slice]) -> Iterator[Batch]:
         """Batches of the "train", "val" or "test" split to evaluate, one of each indices; draws are seeded apart."""
@@ -160,3 +166,10 @@ class LoopBatches:
             return None
         generator = torch.Generator().manual_seed(fold_seed(self._seed, VALIDATION, draw))
         return torch.randperm(len(split), generator=generator)[:examples].to(self.device)
+
+
+def _alive(own: ReferenceType[LoopBatches]) -> LoopBatches:
+    """What is being asked for a batch."""
+    batches = own()
+    assert batches is not None
+    return batches
