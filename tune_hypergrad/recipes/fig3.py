@@ -106,7 +106,7 @@ def jobs(settings: Settings, results: Results) -> list[Job]:
         by_hand = replace(settings.retraining, seeds=settings.searches * settings.seeds)
         schedule = {"lr": cosine(settings.peak, 200)}
         retrained += by_hand.jobs(_cosine_name(problem), settings.experiment(problem), schedule)
-    return [*wanted, *searches, *retrained]
+    return [*wanted, *retrained, *searches]  # what has been found is tested before the next search begins
 
 
 def has_data(place: Place, *, problem: str) -> bool:

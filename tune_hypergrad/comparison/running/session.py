@@ -15,7 +15,7 @@ from tune_hypergrad.errors import InputError, in_one_line
 
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray's own tables would tear ours
-    "TUNE_GLOBAL_CHECKPOINT_S": "5",  # trials younger than the last snapshot are forgotten when the driver dies
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",  # trials younger than the last snapshot begin again when the driver dies
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # trials without a GPU see none
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one method's result without the metric would end all methods
 }
@@ -23,9 +23,11 @@ _SETTINGS = {
 _NO_CLIENT = "the comparison itself has to run on a machine of the cluster, with address='auto'"
 _PATIENCE = 10.0  # seconds in which a cluster accepts a connection
 
-# of failed trials the report tells, and searchers of what they passed over
+# of failed trials the report tells, and searchers of what they passed over; that tokens are on is no news to those who
+# have the only one
 _LOGGERS = {
     "hpbandster": logging.CRITICAL,
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
     "ray.tune.tune": logging.CRITICAL,
     "ray.tune.analysis.experiment_analysis": logging.CRITICAL,
     "ray.tune.execution.tune_controller": logging.CRITICAL,
