@@ -182,7 +182,8 @@ def looked_up(words: list[str]) -> None:
     elif program.startswith("./") or program.startswith(".ci/"):
         assert (REPOSITORY / program).exists()
     else:
-        assert program in ("pytest", "mkdocs", "ruff", "mypy", "python3", "source", "pre-commit", "git", "cd"), program
+        others = ("pytest", "mkdocs", "ruff", "mypy", "python3", "source", "pre-commit", "git", "cd", "grep")
+        assert program in others, program
 
 
 @pytest.mark.parametrize("page", PAGES)
