@@ -172,7 +172,7 @@ def draw(settings: Settings, results: Results) -> Figure:
         if problem == "mnist":
             stairs(panel, LEARNED_ON_MNIST, label="FDS, paper", linestyle="--", color="black")
         panel.set(xlabel="training progress", ylabel="learning rate", xlim=(0, 1), title=problem)
-        panel.legend(frameon=False, fontsize=7)
+        panel.legend(fontsize=7, edgecolor="none", framealpha=0.85)
     return figure
 
 
