@@ -121,6 +121,13 @@ def test_help_names_the_commands():
         (["digits_mlp", "--reference", "nan"], "reference is nan"),
         (["digits_mlp", "--space", "papr"], "no search space called 'papr': choose paper"),
         (["digits_mlp", "--start", "nowhere.json"], "cannot read schedule file nowhere.json"),
+        (["digits_mlp", "--fix", "momentum"], "--fix momentum is not NAME=NUMBER"),
+        (["digits_mlp", "--fix", "momentum=high"], "--fix momentum=high is not NAME=NUMBER"),
+        (["digits_mlp", "--fix", "momentun=0.9"], "'momentun'"),
+        (["digits_mlp", "--clip-norm", "0"], "clip_norm is 0"),
+        (["digits_mlp", "--ema", "1"], "ema is 1.0"),
+        (["digits_mlp", "--autocast", "float8"], "'float8'"),
+        (["digits_mlp", "--accumulate", "10000"], "accumulate 10000"),
         (["--method", "fsd"], "'fsd'"),
         (["digits_mlp", "--first-seed", "0", "--seeds", "1000000"], "seeds is"),
         (["nowhere.py:problem"], "nowhere.py"),
@@ -291,6 +298,28 @@ def test_spaces_have_names_and_a_start_is_a_file(called, capsys, tmp_path):
     with pytest.raises(Called):
         outcome(capsys, "compare", "digits", "--start", "mine.json", "--same-training", "--out", tmp_path)
     assert called["start"] == Path("mine.json") and called["retraining"].same_training
+
+
+def test_the_usual_recipe_is_a_matter_of_options(called, capsys, tmp_path):
+    recipe = {"--clip-norm": 1, "--clip-gradient": 3, "--ema": 0.99, "--autocast": "bfloat16", "--max-failures": -1}
+    options = [word for option in recipe.items() for word in option]
+    with pytest.raises(Called):
+        outcome(capsys, "compare", "digits", *options, "--accumulate", 2, "--fix", "momentum=0.9", "--out", tmp_path)
+    assert {option: called[option.removeprefix("--").replace("-", "_")] for option in recipe} == recipe
+    assert called["problem"].accumulate == 2 and called["fixed"] == {"momentum": 0.9}
+    assert called["space"] and "momentum" not in called["space"]
+
+
+def test_resuming_may_allow_more_failures(monkeypatch, capsys, tmp_path):
+    given = []
+    monkeypatch.setattr("tune_hypergrad.comparison.compare", lambda *_, **options: given.append(options) or _stop())
+    outcome(capsys, "compare", "digits", "--clip-norm", 2, "--accumulate", 2, "--out", tmp_path / "out")
+    status, _, err = outcome(capsys, "compare", "--resume", tmp_path / "out", "--max-failures", 9)
+    assert (given[1]["max_failures"], given[1]["clip_norm"]) == (9, 2), (status, err)
+
+
+def _stop():
+    raise KeyboardInterrupt
 
 
 def test_an_error_in_a_problem_shows_its_brackets(capsys):

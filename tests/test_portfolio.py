@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.utils import flatten_dict
 
-from tune_hypergrad import BOHBSearch, BOSearch, Budget, Cost, RandomSearch, Schedule
+from tune_hypergrad import BOHBSearch, BOSearch, Budget, Cost, RandomSearch, Schedule, schedule
 from tune_hypergrad.comparison.ledger import (
     LEDGER_FILE,
     SCHEDULE_COLUMN,
@@ -31,7 +31,7 @@ from tune_hypergrad.comparison.running import fair_share
 from tune_hypergrad.comparison.running import portfolio as portfolio_module
 from tune_hypergrad.comparison.running.dispatching import FOUND
 from tune_hypergrad.comparison.running.fair_share import Claim
-from tune_hypergrad.comparison.running.labels import PORTFOLIO, RETRAINS, account_of, trial_name
+from tune_hypergrad.comparison.running.labels import AGAIN, PORTFOLIO, RETRAINS, account_of, trial_name
 from tune_hypergrad.comparison.running.portfolio import (
     SNAPSHOT_FILE,
     Contender,
@@ -61,6 +61,7 @@ The actor is dead because its worker process has died. Worker exit type: SYSTEM_
 CLOCK = count(1)
 """No two results take the same time."""
 KEYS = count()
+SCHEDULE = schedule(tune.loguniform(0.001, 1), windows=2)
 
 
 class Endless(Searcher):
@@ -1004,34 +1005,109 @@ def test_what_happened_after_the_snapshot_is_forgotten_and_its_cost_lost(tmp_pat
     assert repr(Ledger(tmp_path / LEDGER_FILE).trials) == repr(ledger.trials)
 
 
-@pytest.mark.parametrize("searcher", [RandomSearch, BOSearch, BOHBSearch], ids=lambda s: s.__name__)
-def test_what_was_forgotten_begins_again_with_the_same_hyperparameters(tmp_path, searcher):
-    def searchers():
-        lengths = {"max_budget": 3} if searcher is BOHBSearch else {}
-        return {"m": searcher({"x": tune.uniform(0, 1)}, "val_loss", "min", seed=1, **lengths)}
+def forgotten_of(loop):
+    return [id for id, record in loop.portfolio.ledger.trials.items() if record.status == "forgotten"]
 
-    def report(loop):
-        trial = loop.running[0]
+
+def new_configs(again, before):
+    """Those of trials that began after a restore, and which lost trial each stands for."""
+    new = [trial.config for id, trial in again.trials.items() if id not in before.trials]
+    return [({k: v for k, v in c.items() if k != PORTFOLIO}, c[PORTFOLIO].get(AGAIN)) for c in new]
+
+
+@pytest.mark.parametrize("first", [0, -1], ids=["in the same order", "in another order"])
+@pytest.mark.parametrize("searcher", [RandomSearch, BOSearch, BOHBSearch], ids=lambda s: s.__name__)
+def test_what_was_forgotten_begins_again_from_the_ledger(tmp_path, searcher, first):
+    def searchers():
+        lengths = {"max_budget": 27} if searcher is BOHBSearch else {}  # no promotion that soon
+        model = {} if searcher is RandomSearch else {"min_points_in_model": 2, "random_fraction": 0}
+        return {"m": searcher({"x": tune.uniform(0, 1), "lr": SCHEDULE}, "val_loss", "min", seed=1, **lengths, **model)}
+
+    def report(loop, which=0):
+        trial = loop.running[which]
         loop.report(trial, value=trial.config["x"])
 
-    loop = Loop(make(tmp_path, searchers()), slots=2)
-    for _ in range(4):
-        loop.fill()
-        report(loop)
-    folder = loop.save()
-    for _ in range(2):
+    loop = Loop(make(tmp_path, searchers(), amount=10_000), slots=3)
+    for _ in range(12):
         loop.fill()
         report(loop)
     loop.fill()
-    ledger = loop.portfolio.ledger
-    again = restored(loop, searchers(), folder)
-    forgotten = [id for id, record in again.portfolio.ledger.trials.items() if record.status == "forgotten"]
-    assert len(forgotten) == 3 and set(forgotten) <= set(ledger.trials)
+    folder = loop.save()
     for _ in range(3):
+        report(loop)
+        loop.fill()
+    again = restored(loop, searchers(), folder, amount=10_000)
+    forgotten = forgotten_of(again)
+    assert len(forgotten) == 3
+    agreement(again)
+    before = {id: {k: v for k, v in loop.trials[id].config.items() if k != PORTFOLIO} for id in forgotten}
+    again.fill()
+    for _ in range(3):
+        report(again, first)
         again.fill()
-        report(again)
-    begun = [trial.config for id, trial in again.trials.items() if id not in loop.trials]
-    assert begun[: len(forgotten)] == [loop.trials[id].config for id in forgotten]
+    begun = new_configs(again, loop)
+    assert begun == [(before[id], id) for id in forgotten]
+    events = read_events(tmp_path / LEDGER_FILE)
+    assert [event[AGAIN] for event in events if event.get(AGAIN)] == forgotten
+    again.run()
+    configs = new_configs(again, loop)
+    assert len({repr(config) for config, _ in configs}) == len(configs) and not any(lost for _, lost in configs[3:])
+
+
+def test_lost_trials_are_begun_again_once_over_several_interruptions(tmp_path):
+    def searchers():
+        return {"m": RandomSearch({"x": tune.uniform(0, 1)}, "val_loss", "min", seed=1)}
+
+    loop = Loop(make(tmp_path, searchers()), slots=2)
+    loop.fill()
+    folder = loop.save()
+    for _ in range(2):
+        loop.report(loop.running[0])
+        loop.fill()
+    lost = [trial.config["x"] for trial in list(loop.trials.values())[2:]]
+    second = restored(loop, searchers(), folder)
+    second.fill()
+    second.report(second.running[0])
+    second.fill()  # one of the two is on its way again when all is killed once more
+    assert [config["x"] for config, _ in new_configs(second, loop)] == lost[:1]
+    third = restored(second, searchers(), folder)
+    third.run()
+    assert [config["x"] for config, of in new_configs(third, loop) if of is not None] == lost
+    xs = [trial.config["x"] for trial in third.trials.values()]
+    assert len(set(xs)) == len(xs)
+
+
+def test_a_lost_promotion_that_is_none_any_more_is_given_up(tmp_path):
+    def searchers():
+        return {"m": BOHBSearch({"x": tune.uniform(0, 1)}, "val_loss", "min", seed=1, max_budget=3)}
+
+    loop = Loop(make(tmp_path, searchers(), amount=10_000), slots=1)
+    loop.fill()
+    folder = loop.save()
+    while not any(trial.config["budget"] == 3 for trial in loop.trials.values()):
+        loop.report(loop.running[0], value=loop.running[0].config["x"])
+        loop.fill()
+    promoted = list(loop.trials.values())[-1].config["x"]
+    again = restored(loop, searchers(), folder, amount=10_000)
+    for _ in range(12):
+        again.fill()
+        again.report(again.running[0], value=-again.running[0].config["x"])  # another is the best this time
+    begun = new_configs(again, loop)
+    first_promotion = next(config for config, _ in begun if config["budget"] == 3)
+    assert first_promotion["x"] != promoted
+    assert [of for _, of in begun].count(None) > 0
+
+
+def test_a_searcher_of_another_kind_goes_its_own_way_where_it_does_not_come_to_a_lost_config(tmp_path):
+    loop = Loop(make(tmp_path, {"m": Endless()}), slots=1)
+    loop.fill()
+    folder = loop.save()
+    loop.report(loop.running[0])
+    loop.fill()
+    (lost,) = [id for id in loop.trials if id not in json.loads(next(folder.glob("experiment*")).read_text())]
+    again = restored(loop, {"m": Endless(y=1)}, folder)
+    again.run()
+    assert next(of for _, of in new_configs(again, loop)) is None and forgotten_of(again) == [lost]
 
 
 def torn(folder, change):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Collection
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
@@ -46,6 +47,9 @@ settings fall well short of the best, each a fraction of a second, and a grid th
 
 _GROW = ("budget", "method", "seeds")
 """Options by which a finished comparison may be extended."""
+
+_OF_THE_CALL = ("address", "progress", "max_failures")
+"""Options that may be others, too, where a comparison goes on."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console()
@@ -90,6 +94,17 @@ def compare(
     windows: Annotated[int, typer.Option(help="Learning rates in the schedule.", min=1)] = 7,
     optimizer: Annotated[str, typer.Option(help="Inner optimizer.")] = "sgd",
     batch_size: Annotated[int | None, typer.Option(help="Instead of the problem's own.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches in an inner step. [default: the problem's own]", min=1)
+    ] = None,
+    fix: Annotated[
+        list[str] | None,
+        typer.Option(help="Hold a hyperparameter, as momentum=0.9, out of the search; repeat for several."),
+    ] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Clip the training gradient to this global norm.")] = None,
+    clip_gradient: Annotated[float | None, typer.Option(help="Clip every entry of it to this.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Validate weights averaged with this decay.")] = None,
+    autocast: Annotated[str | None, typer.Option(help='"bfloat16": train in that, with a float32 state.')] = None,
     space: Annotated[
         str | None,
         typer.Option(help='"paper": the wide linear ranges of the FDS paper. [default: what people know of ranges]'),
@@ -117,6 +132,7 @@ def compare(
     concurrent: Annotated[
         int | None, typer.Option(help="Trials at once; with 1, runs repeat exactly. [default: what fits]", min=1)
     ] = None,
+    max_failures: Annotated[int, typer.Option(help="Restarts of a trial that fails; -1 is no limit.", min=-1)] = 2,
     retrain_seeds: Annotated[int, typer.Option(help="Trainings of every incumbent for the test.", min=0)] = 3,
     retrain_on: Annotated[str, typer.Option(help='"train" or "train+val".')] = "train",
     same_training: Annotated[
@@ -140,11 +156,12 @@ def compare(
     by_person = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if resume is not None:
         for name in by_person:
-            if name not in ("address", "progress", *_GROW):
+            if name not in (*_OF_THE_CALL, *_GROW):
                 option = repr(problem) if name == "problem" else "--" + name.replace("_", "-")
                 raise InputError(f"--resume {resume} goes on with what was begun there: leave out {option}")
         added = {name: given[name] for name in by_person if name in _GROW}
-        given = {**_saved_command(resume), "out": resume, "address": address, "progress": progress}
+        of_the_call = {name: given[name] for name in _OF_THE_CALL}
+        given = {**_saved_command(resume), "out": resume, **of_the_call}
         given = _with_added(given, _grown(resume), added)
     elif problem is None:
         given |= {name: value for name, value in FIRST.items() if name not in by_person}
@@ -173,11 +190,15 @@ def _compare(
     download: bool,
     space: str | None = None,
     same_training: bool = False,
+    accumulate: int | None = None,
+    fix: list[str] | None = None,
     **options: Any,
 ) -> None:
     """`compare`, with its options as they came or, `again`, were saved."""
     command = {name: value for name, value in locals().items() if name not in ("options", "again", "out")} | options
+    fixed = _fixed(fix or [])
     loaded = load_problem(problem, data_dir=data_dir, seed=first_seed, batch_size=batch_size, download=download)
+    loaded = loaded if accumulate is None else loaded.replace(accumulate=accumulate)
 
     from tune_hypergrad.comparison import Interrupted, Retraining
     from tune_hypergrad.comparison import compare as run
@@ -203,7 +224,8 @@ def _compare(
             comparison = run(
                 loaded,
                 method,
-                space=_space(loaded, options["optimizer"], windows, tune, space),
+                space=_space(loaded, options["optimizer"], windows, tune, space, fixed),
+                fixed=fixed,
                 seeds=range(first_seed, first_seed + seeds),
                 out=out,
                 resume=again and settings.exists(),
@@ -265,7 +287,26 @@ def _with_added(command: dict[str, Any], grown: dict[str, Any], added: dict[str,
     return command
 
 
-def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None, name: str | None) -> dict[str, Any]:
+def _fixed(given: list[str]) -> dict[str, float]:
+    """Hyperparameters that are held, from texts such as "momentum=0.9"."""
+    fixed = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        number = _number_or_text(value)
+        if not name or not equals or isinstance(number, str):
+            raise InputError(f"--fix {text} is not NAME=NUMBER: write it as --fix momentum=0.9")
+        fixed[name.strip()] = number
+    return fixed
+
+
+def _space(
+    problem: Problem,
+    optimizer: str,
+    windows: int,
+    tuned: str | None,
+    name: str | None,
+    fixed: Collection[str],
+) -> dict[str, Any]:
     from tune_hypergrad.comparison.methods import regularisation_space
     from tune_hypergrad.comparison.running.plan import SPACES, checked_space_name
 
@@ -276,7 +317,8 @@ def _space(problem: Problem, optimizer: str, windows: int, tuned: str | None, na
     if name is not None and tuned == Tuned.REGULARISATION:
         raise InputError(f"--space {name} is a space for the optimizer, which --tune {tuned} leaves alone: drop one")
     space = {} if tuned == Tuned.REGULARISATION else SPACES[name](optimizer, windows)
-    return space if tuned == Tuned.OPTIMIZER else {**space, **regularisation_space(problem)}
+    space = space if tuned == Tuned.OPTIMIZER else {**space, **regularisation_space(problem)}
+    return {name: entry for name, entry in space.items() if name not in fixed}
 
 
 def _show(comparison: Comparison) -> None:

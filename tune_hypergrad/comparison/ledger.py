@@ -97,7 +97,8 @@ class Ledger:
     Events are JSON objects with `event`, `time` (seconds since 1970) and, of trials, `method`, `seed`, `trial` (a name
     such as "fds-0-1") and `id` (Ray's):
 
-    - `start`: a trial's process begins or begins again; `config`, `resources`.
+    - `start`: a trial's process begins or begins again; `config`, `resources`, and `again`, the id of a lost trial in
+      whose place this one is begun.
     - `result`: `iteration`, the trial's cumulative `cost/...`, `val_loss` and whatever else it reported, such as
       `run/step`, `run/steps` and `run/completed`.
     - `end`: `status` ("completed", "budget", "failed"), `error`.

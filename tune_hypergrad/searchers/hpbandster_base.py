@@ -164,6 +164,17 @@ class HpBandSterSearch(RestorableSearch[Job]):
     def _next_work(self) -> Job | None:
         return self._require_space().next_job()
 
+    def _prefer(self, config: Mapping[str, Any]) -> None:
+        """Let the next configuration that a bracket takes in be this one."""
+        master, translation = self._require_space(), self._translation
+        assert translation is not None
+        tuned = {path[0] for path in translation.paths.values()}
+        point = {name: value for name, value in config.items() if name in tuned}
+        try:
+            master.sampler.queue.appendleft(translation.complete(translation.from_trial(point), "the configuration"))
+        except InputError as error:  # its objects, if it has any, may not be told by their names
+            _logger.debug("a configuration cannot be read: %s", error)
+
     def _config_of(self, work: Job) -> dict[str, Any]:
         assert self._translation is not None
         config = self._translation.to_trial(work.kwargs["config"])

@@ -12,7 +12,7 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -107,6 +107,9 @@ class RestorableSearch(Searcher, Generic[Work]):
     @abstractmethod
     def _has_finished(self) -> bool:
         """Whether there is no more work, and will be none."""
+
+    def _prefer(self, config: Mapping[str, Any]) -> None:
+        """Let the next piece of work be this trial's, where it is a choice that the search is free in."""
 
     def _check_ready(self) -> None:
         """Raise `InputError` where nothing can be suggested as things are."""
@@ -435,14 +438,9 @@ class RestorableSearch(Searcher, Generic[Work]):
         trials: Mapping[str, SavedTrial],
     ) -> None:
         while True:
-            before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
             wrappers.reopen(searchers)
-            self._again = deque(sorted(self._again, key=lambda work: not _agree(self._config_of(work), config)))
-            suggestion = searchers[0].suggest(trial_id)
-            if isinstance(suggestion, dict) and _agree(suggestion, config):
+            if self._suggested(trial_id, config, searchers) is not None:
                 return
-            self.__dict__.update(before[0])
-            wrappers.set_states(searchers, before[1])
             if not self._take_next_end(searchers, trials):
                 _logger.warning(
                     "trial %s was begun before the interruption, but the search would not suggest its config now: "
@@ -451,6 +449,44 @@ class RestorableSearch(Searcher, Generic[Work]):
                 )
                 wrappers.pass_over(searchers, [trial_id])
                 return
+
+    def suggest_again(
+        self, searchers: Sequence[Searcher], trial_id: str, config: Mapping[str, Any]
+    ) -> tuple[dict[str, Any] | str | None, bool]:
+        """A suggestion that is this config, if the search can still come to it: by itself, or where the choice is free.
+
+        Args:
+            searchers: what this search is wrapped in, from the outside in, and the search itself.
+            trial_id: of the trial that gets it.
+            config: of a trial that this search has suggested, and that has been lost with what the search knew of it.
+
+        Returns:
+            What `suggest` gives, and whether it is this config.
+        """
+        for prefer in (None, self._prefer):
+            suggestion = self._suggested(trial_id, config, searchers, prefer)
+            if suggestion is not None:
+                return suggestion, True
+        return searchers[0].suggest(trial_id), False
+
+    def _suggested(
+        self,
+        trial_id: str,
+        config: Mapping[str, Any],
+        searchers: Sequence[Searcher],
+        prefer: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> dict[str, Any] | None:
+        """The next suggestion if it is this config; else all is as if none had been asked for, and there is none."""
+        before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
+        self._again = deque(sorted(self._again, key=lambda work: not _agree(self._config_of(work), config)))
+        if prefer is not None:
+            prefer(config)
+        suggestion = searchers[0].suggest(trial_id)
+        if isinstance(suggestion, dict) and _agree(suggestion, config):
+            return suggestion
+        self.__dict__.update(before[0])
+        wrappers.set_states(searchers, before[1])
+        return None
 
     def _take_next_end(
         self, searchers: Sequence[Searcher], trials: Mapping[str, SavedTrial], *, certain: bool = True
@@ -540,6 +576,29 @@ def restore_among(
             failed = trial is None or trial.status == Trial.ERROR
             _tell_end(searchers, trial_id, None if trial is None else trial.last_result, failed)
     return {trial_id for trial_id in running if trial_id in trials and not trials[trial_id].ended}
+
+
+def suggest_again(
+    outer: Searcher, trial_id: str, config: Mapping[str, Any]
+) -> tuple[dict[str, Any] | str | None, bool]:
+    """Ask a searcher of any kind for a suggestion that it had made to a trial that has been lost since.
+
+    One of ours comes to it even where it would choose another now, since other results have come; unless that choice
+    follows from results, as a promotion does.
+
+    Args:
+        outer: the outermost wrapper, or the searcher itself; it knows nothing of the lost trial.
+        trial_id: of the trial that gets it.
+        config: the lost trial's.
+
+    Returns:
+        What its `suggest` gives, and whether it is this config.
+    """
+    saver = _saver_of(outer)
+    if isinstance(saver, RestorableSearch):
+        return saver.suggest_again(_around(saver, outer), trial_id, config)
+    suggestion: dict[str, Any] | str | None = outer.suggest(trial_id)
+    return suggestion, isinstance(suggestion, dict) and _agree(suggestion, config)
 
 
 def _saver_of(outer: Searcher) -> Searcher:

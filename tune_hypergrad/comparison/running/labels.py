@@ -12,6 +12,8 @@ PORTFOLIO = "portfolio"
 suggestion has there itself."""
 RETRAINS = "retrains"
 """Key within `PORTFOLIO`, of trials that train an incumbent again: whose and which."""
+AGAIN = "again"
+"""Key within `PORTFOLIO`, of trials that are begun in the place of one that an interruption has lost: its id."""
 LENGTH = "budget"
 """Key in a trial's config, of searchers that say so: the length of its training run, in epochs."""
 

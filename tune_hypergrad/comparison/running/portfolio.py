@@ -19,13 +19,13 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.comparison.ledger import BUDGET_SPENT, SEARCH_ENDED, Account, Ledger
 from tune_hypergrad.comparison.running.fair_share import Claim, FairShare, Live, Turn
 from tune_hypergrad.comparison.running.folders import raise_if_full
-from tune_hypergrad.comparison.running.labels import PORTFOLIO, account_of, length_of, number_in, number_of
+from tune_hypergrad.comparison.running.labels import AGAIN, PORTFOLIO, account_of, length_of, number_in, number_of
 from tune_hypergrad.comparison.running.recorder import Recorder
 from tune_hypergrad.comparison.running.sweeping import Sweeper
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.ray_internals import SavedTrial, folder_of, keep_snapshot, saved_trials, searcher_files
-from tune_hypergrad.searchers.restorable import restore_among, state_of
+from tune_hypergrad.searchers.restorable import restore_among, state_of, suggest_again
 
 SNAPSHOT_FILE = "snapshot.pkl"
 """In the portfolio's folder: what Ray's last snapshot had, complete."""
@@ -51,6 +51,8 @@ class Contender:
     """Trials so far."""
     failures: int = 0
     """Trials in a row that failed before their first result."""
+    lost: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Configs of trials that an interruption has lost and that are to begin again, by Ray's id."""
     failed: str = ""
     """Why it has stopped for good, if it or its trials have failed."""
 
@@ -171,7 +173,9 @@ class PortfolioSearch(Searcher):
         self._recorder.cut, self._sweeper = set(state["cut"]), Sweeper(state["ended"])
         known: set[str] = set()
         live: dict[Account, dict[str, Live]] = {}
+        lost = self._recorder.lost()
         for account, contender in self.contenders.items():
+            contender.lost = lost.get(account, {})
             contender.suggested, contender.failures, contender.failed, *lengths = state["counts"][account]
             contender.claim.largest, contender.claim.longest = lengths
             if contender.failed:
@@ -268,14 +272,14 @@ class PortfolioSearch(Searcher):
     # What it asks its contenders' searchers
 
     def _suggestion_of(self, contender: Contender, trial_id: str) -> dict[str, Any] | None:
-        suggestion = self._call(contender, contender.searcher.suggest, trial_id)
+        suggestion, again = self._call(contender, _suggestion, contender, trial_id) or (None, {})
         if suggestion == Searcher.FINISHED:
             self._recorder.stopped(contender.account, SEARCH_ENDED)
         if not isinstance(suggestion, dict):
             return None
         contender.suggested += 1
         self.fair_share.start(contender.account, trial_id, length_of(suggestion))
-        label = {**suggestion.get(PORTFOLIO, {}), **contender.account._asdict(), "trial": contender.suggested}
+        label = {**suggestion.get(PORTFOLIO, {}), **contender.account._asdict(), "trial": contender.suggested, **again}
         return {**contender.config, **suggestion, PORTFOLIO: label}
 
     def _live(self, account: Account, trial_id: str, config: Mapping[str, Any]) -> Live:
@@ -336,6 +340,17 @@ def _resumes_promoted(searcher: Any) -> bool:
             return True
         searcher = getattr(searcher, "searcher", None)
     return False
+
+
+def _suggestion(contender: Contender, trial_id: str) -> tuple[dict[str, Any] | str | None, dict[str, str]]:
+    """What a contender's searcher suggests, lost trials' configs first, and what the trial's label says of that."""
+    if not contender.lost:
+        return contender.searcher.suggest(trial_id), {}
+    lost_id, config = next(iter(contender.lost.items()))
+    suggestion, is_again = suggest_again(contender.searcher, trial_id, config)
+    if isinstance(suggestion, dict):  # one that the searcher does not come to any more is given up
+        del contender.lost[lost_id]
+    return suggestion, {AGAIN: lost_id} if is_again else {}
 
 
 def _restored(

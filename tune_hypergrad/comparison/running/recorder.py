@@ -14,10 +14,17 @@ from ray.tune.experiment import Trial
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.comparison.ledger import LEDGER_FILE, SCHEDULE_COLUMN, SCHEDULES_FOLDER, Account, Ledger
+from tune_hypergrad.comparison.ledger import (
+    LEDGER_FILE,
+    SCHEDULE_COLUMN,
+    SCHEDULES_FOLDER,
+    Account,
+    Ledger,
+    read_events,
+)
 from tune_hypergrad.comparison.running.dispatching import FOUND, LONG
 from tune_hypergrad.comparison.running.folders import raise_if_full
-from tune_hypergrad.comparison.running.labels import LENGTH, PORTFOLIO, RETRAINS, account_of, trial_name
+from tune_hypergrad.comparison.running.labels import AGAIN, LENGTH, PORTFOLIO, RETRAINS, account_of, trial_name
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
@@ -48,6 +55,21 @@ class Recorder:
         self.ledger = Ledger(self._folder / LEDGER_FILE, self._criterion)
         self.ledger.write("resume", known=list(known))
 
+    def lost(self) -> dict[Account, dict[str, dict[str, Any]]]:
+        """The configs of trials that interruptions have lost and that no other trial has been begun in the place of, by
+        Ray's id, in the order in which they had begun first."""
+        first: dict[str, str] = {}  # of a trial: the one that began with its config
+        latest: dict[str, dict[str, Any]] = {}
+        for event in read_events(self._folder / LEDGER_FILE):
+            if event["event"] == "start":
+                began = first.setdefault(event["id"], first.get(event.get(AGAIN, ""), event["id"]))
+                latest[began] = event
+        lost: dict[Account, dict[str, dict[str, Any]]] = {}
+        for event in latest.values():
+            if self.ledger.trials[event["id"]].status == "forgotten":
+                lost.setdefault(Account(event["method"], event["seed"]), {})[event["id"]] = event["config"]
+        return lost
+
     def started(self, trial: Trial) -> None:
         """A trial's process has begun, or begun again."""
         suggestion = {
@@ -55,9 +77,9 @@ class Recorder:
             for key, value in trial.config.items()
             if key != PORTFOLIO
         }
-        retrains = {key: value for key, value in trial.config[PORTFOLIO].items() if key == RETRAINS}
+        said = {key: value for key, value in trial.config[PORTFOLIO].items() if key in (RETRAINS, AGAIN)}
         named = _named(trial.config, trial.trial_id)
-        self.ledger.write("start", **named, **retrains, config=suggestion, resources=resources_of(trial))
+        self.ledger.write("start", **named, **said, config=suggestion, resources=resources_of(trial))
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> None:
         """A trial has had a result, perhaps one that is in the ledger already. `FOUND` is taken out of it."""
