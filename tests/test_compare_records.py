@@ -10,8 +10,9 @@ from tune_hypergrad.budget import UNITS
 from tune_hypergrad.comparison.ledger import LEDGER_FILE, RETRAINING, SCHEDULES_FOLDER, START, Account, Ledger
 from tune_hypergrad.comparison.telling.records import Comparison, larger_is_better, measure_label
 from tune_hypergrad.comparison.telling.tables import notes
-from tune_hypergrad.criterion import OBJECTIVE, Criterion
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.results import OBJECTIVE
 from tune_hypergrad.schedules import Schedule
 
 FDS, RS = Account("fds", 0), Account("rs", 0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tune_hypergrad.curves import PARTS, SUFFIXES, Curve, base_names, curves_of, split_name
+from tune_hypergrad.curves import PARTS, SUFFIXES, Curve, base_names, curves_of, first_step_of, split_name, window_at
 from tune_hypergrad.errors import InputError
 
 SHARES = st.one_of(st.just(0.0), st.floats(0.01, 0.99), st.just(1.0))
@@ -153,3 +153,12 @@ def test_numbers_that_a_shape_cannot_have(part, number):
     numbers = {f"cosine/{name}": (number if name == part else 0.5,) for name in PARTS["cosine"]}
     with pytest.raises(InputError, match=part):
         Curve.of("cosine", numbers).refuse_impossible("lr")
+
+
+@given(steps=st.integers(1, 500), windows=st.integers(1, 40))
+def test_windows_begin_where_the_steps_before_them_end(steps, windows):
+    at = [window_at(step, steps, windows) for step in range(steps)]
+    assert at == sorted(at) and at[0] == 0 and at[-1] < windows
+    for window in set(at):
+        assert at.index(window) == first_step_of(window, steps, windows)
+    assert len(set(at)) == min(steps, windows)

@@ -18,13 +18,14 @@ from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import FDS, HD, Budget, FixedSchedule, InputError, Schedule, continuing, schedule
 from tune_hypergrad.comparison.ledger import LEDGER_FILE, Account, read_events
-from tune_hypergrad.comparison.running.dispatching import FOUND, Dispatching
+from tune_hypergrad.comparison.running.dispatching import Dispatching
 from tune_hypergrad.comparison.running.fair_share import Claim
 from tune_hypergrad.comparison.running.labels import PORTFOLIO
 from tune_hypergrad.comparison.running.portfolio import Contender, PortfolioSearch, PortfolioStopper, portfolio_of
 from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.comparison.running.retrained import Retrained
-from tune_hypergrad.criterion import FALLEN, Criterion
+from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.results import WHOLE_SCHEDULE
 from tune_hypergrad.trainables.base import Stored, stored
 
 
@@ -228,7 +229,7 @@ def test_long_schedules_go_along(storage):
     trial = make({"hd": trainable}, config_of("hd"), storage=copy.copy(storage))
     result = trial.train()
     trial.save()
-    assert len(result[FOUND]["lr"]) == 4
+    assert len(result[WHOLE_SCHEDULE]["lr"]) == 4
     assert make({"hd": trainable}, config_of("hd"), storage=storage).train() == result
 
 
@@ -297,8 +298,8 @@ def test_a_cost_that_is_no_finite_number_is_refused(unit, value):
 
 
 def test_names_that_mean_something_to_us_may_be_reported_by_others():
-    result = make(config=config_of(result={FOUND: 3, "cost": 12.5})).train()
-    assert FOUND not in result and result["cost"] == 12.5 and result["cost/gradients"] == 10.0
+    result = make(config=config_of(result={WHOLE_SCHEDULE: 3, "cost": 12.5})).train()
+    assert WHOLE_SCHEDULE not in result and result["cost"] == 12.5 and result["cost/gradients"] == 10.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def schedule_keys(result):
 def test_short_schedules_stay_scalars():
     found = Schedule({"lr": (0.1,) * 50, "momentum": (0.9,)})
     (result,) = scheduled(found, [1.0])
-    assert len(schedule_keys(result)) == 51 and FOUND not in result
+    assert len(schedule_keys(result)) == 51 and WHOLE_SCHEDULE not in result
 
 
 def test_long_schedules_are_attached_whole_when_the_metric_has_improved():
@@ -336,7 +337,7 @@ def test_long_schedules_are_attached_whole_when_the_metric_has_improved():
         "hypergradient_norm/lr": 1.0,
     }
     results = scheduled(found, [1.0, 1.0, math.nan, 1.5, 0.5, math.inf, 0.25], **more)
-    assert [FOUND in result for result in results] == [True, False, False, False, True, False, True]
+    assert [WHOLE_SCHEDULE in result for result in results] == [True, False, False, False, True, False, True]
     for result in results:
         assert schedule_keys(result) == [
             "hypergradient/l2/1",
@@ -346,30 +347,30 @@ def test_long_schedules_are_attached_whole_when_the_metric_has_improved():
             "schedule/l2/1",
             "schedule/momentum",
         ]
-    assert Schedule(results[0][FOUND]) == found
+    assert Schedule(results[0][WHOLE_SCHEDULE]) == found
 
 
 def test_a_first_result_that_is_not_finite_has_no_schedule():
     found = Schedule({"lr": (0.1,) * 60})
-    assert [FOUND in result for result in scheduled(found, [math.nan, math.inf, 3.0])] == [False, False, True]
+    assert [WHOLE_SCHEDULE in result for result in scheduled(found, [math.nan, math.inf, 3.0])] == [False, False, True]
 
 
 def test_a_result_that_speaks_against_a_long_schedule_says_which():
     found = Schedule({"lr": (0.1,) * 60})
-    (result,) = scheduled(found, [math.nan], **{FALLEN: True, "run/step": 5})
-    assert Schedule(result[FOUND]) == found
+    (result,) = scheduled(found, [math.nan], **{"run/fallen": True, "run/step": 5})
+    assert Schedule(result[WHOLE_SCHEDULE]) == found
 
 
 def test_schedules_by_step_are_attached_however_short():
     found = Schedule({"lr": (0.1, 0.2)})
     first, second = scheduled(found, [1.0, 2.0], by_step=True)
-    assert Schedule(first[FOUND]) == found and FOUND not in second
+    assert Schedule(first[WHOLE_SCHEDULE]) == found and WHOLE_SCHEDULE not in second
     assert first["schedule/lr/1"] == 0.2, "short ones stay scalars too"
 
 
 def test_without_a_schedule_nothing_is_changed():
     results = scheduled(None, [1.0, 0.5], **{"schedule/lr/3": 0.1})
-    assert all("schedule/lr/3" in result and FOUND not in result for result in results)
+    assert all("schedule/lr/3" in result and WHOLE_SCHEDULE not in result for result in results)
 
 
 def test_every_trial_of_an_actor_improves_anew(tmp_path):
@@ -377,11 +378,11 @@ def test_every_trial_of_an_actor_improves_anew(tmp_path):
     trial = make()
     (inner,) = Counted.made
     inner.found = found
-    assert FOUND in trial.train()
+    assert WHOLE_SCHEDULE in trial.train()
     saved = trial.save(str(tmp_path / "checkpoint"))
-    assert FOUND not in saved.metrics, "snapshots have no room for it"
+    assert WHOLE_SCHEDULE not in saved.metrics, "snapshots have no room for it"
     reset(trial, config_of(result={"val_loss": 9.0}))
-    assert FOUND in trial.train() and FOUND not in trial.train()
+    assert WHOLE_SCHEDULE in trial.train() and WHOLE_SCHEDULE not in trial.train()
 
 
 def test_what_our_trainables_find_arrives(tmp_path):
@@ -399,13 +400,13 @@ def test_what_our_trainables_find_arrives(tmp_path):
     for count, result in enumerate(results, start=1):
         if result["val_loss"] < lowest:
             lowest = result["val_loss"]
-            assert len(result[FOUND]["lr"]) == 4 * count, "as many steps as it judges"
+            assert len(result[WHOLE_SCHEDULE]["lr"]) == 4 * count, "as many steps as it judges"
         else:
-            assert FOUND not in result
-    assert results[-1]["done"] and FOUND in results[0]
+            assert WHOLE_SCHEDULE not in result
+    assert results[-1]["done"] and WHOLE_SCHEDULE in results[0]
     reset(trial, config_of("fds"))
     result = trial.train()
-    assert FOUND not in result and len([key for key in result if key.startswith("schedule/lr/")]) == windows
+    assert WHOLE_SCHEDULE not in result and len([key for key in result if key.startswith("schedule/lr/")]) == windows
     reset(trial, config_of("rs", lr={"0": 0.1, "1": 0.2}))
     assert {"schedule/lr/0", "schedule/lr/1"} <= trial.train().keys()
 

@@ -29,7 +29,7 @@ FLOORS = (
         "curves",
         "sampling",
     ),
-    *("reading", "regularisers", "groups", "data", "objective", "space", "schedules", "defaults", "problem"),
+    *("reading", "regularisers", "groups", "data", "objective", "space", "schedules", "results", "defaults", "problem"),
     *("hypergradients", "problems", "stn", "bridges", "recipes", "ray_internals", "trainables", "searchers"),
     *("comparison.incumbents", "comparison.ledger", "comparison.telling", "comparison.methods", "comparison.running"),
     *("comparison", "cli", "__main__"),

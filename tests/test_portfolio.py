@@ -21,7 +21,6 @@ from ray.tune.utils import flatten_dict
 from tune_hypergrad import BOHBSearch, BOSearch, Budget, Cost, RandomSearch, Schedule, schedule
 from tune_hypergrad.comparison.ledger import (
     LEDGER_FILE,
-    SCHEDULE_COLUMN,
     SCHEDULES_FOLDER,
     Account,
     Ledger,
@@ -29,7 +28,6 @@ from tune_hypergrad.comparison.ledger import (
 )
 from tune_hypergrad.comparison.running import fair_share
 from tune_hypergrad.comparison.running import portfolio as portfolio_module
-from tune_hypergrad.comparison.running.dispatching import FOUND
 from tune_hypergrad.comparison.running.fair_share import Claim
 from tune_hypergrad.comparison.running.labels import AGAIN, PORTFOLIO, RETRAINS, account_of, trial_name
 from tune_hypergrad.comparison.running.portfolio import (
@@ -41,6 +39,7 @@ from tune_hypergrad.comparison.running.portfolio import (
 )
 from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.ray_internals import SavedTrial
+from tune_hypergrad.results import SCHEDULE_COLUMN, WHOLE_SCHEDULE
 
 AMOUNT = 1000
 SESSION = "2026-01-01_00-00-00"
@@ -825,9 +824,9 @@ def test_long_schedules_are_kept_as_files(tmp_path):
     loop.fill()
     (trial,) = loop.running
     for momentum in (0.9, 0.9, 0.8):
-        result = trial.result(0.5, **{FOUND: {"lr": (0.1, 0.2), "momentum": (momentum,)}})
+        result = trial.result(0.5, **{WHOLE_SCHEDULE: {"lr": (0.1, 0.2), "momentum": (momentum,)}})
         loop.portfolio.charge(trial.trial_id, result)
-        assert FOUND not in result
+        assert WHOLE_SCHEDULE not in result
     first, same, other = (e[SCHEDULE_COLUMN] for e in read_events(tmp_path / LEDGER_FILE) if e["event"] == "result")
     assert first == same != other, "a schedule is told by what it holds, whichever trial had it"
     kept = Schedule.load(tmp_path / SCHEDULES_FOLDER / first)

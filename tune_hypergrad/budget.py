@@ -59,14 +59,19 @@ class Cost:
 
     def as_result(self) -> dict[str, float]:
         """Flat scalars for a Ray result: `cost/steps`, `cost/examples`, ..."""
-        return {f"cost/{name}": value for name, value in asdict(self).items()}
+        return {cost_key(name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> Cost:
         """The cost that a result carries, flat (`cost/steps`) or nested (`cost: {steps: ...}`); zero where absent."""
         cost = result.get("cost")
         nested = cost if isinstance(cost, Mapping) else {}  # a trainable may have a result of that name
-        return cls(*(result.get(f"cost/{f.name}", nested.get(f.name, 0)) for f in fields(cls)))
+        return cls(*(result.get(cost_key(f.name), nested.get(f.name, 0)) for f in fields(cls)))
+
+
+def cost_key(unit: str) -> str:
+    """What a result calls one of its costs: `cost/<unit>`."""
+    return f"cost/{unit}"
 
 
 UNITS = ("steps", "examples", "gradients", "device_seconds", "wall_seconds")

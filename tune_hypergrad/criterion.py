@@ -10,12 +10,6 @@ from tune_hypergrad.errors import InputError, did_you_mean
 
 LOSS = "loss"
 """The name of the validation loss among metrics."""
-OBJECTIVE = "objective"
-"""In a result: the figure that the problem's objective names; `best_objective` is the incumbent's."""
-CONFIRMATIONS = "run/confirmations"
-"""In a result: over how many trainings, made to confirm a schedule, its `val_loss` is the mean; 0 for others."""
-FALLEN = "run/fallen"
-"""In a result: whether a training made to confirm a schedule speaks against it, by its own validation loss."""
 MODES = ("min", "max")
 
 

@@ -42,6 +42,16 @@ _FORM_OF = {suffix: form for form, suffixes in SUFFIXES.items() for suffix in su
 _LONGEST_FIRST = sorted(_FORM_OF, key=len, reverse=True)  # some end as others do
 
 
+def window_at(step: int, steps: int, windows: int) -> int:
+    """The window that inner step `step` of `steps` is in, of so many: floor(windows step / steps), in integers."""
+    return windows * step // steps
+
+
+def first_step_of(window: int, steps: int, windows: int) -> int:
+    """The first inner step of `steps` that is in a window of so many."""
+    return -(-window * steps // windows)
+
+
 @lru_cache(maxsize=4096)
 def split_name(name: str) -> tuple[str, str]:
     """A flat name's hyperparameter and suffix: ("lr", "cosine/peak"), or ("lr", "") of windows; of a group's

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tune_hypergrad.curves import Curve, curves_of, split_group
+from tune_hypergrad.curves import Curve, curves_of, split_group, window_at
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import in_group, listed, ungrouped
 from tune_hypergrad.space import flat_values, is_hyperparameter
@@ -156,7 +156,7 @@ class Schedule:
         return {
             name: value.at_step(step, total_steps)
             if isinstance(value, Curve)
-            else value[len(value) * step // total_steps]
+            else value[window_at(step, total_steps, len(value))]
             for name, value in self.values.items()
         }
 

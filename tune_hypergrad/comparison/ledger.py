@@ -7,20 +7,18 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.comparison.incumbents import Judged, Standings
-from tune_hypergrad.criterion import CONFIRMATIONS, FALLEN, Criterion
+from tune_hypergrad.criterion import Criterion
+from tune_hypergrad.results import VAL_LOSS, Confirmation, Position, number, schedule_identity
 
 LEDGER_FILE = "ledger.jsonl"
 """In a comparison's folder: one JSON object a line, appended as things happen."""
 SCHEDULES_FOLDER = "schedules"
 """In a comparison's folder: schedules that results refer to by file name, since they are too long for a ledger."""
-SCHEDULE_COLUMN = "schedule_file"
-"""In a result: that file."""
 RETRAINING = "retraining"
 """The account of retrainings; it has no budget."""
 GRID = "grid"
@@ -306,47 +304,23 @@ class Ledger:
 
 
 def _judged_of(result: Mapping[str, Any], criterion: Criterion, phase: int) -> Judged:
-    trained = _number(result, "run/step") != 0
-    figures = [_number(result, name) for name in (criterion.column, "val_loss")]
+    trained, confirmation = Position.from_result(result).is_trained, Confirmation.from_result(result)
+    figures = [number(result, name) for name in (criterion.column, VAL_LOSS)]
     score = float(criterion.turned(figures[0])) if trained and all(map(math.isfinite, figures)) else math.inf
-    count = _number(result, CONFIRMATIONS)
-    confirmations = int(count) if trained and count > 0 else 0
-    return Judged(score, _schedule_key(result), confirmations, trained and result.get(FALLEN) is True, phase)
-
-
-def _schedule_key(result: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
-    """What a result was reached with; of numbers the first twelve digits, since scales are passed through, and of
-    windows that are all the same that one value."""
-    windows: dict[str, dict[str, Any]] = {}
-    for name, value in result.items():
-        if value is None or value != value or not (name.startswith("schedule/") or name == SCHEDULE_COLUMN):
-            continue
-        base, _, last = name.rpartition("/")
-        own = windows.setdefault(base if last.isdigit() else name, {})
-        own[name] = float(f"{value:.12g}") if isinstance(value, float) else value
-    alike = {base: own for base, own in windows.items() if len(set(own.values())) == 1}
-    constant = {base: next(iter(own.values())) for base, own in alike.items()}
-    varied = {name: value for base, own in windows.items() if base not in alike for name, value in own.items()}
-    return frozenset({**constant, **varied}.items())
+    confirmations, fallen = confirmation if trained else Confirmation()
+    return Judged(score, schedule_identity(result), confirmations, fallen, phase)
 
 
 def _charge_of(result: Mapping[str, Any], line: int, before: Charge | None, judged: Judged) -> Charge:
-    step, steps = (_number(result, name) for name in ("run/step", "run/steps"))
-    trained = step != 0
+    position = Position.from_result(result)
     return Charge(
         result["iteration"],
         Cost.from_result(result),
         line,
         judged,
-        (trained and not step < steps) or (before is not None and before.end_judged),
-        _number(result, "run/completed") > 0 or (before is not None and before.end_counted),
+        (position.is_trained and position.is_end) or (before is not None and before.end_judged),
+        position.completed > 0 or (before is not None and before.end_counted),
     )
-
-
-def _number(result: Mapping[str, Any], name: str) -> float:
-    """NaN where a result has none of that name."""
-    value = result.get(name)
-    return float(value) if isinstance(value, Real) else math.nan
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from tune_hypergrad.curves import base_names, split_name
+from tune_hypergrad.curves import base_names, first_step_of, split_name, window_at
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, as_real, has_derivatives
@@ -70,7 +70,7 @@ class ForwardRun(HypergradientRun):
         jacobians = self._jacobians()
         self._seeds = {name: rows.to(device=loop.device, dtype=loop.dtype) for name, rows in jacobians.items()}
         columns = [
-            (_first_step(jacobians[name][:, w]) if name in jacobians else _opening(w, len(v), loop.steps), name, w)
+            (_first_step(jacobians[name][:, w]) if name in jacobians else first_step_of(w, loop.steps, len(v)), name, w)
             for name, v in self.hyperparameters.items()
             for w in range(len(v))
         ]
@@ -146,7 +146,8 @@ class ForwardRun(HypergradientRun):
             if name in self._seeds:
                 selection[split_name(name)[0]][column] = self._seeds[name][step, window]
             else:
-                selection[name][column] = float(window == len(self.hyperparameters[name]) * step // self.loop.steps)
+                windows = len(self.hyperparameters[name])
+                selection[name][column] = float(window == window_at(step, self.loop.steps, windows))
         return selection
 
     def _gradient_tangents(
@@ -284,11 +285,6 @@ class ForwardRun(HypergradientRun):
         self.tangent_params, *slots = (tangent.clone() for tangent in saved["tangents"])
         self.tangent_slots = tuple(slots)
         self.tangent_buffers = {name: tangents.clone() for name, tangents in saved["buffer_tangents"].items()}
-
-
-def _opening(window: int, count: int, steps: int) -> int:
-    """First step t with floor(count t / steps) = window."""
-    return -(-window * steps // count)
 
 
 def _first_step(derivatives: Tensor) -> int:

@@ -18,6 +18,7 @@ from tune_hypergrad.curves import (
     refuse_incomplete,
     split_group,
     split_name,
+    window_at,
 )
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import Groups
@@ -175,7 +176,9 @@ class LoopValues:
         """The tuned hyperparameters' values in force at `step`, 0-dim, by hyperparameter, of groups by such names as
         `lr/backbone`: element floor(N step / T) of windows, and a curve's at progress (step + 1/2) / T."""
         windows = {
-            name: v[len(v) * step // self._steps] for name, v in hyperparameters.items() if not split_name(name)[1]
+            name: v[window_at(step, self._steps, len(v))]
+            for name, v in hyperparameters.items()
+            if not split_name(name)[1]
         }
         if len(windows) == len(hyperparameters):
             return windows
@@ -203,7 +206,7 @@ class LoopValues:
         return {
             name: values.at_step(step, self._steps)
             if isinstance(values, Curve)
-            else values[len(values) * step // self._steps]
+            else values[window_at(step, self._steps, len(values))]
             for name, values in self._held.items()
         }
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tune_hypergrad.curves import base_names, split_name
+from tune_hypergrad.curves import base_names, split_name, window_at
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Training, mean_training
@@ -157,7 +157,7 @@ class ReverseRun(HypergradientRun):
             self.by_step[name][..., step] = value
             if name in hypergradients:
                 windows = hypergradients[name]
-                windows[..., windows.shape[-1] * step // self.loop.steps] += value
+                windows[..., window_at(step, self.loop.steps, windows.shape[-1])] += value
         if step == 0:
             for name, jacobian in self._jacobians().items():
                 each = self.by_step[split_name(name)[0]]

@@ -88,19 +88,6 @@ def refuse_underivable(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> N
             )
 
 
-HYPERGRADIENT_KEY = "hypergradient"
-"""As flat scalars, hypergradients are called `hypergradient/<name>/<window>`."""
-
-
-def hypergradient_scalars(hypergradients: Hyperparameters) -> dict[str, float]:
-    """`hypergradient/lr/0`, ... and `hypergradient_norm/lr`, ..."""
-    scalars: dict[str, float] = {}
-    for name, values in hypergradients.items():
-        scalars |= {f"{HYPERGRADIENT_KEY}/{name}/{window}": value for window, value in enumerate(values.tolist())}
-        scalars[f"{HYPERGRADIENT_KEY}_norm/{name}"] = float(values.norm())
-    return scalars
-
-
 class HypergradientRun(ABC):
     """A training run of T steps that ends with the validation loss's derivative by the hyperparameters.
 

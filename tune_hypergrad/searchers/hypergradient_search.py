@@ -7,19 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from ray.tune.search import Repeater
 from ray.tune.search.repeater import TRIAL_INDEX
 
-from tune_hypergrad.criterion import CONFIRMATIONS, OBJECTIVE
+from tune_hypergrad.budget import Cost, cost_key
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.domains import has_domain
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.outer import mean_outcome
-from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.results import (
+    OBJECTIVE,
+    UNTRAINED_VAL_LOSS,
+    VAL_LOSS,
+    Confirmation,
+    Position,
+    hypergradients_in,
+    number,
+)
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.constants import check_constant, is_same
 from tune_hypergrad.searchers.ray_loop import RayLoop
@@ -210,13 +217,13 @@ class HypergradientSearch(RestorableSearch[_Member]):
         outcome = outcome._replace(score=self._score_of(result))
         if not self._settings.lengths:
             return outcome
-        share = result.get("run/steps", 0) / max(self._settings.lengths)  # of a training of full length
+        share = Position.from_result(result).steps / max(self._settings.lengths)  # of a training of full length
         return outcome._replace(cost=outcome.cost * share)
 
     def _score_of(self, result: Mapping[str, Any]) -> float | None:
         """What incumbents are chosen by, the lower the better; None where that is the loss."""
-        is_loss = self.metric == OBJECTIVE and self.mode != "max" and result.get(OBJECTIVE) == result["val_loss"]
-        if is_loss or self.metric in (None, "val_loss"):
+        is_loss = self.metric == OBJECTIVE and self.mode != "max" and result.get(OBJECTIVE) == result[VAL_LOSS]
+        if is_loss or self.metric in (None, VAL_LOSS):
             return None
         value = float(result.get(str(self.metric), math.nan))
         return -value if self.mode == "max" else value
@@ -297,25 +304,23 @@ def _read_outcome(result: Mapping[str, Any], proposal: Proposal) -> Outcome | No
     Raises:
         InputError: the result has no hypergradients: the trainable is not one that reports them.
     """
-    values = proposal.values
-    keys = {name: [f"{HYPERGRADIENT_KEY}/{name}/{w}" for w in range(len(v))] for name, v in values.items()}
-    missing = [key for of_name in keys.values() for key in of_name if key not in result]
-    if missing or "val_loss" not in result:
+    try:
+        loss = result[VAL_LOSS]
+        gradients = hypergradients_in(result, {name: len(values) for name, values in proposal.values.items()})
+    except KeyError as missing:
         raise InputError(
-            f"the trial's result has no {(*missing, 'val_loss')[0]!r}: HypergradientSearch needs a trainable that "
-            "reports hypergradients, such as InnerRun.from_problem(problem, steps=...)"
-        )
-    gradients = {
-        name: torch.tensor([result[key] for key in of_name], dtype=torch.float64) for name, of_name in keys.items()
-    }
-    differentiated = any(bool(g.isfinite().any()) for g in gradients.values())
+            f"the trial's result has no {missing.args[0]!r}: HypergradientSearch needs a trainable that reports "
+            "hypergradients, such as InnerRun.from_problem(problem, steps=...)"
+        ) from None
+    differentiated, position = any(bool(g.isfinite().any()) for g in gradients.values()), Position.from_result(result)
     # Ray calls a trial done, too, that somebody has stopped: its last result tells of untrained weights
-    if not differentiated and (not result.get("done", True) or result.get("run/step") == 0):
+    if not differentiated and (not result.get("done", True) or not position.is_trained):
         return None
-    loss, steps = result["val_loss"], result.get("run/steps")
-    if proposal.confirmed and result.get(CONFIRMATIONS) == len(proposal.confirmed) + 1:
+    trainings = Confirmation.from_result(result).trainings
+    if proposal.confirmed and trainings == len(proposal.confirmed) + 1:
         # the mean over all confirmations so far; of a trainable that does not make it, its own
-        loss = result[CONFIRMATIONS] * loss - sum(proposal.confirmed)
-    cost = result["cost/gradients"] / steps if steps and "cost/gradients" in result else 1.0
-    untrained = result.get("untrained_val_loss", math.inf)
-    return Outcome(loss, untrained, gradients if differentiated else None, cost)
+        loss = trainings * loss - sum(proposal.confirmed)
+    is_charged = cost_key("gradients") in result and position.steps > 0
+    cost = Cost.from_result(result).gradients / position.steps if is_charged else 1.0
+    untrained = number(result, UNTRAINED_VAL_LOSS)
+    return Outcome(loss, math.inf if math.isnan(untrained) else untrained, gradients if differentiated else None, cost)

@@ -18,16 +18,15 @@ from ray import tune
 from ray.tune.search.repeater import TRIAL_INDEX
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.criterion import OBJECTIVE, Criterion
 from tune_hypergrad.errors import InputError, UnsuitedError
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
-from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.loop_values import EMA
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.results import evaluation_results, objective_results
 from tune_hypergrad.schedules import SCHEDULE_FILE, Schedule
 from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
@@ -298,22 +297,3 @@ def _steps_within(epochs: Any, steps_per_epoch: int) -> int:
     if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < float("inf"):
         raise InputError(f"budget is {epochs!r}: it must be a number of epochs above 0")
     return max(1, round(epochs * steps_per_epoch))
-
-
-def evaluation_results(split: str, evaluation: Evaluation) -> dict[str, float]:
-    """Flat scalars such as `val_loss`, `val_accuracy`."""
-    return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
-
-
-def objective_results(criterion: Criterion, result: Mapping[str, Any]) -> dict[str, Any]:
-    """`objective`, the figure of a result that the problem's objective names, and `best_objective` where the result
-    has an incumbent's."""
-    columns = {OBJECTIVE: criterion.column, f"best_{OBJECTIVE}": f"best_{criterion.column}"}
-    return {name: result[column] for name, column in columns.items() if column in result}
-
-
-def run_position(step: int, steps: int, completed: int | None = None) -> dict[str, int]:
-    """Flat scalars that say how far the training run had come whose weights a result judges: `run/step` of
-    `run/steps`, 0 where they are untrained. In a trial of several runs `run/completed` says how many of them have
-    come to their end."""
-    return {"run/step": step, "run/steps": steps, **({} if completed is None else {"run/completed": completed})}

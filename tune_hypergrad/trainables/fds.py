@@ -25,14 +25,15 @@ from tune_hypergrad.hypergradients import (
     RobustSearch,
     SearchSettings,
 )
-from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
+from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.splits import split_anew
 from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.results import VAL_LOSS, Position, evaluation_results, hypergradient_results, incumbent_results
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import Range, gradient_ranges, tuned_values
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings
 from tune_hypergrad.trainables.inner_run import InnerRunSettings
 
 
@@ -195,7 +196,7 @@ class FDS(ProblemTrainable):
         return {
             **self._results,
             **self._best,
-            **run_position(self._judged if self._completed else 0, self._judged, self._completed),
+            **Position(self._judged if self._completed else 0, self._judged, self._completed).as_result(),
             "outer_step": self.search.outer_step,
             "rejected": rejected,
             "gain": self._gain,
@@ -219,7 +220,7 @@ class FDS(ProblemTrainable):
         self._earlier += self.loop.costs.evaluation("val")
         unknown = {name: torch.full_like(values, torch.nan) for name, values in self.run.hyperparameters.items()}
         self._record(self._untrained, unknown)
-        self._best = _incumbent_results(self._results)
+        self._best = incumbent_results(self._results)
 
     def _finish_run(self) -> None:
         """Take a run's outcome; after the round's last one, tell the search."""
@@ -231,7 +232,7 @@ class FDS(ProblemTrainable):
         cost = run.cost.gradients / max(self.settings.lengths or (self.settings.steps,))
         criterion = self.problem.criterion
         score = None if criterion.is_loss else criterion.score(run.final)
-        self._outcomes.append(Outcome(run.final.loss, self._untrained["val_loss"], gradients, cost, score))
+        self._outcomes.append(Outcome(run.final.loss, self._untrained[VAL_LOSS], gradients, cost, score))
         self._figures.append(figures)
         self._earlier += run.cost
         self._completed, self._judged = self._completed + 1, self.loop.steps
@@ -251,18 +252,18 @@ class FDS(ProblemTrainable):
         self.search.tell([*self._outcomes, *[None] * (len(self._round) - len(self._outcomes))])
         incumbent = self.search.incumbent
         if incumbent is not None and incumbent is not before:
-            ranked = {"val_loss": incumbent.val_loss}
+            ranked = {VAL_LOSS: incumbent.val_loss}
             if incumbent.score is not None:
                 ranked[self.problem.criterion.column] = self.problem.criterion.turned(incumbent.score)
             mean, schedule = self._means[_key(incumbent.values)], self._schedule(incumbent.values).to_scalars()
-            self._best = _incumbent_results({**mean, **ranked, **schedule})
+            self._best = incumbent_results({**mean, **ranked, **schedule})
         if not self.search.finished:
             self._round, self._outcomes, self._figures = self.search.round(), [], []
 
     def _record(self, figures: dict[str, float], hypergradients: Hyperparameters) -> None:
         """Remember a run's figures, its schedule and its hypergradients as flat scalars."""
         schedule = self._schedule(self.proposal.values).to_scalars()
-        self._results = {**figures, **schedule, **hypergradient_scalars(hypergradients)}
+        self._results = {**figures, **schedule, **hypergradient_results(hypergradients)}
 
     @property
     def found(self) -> Schedule | None:
@@ -313,7 +314,3 @@ def _key(values: Hyperparameters) -> tuple[float, ...]:
 def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
     """Mean over runs, by name."""
     return {name: fmean(of_one[name] for of_one in figures) for name in figures[0]}
-
-
-def _incumbent_results(last: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"best_{name}": value for name, value in last.items() if not name.startswith("hypergradient")}

@@ -14,8 +14,9 @@ from tune_hypergrad.hypergradients.run import check_values
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.hypergradients.verification import check_training
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.results import Position, evaluation_results
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings
 from tune_hypergrad.trainables.promoted import ContinuesPromoted
 
 
@@ -67,7 +68,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
                 **evaluation_results("val", evaluation),
                 **self.evaluate_test(loop, self._state),
                 **({} if self._schedule is None else self._schedule.to_scalars()),
-                **run_position(self._step, loop.steps),
+                **Position(self._step, loop.steps).as_result(),
                 "done": self._step >= self.end,
             }
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.hypergradients import InnerLoop, OnlineRun
-from tune_hypergrad.hypergradients.run import hypergradient_scalars
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.results import Position, evaluation_results, hypergradient_results
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings
 from tune_hypergrad.trainables.fds import DescentSettings
 
 
@@ -73,8 +73,8 @@ class HD(ProblemTrainable):
                 **evaluation_results("val", evaluation),
                 **self.evaluate_test(loop, run.state),
                 **Schedule.from_tensors(self.online.descent.values).to_scalars(),
-                **hypergradient_scalars(self.online.last_hypergradients),
-                **run_position(run.position, run.position),
+                **hypergradient_results(self.online.last_hypergradients),
+                **Position(run.position, run.position).as_result(),
                 "done": run.done,
             }
 

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.criterion import CONFIRMATIONS, FALLEN
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
@@ -18,13 +17,21 @@ from tune_hypergrad.hypergradients.ensemble import EnsembleRun, advance_together
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.hypergradient import advance
 from tune_hypergrad.hypergradients.modes import AUTO, mode_named
-from tune_hypergrad.hypergradients.run import HypergradientRun, hypergradient_scalars
+from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.splits import split_anew
 from tune_hypergrad.randomness import fold_seed
+from tune_hypergrad.results import (
+    UNTRAINED_VAL_LOSS,
+    VAL_LOSS,
+    Confirmation,
+    Position,
+    evaluation_results,
+    hypergradient_results,
+)
 from tune_hypergrad.schedules import Schedule
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings
 
 
 @dataclass(frozen=True)
@@ -156,28 +163,29 @@ class InnerRun(ProblemTrainable):
             if run.done and run.final is not None:
                 figures = {**evaluation_results("val", run.final), **self.evaluate_test(loop, run.state)}
                 if self.settings.confirmed is not None:
-                    figures["val_loss"] = fmean((*self.settings.confirmed, run.final.loss))
-        confirmed = self.settings.confirmed
+                    figures[VAL_LOSS] = fmean((*self.settings.confirmed, run.final.loss))
         return {
             **figures,
             "rejected": run.rejected and run.reject_above > -inf,
-            CONFIRMATIONS: 0 if confirmed is None else len(confirmed) + 1,
-            FALLEN: confirmed is not None and self._has_fallen,
+            **self._confirmation.as_result(),
             **self.schedule.to_scalars(),
-            **hypergradient_scalars(
+            **hypergradient_results(
                 run.hypergradients if run.done else {k: v * nan for k, v in run.hypergradients.items()}
             ),
-            **run_position(loop.steps if run.done else 0, loop.steps),
-            "untrained_val_loss": self._untrained["val_loss"],
+            **Position(loop.steps if run.done else 0, loop.steps).as_result(),
+            UNTRAINED_VAL_LOSS: self._untrained[VAL_LOSS],
             "differentiation": run.differentiation,
             "done": run.done,
         }
 
     @property
-    def _has_fallen(self) -> bool:
-        """Whether the run has come to a validation loss that is not finite or above `fall_above`."""
-        final = self.run.final
-        return final is not None and not (isfinite(final.loss) and final.loss <= self.settings.fall_above)
+    def _confirmation(self) -> Confirmation:
+        """A schedule falls by a validation loss that is not finite or above `fall_above`."""
+        confirmed, final = self.settings.confirmed, self.run.final
+        if confirmed is None:
+            return Confirmation()
+        fallen = final is not None and not (isfinite(final.loss) and final.loss <= self.settings.fall_above)
+        return Confirmation(len(confirmed) + 1, fallen)
 
     def _evaluate_untrained(self) -> dict[str, float]:
         state = self.loop.initial_state()

@@ -16,10 +16,11 @@ from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.hypergradients.verification import check_training
 from tune_hypergrad.problem import Problem
+from tune_hypergrad.results import SCHEDULE, Position, evaluation_results, incumbent_results
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.stn.hyperparameters import tuned_hyperparameters
 from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings, unlike_batches
-from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings, evaluation_results, run_position
+from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -125,17 +126,17 @@ class DeltaSTN(ProblemTrainable):
             run.advance(self.settings.steps_per_report(self.problem))
             before = run.incumbent
             figures = {**evaluation_results("val", run.judge()), **self.evaluate_test(run.loop, run.state)}
-        now = {**figures, **{f"schedule/{name}": value for name, value in run.values.items()}}
+        now = {**figures, **{f"{SCHEDULE}/{name}": value for name, value in run.values.items()}}
         self._without_progress += 1
         if run.incumbent is not before:
-            self._best = {f"best_{name}": value for name, value in now.items()}
+            self._best = incumbent_results(now)
             self._without_progress = 0
         patience = self.settings.patience
         return {
             **now,
             **self._best,
             **{f"scale/{name}": scale for name, scale in run.scales.items()},
-            **run_position(run.position, run.position),
+            **Position(run.position, run.position).as_result(),
             "done": run.done or (patience is not None and self._without_progress >= patience),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, cast
 
@@ -12,9 +12,9 @@ from ray import tune
 from ray.tune.result import RESULT_DUPLICATE, TIME_TOTAL_S, TRIAL_INFO
 from ray.tune.trainable import wrap_function
 
-from tune_hypergrad.budget import Cost
+from tune_hypergrad.budget import Cost, cost_key
 from tune_hypergrad.comparison.running.labels import PORTFOLIO
-from tune_hypergrad.criterion import FALLEN, Criterion
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ray_internals import (
     count_checkpoints_from,
@@ -24,9 +24,16 @@ from tune_hypergrad.ray_internals import (
     storage_of,
     trial_info_of,
 )
+from tune_hypergrad.results import (
+    VAL_LOSS,
+    WHOLE_SCHEDULE,
+    Confirmation,
+    Position,
+    objective_results,
+    without_schedules_of,
+)
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import flat_values
-from tune_hypergrad.trainables.base import objective_results
 from tune_hypergrad.trainables.checkpoints import (
     checkpoint_number,
     checkpoints_in,
@@ -34,9 +41,6 @@ from tune_hypergrad.trainables.checkpoints import (
     read_result,
     write_result,
 )
-
-FOUND = "found"
-"""Key in a result: a schedule too long for scalars, `{name: values}`, which is kept as a file."""
 
 LONG = 50
 """Windows beyond which a schedule is not recorded as scalars."""
@@ -91,18 +95,18 @@ class Dispatching(tune.Trainable):
                 return {**restored, "config": self.config}
         result: dict[str, Any] = self._inner.train()
         result["config"] = self.config
-        result.pop(FOUND, None)  # that name is ours
+        result.pop(WHOLE_SCHEDULE, None)  # that name is ours
         self._unsaved = RESULT_DUPLICATE not in result
         if not self._unsaved and self._inner.training_iteration:
             return result  # a function has returned: Ray takes its last result once more
-        for name in dict.fromkeys((self._criterion.column, "val_loss")):
+        for name in dict.fromkeys((self._criterion.column, VAL_LOSS)):
             if not isinstance(result.get(name), Real):
                 raise InputError(f"{self._method}'s trials do not report {name!r}, a number, which they are judged by")
         result = {**self._cost_by_the_clock(result), **objective_results(self._criterion, result), **result}
-        if f"cost/{self._unit}" not in result:
+        if cost_key(self._unit) not in result:
             raise InputError(
-                f"{self._method}'s trials do not report 'cost/{self._unit}', the unit of the budget: report it, or "
-                "give the budget in seconds"
+                f"{self._method}'s trials do not report {cost_key(self._unit)!r}, the unit of the budget: report it, "
+                "or give the budget in seconds"
             )
         for name, cost in Cost.from_result(result).as_result().items():
             if not isinstance(cost, Real) or not math.isfinite(cost):
@@ -166,14 +170,14 @@ class Dispatching(tune.Trainable):
         if found is None:
             return result
         long = {name for name, windows in flat_values(found.values).items() if len(windows) > LONG}
-        trained = result.get("run/step") != 0
+        trained = Position.from_result(result).is_trained
         score = self._criterion.turned(result[self._criterion.column])
         improved = trained and score < self._lowest
         self._lowest = min(self._lowest, score) if trained else self._lowest
-        kept = {key: value for key, value in result.items() if not _is_window_of(long, key)}
+        kept = without_schedules_of(result, long)
         by_step = getattr(self._inner, "schedule_by_step", False)
-        told = improved or (trained and result.get(FALLEN, False))
-        return {**kept, FOUND: found.entries()} if told and (long or by_step) else kept
+        told = improved or (trained and Confirmation.from_result(result).has_fallen)
+        return {**kept, WHOLE_SCHEDULE: found.entries()} if told and (long or by_step) else kept
 
     def _cost_by_the_clock(self, result: Mapping[str, Any]) -> dict[str, float]:
         granted = getattr(self.trial_resources, "required_resources", {}) or {}
@@ -181,11 +185,6 @@ class Dispatching(tune.Trainable):
         seconds = result[TIME_TOTAL_S] - self._seconds_before
         costs = Cost(device_seconds=seconds * devices, wall_seconds=seconds).as_result()
         return {name: value for name, value in costs.items() if name.endswith("seconds")}
-
-
-def _is_window_of(names: Collection[str], key: str) -> bool:
-    kind, _, rest = key.partition("/")
-    return kind in ("schedule", "best_schedule") and rest.rpartition("/")[0] in names
 
 
 def _as_class(trainable: Any) -> type[tune.Trainable]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -16,19 +15,18 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.comparison.ledger import (
     LEDGER_FILE,
-    SCHEDULE_COLUMN,
     SCHEDULES_FOLDER,
     Account,
     Ledger,
     read_events,
 )
-from tune_hypergrad.comparison.running.dispatching import FOUND, LONG
+from tune_hypergrad.comparison.running.dispatching import LONG
 from tune_hypergrad.comparison.running.folders import raise_if_full
 from tune_hypergrad.comparison.running.labels import AGAIN, LENGTH, PORTFOLIO, RETRAINS, account_of, trial_name
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.hypergradients import Optimizer
-from tune_hypergrad.hypergradients.run import HYPERGRADIENT_KEY
 from tune_hypergrad.ray_internals import last_failure_of, resources_of
+from tune_hypergrad.results import SCHEDULE_COLUMN, WHOLE_SCHEDULE, without_long_hypergradients
 from tune_hypergrad.schedules import Schedule
 
 _NOT_RECORDED = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, "config", "trial_id", "experiment_tag", "checkpoint_dir_name"}
@@ -82,12 +80,12 @@ class Recorder:
         self.ledger.write("start", **named, **said, config=suggestion, resources=resources_of(trial))
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A trial has had a result, perhaps one that is in the ledger already. `FOUND` is taken out of it."""
-        config, found, cost = result["config"], result.pop(FOUND, None), Cost.from_result(result)
+        """A trial has had a result, perhaps one that is in the ledger already. `WHOLE_SCHEDULE` is taken out of it."""
+        config, found, cost = result["config"], result.pop(WHOLE_SCHEDULE, None), Cost.from_result(result)
         iteration = int(result["training_iteration"])
         if self.ledger.repeats(trial_id, iteration, cost):
             return
-        row = _without_long_hypergradients({k: v for k, v in result.items() if _is_recorded(k, v)})
+        row = without_long_hypergradients({k: v for k, v in result.items() if _is_recorded(k, v)}, LONG)
         row |= {key: value for key, value in config.items() if key == LENGTH}
         if found is not None:
             row[SCHEDULE_COLUMN] = self._keep(Schedule(found))
@@ -144,13 +142,6 @@ def _is_recorded(key: Any, value: Any) -> bool:
     """Whether an entry of a result goes into the ledger: scalars do, NumPy's included."""
     scalar = value is None or isinstance(value, bool | int | float | str) or getattr(value, "ndim", None) == 0
     return scalar and isinstance(key, str) and key not in _NOT_RECORDED | _LEDGERS_OWN
-
-
-def _without_long_hypergradients(row: dict[str, Any]) -> dict[str, Any]:
-    """A result without the hypergradients of schedules that are too long for it."""
-    windows = [key.rpartition("/")[0] for key in row if key.startswith(f"{HYPERGRADIENT_KEY}/")]
-    long = {name for name, count in Counter(windows).items() if count > LONG}
-    return {key: value for key, value in row.items() if key.rpartition("/")[0] not in long}
 
 
 def _error_of(trial: Trial) -> str:

@@ -23,6 +23,7 @@ from tune_hypergrad.domains import is_number
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.optimizers import is_built_in
 from tune_hypergrad.problems.splits import with_val
+from tune_hypergrad.results import Position
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ class RetrainingSearch(QueueSearch):
         once = account.method != START or account.seed == comparison.settings["seeds"][0]
         if rows.empty or not self._retraining.seeds or not once:
             return []
-        if "run/steps" not in rows or rows["run/steps"].isna().any():
+        positions = {index: Position.from_result(row) for index, row in rows.iterrows()}
+        if not all(position.is_known for position in positions.values()):
             told = "%s is not trained again and tested: its trials do not report run/step, run/steps and schedule/..."
             _logger.warning(told, account)
             return []
@@ -127,7 +129,7 @@ class RetrainingSearch(QueueSearch):
             config = configs[row["id"]]
             of = {**account._asdict(), "share": share}
             of |= {str(key): float(row[key]) for key in rows.columns if str(key).startswith("spent/")}
-            length = {"steps": max(1, int(row["run/steps"])), "until": int(row["run/step"])}
+            length = {"steps": max(1, int(positions[index].steps)), "until": int(positions[index].step)}
             if self._retraining.same_training:
                 length = dict.fromkeys(("steps", "until"), comparison.settings["steps"])
             job = {

@@ -16,8 +16,8 @@ from tune_hypergrad.comparison.telling.drawing import GREY, INK, WIDE, Look, sty
 from tune_hypergrad.comparison.telling.records import Comparison, measure_label
 from tune_hypergrad.comparison.telling.series import Curve, Granted, curves, spending_parts, thinned
 from tune_hypergrad.comparison.telling.verdict import cost_in_words
-from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.results import OBJECTIVE
 from tune_hypergrad.schedules import Schedule
 
 _PARTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +20,6 @@ from tune_hypergrad.comparison.ledger import (
     GRID,
     LEDGER_FILE,
     RETRAINING,
-    SCHEDULE_COLUMN,
     SCHEDULES_FOLDER,
     START,
     Account,
@@ -27,8 +27,9 @@ from tune_hypergrad.comparison.ledger import (
     read_events,
 )
 from tune_hypergrad.comparison.telling.troubles import Trouble, find_troubles
-from tune_hypergrad.criterion import OBJECTIVE, Criterion
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.results import OBJECTIVE, SCHEDULE_COLUMN, Position
 from tune_hypergrad.schedules import Schedule
 
 SETTINGS_FILE = "settings.json"
@@ -256,7 +257,7 @@ class Comparison:
         rows = [
             {**jobs[trial_id], **{key: value for key, value in event.items() if key not in skipped}}
             for trial_id, event in last.items()
-            if event.get("done") and event.get("run/step") != 0 and self._may_have_incumbent(jobs[trial_id])
+            if event.get("done") and Position.from_result(event).is_trained and self._may_have_incumbent(jobs[trial_id])
         ]
         return pd.DataFrame(rows)
 
@@ -412,6 +413,11 @@ class Comparison:
         own = frame[frame["method"] == method]
         return own[own["share"] == 1].groupby("seed").mean(numeric_only=True).reset_index()
 
+    def trained_steps(self, method: str) -> list[float]:
+        """For how many inner steps a method's last incumbents were trained again, as far as that is known."""
+        positions = [Position.from_result(row) for _, row in self.final_figures(method).iterrows()]
+        return [position.step for position in positions if math.isfinite(position.step)]
+
     def incumbents(self, account: Account) -> pd.DataFrame:
         """The results at which an account's incumbent became another one, within its budget, if it has one: the best
         objective so far; of a search that confirms its schedules, the best of those confirmed most often so far (see
@@ -467,7 +473,7 @@ class Comparison:
         if own.empty:
             return own.reindex(columns=["seed", *own.columns.difference(["seed"])])
         last = own.drop_duplicates("seed", keep="last")
-        ended = last["run/step"] == last["run/steps"] if "run/step" in last else True
+        ended = np.array([Position.from_result(row).is_end for _, row in last.iterrows()])
         return last[ended & np.isfinite(last["val_loss"]) & np.isfinite(last[OBJECTIVE])]
 
     def gain(self, method: str) -> pd.DataFrame:
@@ -541,9 +547,9 @@ class Comparison:
         more or less, and for how many: the fewest and the most."""
         found, steps = {}, self.settings.get("steps", 0)
         for method in self.methods if steps else ():
-            trained = self.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
-            if len(trained) and ((trained - steps).abs() > 0.1 * steps).any():
-                found[method] = (round(trained.min()), round(trained.max()))
+            trained = self.trained_steps(method)
+            if any(abs(each - steps) > 0.1 * steps for each in trained):
+                found[method] = (round(min(trained)), round(max(trained)))
         return found
 
     @property

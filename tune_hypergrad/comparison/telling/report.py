@@ -27,8 +27,8 @@ from tune_hypergrad.comparison.telling.series import Granted, distinct_units
 from tune_hypergrad.comparison.telling.tables import Column, TextTable
 from tune_hypergrad.comparison.telling.troubles import Trouble
 from tune_hypergrad.comparison.telling.verdict import cost_in_words, verdict_text
-from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.curves import Curve
+from tune_hypergrad.results import OBJECTIVE
 from tune_hypergrad.schedules import SCHEDULE_FILE
 
 REPORT_FILE = "report.html"

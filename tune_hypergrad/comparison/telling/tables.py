@@ -17,7 +17,7 @@ from tune_hypergrad.comparison.telling.records import Comparison, Yardstick, mea
 from tune_hypergrad.comparison.telling.series import spending_parts
 from tune_hypergrad.comparison.telling.troubles import first_line
 from tune_hypergrad.comparison.telling.verdict import OTHER_LENGTH, Verdict, cost_in_words
-from tune_hypergrad.criterion import OBJECTIVE
+from tune_hypergrad.results import OBJECTIVE
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import is_hyperparameter
 
@@ -146,8 +146,8 @@ def results(comparison: Comparison) -> TextTable:
 
 
 def _steps_tested(comparison: Comparison, method: str) -> str:
-    trained = comparison.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
-    return _range(round(trained.min()), round(trained.max())) if len(trained) else "none"
+    trained = comparison.trained_steps(method)
+    return _range(round(min(trained)), round(max(trained))) if trained else "none"
 
 
 def methods(comparison: Comparison) -> TextTable:

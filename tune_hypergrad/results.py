@@ -1,0 +1,177 @@
+"""Results: what the flat entries of a trial's result are called, each written and read in one place.
+
+Trainables write them, Ray carries them, searches and comparisons read them. What a trial has cost is `Cost`'s own pair,
+and a schedule's scalars are `Schedule`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import nan
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tune_hypergrad.criterion import Criterion, Figures
+
+VAL_LOSS = "val_loss"
+"""The validation loss."""
+UNTRAINED_VAL_LOSS = "untrained_val_loss"
+"""That of the weights that the run began with."""
+OBJECTIVE = "objective"
+"""The figure that the problem's objective names; `best_objective` is the incumbent's."""
+SCHEDULE = "schedule"
+"""`schedule/<name>`, or `schedule/<name>/<window>`: the schedule of a result's figures (see `Schedule.to_scalars`)."""
+WHOLE_SCHEDULE = "found"
+"""A schedule that is too long for scalars, `{name: values}`."""
+SCHEDULE_COLUMN = "schedule_file"
+"""In a comparison's results: the file that has such a schedule."""
+HYPERGRADIENT = "hypergradient"
+"""`hypergradient/<name>/<window>`, and `hypergradient_norm/<name>`."""
+
+_BEST = "best"
+_STEP, _STEPS, _COMPLETED = "run/step", "run/steps", "run/completed"
+_CONFIRMATIONS, _FALLEN = "run/confirmations", "run/fallen"
+
+
+def number(result: Mapping[str, Any], name: str) -> float:
+    """A result's entry as a float; NaN where it has none of that name that is a number."""
+    value = result.get(name)
+    return float(value) if isinstance(value, Real) else nan
+
+
+class Position(NamedTuple):
+    """How far the training run had come whose weights a result judges."""
+
+    step: float = nan
+    """Inner steps; 0 where the weights are untrained, NaN where a result does not say."""
+    steps: float = nan
+    """Inner steps of the whole run."""
+    completed: float = nan
+    """In a trial of several runs, how many of them have come to their end; NaN where that is not counted."""
+
+    def as_result(self) -> dict[str, float]:
+        """`run/step`, `run/steps`, and `run/completed` where that is counted."""
+        counted = {} if self.completed != self.completed else {_COMPLETED: self.completed}
+        return {_STEP: self.step, _STEPS: self.steps, **counted}
+
+    @classmethod
+    def from_result(cls, result: Mapping[str, Any]) -> Position:
+        """What a result says of it."""
+        return cls(*(number(result, name) for name in (_STEP, _STEPS, _COMPLETED)))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the result says how far of how far."""
+        return self.step == self.step and self.steps == self.steps
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weights are not, for certain, those that the run began with."""
+        return self.step != 0
+
+    @property
+    def is_end(self) -> bool:
+        """Whether this may be the end of the run: of one that does not say, any moment may be."""
+        return not self.step < self.steps
+
+
+class Confirmation(NamedTuple):
+    """What a training run that is made to confirm a schedule says of it."""
+
+    trainings: int = 0
+    """Over how many such runs `val_loss` is the mean; 0 of other runs."""
+    has_fallen: bool = False
+    """Whether it speaks against the schedule, by its own validation loss."""
+
+    def as_result(self) -> dict[str, float]:
+        """`run/confirmations` and `run/fallen`."""
+        return {_CONFIRMATIONS: self.trainings, _FALLEN: self.has_fallen}
+
+    @classmethod
+    def from_result(cls, result: Mapping[str, Any]) -> Confirmation:
+        """What a result says of it."""
+        trainings = number(result, _CONFIRMATIONS)
+        return cls(int(trainings) if trainings > 0 else 0, result.get(_FALLEN) is True)
+
+
+def evaluation_results(split: str, evaluation: Figures) -> dict[str, float]:
+    """`<split>_loss` and `<split>_<metric>` of an evaluation of a split, "val" or "test"."""
+    return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
+
+
+def incumbent_results(of_it: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a result that were an incumbent's, as `best_...` of later ones; hypergradients are left out."""
+    return {f"{_BEST}_{name}": value for name, value in of_it.items() if not name.startswith(HYPERGRADIENT)}
+
+
+def objective_results(criterion: Criterion, result: Mapping[str, Any]) -> dict[str, Any]:
+    """`objective`, the figure of a result that the problem's objective names, and `best_objective` where the result
+    has an incumbent's."""
+    columns = {OBJECTIVE: criterion.column, f"{_BEST}_{OBJECTIVE}": f"{_BEST}_{criterion.column}"}
+    return {name: result[column] for name, column in columns.items() if column in result}
+
+
+def hypergradient_results(hypergradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """`hypergradient/lr/0`, ... and `hypergradient_norm/lr`, ... of tensors of shape [windows] by flat name."""
+    scalars: dict[str, float] = {}
+    for name, values in hypergradients.items():
+        scalars |= dict(zip(_windows_of(name, len(values)), values.tolist(), strict=True))
+        scalars[f"{HYPERGRADIENT}_norm/{name}"] = float(values.norm())
+    return scalars
+
+
+def hypergradients_in(result: Mapping[str, Any], windows: Mapping[str, int]) -> dict[str, Tensor]:
+    """The hypergradients in a result, float64 of shape [windows], for so many windows by flat name.
+
+    Raises:
+        KeyError: one is not there.
+    """
+    return {
+        name: torch.tensor([result[key] for key in _windows_of(name, count)], dtype=torch.float64)
+        for name, count in windows.items()
+    }
+
+
+def without_long_hypergradients(result: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """A result without the hypergradients of hyperparameters with more windows than that."""
+    long = {_split(key)[1] for key in result if _split(key)[0] == HYPERGRADIENT and _split(key)[2] >= longest}
+    return {key: v for key, v in result.items() if _split(key)[0] != HYPERGRADIENT or _split(key)[1] not in long}
+
+
+def without_schedules_of(result: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A result without the windows of these hyperparameters, of its schedule and the incumbent's."""
+    kinds = (SCHEDULE, f"{_BEST}_{SCHEDULE}")
+    return {key: v for key, v in result.items() if _split(key)[0] not in kinds or _split(key)[1] not in names}
+
+
+def schedule_identity(result: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+    """By what a result's schedule is told from others: the first twelve digits of numbers, since scales are passed
+    through, and of windows that are all the same that one value; of a file its name."""
+    windows: dict[str, list[Any]] = {}
+    for key, value in result.items():
+        if value is None or value != value:
+            continue
+        kind, name, window = _split(key)
+        if kind == SCHEDULE:
+            rounded = float(f"{value:.12g}") if isinstance(value, float) else value
+            windows.setdefault(name, []).append((window, rounded))
+        elif key == SCHEDULE_COLUMN:
+            windows[key] = [(0, value)]
+    return frozenset(
+        (name, values[0][1] if len({value for _, value in values}) == 1 else tuple(sorted(values)))
+        for name, values in windows.items()
+    )
+
+
+def _windows_of(name: str, count: int) -> list[str]:
+    return [f"{HYPERGRADIENT}/{name}/{window}" for window in range(count)]
+
+
+def _split(key: Any) -> tuple[str, str, int]:
+    """What an entry is, of which hyperparameter, by flat name, and of which window, -1 where it has none."""
+    kind, _, rest = str(key).partition("/")
+    name, _, window = rest.rpartition("/")
+    return (kind, name, int(window)) if window.isdigit() else (kind, rest, -1)
