@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Outcome, Proposal, RobustSearch, SearchSettings
-from tune_hypergrad.hypergradients.robust import natural_range, natural_start
+from tune_hypergrad.hypergradients.natural_scales import natural_range, natural_start
 from tune_hypergrad.space import Range
 
 NAN, INF = math.nan, math.inf
@@ -635,7 +635,7 @@ class TestConfirmation:
             assert limits[True] == ({INF} if polish else set())
 
     def places_of(self, search: RobustSearch) -> list[Mapping[str, Tensor]]:
-        return [search._values(place.internal) for place in search._places]
+        return [search._values(place.internal) for place in search._places.tried]
 
     @pytest.mark.parametrize("limits", [{"trainings": 60}, {}])
     def test_where_none_stands_the_search_goes_on_from_there_calmed(self, limits: dict[str, Any]) -> None:
@@ -671,7 +671,7 @@ class TestConfirmation:
         search = RobustSearch(RANGES, **limits)
         driven(search, run)
         assert search.incumbent is not None
-        standing = [place for place in search._places if not place.fallen]
+        standing = [place for place in search._places.tried if not place.fallen]
         if standing:  # which there was nothing left to confirm with
             assert _key(found(search)) in {_key(search._values(place.internal)) for place in standing}
         else:
@@ -892,9 +892,9 @@ def test_saved_and_restored_at_every_tell(arguments: dict[str, Any], simulated: 
             assert_same_state(later, asked[begun:])
             assert repr(resumed.state_dict()) == repr(final)  # NaN equals itself
         assert repr(state) == repr(through_a_file(state))
-    assert len(final["places"]) > 1
+    assert len(final["places"]["tried"]) > 1
     if isinstance(simulated, Unlucky):
-        assert any(place["fallen"] for place in final["places"])
+        assert any(place["fallen"] for place in final["places"]["tried"])
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.natural_scales import beginning
 from tune_hypergrad.hypergradients.outer import Evaluated, Outcome, OuterSearch, Proposal
-from tune_hypergrad.hypergradients.robust import beginning
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range
 

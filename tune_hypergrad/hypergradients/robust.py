@@ -23,10 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from math import inf, isfinite, isinf, isnan, log, nan
+from dataclasses import replace
+from math import inf, isfinite, isinf, isnan, nan
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,29 +34,22 @@ from torch import Tensor
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.curves import split_group, split_name
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.natural_scales import STEP, beginning
 from tune_hypergrad.hypergradients.outer import (
     Evaluated,
     Outcome,
     OuterSearch,
     Proposal,
-    initial_values,
     length_of,
     mean_outcome,
 )
+from tune_hypergrad.hypergradients.places import Place, Places
 from tune_hypergrad.hypergradients.sharing import Sharing
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range
 
-STEP, STEP_OF_COMPLEMENT = log(2), log(1.5)
-"""Default step sizes on logarithmic scales: twice as much, or half, and less for 1 - momentum, which multiplies with
-the learning rate."""
-STEP_SHARE = 0.1
-"""Default step size on linear scales, as a share of the range."""
-
 _SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step
 _CHAOS, _CHAOS_ALONE = 0.25, 1.0  # shares of training's gain that no step of a window, or sole value, changes
-_WILDNESS = 0.05  # what a chaotic place is worse by than its loss says, as a share of training's gain
-_REJECTED, _NOISE = 0.3, 0.1  # share of the best's gain that a run may lose; of its loss, which seeds may make of it
 _MEMORY = 0.3  # weight of earlier directions
 _GROWTH, _SHRINKAGE, _LARGEST, _SMALLEST = 1.5, 0.5, 3.0, 0.05  # of step sizes; the last two are shares of the first
 _APPROACH, _SHORTER = 0.35, 0.6  # of the way to a place that was given up; of the steps after it
@@ -70,124 +63,6 @@ _LEAST_SHARED = 16  # windows of a hyperparameter that may move together
 _CANDIDATES, _CONFIRMATIONS = 2, 3  # places that are confirmed before the search ends, and seeds it is done with
 _CONFIRMING = 0.2  # of the budget, that this may cost
 _CONFIRMATION = 1 << 20  # seeds of confirmations, apart from those of outer steps
-
-_START = 0.15  # of the scale of 1 - momentum, from below
-_FLOOR = 1e-4  # of a range that begins at 0, in which a logarithm is tuned, as a share of its upper bound
-_RATES, _MOMENTA = ("lr", "weight_decay"), ("momentum", "beta1", "beta2")
-
-
-def natural_range(name: str, limits: Range) -> Range:
-    """The range with the scale on which a hyperparameter of the optimizer is searched: the logarithm of learning rate
-    and weight decay, from a ten-thousandth of the upper bound where the range begins at 0, and that of 1 - momentum.
-    Others stay on the scale of their domain."""
-    base, suffix = split_name(name)
-    has_values = suffix in ("", "knots") or suffix.endswith("/peak")
-    if limits.scale != "linear" or not has_values or suffix.startswith("one_minus"):
-        return limits
-    base = split_group(base)[0]
-    if base in _RATES and limits.lower >= 0 and isfinite(limits.upper):
-        return Range(limits.windows, max(limits.lower, _FLOOR * limits.upper), limits.upper, "log")
-    if base in _MOMENTA and isfinite(limits.lower) and limits.upper < 1:
-        return Range(limits.windows, limits.lower, limits.upper, "complement")
-    return limits
-
-
-def natural_start(name: str, limits: Range) -> Tensor:
-    """Where a search begins that knows nothing: low enough to be calm, high enough to train. Logarithms in the middle,
-    1 - momentum low in its range (about 0.5), the rest at 0 or the nearest value in range. Shape [windows]."""
-    if limits.scale == "complement":
-        bounds = limits.to_internal(torch.tensor([limits.lower, limits.upper], dtype=torch.float64))
-        return limits.project(limits.from_internal(bounds[0] + _START * (bounds[1] - bounds[0])).expand(limits.windows))
-    return initial_values(name, limits, None)
-
-
-class Beginning(NamedTuple):
-    """What a search on natural scales begins with, by name."""
-
-    ranges: dict[str, Range]
-    """On the scales that are searched."""
-    values: Hyperparameters
-    """The first values, each of shape [N]."""
-    internal: Hyperparameters
-    """The nearest ones within these ranges, on the internal scales."""
-    first_steps: dict[str, float]
-    """First step sizes on the internal scales."""
-
-
-def beginning(
-    ranges: Mapping[str, Range],
-    initial: Mapping[str, Tensor] | None = None,
-    step_sizes: Mapping[str, float] | None = None,
-) -> Beginning:
-    """Where a search on natural scales begins.
-
-    Args:
-        ranges: what is tuned, by name; taken to the scale of `natural_range`, but for those with a step size.
-        initial: values to begin with, each of shape [N]; those missing begin at `natural_start`.
-        step_sizes: first step sizes by name, on the range's own scale; others are log(2) of a logarithm, log(1.5) of
-            that of 1 - momentum, a tenth of the range on linear scales.
-
-    Raises:
-        InputError: an unknown name, initial values that do not fit, or a range without bounds and step size.
-    """
-    initial, step_sizes = initial or {}, step_sizes or {}
-    for name in (*initial, *step_sizes):
-        if name not in ranges:
-            raise InputError(f"{name!r} is not among the tuned hyperparameters: {', '.join(ranges)}")
-    natural = {name: r if name in step_sizes else natural_range(name, r) for name, r in ranges.items()}
-    values = {
-        name: initial_values(name, ranges[name], initial[name]) if name in initial else natural_start(name, r)
-        for name, r in natural.items()
-    }
-    internal = {n: natural[n].to_internal(natural[n].project(v)) for n, v in values.items()}
-    first_steps = {name: _first_step(name, r, step_sizes.get(name)) for name, r in natural.items()}
-    return Beginning(natural, values, internal, first_steps)
-
-
-def _first_step(name: str, limits: Range, given: float | None) -> float:
-    defaults = {"log": STEP, "complement": STEP_OF_COMPLEMENT, "linear": STEP_SHARE * limits.internal_width}
-    step = defaults[limits.scale] if given is None else given
-    if not 0 < step < inf:
-        raise InputError(f"hyperparameter {name!r} needs a finite step size above 0: pass it in step_sizes")
-    return step
-
-
-@dataclass(eq=False)
-class _Place:
-    """Hyperparameters on their internal scales, and what runs with them gave."""
-
-    internal: Hyperparameters
-    outer_step: int
-    """Which found them; that of a rung of the ladder is below 0."""
-    losses: list[float] = field(default_factory=list)
-    steps: int | None = None
-    """Inner steps of the runs; None: as many as all have."""
-    calm: bool = True
-    confirmed: list[float] = field(default_factory=list)
-    """Losses with the seeds of confirmations."""
-    scores: list[float] = field(default_factory=list)
-    """Of its own runs, where incumbents are chosen by something else than the loss."""
-    confirmed_scores: list[float] = field(default_factory=list)
-    """Likewise, of its confirmations."""
-    failures: int = 0
-    """Confirmations that failed, and told nothing."""
-    fallen: bool = False
-    """Whether a confirmation came to nothing, or all of them failed."""
-
-    @property
-    def val_loss(self) -> float:
-        """Mean over the runs that were differentiated."""
-        return fmean(self.losses)
-
-    @property
-    def confirmed_loss(self) -> float:
-        """Mean over the confirmations; inf where there is none, or one diverged."""
-        return fmean(self.confirmed) if self.confirmed and all(map(isfinite, self.confirmed)) else inf
-
-    @property
-    def confirmed_score(self) -> float:
-        """What its confirmations are judged by: their mean score, or the mean loss."""
-        return fmean(self.confirmed_scores) if self.confirmed_scores else self.confirmed_loss
 
 
 class RobustSearch(OuterSearch):
@@ -250,8 +125,7 @@ class RobustSearch(OuterSearch):
         self._directions = {n: torch.zeros_like(x) for n, x in self._internal.items()}
         self._signs = {n: torch.zeros_like(x) for n, x in self._internal.items()}
         self._moves = 0
-        self._places: list[_Place] = []  # that were differentiated, in their order
-        self._untrained = inf
+        self._places = Places()
         self._rejections = 0  # in a row
         self._failures = 0  # rounds in a row all of whose runs failed
         self._ladder: int | None = None  # whose rungs are run; None: there is none (left)
@@ -259,7 +133,7 @@ class RobustSearch(OuterSearch):
         self._since_best = 0  # outer steps
         self._run_cost = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
         """The largest cost of a run that was differentiated, in trainings; before there is one, reverse mode's."""
-        self._candidates: list[_Place] = []  # being confirmed
+        self._candidates: list[Place] = []  # being confirmed
         self._ended = False
         if trainings is not None and not trainings >= self._expected_cost:
             raise InputError(
@@ -355,17 +229,17 @@ class RobustSearch(OuterSearch):
         loss, number = min(ran)
         untrained = fmean(o.untrained_loss for o in outcomes if o is not None)
         self._ladder = None
-        self._untrained = untrained if isfinite(untrained) else inf
+        self._places.untrained = untrained if isfinite(untrained) else inf
         # one run says nothing of how calm the place is
-        place = _Place(rungs[number], -1 - number, [loss], self._steps_of_runs, calm=False)
+        place = Place(rungs[number], -1 - number, [loss], self._steps_of_runs, calm=False)
         place.scores = [o.judged for o in outcomes[number : number + 1] if o is not None and o.score is not None]
-        self._places.append(place)
+        self._places.tried.append(place)
         self.incumbent = self._evaluated(place)
         learned = [rungs[n] for own, n in ran if n == number or untrained - own >= _LEARNED * (untrained - loss)]
         lowest = min(learned, key=self._total_rate)
         self._internal = dict(lowest)  # that of the best rung stays as it is
 
-    def _evaluated(self, place: _Place) -> Evaluated:
+    def _evaluated(self, place: Place) -> Evaluated:
         score = fmean(place.scores) if place.scores else None
         return Evaluated(self._values(place.internal), place.val_loss, place.outer_step, len(place.losses), score)
 
@@ -386,34 +260,41 @@ class RobustSearch(OuterSearch):
         lost = any(not isfinite(o.val_loss) or o.val_loss > limit or o.hypergradients is None for o in ended)
         if not ended:
             return  # every run failed: once more
-        if isnan(self.start_loss) and not self._places and not self._rejections and self._is_start(self._internal):
+        if (
+            isnan(self.start_loss)
+            and not self._places.tried
+            and not self._rejections
+            and self._is_start(self._internal)
+        ):
             self.start_loss = mean.val_loss
         if lost or mean.hypergradients is None or not _is_followable(mean.hypergradients):
             self._retreat()
             return
-        self._untrained = mean.untrained_loss if isfinite(mean.untrained_loss) else inf
+        self._places.untrained = mean.untrained_loss if isfinite(mean.untrained_loss) else inf
         losses = [outcome.val_loss for outcome in ended]
-        place = _Place(dict(self._internal), self.outer_step, losses, self._steps_of_runs)
+        place = Place(dict(self._internal), self.outer_step, losses, self._steps_of_runs)
         place.scores = [outcome.judged for outcome in ended if outcome.score is not None]
         gradients = [self._by_internal(o.hypergradients) for o in ended if o.hypergradients is not None]
         place.calm = self._move(gradients, mean.val_loss)
-        best = min(self._differentiated, key=self._score, default=None)
-        improved = best is None or self._score(place) < self._score(best)
+        best = self._places.best(self._differentiated)
+        improved = best is None or self._places.score(place) < self._places.score(best)
         if not place.calm and best is not None and not improved:
             self._approach(best.internal)
         # a rung that was run here told no more of this place
-        self._places = [p for p in self._places if p.outer_step >= 0 or not _are_same(p.internal, place.internal)]
-        self._places.append(place)
+        self._places.tried = [
+            p for p in self._places.tried if p.outer_step >= 0 or not _are_same(p.internal, place.internal)
+        ]
+        self._places.tried.append(place)
         self._rejections, self._run_cost = 0, max(self._run_cost, mean.cost / len(ended))
         self._since_best = 0 if improved else self._since_best + 1
-        if self.incumbent is None or min(self._comparable, key=self._merit) is place:
+        if self.incumbent is None or min(self._places.comparable(self._steps_of_runs), key=self._places.merit) is place:
             self.incumbent = self._evaluated(place)
         if self._since_best >= _PATIENCE and self.ensemble < _LARGEST_ENSEMBLE:
             self.ensemble, self._since_best = min(2 * self.ensemble, _LARGEST_ENSEMBLE), 0
 
     def _move(self, gradients: list[Hyperparameters], loss: float) -> bool:
         """Take a step along the members' derivatives on the internal scales; returns whether none was chaotic."""
-        most = max(self._gain(loss), abs(loss))
+        most = max(self._places.gain(loss), abs(loss))
         chaos = {n: (_CHAOS_ALONE if r.windows == 1 else _CHAOS) * most for n, r in self.ranges.items()}
         members = {name: torch.stack([g[name] for g in gradients]) for name in self.ranges}
         reach = {name: self._steps[name].clamp(max=self._first[name]) for name in self.ranges if not _is_calming(name)}
@@ -527,9 +408,9 @@ class RobustSearch(OuterSearch):
 
     def _begin_confirmation(self) -> None:
         """Confirm the best places, and the start if it must not be lost."""
-        standing = self._standing
+        standing = self._places.standing
         start = self._start_to_confirm if self.polish else []
-        best = sorted(standing, key=self._score)[:_CANDIDATES]
+        best = sorted(standing, key=self._places.score)[:_CANDIDATES]
         rung = next((place for place in standing if place.outer_step < 0), None)
         if rung is not None and all(rung.val_loss < place.val_loss for place in best):
             best[_CANDIDATES - 1 :] = [rung]  # whether it is as wild as it might be, other seeds tell
@@ -542,24 +423,24 @@ class RobustSearch(OuterSearch):
         self._ended = not self._candidates
 
     @property
-    def _start_to_confirm(self) -> list[_Place]:
+    def _start_to_confirm(self) -> list[Place]:
         """Where the search began, as one of the longest runs, however it was run; none where it has fallen."""
-        starts = [place for place in self._places if self._is_start(place.internal)]
+        starts = [place for place in self._places.tried if self._is_start(place.internal)]
         if any(place.fallen for place in starts):
             return []
-        longest = max((place.steps or 0 for place in self._places), default=max(self.lengths or (0,))) or None
+        longest = (self._places.longest if self._places.tried else max(self.lengths or (0,))) or None
         ran = next((place for place in starts if place.steps == longest), starts[0] if starts else None)
         # a run that could not be differentiated has left no place
-        place = _Place(dict(self._start), 0, [self.start_loss]) if ran is None else ran
+        place = Place(dict(self._start), 0, [self.start_loss]) if ran is None else ran
         return [replace(place, steps=longest)]
 
     @property
-    def _lacking(self) -> list[_Place]:
+    def _lacking(self) -> list[Place]:
         """Candidates that have been confirmed least often: a trial that failed keeps its candidate back."""
         least = min((len(c.confirmed) for c in self._candidates), default=0)
         return [c for c in self._candidates if len(c.confirmed) == least]
 
-    def _fall_above(self, candidate: _Place) -> float:
+    def _fall_above(self, candidate: Place) -> float:
         """The loss above which a confirmation speaks against a candidate. The start is what others are measured by,
         however much worse it is."""
         return inf if self.polish and self._is_start(candidate.internal) else self._limit
@@ -600,31 +481,31 @@ class RobustSearch(OuterSearch):
         if len(lacking[0].confirmed) >= self.confirmations or (costs and len(lacking) * max(costs) > self._left):
             self._candidates, self._ended = [], True
 
-    def _next_best(self, start: _Place) -> list[_Place]:
+    def _next_best(self, start: Place) -> list[Place]:
         """Candidates in place of those that fell beside the start, as many as can be confirmed as often as it."""
         left = self._left - (self.confirmations - len(start.confirmed))
         count = _CANDIDATES if isinf(left) else min(_CANDIDATES, int(left / max(self.confirmations, 1)))
-        others = [place for place in self._standing if not self._is_start(place.internal)]
-        return [replace(place, confirmed=[]) for place in sorted(others, key=self._score)[: max(count, 0)]]
+        others = [place for place in self._places.standing if not self._is_start(place.internal)]
+        return [replace(place, confirmed=[]) for place in sorted(others, key=self._places.score)[: max(count, 0)]]
 
-    def _let_fall(self, fallen: list[_Place]) -> None:
+    def _let_fall(self, fallen: list[Place]) -> None:
         """Give candidates up, with what is known of them."""
         by_step = {c.outer_step: c.confirmed for c in fallen}
-        known = {place.outer_step for place in self._places}
+        known = {place.outer_step for place in self._places.tried}
         unknown = [replace(c, fallen=True) for c in fallen if c.outer_step not in known]
-        self._places = unknown + [
+        self._places.tried = unknown + [
             replace(p, fallen=True, confirmed=list(by_step[p.outer_step])) if p.outer_step in by_step else p
-            for p in self._places
+            for p in self._places.tried
         ]
         self._candidates = [c for c in self._candidates if c.outer_step not in by_step]
 
     def _go_on(self) -> None:
         """Where all that was to be confirmed has fallen: on from the best of it, with what calms training lowered."""
         self._falls += 1
-        fallen = [p for p in self._places if p.fallen and p.steps == self._steps_of_runs and isfinite(p.val_loss)]
+        fallen = [place for place in self._places.fallen if place.steps == self._steps_of_runs]
         if not fallen or self._falls >= _REJECTIONS:
             return
-        place = min(fallen, key=self._score).internal
+        place = min(fallen, key=self._places.score).internal
         lowered = self._calmer(place, self._falls, _is_calming)
         self._rejections = self._since_best = 0
         if self._is_over() or all(torch.equal(x, place[name]) for name, x in lowered.items()):
@@ -636,11 +517,11 @@ class RobustSearch(OuterSearch):
         """Take for the incumbent the best of what has been confirmed most often; where nothing has, the best place that
         stands, by its own runs, else the best that has fallen, by what its confirmations told."""
         most = max((len(c.confirmed) for c in self._candidates), default=0)
-        fallen = [place for place in self._places if place.fallen and isfinite(place.val_loss)]
+        fallen = self._places.fallen
         if most:
             place = min((c for c in self._candidates if len(c.confirmed) == most), key=lambda c: c.confirmed_score)
-        elif self._standing:
-            place = min(self._standing, key=self._merit)
+        elif self._places.standing:
+            place = min(self._places.standing, key=self._places.merit)
         elif fallen:
             place = min(fallen, key=lambda p: p.confirmed_loss)
         else:
@@ -652,47 +533,19 @@ class RobustSearch(OuterSearch):
         self.incumbent = Evaluated(self._values(place.internal), loss, place.outer_step, runs, score)
 
     @property
-    def _standing(self) -> list[_Place]:
-        """Places that no confirmation has spoken against, of the longest runs."""
-        longest = max((place.steps or 0 for place in self._places), default=0)
-        return [place for place in self._places if not place.fallen and (place.steps or 0) == longest]
-
-    @property
     def _steps_of_runs(self) -> int | None:
         """Inner steps of the next outer step's runs."""
         return length_of(self.outer_step, self.lengths)
 
     @property
-    def _comparable(self) -> list[_Place]:
-        """Places whose runs were as long as the next one's, and that no confirmation has spoken against."""
-        return [place for place in self._places if not place.fallen and place.steps == self._steps_of_runs]
-
-    @property
-    def _differentiated(self) -> list[_Place]:
-        """Those of outer steps."""
-        return [place for place in self._comparable if place.outer_step >= 0]
+    def _differentiated(self) -> list[Place]:
+        """Places of outer steps whose runs were as long as the next one's, and that stand."""
+        return self._places.differentiated(self._steps_of_runs)
 
     @property
     def _limit(self) -> float:
-        """The validation loss above which a run is rejected."""
-        best = min(self._differentiated, key=self._score, default=None)
-        if best is None or isinf(self._untrained):
-            return inf
-        return best.val_loss + max(_REJECTED * self._gain(best.val_loss), _NOISE * abs(best.val_loss))
-
-    def _gain(self, loss: float) -> float:
-        """By how much training has lowered the validation loss to this one; 0 where nobody knows."""
-        return max(self._untrained - loss, 0.0) if isfinite(self._untrained) else 0.0
-
-    def _score(self, place: _Place) -> float:
-        """A place's loss, and more where it is chaotic: with other seeds it may be any other."""
-        wild = 0.0 if place.calm else _WILDNESS * max(self._gain(place.val_loss), abs(place.val_loss))
-        return place.val_loss + wild
-
-    def _merit(self, place: _Place) -> tuple[bool, float]:
-        """What an incumbent is chosen by, the lower the better: the score of places, or where runs are judged by
-        something else than the loss, that, after the calm ones the chaotic."""
-        return (not place.calm, fmean(place.scores)) if place.scores else (False, self._score(place))
+        """The validation loss above which the next run is rejected."""
+        return self._places.limit(self._steps_of_runs)
 
     def _values(self, internal: Hyperparameters) -> Hyperparameters:
         """Those within the ranges; what has not moved is, to the bit, what the search began with."""
@@ -723,7 +576,7 @@ class RobustSearch(OuterSearch):
             "incumbent": None if self.incumbent is None else dict(vars(self.incumbent)),
             "tensors": {name: dict(getattr(self, name)) for name in _TENSORS},
             "scalars": {name: getattr(self, name) for name in _SCALARS},
-            "places": [deepcopy(vars(place)) for place in self._places],
+            "places": self._places.state_dict(),
             "candidates": [deepcopy(vars(place)) for place in self._candidates],
         }
 
@@ -733,8 +586,8 @@ class RobustSearch(OuterSearch):
             setattr(self, name, dict(tensors))
         for name, value in saved["scalars"].items():
             setattr(self, name, value)
-        self._places = [_Place(**deepcopy(place)) for place in saved["places"]]
-        self._candidates = [_Place(**deepcopy(place)) for place in saved["candidates"]]
+        self._places.load_state_dict(saved["places"])
+        self._candidates = [Place(**deepcopy(place)) for place in saved["candidates"]]
 
 
 _TENSORS = ("_internal", "_steps", "_directions", "_signs")
@@ -745,7 +598,6 @@ _SCALARS = (
     "start_loss",
     "ensemble",
     "_moves",
-    "_untrained",
     "_rejections",
     "_failures",
     "_ladder",

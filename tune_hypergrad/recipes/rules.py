@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tune_hypergrad.hypergradients import Descent, Outcome, OuterSearch, PaperSearch, RobustSearch
-from tune_hypergrad.hypergradients.robust import natural_start
+from tune_hypergrad.hypergradients.natural_scales import natural_start
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range, Scale
 
