@@ -117,3 +117,8 @@ def test_nothing_to_tune_is_one_training():
 def test_domains_without_a_range_are_refused_by_name(domain):
     with pytest.raises(InputError, match="'x'"):
         grid_points({"x": domain, "lr": tune.uniform(0, 1)}, 4)
+
+
+def test_a_choice_of_nothing_has_no_grid():
+    with pytest.raises(InputError, match="a grid cannot cover 'x'"):
+        grid_points({"x": tune.choice([]), "other": tune.uniform(0, 1)}, 9)

@@ -14,10 +14,9 @@ import torch
 from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
-from ray.tune.search.sample import Function
 
 from tune_hypergrad.curves import split_group
-from tune_hypergrad.domains import Numbers, is_logarithmic, read
+from tune_hypergrad.domains import Choices, Constant, Formless, Numbers, is_logarithmic, read
 from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import Groups
 from tune_hypergrad.hypergradients import (
@@ -221,10 +220,10 @@ def optimizers_of(task: Task) -> list[Optimizer]:
     Raises:
         InputError: two of them have the same name, by which a trial's records tell them.
     """
-    entry = task.space.get("optimizer", task.optimizer)
-    if isinstance(entry, Function):  # it may draw any
+    entry = read(task.space.get("optimizer", task.optimizer))
+    if isinstance(entry, Formless):  # it may draw any
         return list(OPTIMIZERS.values())
-    choices = entry.get("grid_search", ()) if isinstance(entry, Mapping) else getattr(entry, "categories", [entry])
+    choices = entry.values if isinstance(entry, Choices) else (entry.value if isinstance(entry, Constant) else entry,)
     found = [get_optimizer(choice) for choice in choices]
     for optimizer in found:
         if any(other.name == optimizer.name and other != optimizer for other in found):

@@ -94,14 +94,11 @@ class FairShare:
 
     def __init__(self, claims: Mapping[Account, Claim], max_concurrent: int | None = None) -> None:
         self.claims, self.max_concurrent = dict(claims), max_concurrent
+        self.trials = _owners(self.claims)
+        """Trials that run, by id, and whose they are."""
         self._waiting: dict[str, str] = {}  # trial to the kind of resources that it waits for
 
     # What it says
-
-    @property
-    def trials(self) -> dict[str, Account]:
-        """Trials that run, by id, and whose they are."""
-        return {trial_id: account for account, claim in self.claims.items() for trial_id in claim.live}
 
     @property
     def is_full(self) -> bool:
@@ -138,7 +135,7 @@ class FairShare:
     def start(self, account: Account, trial_id: str, length: float) -> None:
         """An account has a trial more, which waits for its place."""
         claim = self.claims[account]
-        claim.live[trial_id] = claim.trial(length)
+        claim.live[trial_id], self.trials[trial_id] = claim.trial(length), account
         claim.longest = max(claim.longest, length)
         self._waiting[trial_id] = claim.resources
 
@@ -155,7 +152,7 @@ class FairShare:
 
     def end(self, trial_id: str) -> Account | None:
         """A trial runs no longer; whose it was, None where it did not run."""
-        account = self.trials.get(trial_id)
+        account = self.trials.pop(trial_id, None)
         if account is not None:
             del self.claims[account].live[trial_id]
         self.place(trial_id)
@@ -165,7 +162,13 @@ class FairShare:
         """These run, all in their places, and no others do."""
         for account, claim in self.claims.items():
             claim.live = dict(live.get(account, {}))
+        self.trials = _owners(self.claims)
         self._waiting = {}
+
+
+def _owners(claims: Mapping[Account, Claim]) -> dict[str, Account]:
+    """Whose the trials are that run."""
+    return {trial_id: account for account, claim in claims.items() for trial_id in claim.live}
 
 
 def _priority(claim: Claim, share: float) -> tuple[bool, float, int]:

@@ -46,7 +46,7 @@ def _at(space: Mapping[str, Any], places: Sequence[Place], point: Mapping[str, A
 def _values(name: str, domain: Any, count: int) -> list[Any]:
     shares = [(i + 0.5) / count for i in range(count)]
     found = read(domain)
-    if isinstance(found, Choices):
+    if isinstance(found, Choices) and found.values:
         return [found.values[i] for i in dict.fromkeys(int(len(found.values) * share) for share in shares)]
     if not isinstance(found, Numbers) or not found.has_room:
         raise InputError(f"a grid cannot cover {name!r}: {type(domain).__name__} has no range")
