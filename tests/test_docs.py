@@ -25,11 +25,11 @@ import pytest
 import torch
 import typer
 from markdown_it import MarkdownIt
+from paths import REPOSITORY
 
 import tune_hypergrad
 from tune_hypergrad import cli
 
-REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = {str(path.relative_to(REPOSITORY)): path for path in (REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md")))}
 PAGES |= {name: REPOSITORY / name for name in ("CONTRIBUTING.md", "examples/cluster/README.md")}
