@@ -182,8 +182,8 @@ def looked_up(words: list[str]) -> None:
     elif program.startswith("./") or program.startswith(".ci/"):
         assert (REPOSITORY / program).exists()
     else:
-        others = ("pytest", "mkdocs", "ruff", "mypy", "python3", "source", "pre-commit", "git", "cd", "grep")
-        assert program in others, program
+        tools = ("pytest", "coverage", "mkdocs", "ruff", "mypy", "pre-commit")
+        assert program in (*tools, "python3", "source", "git", "cd", "grep"), program
 
 
 @pytest.mark.parametrize("page", PAGES)
