@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from paths import PYTHONPATH, TESTS
 
-REPOSITORY = Path(__file__).parent.parent
+sys.path.extend(TESTS)
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +21,8 @@ def ray_session() -> Iterator[str]:
     settings = {"TUNE_GLOBAL_CHECKPOINT_S": "0.2", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    # workers find the test modules, and the package where it is not installed
-    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
     context = ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}}
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": PYTHONPATH}}
     )
     try:
         yield context.address_info["gcs_address"]

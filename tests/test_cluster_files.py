@@ -8,8 +8,9 @@ from pathlib import Path
 import jsonschema
 import ray
 import yaml
+from paths import REPOSITORY
 
-CLUSTER = Path(__file__).parent.parent / "examples" / "cluster"
+CLUSTER = REPOSITORY / "examples" / "cluster"
 SCRIPT = CLUSTER / "slurm.sbatch"
 
 
@@ -20,7 +21,7 @@ def test_the_cluster_file_is_one_of_rays():
     types = config["available_node_types"]
     assert config["head_node_type"] in types
     assert sum(each.get("min_workers", 0) for each in types.values()) <= config["max_workers"]
-    pinned = (CLUSTER.parent.parent / "constraints.txt").read_text().splitlines()
+    pinned = (REPOSITORY / "constraints.txt").read_text().splitlines()
     assert f"ray=={config['docker']['image'].split(':')[1].split('-')[0]}" in pinned
 
 

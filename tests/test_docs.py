@@ -25,11 +25,11 @@ import pytest
 import torch
 import typer
 from markdown_it import MarkdownIt
+from paths import REPOSITORY
 
 import tune_hypergrad
 from tune_hypergrad import cli
 
-REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"
 PAGES = {str(path.relative_to(REPOSITORY)): path for path in (REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md")))}
 PAGES |= {name: REPOSITORY / name for name in ("CONTRIBUTING.md", "examples/cluster/README.md")}
@@ -182,8 +182,8 @@ def looked_up(words: list[str]) -> None:
     elif program.startswith("./") or program.startswith(".ci/"):
         assert (REPOSITORY / program).exists()
     else:
-        others = ("pytest", "mkdocs", "ruff", "mypy", "python3", "source", "pre-commit", "git", "cd", "grep")
-        assert program in others, program
+        tools = ("pytest", "coverage", "mkdocs", "ruff", "mypy", "pre-commit")
+        assert program in (*tools, "python3", "source", "git", "cd", "grep"), program
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import REPOSITORY
 
 from tune_hypergrad import Schedule, hpbandster_result
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -37,32 +38,92 @@ FLOORS = (
 """Modules and packages, each of which imports only what stands before it."""
 
 
+WITHOUT_RAY = (
+    *FLOORS[: FLOORS.index("ray_internals")],
+    *("comparison.incumbents", "comparison.ledger", "comparison.telling"),
+)
+READ_DOMAINS = ("domains", "space")
+"""Those of them that import Ray in functions that are about its domains."""
+SOURCES = {
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file
+    for file in PACKAGE.rglob("*.py")
+    if file != PACKAGE / "__init__.py"
+}
+"""Files by module; of a package its `__init__`."""
+
+
 def floor(module: str) -> str:
     """What of `FLOORS` a module belongs to."""
-    _, *parts = module.split(".")
+    _, *parts = module.removesuffix(".__init__").split(".")
     return ".".join(parts[:2] if parts[0] == "comparison" else parts[:1])
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Modules of the package that a file imports when it runs, wherever it does so."""
-    tree = ast.parse(file.read_text())
+def imports(code: str, package: str) -> Iterator[str]:
+    """Modules that a program imports when it runs, at its top or in a function.
+
+    Args:
+        code: of the program.
+        package: that it is in, from which its relative imports go.
+    """
+    tree = ast.parse(code)
     checks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    types_only = {id(node) for check in checks for node in ast.walk(check)}
+    types_only = {id(node) for check in checks for line in check.body for node in ast.walk(line)}
     for node in ast.walk(tree):
-        named = isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name
-        if named and id(node) not in types_only:
-            for name in node.names:
-                path = PACKAGE.parent.joinpath(*node.module.split("."), name.name)
-                is_module = path.with_suffix(".py").exists() or (path / "__init__.py").exists()
-                yield f"{node.module}.{name.name}" if is_module else node.module
+        if isinstance(node, ast.Import) and id(node) not in types_only:
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and id(node) not in types_only:
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (defining(module, name.name) for name in node.names)
+
+
+def defining(module: str, name: str) -> str:
+    """The module that `from module import name` takes the name from: that name itself, where it is one."""
+    if module == PACKAGE.name and name in tune_hypergrad._MODULES:
+        return f"{module}.{tune_hypergrad._MODULES[name]}"
+    path = PACKAGE.parent.joinpath(*module.split("."), name)
+    is_module = path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+    return f"{module}.{name}" if is_module else module
+
+
+def imports_of(module: str) -> Iterator[str]:
+    yield from imports(SOURCES[module].read_text(encoding="utf-8"), module.rpartition(".")[0])
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import tune_hypergrad.cli", ["tune_hypergrad.cli"]),
+        ("import os, tune_hypergrad.cli as shown", ["os", "tune_hypergrad.cli"]),
+        ("from tune_hypergrad import cli", ["tune_hypergrad.cli"]),
+        ("from tune_hypergrad import InputError, compare", ["tune_hypergrad.errors", "tune_hypergrad.comparison"]),
+        ("from tune_hypergrad.cli import main", ["tune_hypergrad.cli"]),
+        ("from .run import check_values", ["tune_hypergrad.hypergradients.run"]),
+        ("from . import run", ["tune_hypergrad.hypergradients.run"]),
+        ("from ..cli import main", ["tune_hypergrad.cli"]),
+        ("from .. import cli", ["tune_hypergrad.cli"]),
+        ("def f():\n    import ray", ["ray"]),
+        ("class A:\n    def f(self):\n        if self:\n            from ray import tune", ["ray"]),
+        ("if TYPE_CHECKING:\n    import ray\nelse:\n    import os", ["os"]),
+        ("try:\n    import ray\nexcept ImportError:\n    import os", ["ray", "os"]),
+    ],
+)
+def test_imports_are_seen(code, found):
+    assert list(imports(code, "tune_hypergrad.hypergradients")) == found
 
 
 def test_imports_run_one_way():
-    for file in PACKAGE.rglob("*.py"):
-        module = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        if module != PACKAGE.name:
-            above = {other for other in imports(file) if FLOORS.index(floor(other)) > FLOORS.index(floor(module))}
-            assert not above, f"{module} imports {above}"
+    for module in SOURCES:
+        of_ours = {other for other in imports_of(module) if other.split(".")[0] == PACKAGE.name}
+        assert PACKAGE.name not in of_ours, f"{module} imports the package as a whole: name the module"
+        above = {other for other in of_ours if FLOORS.index(floor(other)) > FLOORS.index(floor(module))}
+        assert not above, f"{module} imports {above}"
+
+
+def test_what_knows_no_ray_imports_none():
+    for module in SOURCES:
+        if floor(module) in WITHOUT_RAY:
+            others = {name for name in imports_of(module) if name.split(".")[0] in ("ray", "hpbandster")}
+            assert not others or floor(module) in READ_DOMAINS, f"{module} imports {others}"
 
 
 def test_what_tells_of_a_comparison_brings_no_ray_in():
@@ -75,7 +136,8 @@ def test_what_tells_of_a_comparison_brings_no_ray_in():
 
 
 def test_the_engine_brings_no_ray_in():
-    lines = "import sys, tune_hypergrad, tune_hypergrad.hypergradients, tune_hypergrad.problems, tune_hypergrad.cli"
+    of_the_engine = ", ".join(f"tune_hypergrad.{name}" for name in ("hypergradients", "stn", "problems", "cli"))
+    lines = f"import sys, tune_hypergrad, {of_the_engine}"
     script = lines + "; print([name for name in sys.modules if name.split('.')[0] in ('ray', 'hpbandster', 'pandas')])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

@@ -89,7 +89,12 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on one unit of cost."""
+    """A limit on one unit of cost.
+
+    Examples:
+        >>> Budget(5000).spent_by(Cost(gradients=500) + Cost(gradients=750))
+        0.25
+    """
 
     amount: float
     """How much may be spent, in `unit`."""
@@ -115,6 +120,12 @@ class Budget:
 
         Raises:
             InputError: it is not such a text, or not above zero.
+
+        Examples:
+            >>> Budget.parse("20e", steps_per_epoch=10)
+            Budget(amount=200.0, unit='gradients')
+            >>> Budget.parse("2h", steps_per_epoch=10)
+            Budget(amount=7200.0, unit='device_seconds')
         """
         suffix = text[len(text.rstrip(ascii_letters)) :]
         number, suffix = text.removesuffix(suffix), suffix or "g"

@@ -86,6 +86,12 @@ class Curve:
 
     Step t of T has the value at the middle of the step, p = (t + 1/2) / T: a warm-up's first step is not wasted on 0.
     All is computed in float64, to the same bits wherever it is computed.
+
+    Examples:
+        >>> Curve.of("knots", {"knots": [1, 0, 0]}).at_steps(4)
+        (0.75, 0.25, 0.0, 0.0)
+        >>> Curve.of("linear", {"linear/peak": [8], "linear/warm_up": [0.5], "linear/floor": [0]}).at_steps(4)
+        (2.0, 6.0, 6.0, 2.0)
     """
 
     form: str

@@ -37,10 +37,12 @@ if TYPE_CHECKING:
 class Problem:
     """A training problem, stated once for every method.
 
-    ```python
-    Problem(model=lambda: nn.Linear(64, 10), train=(x, y), val=(x_val, y_val), test=(x_test, y_test),
-            loss=F.cross_entropy, metrics={"accuracy": accuracy}, batch_size=128)
-    ```
+    Examples:
+        >>> x, y = torch.randn(500, 64), torch.randint(10, (500,))
+        >>> train, val, test = (x[:300], y[:300]), (x[300:400], y[300:400]), (x[400:], y[400:])
+        >>> problem = Problem(lambda: nn.Linear(64, 10), train, val, test, loss=nn.CrossEntropyLoss(), batch_size=50)
+        >>> problem.steps_per_epoch
+        6
     """
 
     model: Callable[..., nn.Module]

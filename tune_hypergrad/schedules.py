@@ -48,16 +48,23 @@ _LOG_AXIS_FROM = 100.0  # largest over smallest value from which a linear axis h
 class Schedule:
     """Values of hyperparameters over training progress in [0, 1): what a gradient method finds.
 
-    ```python
-    schedule = Schedule({"lr": (0.1, 0.05, 0.01), "momentum": (0.9,)})
-    scheduler = schedule.scheduler(optimizer, total_steps=3000)  # then scheduler.step() after every optimizer.step()
-    Schedule({"lr": {"cosine": {"peak": 0.1, "warm_up": 0.05, "floor": 0.01}}, "momentum": {"one_minus": 0.1}})
-    Schedule({"lr": (0.1, 0.01), "lr/backbone": 0.001})  # one of the parameter group "backbone", and of all others
-    ```
-
     Raises:
         InputError: there is no hyperparameter, or a value is neither finite numbers nor such numbers by window, or as
             a trial's config has them for another kind of schedule.
+
+    Examples:
+        >>> found = Schedule({"lr": (0.1, 0.05, 0.01), "lr/backbone": 0.001, "momentum": {"one_minus": 0.1}})
+        >>> found.at(0.5)  # "backbone" is a parameter group, and `lr` is then that of the others
+        {'lr': 0.05, 'lr/backbone': 0.001, 'momentum': 0.9}
+        >>> print(Schedule({"lr": {"cosine": {"peak": 0.1, "warm_up": 0.05, "floor": 0.01}}}))
+        lr cosine (peak 0.1, warm_up 0.05, floor 0.01)
+
+        Its replay, for which `scheduler.step()` follows every `optimizer.step()`:
+
+        >>> optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)])
+        >>> scheduler = Schedule({"lr": (0.1, 0.01)}).scheduler(optimizer, total_steps=3000)
+        >>> scheduler.get_last_lr()
+        [0.1]
     """
 
     values: Mapping[str, tuple[float, ...] | Curve]

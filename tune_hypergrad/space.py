@@ -45,12 +45,6 @@ def schedule(
 ) -> dict[str, Any]:
     """Make one hyperparameter a schedule: piecewise constant, piecewise linear, or of a shape with a peak.
 
-    ```python
-    space = {"lr": schedule(tune.loguniform(1e-4, 1), windows=7), "momentum": complement(tune.loguniform(0.01, 1))}
-    schedule(tune.loguniform(1e-4, 1), knots=5)  # linear between values at 0, 1/4, ..., 1 of training
-    schedule(tune.loguniform(1e-3, 1), shape="cosine")  # warm-up, then half a cosine
-    ```
-
     Args:
         domain: the Ray Tune domain of every window's or knot's value, or of the shape's peak; or a plain number for a
             constant; or a `complement`, which makes the complement of the schedule.
@@ -70,6 +64,16 @@ def schedule(
     Raises:
         InputError: not exactly one of windows, knots and shape, too few of them, an unknown shape, a part that the
             shape does not have or that can leave [0, 1], or `domain` is neither a domain nor a number.
+
+    Examples:
+        >>> from ray import tune
+        >>> rate = tune.loguniform(1e-4, 1)
+        >>> list(schedule(rate, windows=3))  # a value for every third of training
+        ['0', '1', '2']
+        >>> list(schedule(rate, knots=5)["knots"])  # linear between values at 0, 1/4, ..., 1 of training
+        ['0', '1', '2', '3', '4']
+        >>> list(schedule(rate, shape="cosine")["cosine"])  # warm-up, then half a cosine
+        ['peak', 'warm_up', 'floor']
     """
     kinds: dict[str, Any] = {"windows": windows, "knots": knots, "shape": shape}
     given = [kind for kind, value in kinds.items() if value is not None]
@@ -102,10 +106,6 @@ def schedule(
 def complement(entry: Any) -> dict[str, Any]:
     """Make a hyperparameter 1 minus what a domain, or a schedule of one, gives.
 
-    ```python
-    space = {"momentum": complement(tune.loguniform(0.01, 1))}  # 0 to 0.99, and 0.9 is in the middle
-    ```
-
     Momentum, and the betas of Adam, have their scale here: 1 / (1 - momentum) is over how many steps it averages.
 
     Args:
@@ -116,6 +116,12 @@ def complement(entry: Any) -> dict[str, Any]:
 
     Raises:
         InputError: `entry` is neither, a complement already, or log-uniform above 1.
+
+    Examples:
+        >>> from ray import tune
+        >>> space = {"momentum": complement(tune.loguniform(0.01, 1))}  # 0 to 0.99, and 0.9 is in the middle
+        >>> flat_values({"momentum": {"one_minus": 0.25}})  # what a trial reads in its config
+        {'momentum': (0.75,)}
     """
     if isinstance(entry, Mapping) and ONE_MINUS in entry:
         raise InputError("complement of a complement: leave out both")

@@ -93,6 +93,14 @@ def hypergradient(
 
     Raises:
         InputError: a hyperparameter, module, mode or horizon that cannot work.
+
+    Examples:
+        >>> import torch
+        >>> data = torch.linspace(-1, 1, 40)[:, None], torch.linspace(-3, 3, 40)[:, None]
+        >>> problem = Problem(lambda: torch.nn.Linear(1, 1), data, data, loss=torch.nn.MSELoss(), batch_size=8)
+        >>> found = hypergradient(problem, {"lr": torch.tensor([0.01, 0.01])}, steps=20)  # one for each half of it
+        >>> found.hypergradients["lr"] < 0  # larger rates would lower the validation loss
+        tensor([True, True])
     """
 
     def settings(seed: int) -> TrainingSettings:

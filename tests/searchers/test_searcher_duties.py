@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import REPOSITORY
 from ray.tune.search import ConcurrencyLimiter
 from searcher_duties import (
     BEGIN,
@@ -26,7 +27,7 @@ from searcher_duty_tools import COLUMNS, OURS, SPACE, Cell, Unmet, drive
 
 from tune_hypergrad import InputError
 
-PAGE = Path(__file__).parent.parent / "docs" / "searchers.md"
+PAGE = REPOSITORY / "docs" / "searchers.md"
 
 
 class Columns:

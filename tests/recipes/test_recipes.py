@@ -9,12 +9,12 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from paths import REPOSITORY, TESTS
 from recipe_jobs import count, die, refuse
 from test_cli import outcome
 
@@ -28,7 +28,6 @@ from tune_hypergrad.recipes.rules import RULES, after, as_lists
 from tune_hypergrad.recipes.searching import Retraining, Search, cosine
 from tune_hypergrad.recipes.training import Experiment, differentiate, retrain
 
-REPOSITORY = Path(__file__).parent.parent
 DIGITS = Experiment("digits", 64, 1000, clip_gradient=3.0, fixed={"momentum": 0.5})
 NEVER = float("inf")
 
@@ -405,7 +404,7 @@ def test_the_command_line_stops_in_time_and_says_how_to_go_on(tmp_path):
 SMALL_RUN = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests!r}
 from test_recipes import small_fig1
 from tune_hypergrad.recipes import reproduce
 if __name__ == "__main__":
@@ -419,7 +418,7 @@ if __name__ == "__main__":
 def test_an_interrupted_recipe_comes_to_the_same_results(tmp_path, how):
     def start(folder):
         file = tmp_path / f"{folder}.py"
-        file.write_text(SMALL_RUN.format(tests=str(REPOSITORY / "tests"), folder=str(tmp_path / folder)))
+        file.write_text(SMALL_RUN.format(tests=TESTS, folder=str(tmp_path / folder)))
         return subprocess.Popen([sys.executable, file], stdout=subprocess.PIPE, text=True, start_new_session=True)
 
     whole = start("whole")

@@ -4,9 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import PYTHONPATH
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from test_hypergradient_search import SPACE, Interrupt, evaluations_of, searched_by_hand
@@ -15,8 +15,6 @@ from tiny_problem import STEPS, numbers, tiny_problem
 from tune_hypergrad import FDS, HD, FixedSchedule, InnerRun, schedule
 
 pytestmark = pytest.mark.slow
-
-HERE = Path(__file__).parent
 
 
 class KillTrial(Callback):
@@ -118,10 +116,9 @@ tune.Tuner(
 
 def test_a_search_outlives_its_driver(ray_session, tmp_path):
     expected = searched_by_hand(ensemble=2, outer_steps=4)
-    paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
     driver = subprocess.run(
         [sys.executable, "-c", DRIVER, ray_session, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=120,

@@ -55,7 +55,7 @@ def test_what_grows():
         ({"space": {"lr": tune.uniform(0, 1)}}, "made with another space"),
         ({"retraining": Retraining(seeds=1)}, "made with another retraining"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_what_would_not_compare_is_refused_in_a_line(changes, words):
     with pytest.raises(InputError) as refused:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from comparisons import write_comparison
+from paths import REPOSITORY
 
 from tune_hypergrad.cli import app
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = REPOSITORY / "examples"
 
 
 def small_comparison(folder: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hpbandster_master import run_search
+from paths import PYTHONPATH
 from ray import tune
 from ray.tune import RunConfig, TuneConfig
 from ray.tune.search import ConcurrencyLimiter
@@ -19,7 +20,6 @@ from tune_hypergrad import BOHBSearch, HyperBandSearch, hpbandster_result
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).parent
 BRACKETS = 6
 
 
@@ -65,11 +65,10 @@ def make_tuner(folder, method):
 def killed(ray_session, tmp_path, method):
     """An experiment in the folder, whose driver has been killed in the middle, but not while Ray wrote its trials: it
     would begin the experiment again."""
-    paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
     for _ in range(3):
         driver = subprocess.run(
             [sys.executable, "-c", DRIVER, ray_session, str(tmp_path), method],
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
             capture_output=True,
             text=True,
             timeout=200,

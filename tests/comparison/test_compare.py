@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from paths import PYTHONPATH
 from ray import tune
 from ray.tune import Callback
 from ray.tune.search import Repeater
@@ -26,7 +27,6 @@ from tune_hypergrad.comparison.ledger import LEDGER_FILE, RETRAINING, START, Led
 from tune_hypergrad.comparison.methods import BY_DEFAULT
 from tune_hypergrad.hypergradients import Optimizer
 
-HERE = Path(__file__).parent
 SPACE = {"lr": tune.uniform(0, 0.5), "momentum": tune.uniform(0, 0.9)}
 QUICK = {"space": SPACE, "epochs": 2, "progress": "quiet", "retraining": Retraining(seeds=1)}
 
@@ -320,8 +320,6 @@ def test_killed_trials_go_on_and_what_is_done_twice_is_counted_apart(ray_session
 
 
 DRIVER = """
-import sys
-sys.path.insert(0, {here!r})
 import ray
 from test_compare import QUICK
 from tiny_problem import tiny_problem
@@ -332,9 +330,8 @@ compare(tiny_problem(), ["fds", "bohb", "rs"], budget="150e", **QUICK, out={out!
 
 
 def driver(address, out, resume=False):
-    paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
-    code = DRIVER.format(here=str(HERE), address=address, paths=paths, out=str(out), resume=resume)
-    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+    code = DRIVER.format(address=address, paths=PYTHONPATH, out=str(out), resume=resume)
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PYTHONPATH})
 
 
 def wait_for(file, text, times, seconds=120):
