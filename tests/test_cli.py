@@ -106,11 +106,11 @@ def test_help_names_the_commands():
         (["digits_mlp", "--method", "rs", "--method", "rs"], "two methods called 'rs'"),
         (["digits_mlp", "--epochs", "1", "--windows", "99"], "'lr'"),
         (["digits_mlp", "--batch-size", "100000"], "batch_size 100000"),
-        (["digits_mlp", "--method", "bohb", "--min-budget", "0.1"], "min_budget is 0.1"),
-        (["digits_mlp", "--method", "hb", "--min-budget", "20"], "min_budget 20.0 is above max_budget 10.0"),
+        (["digits_mlp", "--method", "bohb", "--min-epochs", "0.1"], "min_epochs is 0.1"),
+        (["digits_mlp", "--method", "hb", "--min-epochs", "20"], "min_epochs 20 is above max_epochs 10"),
         (["digits_mlp", "--method", "hb", "--eta", "1"], "eta is 1.0"),
-        (["digits_mlp", "--method", "rs", "--max-budget", "0"], "max_budget"),
-        (["digits_mlp", "--method", "rs", "--max-budget", "0.1"], "max_budget is 0.1 epochs"),
+        (["digits_mlp", "--method", "rs", "--max-epochs", "0"], "max_epochs"),
+        (["digits_mlp", "--method", "rs", "--max-epochs", "0.1"], "max_epochs is 0.1 epochs"),
         (["digits_mlp", "--method", "stn", "--tune", "optimizer"], "error: stn: "),
         (["digits_mlp", "--storage", "foo://x"], "foo://x"),
         (["digits_mlp", "--storage", ""], "storage is ''"),
@@ -332,7 +332,7 @@ def test_an_error_in_a_problem_shows_its_brackets(capsys):
 @pytest.mark.slow
 def test_a_comparison_from_end_to_end(ray_session, capsys, tmp_path):
     out = tmp_path / "out"
-    options = ["--budget", "12e", "--epochs", "1", "--windows", "3", "--retrain-seeds", "1", "--min-budget", "0.3"]
+    options = ["--budget", "12e", "--epochs", "1", "--windows", "3", "--retrain-seeds", "1", "--min-epochs", "0.3"]
     methods = [word for name in ("fds", "hb", "cosine") for word in ("--method", name)]
     status, shown, err = outcome(capsys, "compare", "digits_mlp", *options, *methods, "--out", out)
     assert status == 0, err

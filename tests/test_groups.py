@@ -25,7 +25,7 @@ from tune_hypergrad.hypergradients.partial_update import step_blocks
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.space import Range
 from tune_hypergrad.stn import TunedHyperparameter
-from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
+from tune_hypergrad.stn.self_tuning_run import SelfTuningRun, SelfTuningSettings
 
 STEPS = 6
 TWO = {"first": "0.*", "bias": ["*.bias"]}
@@ -363,7 +363,7 @@ class TestWhatCanBeAGroup:
         def decay(values: Values, **fixed: Any) -> dict[str, Any]:
             loop = make_loop(problem, fixed=fixed)
             loop.values.check_names(values)
-            return {**loop.values.held_at(0), **{name: float(v) for name, v in loop.scalars(values, 0).items()}}
+            return {**loop.values.fixed_at(0), **{name: float(v) for name, v in loop.scalars(values, 0).items()}}
 
         assert decay({"weight_decay": double(0.1)}) == {"weight_decay/no_decay": 0.0, "weight_decay": 0.1}
         assert decay({}, **{"weight_decay/no_decay": 0.3}) == {"weight_decay/no_decay": 0.3}

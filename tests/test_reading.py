@@ -23,7 +23,7 @@ from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult
 from tune_hypergrad.reading import Loading, Reader, Task
 from tune_hypergrad.stn import TunedHyperparameter
-from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
+from tune_hypergrad.stn.self_tuning_run import SelfTuningRun, SelfTuningSettings
 
 STEPS = 8
 VALUES = {"lr": torch.tensor([0.1, 0.2]).double(), "momentum": torch.tensor([0.5]).double()}

@@ -239,7 +239,9 @@ def test_what_is_replayed_is_what_trains_to_the_bit(tmp_path_factory, name, seed
         optimizer.step()
         scheduler.step()
     held = make_loop(make_problem(), steps, fixed=config)
-    assert [held.values.held_at(step) for step in range(steps)] == [found.at_step(step, steps) for step in range(steps)]
+    assert [held.values.fixed_at(step) for step in range(steps)] == [
+        found.at_step(step, steps) for step in range(steps)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

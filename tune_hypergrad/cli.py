@@ -99,7 +99,7 @@ def compare(
     ] = None,
     fix: Annotated[
         list[str] | None,
-        typer.Option(help="Hold a hyperparameter, as momentum=0.9, out of the search; repeat for several."),
+        typer.Option(help="Fix a hyperparameter, as momentum=0.9; repeat for several."),
     ] = None,
     clip_norm: Annotated[float | None, typer.Option(help="Clip the training gradient to this global norm.")] = None,
     clip_gradient: Annotated[float | None, typer.Option(help="Clip every entry of it to this.")] = None,
@@ -116,11 +116,11 @@ def compare(
     tune: Annotated[
         Tuned | None, typer.Option(help="What the search space has. [default: all, where there are regularisers]")
     ] = None,
-    min_budget: Annotated[
+    min_epochs: Annotated[
         float | None,
-        typer.Option(help="Epochs of the shortest runs of hb and bohb. [default: max-budget / 27, or a step a window]"),
+        typer.Option(help="Epochs of the shortest runs of hb and bohb. [default: max-epochs / 27, or a step a window]"),
     ] = None,
-    max_budget: Annotated[
+    max_epochs: Annotated[
         float | None, typer.Option(help="Epochs of the longest runs of rs, bo, hb and bohb. [default: epochs]")
     ] = None,
     stn_epochs: Annotated[
@@ -203,8 +203,8 @@ def _compare(
     from tune_hypergrad.comparison import Interrupted, Retraining
     from tune_hypergrad.comparison import compare as run
     from tune_hypergrad.comparison.running.arguments import checked
+    from tune_hypergrad.comparison.running.compare import COMMAND_FILE
     from tune_hypergrad.comparison.running.folders import contents, folder_for, new_file
-    from tune_hypergrad.comparison.running.run import COMMAND_FILE
     from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
 
     folder: Path = checked({"out": out})["out"]
@@ -250,7 +250,7 @@ def _compare(
 
 
 def _saved_command(folder: Path) -> dict[str, Any]:
-    from tune_hypergrad.comparison.running.run import COMMAND_FILE
+    from tune_hypergrad.comparison.running.compare import COMMAND_FILE
 
     file = folder / COMMAND_FILE
     if not file.is_file() and (folder / "settings.json").exists():
@@ -288,7 +288,7 @@ def _with_added(command: dict[str, Any], grown: dict[str, Any], added: dict[str,
 
 
 def _fixed(given: list[str]) -> dict[str, float]:
-    """Hyperparameters that are held, from texts such as "momentum=0.9"."""
+    """Hyperparameters that are not tuned, from texts such as "momentum=0.9"."""
     fixed = {}
     for text in given:
         name, equals, value = text.partition("=")

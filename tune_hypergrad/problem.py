@@ -112,7 +112,7 @@ class Problem:
     """Parameters that share values of the optimizer's hyperparameters, such as `lr/backbone`: a dict of names to
     patterns of parameter names, `{"backbone": "encoder.*", "no_decay": ["*.bias", "*norm*"]}`, of which a parameter's
     first counts; a function `groups(model)` that makes param groups as `torch.optim` takes them, whose own values are
-    held unless a search or `fixed` says otherwise; "tensor", one for every trainable tensor; or "layer", one for every
+    fixed unless a search or `fixed` says otherwise; "tensor", one for every trainable tensor; or "layer", one for every
     module that has some of its own. Those in no group have the common values."""
 
     workers: int | None = None

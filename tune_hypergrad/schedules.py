@@ -105,7 +105,7 @@ class Schedule:
 
         Args:
             values: by flat name: `lr` of shape [windows], `lr/knots` of shape [knots], `lr/cosine/peak` of shape [1].
-            fixed: entries of hyperparameters, and of parts of curves by flat name, that are held.
+            fixed: entries of hyperparameters, and of parts of curves by flat name, that are not tuned.
 
         Raises:
             InputError: a curve lacks a part, or there is nothing.

@@ -275,7 +275,7 @@ def test_repeated_trials_can_be_compared(ray_session, tmp_path):
     """Ray's `Repeater` around a searcher: repeats differ in their seed, and the mean counts."""
 
     def repeated(task):
-        return Repeater(RandomSearch(task.space, "val_loss", "min", task.max_budget, task.seed), 3)
+        return Repeater(RandomSearch(task.space, "val_loss", "min", task.max_epochs, task.seed), 3)
 
     comparison = compare(
         tiny_problem(), ["rs", Method("repeated", repeated)], budget="20e", **QUICK, out=tmp_path / "o"

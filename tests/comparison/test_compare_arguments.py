@@ -87,8 +87,8 @@ WRONG = [
     *[("address", value) for value in ("http://host:1", "ray://host:10001")],
     *[("progress", value) for value in (3, None, "loud", ["quiet"])],
     *[("callbacks", value) for value in (3, None, "x", [3], Callback(), [Callback], [None])],
-    *[("min_budget", value) for value in ("x", True, 0, -1, NAN)],
-    *[("max_budget", value) for value in ("x", True, 0, -1, INF)],
+    *[("min_epochs", value) for value in ("x", True, 0, -1, NAN)],
+    *[("max_epochs", value) for value in ("x", True, 0, -1, INF)],
     *[("eta", value) for value in ("x", None, True, 1, NAN)],
     *[(name, value) for name in ("clip_gradient", "clip_norm") for value in ("x", 0, -1, NAN, True)],
     *[("ema", value) for value in ("x", 1.0, -0.1, NAN, True)],
@@ -121,8 +121,8 @@ def test_every_argument_is_looked_at():
 
 
 def test_a_setting_that_is_not_there_may_have_been_meant_otherwise():
-    with pytest.raises(InputError, match=r"no argument 'min_budgte'; did you mean 'min_budget'\?"):
-        compare(PROBLEM, min_budgte=1)
+    with pytest.raises(InputError, match=r"no argument 'min_epohcs'; did you mean 'min_epochs'\?"):
+        compare(PROBLEM, min_epohcs=1)
 
 
 def test_numpy_numbers_are_numbers():
@@ -134,14 +134,14 @@ def test_numpy_numbers_are_numbers():
             "max_concurrent": np.int64(2),
             "max_failures": np.int32(-1),
             "eta": np.int64(3),
-            "min_budget": np.float32(0.5),
+            "min_epochs": np.float32(0.5),
             "fixed": {"momentum": np.float32(0.5), "lr": [np.int64(1), 2], "l2": {"0": np.float64(1)}},
             "check": np.bool_(False),
         }
     )
     assert plain["seeds"] == (0, 1) and plain["fixed"] == {"momentum": 0.5, "lr": [1, 2], "l2": {"0": 1.0}}
     numbers = [*plain["seeds"], *plain["fixed"]["lr"], plain["fixed"]["momentum"], plain["fixed"]["l2"]["0"]]
-    numbers += [plain[name] for name in ("epochs", "reference", "max_concurrent", "max_failures", "eta", "min_budget")]
+    numbers += [plain[name] for name in ("epochs", "reference", "max_concurrent", "max_failures", "eta", "min_epochs")]
     assert {type(number) for number in numbers} == {int, float} and plain["check"] is False
     assert checked({"budget": np.int64(300)}) == {"budget": "300"}
     assert checked({"fixed": {"lr": np.array(0.5), "l2": np.array([1, 2])}}) == {"fixed": {"lr": 0.5, "l2": [1, 2]}}
@@ -282,7 +282,7 @@ def test_what_all_methods_ask_for_is_looked_at_once(monkeypatch):
 @pytest.mark.parametrize(("name", "lr"), [(None, "loguniform (0.0001, 1)"), ("paper", "uniform (0, 1.0)")])
 def test_a_space_by_name_is_without_what_is_held(monkeypatch, tmp_path, name, lr):
     made = []
-    monkeypatch.setattr("tune_hypergrad.comparison.running.run.run_plan", lambda plan, **of_run: made.append(plan))
+    monkeypatch.setattr("tune_hypergrad.comparison.running.compare.run_plan", lambda plan, **of_run: made.append(plan))
     compare(PROBLEM, ["rs"], space=name, fixed={"momentum": 0.5}, out=tmp_path / "out")
     said = made[0].settings()["space"]
     assert said.keys() == {"lr", "weight_decay"} and said["lr"].startswith(lr)
@@ -365,7 +365,7 @@ def test_what_is_held_is_not_searched():
 
 
 def test_what_is_held_is_left_out_of_the_default_space(ray_must_not_start, monkeypatch, tmp_path):
-    monkeypatch.setattr("tune_hypergrad.comparison.running.run.run_plan", lambda made, **options: made)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.compare.run_plan", lambda made, **options: made)
     made = compare(PROBLEM, ["rs"], fixed={"momentum": np.array(0.5)}, epochs=2, out=tmp_path / "out", check=False)
     assert "momentum" not in made.task.space and "lr" in made.task.space and made.task.fixed == {"momentum": 0.5}
 
@@ -440,7 +440,7 @@ def test_what_others_put_into_the_folder_meanwhile_is_theirs(monkeypatch, tmp_pa
         (out / "notes.txt").write_text("mine")
         yield
 
-    monkeypatch.setattr("tune_hypergrad.comparison.running.run.cluster_session", session)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.compare.cluster_session", session)
     monkeypatch.setattr(Plan, "check_resources", lambda self: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {})
     monkeypatch.setattr(ray, "nodes", list)
@@ -450,7 +450,7 @@ def test_what_others_put_into_the_folder_meanwhile_is_theirs(monkeypatch, tmp_pa
         (out / "later.txt").write_text("mine too")
         raise KeyError("a bug")
 
-    monkeypatch.setattr("tune_hypergrad.comparison.running.run._run", fails)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.compare._run", fails)
     with pytest.raises(KeyError):
         compare(PROBLEM, ["rs"], space=SPACE, out=out, check=False, progress="quiet")
     assert sorted(path.name for path in out.iterdir()) == ["later.txt", "notes.txt"]
@@ -465,7 +465,7 @@ def test_of_two_that_begin_in_one_folder_the_second_is_refused(monkeypatch, tmp_
         (out / SETTINGS_FILE).write_text("another's")
         yield
 
-    monkeypatch.setattr("tune_hypergrad.comparison.running.run.cluster_session", session)
+    monkeypatch.setattr("tune_hypergrad.comparison.running.compare.cluster_session", session)
     monkeypatch.setattr(Plan, "check_resources", lambda self: None)
     with pytest.raises(InputError, match=f"another comparison has just begun in {out}: choose another folder"):
         compare(PROBLEM, ["rs"], space=SPACE, out=out, check=False, progress="quiet")

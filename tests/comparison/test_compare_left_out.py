@@ -19,10 +19,10 @@ from tune_hypergrad import FDS, InputError, Method, RandomSearch
 from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.methods import BY_DEFAULT, METHODS, Task, paper_space, regularisation_space
 from tune_hypergrad.comparison.running import settings
+from tune_hypergrad.comparison.running.compare import run_plan
 from tune_hypergrad.comparison.running.growth import Growth
 from tune_hypergrad.comparison.running.plan import Plan, chosen_methods
 from tune_hypergrad.comparison.running.resuming import as_begun
-from tune_hypergrad.comparison.running.run import run_plan
 from tune_hypergrad.comparison.telling.progress import (
     JsonLines,
     Speed,

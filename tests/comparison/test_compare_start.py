@@ -16,10 +16,10 @@ from tune_hypergrad.budget import Budget
 from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START, Account
 from tune_hypergrad.comparison.methods import METHODS, Method, Task, get_method, regularisation_space
 from tune_hypergrad.comparison.running.arguments import checked
+from tune_hypergrad.comparison.running.compare import compare
 from tune_hypergrad.comparison.running.plan import Plan
 from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.comparison.running.retraining import RetrainingSearch
-from tune_hypergrad.comparison.running.run import compare
 from tune_hypergrad.comparison.running.start import complete_start, stretched
 from tune_hypergrad.comparison.telling.report import summary_text
 from tune_hypergrad.comparison.telling.tables import results

@@ -248,10 +248,10 @@ def test_lengths_of_training_runs():
     task = tiny()
     assert task.longest == 2 and task.shortest == 0.5, "an inner step for each of three windows"
     assert replace(task, space={"lr": tune.uniform(0, 1)}).shortest == 1 / 6
-    assert replace(task, max_budget=4.0, min_budget=1.0).longest == 4.0
-    assert replace(task, max_budget=4.0, min_budget=1.0).shortest == 1.0
-    assert "max_budget is 0.4 epochs" in refusal(lambda: replace(task, max_budget=0.4).longest)
-    assert "min_budget is 0.4 epochs" in refusal(lambda: replace(task, min_budget=0.4).shortest)
+    assert replace(task, max_epochs=4.0, min_epochs=1.0).longest == 4.0
+    assert replace(task, max_epochs=4.0, min_epochs=1.0).shortest == 1.0
+    assert "max_epochs is 0.4 epochs" in refusal(lambda: replace(task, max_epochs=0.4).longest)
+    assert "min_epochs is 0.4 epochs" in refusal(lambda: replace(task, min_epochs=0.4).shortest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ class PausesAll(FIFOScheduler):
 
 
 def test_trials_that_a_scheduler_has_paused_for_good_are_not_waited_for(ray_session, tmp_path, monkeypatch):
-    monkeypatch.setattr(restorable, "_PATIENCE", 3.0)
+    monkeypatch.setattr(restorable, "_LONGEST_PAUSE", 3.0)
     with pytest.raises(InputError, match="PausesAll has paused all trials until others come") as error:
         tuner(SEARCHES["hypergradient"](), tmp_path, LongBowl, scheduler=PausesAll()).fit()
     assert "\n" not in str(error.value) and "drop the scheduler" in str(error.value)

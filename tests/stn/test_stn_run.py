@@ -37,7 +37,7 @@ from tune_hypergrad.losses import smoothed_cross_entropy
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Cutout, Dropout, InputNoise, Mixup, WeightDecay
 from tune_hypergrad.stn import VARIANTS, TunedHyperparameter, TunedHyperparameters
-from tune_hypergrad.stn.run import unlike_batches
+from tune_hypergrad.stn.self_tuning_run import unlike_batches
 
 STEPS = 13
 CUTS = {"warm_up": 0.8, "train_steps": 3, "val_steps": 2}

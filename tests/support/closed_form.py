@@ -11,7 +11,7 @@ from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.recipes.toy import Ridge
 from tune_hypergrad.regularisers import Dropout, InputNoise
 from tune_hypergrad.stn import TunedHyperparameter
-from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
+from tune_hypergrad.stn.self_tuning_run import SelfTuningRun, SelfTuningSettings
 
 FEATURES = 6
 

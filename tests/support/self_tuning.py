@@ -17,7 +17,7 @@ from tune_hypergrad.losses import accuracy, smoothed_cross_entropy
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Cutout, Dropout, InputNoise, Mixup, Regulariser, Strength, Values, WeightDecay
 from tune_hypergrad.stn import TunedHyperparameter
-from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
+from tune_hypergrad.stn.self_tuning_run import SelfTuningRun, SelfTuningSettings
 
 EPOCH = 5
 """Training steps in an epoch."""

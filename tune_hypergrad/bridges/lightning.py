@@ -160,13 +160,13 @@ class _Factory:
 class _ParamGroups:
     """Makes the param groups of a module's optimizer, with the constants that each has of its own."""
 
-    held: Mapping[str, Mapping[str, float]]
+    fixed: Mapping[str, Mapping[str, float]]
 
     def __call__(self, module: Any) -> list[dict[str, Any]]:
         optimizer, _ = _configured(attempt("configure_optimizers", module.configure_optimizers))
         names = [group.get("name", f"group{number}") for number, group in enumerate(optimizer.param_groups)]
         return [
-            {"params": group["params"], "name": name, **self.held.get(name, {})}
+            {"params": group["params"], "name": name, **self.fixed.get(name, {})}
             for name, group in zip(names, optimizer.param_groups, strict=True)
         ]
 

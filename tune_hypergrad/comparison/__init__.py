@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tune_hypergrad.comparison.running.compare import Interrupted, compare
     from tune_hypergrad.comparison.running.retraining import Retraining
-    from tune_hypergrad.comparison.running.run import Interrupted, compare
     from tune_hypergrad.comparison.telling.records import Comparison
 
 _MODULES = {

@@ -86,15 +86,15 @@ class Task:
     """"bfloat16" for the model's forward pass under `torch.autocast`."""
     seed: int = 0
     """Seeds the method and its trials."""
-    min_budget: float | None = None
+    min_epochs: float | None = None
     """Epochs in the shortest training run of methods that judge configurations early; None is a 27th of the longest,
     or what a schedule's windows need."""
-    max_budget: float | None = None
+    max_epochs: float | None = None
     """Epochs in the longest training run of black-box methods; None is `steps`."""
     eta: float = 3
     """One in eta configurations is promoted to eta times the epochs."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Hyperparameters held, by every method."""
+    """Hyperparameters that no method tunes, and their values."""
     self_tuning_epochs: float | None = None
     """Epochs in the training run of a self-tuning network; None is ten times `steps`."""
     trainings: float | None = None
@@ -140,24 +140,26 @@ class Task:
         """Epochs in the longest training run of black-box methods.
 
         Raises:
-            InputError: `max_budget` gives a schedule's windows less than one inner step each.
+            InputError: `max_epochs` gives a schedule's windows less than one inner step each.
         """
-        if self.max_budget is None:
+        if self.max_epochs is None:
             return self.steps / self.problem.steps_per_epoch
-        self._check_length("max_budget", self.max_budget)
-        return self.max_budget
+        self._check_length("max_epochs", self.max_epochs)
+        return self.max_epochs
 
     @property
     def shortest(self) -> float:
         """Epochs in the shortest training run of methods that judge configurations early.
 
         Raises:
-            InputError: `min_budget` gives a schedule's windows less than one inner step each.
+            InputError: `min_epochs` gives a schedule's windows less than one inner step each, or is above `longest`.
         """
-        if self.min_budget is None:
+        if self.min_epochs is None:
             return min(max(self.longest / 27, self._windows / self.problem.steps_per_epoch), self.longest)
-        self._check_length("min_budget", self.min_budget)
-        return self.min_budget
+        self._check_length("min_epochs", self.min_epochs)
+        if self.min_epochs > self.longest:
+            raise InputError(f"min_epochs {self.min_epochs:g} is above max_epochs {self.longest:g}: lower it")
+        return self.min_epochs
 
     @property
     def _windows(self) -> int:
@@ -401,10 +403,10 @@ def _inside(task: Task) -> dict[str, Any]:
 
 def _by_self_tuning(task: Task) -> Mapping[str, Any]:
     """All of the space but values of parameter groups, the optimizer from run to run, if there is something to tune
-    inside a run, whose own weights are judged; nothing where groups have values that are held, which such a network
+    inside a run, whose own weights are judged; nothing where groups have values that are fixed, which such a network
     refuses."""
-    held = any(_is_of_group(name, task) for name in task.fixed) or bool(_groups(task.problem).values)
-    if held or _judges_average(task) or not task.part(of_training_loss=True):
+    has_fixed = any(_is_of_group(name, task) for name in task.fixed) or bool(_groups(task.problem).values)
+    if has_fixed or _judges_average(task) or not task.part(of_training_loss=True):
         return {}
     return {name: entry for name, entry in task.space.items() if not _is_of_group(name, task)}
 
@@ -496,7 +498,7 @@ def _cosine(task: Task) -> Trainable:
     if "lr" not in values:
         raise UnsuitedError(f"{get_optimizer(task.optimizer).name} has no hyperparameter 'lr' that could fall")
     lr, steps = values["lr"], task.steps
-    if isinstance(lr, int | float):  # else it is held at a schedule
+    if isinstance(lr, int | float):  # else it is fixed to a schedule
         values["lr"] = {str(step): lr * (1 + cos(pi * step / steps)) / 2 for step in range(steps)}
     return plain_training(replace(task, fixed=values))
 

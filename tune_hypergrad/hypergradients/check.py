@@ -97,7 +97,7 @@ def check_problem(
             that the train loss and the regularisers are differentiable by.
         steps: inner steps; few are enough, since an error in one step is an error in all.
         optimizer: inner optimizer.
-        fixed: hyperparameters held constant.
+        fixed: hyperparameters that are not tuned.
         seed: seeds the runs.
         clip_gradient: clamp the training gradient's elements to +- this value.
         clip_norm: scale the training gradient down to this norm.

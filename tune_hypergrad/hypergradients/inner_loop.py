@@ -292,7 +292,7 @@ class InnerLoop:
             mode: what to run it all in; made of the tensors that the step may overwrite.
         """
         self.seed_model(step, number)
-        values = {**self.values.held_at(step), **h}
+        values = {**self.values.fixed_at(step), **h}
         batch = self.objective.transform(batch, values)
         target = self.problem.target(batch)
         of_model = {name: p for name, p in named.items() if self._scope.path(name) != f"losses.{name}"}
@@ -413,7 +413,7 @@ class InnerLoop:
             shapes: the parameters' shapes, where these are not those of the model.
         """
         gradient = self._clipped(gradient)
-        values = {**self.values.of_update, **self.values.held_at(step), **h}
+        values = {**self.values.of_update, **self.values.fixed_at(step), **h}
         shapes = self._shapes if shapes is None else shapes
         sizes = [shape.numel() for shape in shapes]
 

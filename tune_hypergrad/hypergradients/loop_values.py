@@ -1,4 +1,4 @@
-"""The hyperparameters of an inner loop: which it has, what is held, and the values in force at a step."""
+"""The hyperparameters of an inner loop: which it has, which are fixed, and the values in force at a step."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class LoopValues:
         self._fixed = flat_values(fixed)
         self._given, self._fixed_parts = _whole_and_parts(self._fixed)
         of_groups = {name: (value,) for name, value in groups.values.items()}
-        self._held: dict[str, tuple[float, ...] | Curve] = {**of_groups, **self._given}
+        self._fixed_values: dict[str, tuple[float, ...] | Curve] = {**of_groups, **self._given}
 
     def check_names(self, tuned: Mapping[str, Any]) -> None:
         """Refuse hyperparameters that nothing in this inner loop reads.
@@ -146,7 +146,7 @@ class LoopValues:
             if name in self.optimizer.hyperparameters:
                 self.groups.refuse_idle(name, {*given, *self.groups.values})
         refuse_incomplete((*self._fixed_parts, *tuned))
-        for name, values in self._held.items():
+        for name, values in self._fixed_values.items():
             self.check_values(name, values)
         self._check_completeness(given)
 
@@ -201,22 +201,22 @@ class LoopValues:
         found = curves_of({**fixed, **tuned}) if tuned else {}
         return {name: curve for name, curve in found.items() if isinstance(curve, Curve)}
 
-    def held_at(self, step: int) -> dict[str, float]:
-        """The held hyperparameters' values in force at `step`."""
+    def fixed_at(self, step: int) -> dict[str, float]:
+        """The fixed hyperparameters' values in force at `step`."""
         return {
             name: values.at_step(step, self._steps)
             if isinstance(values, Curve)
             else values[window_at(step, self._steps, len(values))]
-            for name, values in self._held.items()
+            for name, values in self._fixed_values.items()
         }
 
     @property
-    def held(self) -> list[str]:
-        """The hyperparameters that are held, in the order of `held_at`."""
-        return list(self._held)
+    def fixed_names(self) -> list[str]:
+        """The hyperparameters that are fixed, in the order of `fixed_at`."""
+        return list(self._fixed_values)
 
     def fixed_beside(self, tuned: Iterable[str]) -> dict[str, Any]:
-        """What is held while hyperparameters, or numbers of curves, are tuned: the settings' `fixed`, and what the
+        """What is fixed while hyperparameters, or numbers of curves, are tuned: the settings' `fixed`, and what the
         problem's groups have brought along, as entries by name."""
         bases = {*base_names(tuned), *base_names(self._fixed)}
         of_groups = {name: value for name, value in self.groups.values.items() if name not in bases}

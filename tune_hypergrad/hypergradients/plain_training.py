@@ -118,7 +118,7 @@ def plain_val_loss(
     for step, of_step in enumerate(batches):
         trained.train()
         set_training(model, in_evaluation)
-        values: dict[str, Any] = {**loop.values.held_at(step), **loop.scalars(hyperparameters, step)}
+        values: dict[str, Any] = {**loop.values.fixed_at(step), **loop.scalars(hyperparameters, step)}
         _set(optimizer, {**loop.values.of_update, **values})
         optimizer.zero_grad()
         for number, batch in enumerate(of_step):

@@ -26,7 +26,7 @@ from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.recipes.jobs import Job, Place, Results
 from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
 from tune_hypergrad.stn import VARIANTS, TunedHyperparameter
-from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
+from tune_hypergrad.stn.self_tuning_run import SelfTuningRun, SelfTuningSettings
 
 DROPOUTS = ("input_dropout", "dropout1", "dropout2", "fc_dropout")
 TUNED = (
@@ -100,10 +100,10 @@ def _problem(data_dir: str | None, download: bool, train: int, val: int, width: 
     return whole.replace(model=partial(simple_cnn, width), **parts)
 
 
-def _loop(place: Place, settings: Settings, epochs: float, seed: int, held: Mapping[str, float]) -> InnerLoop:
+def _loop(place: Place, settings: Settings, epochs: float, seed: int, fixed: Mapping[str, float]) -> InnerLoop:
     size = (settings.train, settings.val, settings.width, settings.batch_size)
     problem = _problem(place.data_dir, place.download, *size)
-    fixed = {"lr": settings.lr, "momentum": settings.momentum, **held}
+    fixed = {"lr": settings.lr, "momentum": settings.momentum, **fixed}
     steps = max(1, round(epochs * problem.steps_per_epoch))
     return InnerLoop(problem, TrainingSettings(steps, fixed=fixed, seed=seed, device=place.device))
 

@@ -21,7 +21,7 @@ from tune_hypergrad.problem import Problem
 from tune_hypergrad.recipes.jobs import Job, Place, Results
 from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
 from tune_hypergrad.stn import VARIANTS, TunedHyperparameter
-from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings
+from tune_hypergrad.stn.self_tuning_run import SelfTuningRun, SelfTuningSettings
 
 FEATURES = 10
 _KEPT_EVERY = 10  # steps between two points of a path in the results

@@ -34,7 +34,7 @@ class Experiment:
     clip_gradient: float | None = None
     """Clamp every element of the training gradient to +- this value."""
     fixed: Mapping[str, float] = field(default_factory=dict)
-    """Hyperparameters that are held."""
+    """Hyperparameters that are not tuned."""
 
     def steps(self, epochs: float) -> int:
         """Inner steps of a run, by the problem's size in the table of built-in problems: nothing is read for it."""

@@ -37,7 +37,7 @@ STATE_KEY = "tune_hypergrad_search"
 
 _WRAPPERS = "wrappers"  # in its file, too: the states of what it was wrapped in
 _TRIALS = "trials"  # and which trials there were
-_PATIENCE = 30.0  # seconds in which all trials may be paused before the search takes it that they wait for others
+_LONGEST_PAUSE = 30.0  # seconds in which all trials may be paused before the search takes it that they wait for others
 
 _logger = logging.getLogger(__name__)
 
@@ -380,7 +380,7 @@ class RestorableSearch(Searcher, Generic[Work]):
             return
         now = time.monotonic()
         self._session.paused_since = self._session.paused_since or now
-        if now - self._session.paused_since > _PATIENCE:
+        if now - self._session.paused_since > _LONGEST_PAUSE:
             raise InputError(
                 f"{type(loop.scheduler).__name__} has paused all trials until others come, and {type(self).__name__} "
                 "suggests others only when these have ended: drop the scheduler"
@@ -512,7 +512,7 @@ class LooksAround(Callback):
     """Lets a search of ours look for trials that have ended without a word."""
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Called by Ray before it asks for further trials."""
+        """Look around, before Ray asks for further trials."""
         loop = calling_loop()
         if loop is not None and isinstance(loop.searchers[-1], RestorableSearch):
             loop.searchers[-1].look_around()

@@ -43,8 +43,8 @@ class TrialSettings:
     optimizer: str | Optimizer = "sgd"
     """Name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Hyperparameters held (numbers, or windows of numbers); the rest take the defaults of `torch.optim` and of the
-    train loss."""
+    """Hyperparameters that are not tuned (numbers, or windows of numbers); the rest take the defaults of `torch.optim`
+    and of the train loss."""
     seed: int = 0
     """Seeds the initial weights, the order of examples, augmentation and dropout; under Ray's `Repeater`, a trial's
     index is folded in, so that repeats differ."""
@@ -199,7 +199,7 @@ class ProblemTrainable(tune.Trainable):
     def setup(  # type: ignore[override]
         self, config: dict[str, Any], problem: Problem | Stored, settings: TrialSettings
     ) -> None:
-        """Called by Ray when an actor starts."""
+        """Take the problem and the settings that every trial has, then the first trial's config, as an actor starts."""
         resources = getattr(self.trial_resources, "required_resources", {}) or {}
         cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
         torch.set_num_threads(max(1, int(cpus)))
@@ -215,7 +215,7 @@ class ProblemTrainable(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Called by Ray when an actor is reused for another trial."""
+        """Begin another trial in the same actor, from its config."""
         self._seconds = self._uncharged = 0.0
         self._last: dict[str, Any] = {}
         self.problem, settings, hyperparameters = split_config(self._problem, self._settings, new_config)
@@ -223,7 +223,7 @@ class ProblemTrainable(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """One report, called by Ray."""
+        """Work up to the next result: flat scalars, with the cost so far."""
         if self._last.get("done"):  # restored at its end, which the driver did not live to see
             return dict(self._last)
         begun, uncharged = time.perf_counter(), self._uncharged
@@ -235,7 +235,7 @@ class ProblemTrainable(tune.Trainable):
         return dict(self._last)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Called by Ray: the whole state, from which a trial continues to the same numbers."""
+        """Write the state, from which a trial continues to the same numbers, and the schedule that it stands for."""
         last = {"of": self.trial_id, "result": self._last}
         saved = {"trial": self.state_dict(), "seconds": self._seconds, "last": last}
         torch.save(saved, Path(checkpoint_dir) / _STATE_FILE)
@@ -243,7 +243,7 @@ class ProblemTrainable(tune.Trainable):
             self.found.save(Path(checkpoint_dir) / SCHEDULE_FILE)
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
-        """Called by Ray: continue from `save_checkpoint`."""
+        """Continue from what `save_checkpoint` wrote."""
         # tensors go back to where they were: the outer loop's stay on the CPU when the inner loop's are on a GPU
         place = None if torch.cuda.is_available() else "cpu"
         saved = torch.load(Path(checkpoint) / _STATE_FILE, weights_only=True, map_location=place)

@@ -62,17 +62,17 @@ class SpaceSettings:
             InputError: one is not tuned, or does not fit.
         """
         initial = self.initial.to_config() if isinstance(self.initial, Schedule) else ungrouped(self.initial)
-        ranges, held = self.ranges(), self.constants()  # held parts of curves have flat names
+        ranges, constants = self.ranges(), self.constants()  # of parts of curves by flat name
         tuned = base_names(ranges)
         unknown = [name for name in initial if split_name(name)[0] not in tuned]
         if unknown and not isinstance(self.initial, Schedule):
             raise InputError(f"initial {unknown[0]!r} is not tuned in this space: {', '.join(ranges)}")
         given = {**initial, **(config or {})}
-        begin = {name: v for name, v in given.items() if split_name(name)[0] in tuned and name not in held}
+        begin = {name: v for name, v in given.items() if split_name(name)[0] in tuned and name not in constants}
         return tuned_values(self.space, begin)
 
-    def held(self, fixed: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-        """What is held: `fixed`, and what a trial's config has besides tuned hyperparameters."""
+    def with_fixed(self, fixed: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        """What is fixed: `fixed`, and what a trial's config has besides tuned hyperparameters."""
         ranges, tuned = self.ranges(), base_names(self.ranges())
         own = {name: value for name, value in config.items() if name not in ranges and name not in tuned}
         return {**fixed, **own}
@@ -141,14 +141,14 @@ class FDS(ProblemTrainable):
     other than the loss it is chosen by that among what the search, which follows the loss, has trained and confirmed
     (a line search's is the last place that lowered the loss). `gain` is by how much its validation loss is below that
     of where the search began. Where a trial's config gives a tuned hyperparameter a value, the search begins there;
-    others it gives are held constant.
+    others it gives are fixed.
     """
 
     Settings: ClassVar[type[TrialSettings]] = FDSSettings
 
     @classmethod
     def validate(cls, problem: Problem, settings: FDSSettings, hyperparameters: dict[str, Any], *, check: bool) -> None:
-        training = settings.training(fixed=settings.held(settings.fixed, hyperparameters))
+        training = settings.training(fixed=settings.with_fixed(settings.fixed, hyperparameters))
         values = settings.begin_search(hyperparameters).values
         settings.make_run(InnerLoop(problem, training), values, check=check)
         if settings.lengths:  # what fits the shortest run fits all
@@ -156,7 +156,7 @@ class FDS(ProblemTrainable):
 
     def begin(self, settings: FDSSettings, hyperparameters: dict[str, Any]) -> None:
         self.settings = settings
-        self._held = settings.held(settings.fixed, hyperparameters)
+        self._fixed = settings.with_fixed(settings.fixed, hyperparameters)
         self.search = settings.begin_search(hyperparameters)
         self._outcomes: list[Outcome] = []  # of this round's runs
         self._figures: list[dict[str, float]] = []  # likewise
@@ -175,7 +175,7 @@ class FDS(ProblemTrainable):
         proposal = self.proposal
         seed = fold_seed(self.settings.seed, proposal.seed)
         steps = self.settings.steps if proposal.steps is None else proposal.steps
-        training = self.settings.training(fixed=self._held, device=self.device, seed=seed, steps=steps)
+        training = self.settings.training(fixed=self._fixed, device=self.device, seed=seed, steps=steps)
         problem = split_anew(self.problem, seed) if self.settings.new_splits else self.problem
         self.loop = InnerLoop(problem, training)
         return self.settings.make_run(self.loop, proposal.values, reject_above=proposal.reject_above)

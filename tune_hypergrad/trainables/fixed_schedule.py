@@ -41,8 +41,8 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
     def begin(self, settings: TrialSettings, hyperparameters: dict[str, Any]) -> None:
         schedule = Schedule.from_config(hyperparameters, names=hyperparameters) if hyperparameters else None
         values = {} if schedule is None else schedule.to_tensors()
-        held = {name: value for name, value in settings.fixed.items() if split_name(name)[0] not in hyperparameters}
-        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
+        fixed = {name: value for name, value in settings.fixed.items() if split_name(name)[0] not in hyperparameters}
+        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
         check_values(self.loop, values)
         self._hyperparameters = {name: self.loop.values.placed(name, v) for name, v in values.items()}
         fixed = self.loop.values.fixed_beside(values)

@@ -42,7 +42,7 @@ class HD(ProblemTrainable):
 
     Results hold the current values as `schedule/<name>`; a checkpoint's `schedule.json` holds the values of every
     inner step so far, to be replayed. Where a trial's config gives a tuned hyperparameter a
-    value, it begins there; others it gives are held constant.
+    value, it begins there; others it gives are fixed.
     """
 
     Settings: ClassVar[type[TrialSettings]] = HDSettings
@@ -50,12 +50,12 @@ class HD(ProblemTrainable):
 
     @classmethod
     def validate(cls, problem: Problem, settings: HDSettings, hyperparameters: dict[str, Any], *, check: bool) -> None:
-        loop = InnerLoop(problem, settings.training(fixed=settings.held(settings.fixed, hyperparameters)))
+        loop = InnerLoop(problem, settings.training(fixed=settings.with_fixed(settings.fixed, hyperparameters)))
         settings.make_run(loop, hyperparameters, check=check)
 
     def begin(self, settings: HDSettings, hyperparameters: dict[str, Any]) -> None:
-        held = settings.held(settings.fixed, hyperparameters)
-        self.loop = InnerLoop(self.problem, settings.training(fixed=held, device=self.device))
+        fixed = settings.with_fixed(settings.fixed, hyperparameters)
+        self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
         self.online = settings.make_run(self.loop, hyperparameters)
         self._chunk = -(-settings.steps // settings.reports)
         self._evaluations = Cost()

@@ -145,9 +145,9 @@ class InnerRun(ProblemTrainable):
         unknown = [name for name in tuned if name not in (*given, *bases)]
         if unknown:
             raise InputError(f"the config has no {unknown[0]!r}: it has {', '.join(given)}")
-        held = {name: v for name, v in {**settings.fixed, **hyperparameters}.items() if name not in bases}
-        held |= {name: float(v) for name, v in given.items() if name not in self._values}  # parts of curves
-        self.loop = settings.make_loop(self.problem, fixed=held, device=self.device)
+        fixed = {name: v for name, v in {**settings.fixed, **hyperparameters}.items() if name not in bases}
+        fixed |= {name: float(v) for name, v in given.items() if name not in self._values}  # parts of curves
+        self.loop = settings.make_loop(self.problem, fixed=fixed, device=self.device)
         self.schedule = Schedule.from_tensors(self._values, self.loop.values.fixed_beside(self._values))
         self.run = settings.make_run(self.loop, self._values)
         self._untrained: dict[str, float] = {}

@@ -37,19 +37,19 @@ class ContinuesPromoted(tune.Trainable):
     _noted: str | None = None  # the trial whose folder longer ones can find
 
     def setup(self, config: dict[str, Any], **parameters: Any) -> None:
-        """Called by Ray when an actor starts."""
+        """Begin a trial as an actor starts, from its config."""
         super().setup(config, **parameters)
         self._continue_promoted(config)
 
     def reset(self, new_config: dict[str, Any], storage: Any = None) -> bool:
-        """Called by Ray when an actor is reused for another trial."""
+        """Begin another trial in the same actor, from its config."""
         was_reset = super().reset(new_config, storage=storage)  # type: ignore[no-untyped-call]
         if was_reset:
             self._continue_promoted(new_config)
         return bool(was_reset)
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
-        """Called by Ray: the checkpoint says how far the trial had come."""
+        """Save the inner trainable, and how far the trial had come."""
         saved = super().save(checkpoint_dir)
         if saved.checkpoint is not None:
             saved.checkpoint.update_metadata({_PROGRESS: {name: getattr(self, name) for name in _COUNTERS}})

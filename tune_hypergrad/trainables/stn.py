@@ -19,7 +19,7 @@ from tune_hypergrad.problem import Problem
 from tune_hypergrad.results import SCHEDULE, Position, evaluation_results, incumbent_results
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.stn.hyperparameters import tuned_hyperparameters
-from tune_hypergrad.stn.run import SelfTuningRun, SelfTuningSettings, unlike_batches
+from tune_hypergrad.stn.self_tuning_run import SelfTuningRun, SelfTuningSettings, unlike_batches
 from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings
 
 _logger = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
         tuned, constants = tuned_hyperparameters(self.space, per_minibatch=self.per_minibatch)
         names = [each.name for each in tuned]
         given = {**self.initial, **{name: value for name, value in config.items() if name in names}}
-        held = {**self.fixed, **constants, **{name: value for name, value in config.items() if name not in names}}
+        fixed = {**self.fixed, **constants, **{name: value for name, value in config.items() if name not in names}}
         of_run = {f.name: getattr(self, f.name) for f in fields(SelfTuningSettings)}
-        loop = InnerLoop(problem, self.training(fixed=held, device=device))
+        loop = InnerLoop(problem, self.training(fixed=fixed, device=device))
         return SelfTuningRun(loop, tuned, SelfTuningSettings(**{**of_run, "initial": given}))
 
 
@@ -81,7 +81,7 @@ class DeltaSTN(ProblemTrainable):
     the problem says nothing else), which a checkpoint holds as
     `best_weights.pt`. A checkpoint's `schedule.json` holds the values of every training step, for `FixedSchedule` to
     replay on the plain network. Where a trial's config gives a tuned hyperparameter a value, it begins there;
-    others it gives are held constant.
+    others it gives are fixed.
 
     Layers whose weights the model uses elsewhere than in their own forward do not respond; a warning names them.
     Predictions are linearised by forward-mode differentiation: a model that it does not see through (one that returns
@@ -145,8 +145,8 @@ class DeltaSTN(ProblemTrainable):
         if not self.run.position:
             return None
         history = self.run.history
-        held = {name: history[name][:1] for name in self.run.loop.values.held if len(set(history[name])) == 1}
-        return Schedule({**history, **held})
+        fixed = {name: history[name][:1] for name in self.run.loop.values.fixed_names if len(set(history[name])) == 1}
+        return Schedule({**history, **fixed})
 
     @property
     def spent(self) -> Cost:

@@ -27,29 +27,29 @@ class ComparisonCallback(Callback):
         self._shown = 0.0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Ray."""
+        """Let a trial restart as often as it may, and tell the portfolio that its process begins."""
         trial.max_failures = self.max_failures
         portfolio_of(self.key).started(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Ray."""
+        """Tell the portfolio that a trial has come to its end."""
         portfolio_of(self.key).ended(trial)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Ray when a trial has failed and is tried again."""
+        """Tell the portfolio that a trial has failed and is tried again."""
         portfolio_of(self.key).retried(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Ray when a trial has failed for good."""
+        """Tell the portfolio that a trial has failed for good."""
         portfolio_of(self.key).failed(trial)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Called by Ray."""
+        """Show how all stand, a few times a second."""
         if time.monotonic() - self._shown >= 0.25:
             self._show()
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Called by Ray."""
+        """Show how all stand in the end."""
         self._show(finished=portfolio_of(self.key).finished)
 
     def _show(self, finished: bool = False) -> None:

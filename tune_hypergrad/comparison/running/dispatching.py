@@ -67,13 +67,13 @@ class Dispatching(tune.Trainable):
     def setup(  # type: ignore[override]
         self, config: dict[str, Any], trainables: Mapping[str, Any], unit: str, criterion: Criterion
     ) -> None:
-        """Called by Ray when an actor starts."""
+        """Take the methods' trainables and what trials are judged by, then the first trial's config."""
         self._trainables = {name: _as_class(trainable) for name, trainable in trainables.items()}
         self._unit, self._criterion = unit, criterion
         self._make(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Called by Ray when an actor is reused for another trial."""
+        """Begin another trial in the same actor: in the same inner trainable, if that can be reused, or a new one."""
         same = new_config[PORTFOLIO]["method"] == self._method
         if same and self._inner.reset(self._own(new_config), storage=storage_of(self)):
             self._begin()
@@ -83,7 +83,7 @@ class Dispatching(tune.Trainable):
         return True
 
     def train(self) -> dict[str, Any]:
-        """One result, called by Ray.
+        """One result of the trial's own trainable, with its cost by the clock.
 
         Raises:
             InputError: it lacks the metric, or its cost in the budget's unit, or they are no numbers.
@@ -115,7 +115,7 @@ class Dispatching(tune.Trainable):
         return dict(self._reported)
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
-        """Called by Ray after every result: the inner one's state is saved, with what it has reported last."""
+        """Save the inner trainable's state after a result, with that result."""
         if self._unsaved:
             saved = self._inner.save(checkpoint_dir).checkpoint
             if saved is not None:
@@ -127,7 +127,7 @@ class Dispatching(tune.Trainable):
         return saved_as(None, {})
 
     def cleanup(self) -> None:
-        """Called by Ray."""
+        """Stop the inner trainable, as the trial ends."""
         self._inner.stop()
 
     def _make(self, config: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ IN_PIECES = frozenset({"GPU", "TPU", "NPU", "HPU", "neuron_cores"})
 """Resources of which Ray grants a part of one, or whole ones."""
 
 _GRAIN = 10_000  # Ray counts in ten-thousandths
-_PATIENCE = 2.0  # seconds of search
+_TIME_LIMIT = 2.0  # seconds of search
 _MOST = 200  # bundles that are searched for, one call within the other
 
 _Bundle = tuple[tuple[str, int], ...]
@@ -30,7 +30,7 @@ def can_be_placed(bundles: Sequence[Mapping[str, float]], strategy: str, nodes: 
     empty = [_node(node, names) for node in nodes]
     if len(asked) > _MOST:
         return _is_enough(empty, asked)
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + _TIME_LIMIT
     if strategy == "STRICT_PACK":
         return any(_Search(asked, until, once=False).succeeds((node,)) for node in set(empty))
     # of nodes that are alike, no more than the bundles can be needed

@@ -48,7 +48,7 @@ from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.ray_internals import cluster_grows
 
 OF_TASKS = (
-    *("min_budget", "max_budget", "eta", "fixed", "self_tuning_epochs", "check"),
+    *("min_epochs", "max_epochs", "eta", "fixed", "self_tuning_epochs", "check"),
     *("clip_gradient", "clip_norm", "ema", "autocast"),
 )
 """Fields of `Task` that `compare` takes as they are."""
@@ -363,7 +363,7 @@ def _check_names(task: Task, methods: Sequence[Method]) -> None:
     """See that all names in the search space mean something to the methods that are to tune them.
 
     Raises:
-        InputError: one does not, or is held at a value.
+        InputError: one does not, or is fixed.
     """
     hyperparameters = hyperparameters_of(task)
     tunable = {method.name: _tunable(method, task) for method in methods}

@@ -107,7 +107,7 @@ class PortfolioSearch(Searcher):
     # What Ray asks a searcher
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        """Called by Ray: the object that runs makes itself known."""
+        """Make the object that runs known under its key, as the run begins; there is no space to take."""
         _PORTFOLIOS[self.key] = self
         return True
 
@@ -208,7 +208,7 @@ class PortfolioSearch(Searcher):
                 self._call(contender, restore_among, contender.searcher, searcher, (), {}, ())
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
-        """Called by Ray's `Tuner.restore`."""
+        """Continue from an experiment's folder, as `Tuner.restore` does (see `restore`)."""
         self.restore(str(searcher_files(checkpoint_dir)[0]))
 
     # What the stopper and the callback tell

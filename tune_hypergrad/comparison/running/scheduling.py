@@ -11,7 +11,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from tune_hypergrad.ray_internals import resources_of
 
-_PATIENCE = 20.0  # seconds in which an actor that has a place on the cluster has started
+_START_TIMEOUT = 20.0  # seconds in which an actor that has a place on the cluster has started
 _REFRESH = 1.0  # seconds between looks at the cluster's size
 
 
@@ -31,7 +31,7 @@ class PatientScheduler(FIFOScheduler):
         self._size: tuple[float, dict[str, float]] = (-_REFRESH, {})  # of the cluster, and when that was
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Called by Ray: the oldest, or the newest that waited at the last call already, since the first to be chosen
+        """The oldest pending trial, or the newest that waited at the last call already, since the first to be chosen
         in its first turn is the first to ask for an actor of its own."""
         now, before = time.monotonic(), self._waiting
         trials: list[Trial] = tune_controller.get_trials()
@@ -41,7 +41,7 @@ class PatientScheduler(FIFOScheduler):
             return None
         oldest = min(pending, key=self._waiting.__getitem__)
         running = [trial for trial in trials if trial.status == Trial.RUNNING]
-        if now - self._waiting[oldest] >= _PATIENCE or not self._has_room(pending[oldest], running, now):
+        if now - self._waiting[oldest] >= _START_TIMEOUT or not self._has_room(pending[oldest], running, now):
             return pending[oldest]
         return pending[next((trial_id for trial_id in reversed(pending) if trial_id in before), oldest)]
 

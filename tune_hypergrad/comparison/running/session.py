@@ -21,7 +21,7 @@ _SETTINGS = {
 }
 
 _NO_CLIENT = "the comparison itself has to run on a machine of the cluster, with address='auto'"
-_PATIENCE = 10.0  # seconds in which a cluster accepts a connection
+_TIMEOUT = 10.0  # seconds in which a cluster accepts a connection
 
 # of failed trials the report tells, and searchers of what they passed over; that tokens are on is no news to those who
 # have the only one
@@ -104,7 +104,7 @@ def _start(address: str | None) -> None:
 def _knock(address: str) -> None:
     """See that somebody listens at an address."""
     host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT).close()
 
 
 def _check_address(address: str | None) -> None:

@@ -149,7 +149,7 @@ def compare(
             machine's own.
         progress: "auto" (a table in a terminal or a notebook, lines in a log), "quiet" or "json".
         callbacks: further Ray callbacks, such as MLflow's or Weights & Biases'.
-        **settings: further fields of `Task`: min_budget, max_budget, eta, fixed, self_tuning_epochs, clip_gradient,
+        **settings: further fields of `Task`: min_epochs, max_epochs, eta, fixed, self_tuning_epochs, clip_gradient,
             clip_norm, ema, autocast, and check (False leaves out the comparison of training and hypergradients with
             plain torch before anything runs).
 
@@ -187,8 +187,8 @@ def _plan(
     if steps < 1:
         raise InputError(f"epochs is {epochs:g}, less than one inner step of {problem.steps_per_epoch} an epoch")
     if space is None or isinstance(space, str):
-        held, named = of_task.get("fixed", {}), default_space(problem, optimizer, name=space)
-        space = {name: entry for name, entry in named.items() if name not in held}
+        fixed, named = of_task.get("fixed", {}), default_space(problem, optimizer, name=space)
+        space = {name: entry for name, entry in named.items() if name not in fixed}
     # searches never see the test split
     limit = budget if isinstance(budget, Budget) else Budget.parse(budget, steps_per_epoch=problem.steps_per_epoch)
     trainings = limit.amount / steps if limit.unit == "gradients" else None

@@ -141,7 +141,7 @@ def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None
                 f"regulariser takes {strength.lower:g} to {strength.upper:g}"
             )
     loop.values.check_names({definition.name: None for definition in tuned})
-    of_groups = next((name for name in loop.values.held if split_group(name)[1]), None)
+    of_groups = next((name for name in loop.values.fixed_names if split_group(name)[1]), None)
     if of_groups is not None:
         raise InputError(
             f"{of_groups!r} is a value of a parameter group: a self-tuning network, whose responses are trained beside "
@@ -204,7 +204,7 @@ class SelfTuningRun:
         self._hyper_optimizer = get_optimizer(settings.hyper_optimizer)
         unconstrained = torch.cat([self.tuned.unconstrained, self.tuned.log_scales]).detach()
         self._hyper_slots = initial_slots(self._hyper_optimizer, unconstrained)
-        self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.values.held), dtype=torch.float64)
+        self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.values.fixed_names), dtype=torch.float64)
         self.position = 0
         """Training steps taken."""
         self.val_steps = 0
@@ -266,9 +266,9 @@ class SelfTuningRun:
 
     @property
     def history(self) -> dict[str, tuple[float, ...]]:
-        """The values at every training step so far, held ones too: what a plain training run replays."""
+        """The values at every training step so far, fixed ones too: what a plain training run replays."""
         taken = self._path[: self.position].T.tolist()
-        names = (*self.tuned.definitions, *self.loop.values.held)
+        names = (*self.tuned.definitions, *self.loop.values.fixed_names)
         return {name: tuple(values) for name, values in zip(names, taken, strict=True)}
 
     def advance(self, steps: int) -> None:
@@ -344,11 +344,11 @@ class SelfTuningRun:
 
     def _train(self) -> None:
         loop, step = self.loop, self.position
-        held = loop.values.held_at(step)
-        self._path[step] = torch.tensor([*self.values.values(), *held.values()], dtype=torch.float64)
+        fixed = loop.values.fixed_at(step)
+        self._path[step] = torch.tensor([*self.values.values(), *fixed.values()], dtype=torch.float64)
         self.network.train()
         count = loop.problem.batches_in(step)
-        gradients = _mean_gradients([self._training_gradients(held, step, number) for number in range(count)])
+        gradients = _mean_gradients([self._training_gradients(fixed, step, number) for number in range(count)])
         # weight decay pulls weights to zero, not their responses
         undecayed = {"weight_decay": 0.0} if "weight_decay" in loop.optimizer.hyperparameters else {}
         for index, (parameters, found, h) in enumerate(
@@ -372,7 +372,7 @@ class SelfTuningRun:
             hypergradients=gradients_spent - GRADIENTS_PER["step"],
         )
 
-    def _training_gradients(self, held: Mapping[str, float], step: int, number: int) -> tuple[_ByName, _ByName]:
+    def _training_gradients(self, fixed: Mapping[str, float], step: int, number: int) -> tuple[_ByName, _ByName]:
         """Of a step's batch, by general and by response parameters; the network's buffers go on."""
         loop = self.loop
         batch, drawn = loop.batches.of_step(step, number), loop.batches.draw(step, number)
@@ -385,7 +385,7 @@ class SelfTuningRun:
             loop.objective,
             batch,
             perturbations,
-            held,
+            fixed,
             forward=loop.problem.predict,
             target=loop.problem.target,
         )
