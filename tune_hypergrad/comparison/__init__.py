@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Comparison": "telling.records",
-    "Interrupted": "running.run",
+    "Interrupted": "running.compare",
     "Retraining": "running.retraining",
-    "compare": "running.run",
+    "compare": "running.compare",
 }
 
 __all__ = ["Comparison", "Interrupted", "Retraining", "compare"]
