@@ -8,7 +8,7 @@ import ray.cloudpickle as pickle
 from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
-from tune_hypergrad.ray_internals import SavedTrial, keep_snapshot, put_snapshot_back, saved_trials
+from tune_hypergrad.ray_internals import SavedTrial, keep_snapshot, kept_in, put_snapshot_back, saved_trials
 
 ONE_CPU = PlacementGroupFactory([{"CPU": 1}])
 FIRST, SECOND = "2026-01-01_10-00-00", "2026-01-02_09-00-00"
@@ -131,7 +131,7 @@ def test_later_saves_of_a_resumed_session_leave_the_former_one_out(tmp_path):
     save(ray, file, FIRST, "one")
     for state in ("two", "three"):
         save(ray, file, SECOND, state)
-    kept = pickle.loads(file.read_bytes())
+    kept = kept_in(file)
     assert len(kept) == 3 and all(SECOND in name for name in kept)
     assert kept[f"searcher-state-{SECOND}.pkl"] == b"searcher three"
 
@@ -175,4 +175,4 @@ def test_a_searcher_that_is_saved_by_its_own_name(tmp_path):
     saved = ray / f"searcher-state-{FIRST}.pkl"
     saved.write_bytes(b"searcher")
     keep_snapshot(file, saved)
-    assert pickle.loads(file.read_bytes()).keys() == {f"experiment_state-{FIRST}.json", saved.name}
+    assert kept_in(file).keys() == {f"experiment_state-{FIRST}.json", saved.name}

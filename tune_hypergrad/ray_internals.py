@@ -9,6 +9,8 @@ elsewhere: `searchers.ray_loop` and `searchers.wrappers` (Ray's loop and its wra
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +79,14 @@ def last_result_of(trial: Trial) -> dict[str, Any]:
 def heard_of(trial: Trial) -> float:
     """When a trial's last result came, in seconds since the epoch; 0 where it had none."""
     return max(float(trial.run_metadata.last_result_time), 0.0)
+
+
+def forget_statistics(trial: Trial) -> None:
+    """Drop the least, greatest and mean of every figure that a trial has reported: more than half of what snapshots
+    have of it, and read by nobody where the experiment's analysis is not."""
+    known = trial.run_metadata
+    known.metric_analysis, known.metric_n_steps = {}, {}
+    known.invalidate_cache()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,14 +188,24 @@ def keep_snapshot(file: Path, saved: Path) -> None:
     # of earlier sessions there are some too: this one writes its first search generator's state after its searcher's
     newest = {path.name.partition("-")[0]: path for path in states}
     files = {path.name: path.read_bytes() for path in newest.values()}
+    write_kept(file, {**files, name: saved.read_bytes()})
+
+
+def write_kept(file: Path, files: Mapping[str, bytes]) -> None:
+    """Write a snapshot's files by name into one, compressed: it is replaced whole or not at all."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_bytes(pickle.dumps({**files, name: saved.read_bytes()}))
+    temporary.write_bytes(zlib.compress(pickle.dumps(dict(files)), level=1))
     temporary.replace(file)
+
+
+def kept_in(file: Path) -> dict[str, bytes]:
+    """What `write_kept` has written, by name; nothing where there is no file."""
+    return dict(pickle.loads(zlib.decompress(file.read_bytes()))) if file.exists() else {}
 
 
 def saved_searcher(file: Path) -> bytes | None:
     """What the searcher has saved of itself in a copy that `keep_snapshot` took; None where there is none."""
-    files: dict[str, bytes] = pickle.loads(file.read_bytes()) if file.exists() else {}
+    files = kept_in(file)
     return next((content for name, content in files.items() if name.startswith("searcher-state-")), None)
 
 
@@ -199,7 +219,7 @@ def put_snapshot_back(file: Path, experiment: str) -> set[str]:
     Returns:
         Ids of the trials that it knows; none where there is nothing to go on from.
     """
-    files: dict[str, bytes] = pickle.loads(file.read_bytes()) if file.exists() else {}
+    files = kept_in(file)
     states = [json.loads(content) for name, content in files.items() if name.startswith("experiment_state-")]
     descriptions = [description for state in states for description, _ in state["trial_data"]]
     trials = {Trial.from_json_state(description, stub=True).trial_id for description in descriptions}

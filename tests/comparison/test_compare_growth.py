@@ -23,7 +23,7 @@ from tune_hypergrad.comparison.running.plan import Plan, chosen_methods
 from tune_hypergrad.comparison.running.portfolio import SNAPSHOT_FILE
 from tune_hypergrad.comparison.telling.records import SETTINGS_FILE
 from tune_hypergrad.comparison.telling.report import summary_text
-from tune_hypergrad.ray_internals import saved_searcher
+from tune_hypergrad.ray_internals import saved_searcher, write_kept
 
 SPACE = {"lr": tune.loguniform(1e-3, 0.5), "momentum": tune.uniform(0, 0.9)}
 RS, FDS = Account("rs", 0), Account("fds", 0)
@@ -89,12 +89,15 @@ def test_only_what_is_finished_is_extended(tmp_path):
 def test_what_another_version_has_left_is_refused_in_a_line(tmp_path):
     made = begun(tmp_path / "out").stop(RS)
     state = pickle.dumps(Account("rs", 0)).replace(b"comparison.ledger", b"comparison.lodger")
-    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": state}))
+    write_kept(made.folder / SNAPSHOT_FILE, {"searcher-state-1.pkl": state})
     with pytest.raises(
         InputError, match=r"begun by another version .*lodger.*: resume it with that version, or"
     ) as refused:
         resuming.growth_in(made.folder, plan(retraining=Retraining(seeds=0)), None)
     assert "\n" not in str(refused.value)
+    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": b""}))  # as it was once
+    with pytest.raises(InputError, match=r"begun by another version .*: resume it with that version, or"):
+        resuming.growth_in(made.folder, plan(retraining=Retraining(seeds=0)), None)
 
 
 STATE = pickle.dumps("a searcher's")
@@ -102,7 +105,7 @@ STATE = pickle.dumps("a searcher's")
 
 def test_an_extension_is_told_to_the_ledger_once_and_the_snapshot_before_is_put_aside(tmp_path):
     made = begun(tmp_path / "out").stop(RS)
-    (made.folder / SNAPSHOT_FILE).write_bytes(pickle.dumps({"searcher-state-1.pkl": STATE}))
+    write_kept(made.folder / SNAPSHOT_FILE, {"searcher-state-1.pkl": STATE})
     larger = plan(["bo", "rs"], 90, (0, 1), retraining=Retraining(seeds=0))
     growth = resuming.growth_in(made.folder, larger, None)
     larger = resuming.continued(larger, made.folder, growth)

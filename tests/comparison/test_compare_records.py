@@ -78,6 +78,15 @@ def test_the_result_that_goes_over_the_budget_counts_and_later_ones_do_not(tmp_p
     assert made.comparison.accounts["share"].iloc[0] == 1.4
 
 
+def test_of_one_account_the_same_is_read_as_among_others(tmp_path):
+    made = HandMade(tmp_path, ["fds", "rs"]).start(FDS).start(RS, 1)
+    made.result(RS, 0.3, 20, number=1).result(FDS, 0.9, 60, 1).result(RS, 0.2, 40, 2, number=1).result(FDS, 0.5, 90, 2)
+    alone = Comparison(made.folder, frozenset([FDS]))
+    for mine, whole in zip(alone.incumbents(FDS).items(), made.comparison.incumbents(FDS).items(), strict=True):
+        assert mine[0] == whole[0] and list(mine[1]) == list(whole[1])
+    assert set(alone.results["method"]) == {"fds"} and set(made.comparison.results["method"]) == {"fds", "rs"}
+
+
 def test_a_grid_has_no_budget(tmp_path):
     grid = Account(GRID, 0)
     made = HandMade(tmp_path, budget=[100, "gradients"])
@@ -242,9 +251,6 @@ def test_a_made_up_comparison_has_everything_that_can_happen(made_up):
 )
 def test_measures_have_a_direction_and_a_name(measure, larger, label):
     assert larger_is_better(measure) is larger and measure_label(measure) == label
-
-
-RS = Account("rs", 0)
 
 
 def test_only_measures_of_a_known_direction_are_yardsticks(tmp_path):

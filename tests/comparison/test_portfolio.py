@@ -38,7 +38,7 @@ from tune_hypergrad.comparison.running.portfolio import (
     portfolio_of,
 )
 from tune_hypergrad.comparison.running.queue import QueueSearch
-from tune_hypergrad.ray_internals import SavedTrial
+from tune_hypergrad.ray_internals import SavedTrial, kept_in
 from tune_hypergrad.results import SCHEDULE_COLUMN, WHOLE_SCHEDULE
 
 AMOUNT = 1000
@@ -1262,7 +1262,7 @@ def test_every_snapshot_is_copied_whole(tmp_path):
     loop = Loop(make(tmp_path, endless("m")))
     loop.fill()
     folder = loop.save()
-    kept = pickle.loads((tmp_path / SNAPSHOT_FILE).read_bytes())
+    kept = kept_in(tmp_path / SNAPSHOT_FILE)
     assert kept == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(kept) == [f"experiment_state-{SESSION}.json", f"searcher-state-{SESSION}.pkl"]
 

@@ -9,6 +9,7 @@ from ray.tune import Callback
 
 from tune_hypergrad.comparison.running.portfolio import portfolio_of
 from tune_hypergrad.comparison.telling.progress import Display, Status
+from tune_hypergrad.ray_internals import forget_statistics
 
 DISPLAYS: dict[str, Display] = {}
 """Those that are shown, by the portfolio's key: a callback, which Ray saves with the experiment, has only that."""
@@ -34,6 +35,7 @@ class ComparisonCallback(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell the portfolio that a trial has come to its end."""
         portfolio_of(self.key).ended(trial)
+        forget_statistics(trial)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell the portfolio that a trial has failed and is tried again."""
@@ -42,6 +44,7 @@ class ComparisonCallback(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tell the portfolio that a trial has failed for good."""
         portfolio_of(self.key).failed(trial)
+        forget_statistics(trial)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Show how all stand, a few times a second."""

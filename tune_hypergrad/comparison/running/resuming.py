@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zlib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def _refuse_unreadable(folder: Path) -> None:
     try:
         for each in (file, *folder.glob(f"{file.stem}-*{file.suffix}")):  # of what came before an extension
             pickle.loads(saved_searcher(each) or pickle.dumps(None))
-    except (AttributeError, ImportError) as error:
+    except (AttributeError, ImportError, zlib.error) as error:
         raise InputError(
             f"{folder} was begun by another version of tune_hypergrad ({error}): resume it with that version, or begin "
             "anew in another folder"

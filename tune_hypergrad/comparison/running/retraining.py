@@ -101,10 +101,12 @@ class RetrainingSearch(QueueSearch):
 
     def _jobs(self, account: Account) -> list[dict[str, Any]]:
         """Configs of an account's retrainings."""
-        comparison = Comparison(self._folder)
-        rows = comparison.incumbents(account)
+        comparison = Comparison(self._folder, frozenset([account]))
         once = account.method != START or account.seed == comparison.settings["seeds"][0]
-        if rows.empty or not self._retraining.seeds or not once:
+        if not self._retraining.seeds or not once:
+            return []
+        rows = comparison.incumbents(account)
+        if rows.empty:
             return []
         positions = {index: Position.from_result(row) for index, row in rows.iterrows()}
         if not all(position.is_known for position in positions.values()):

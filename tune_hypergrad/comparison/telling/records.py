@@ -92,6 +92,8 @@ class Comparison:
 
     folder: Path
     """Where `compare` wrote."""
+    of: frozenset[Account] | None = None
+    """Whose trials are read, beside those of the start and retrainings; None: everybody's."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -128,7 +130,12 @@ class Comparison:
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         """The ledger's events, as `Ledger` describes them."""
-        return read_events(self.folder / LEDGER_FILE)
+        return [event for event in read_events(self.folder / LEDGER_FILE) if self._is_read(event)]
+
+    def _is_read(self, event: Mapping[str, Any]) -> bool:
+        if self.of is None or "seed" not in event or event["method"] in (START, RETRAINING):
+            return True
+        return Account(event["method"], event["seed"]) in self.of
 
     @cached_property
     def results(self) -> pd.DataFrame:
