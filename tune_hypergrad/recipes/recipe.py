@@ -15,7 +15,6 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.recipes.jobs import Job, Resources, Results, ResultsFile, read_results, run_jobs
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
@@ -197,9 +196,3 @@ def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
     if len(values) == 1:
         return f"{mean} (one seed)"
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f}, {len(values)} seeds)"
-
-
-def stairs(panel: Axes, values: Sequence[float], **style: Any) -> None:
-    """Draw a schedule, a value for each window, over training progress."""
-    edges = [window / len(values) for window in range(len(values) + 1)]
-    panel.stairs(list(values), edges, baseline=None, **style)

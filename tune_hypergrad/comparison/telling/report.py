@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_hypergrad.comparison.telling import pictures, tables
-from tune_hypergrad.comparison.telling.drawing import COST_LABELS, INK, NARROW, shortened
+from tune_hypergrad.comparison.telling.drawing import COST_LABELS, INK, NARROW
 from tune_hypergrad.comparison.telling.records import Comparison, measure_label
 from tune_hypergrad.comparison.telling.series import Granted, distinct_units
 from tune_hypergrad.comparison.telling.tables import Column, TextTable
@@ -30,6 +30,7 @@ from tune_hypergrad.comparison.telling.verdict import cost_in_words, verdict_tex
 from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.curves import Curve
 from tune_hypergrad.schedules import SCHEDULE_FILE
+from tune_hypergrad.wording import shortened
 
 REPORT_FILE = "report.html"
 """In a comparison's folder: one page, which needs no network and no other file."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,16 +88,6 @@ def spending_parts(comparison: Comparison) -> pd.DataFrame:
         parts["spent"] = accounts[f"spent/{unit}"] - accounts[f"failed/{unit}"]
     parts["in failed trials"], parts["lost"] = accounts[f"failed/{unit}"], accounts[f"lost/{unit}"]
     return pd.DataFrame(parts).groupby("method", sort=False).mean()
-
-
-def thinned(values: Sequence[float], parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Progress and values of a schedule's windows: the first, the last, the least and the largest of so many parts."""
-    every = np.asarray(values)
-    kept = [0, len(every) - 1]
-    for begin, end in pairwise(np.linspace(0, len(every), parts + 1).astype(int).tolist()):
-        kept += [begin + int(every[begin:end].argmin()), begin + int(every[begin:end].argmax())]
-    windows = np.unique(kept)
-    return (windows + 0.5) / len(every), every[windows]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START
-from tune_hypergrad.comparison.telling.drawing import COST_LABELS, shortened
+from tune_hypergrad.comparison.telling.drawing import COST_LABELS
 from tune_hypergrad.comparison.telling.records import Comparison, Yardstick, measure_label
 from tune_hypergrad.comparison.telling.series import spending_parts
 from tune_hypergrad.comparison.telling.troubles import first_line
@@ -20,6 +20,7 @@ from tune_hypergrad.comparison.telling.verdict import OTHER_LENGTH, Verdict, cos
 from tune_hypergrad.criterion import OBJECTIVE
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import is_hyperparameter
+from tune_hypergrad.wording import shortened
 
 _ERROR_LETTERS = 200
 _REMARK_LETTERS = 120
