@@ -169,9 +169,7 @@ def reference_text(comparison: Comparison) -> str:
     measure = comparison.yardstick
     if not math.isfinite(measure.reference):
         return "nothing to measure regret by yet"
-    value = f"{100 * measure.reference:.2f} %" if measure.percent else f"{measure.reference:.4g}"
-    source = {"given": "the given reference", "grid": "the grid's best", "best": "the best seen"}[measure.source]
-    return f"0 is {source}: {measure.label} {value}"
+    return f"0 is {measure.origin}: {measure.label} {measure.shown}"
 
 
 def look_of(comparison: Comparison) -> Look:
@@ -190,7 +188,7 @@ def _regrets(comparison: Comparison, units: Sequence[str], width: float) -> Figu
         drawing.scale_worth(axes, found, log_from=20, reference=[0])
     measure = comparison.yardstick
     for axes in panels[::columns]:
-        axes.set_ylabel(f"regret in {measure.label}{' (points)' if measure.percent else ''}")
+        axes.set_ylabel(measure.heading)
     text = f"{reference_text(comparison)}; {_seeds_text(comparison)}"
     if len(units) == 1:
         drawing.heading(panels[0], text, width)

@@ -12,6 +12,7 @@ import pandas as pd
 from tune_hypergrad.budget import UNITS
 from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START
 from tune_hypergrad.comparison.telling.records import Comparison
+from tune_hypergrad.wording import percent
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Granted:
     def text(self) -> str:
         """`mean` in words."""
         until = "so far" if self.first_finished is None else "until the first method had spent its budget"
-        return f"{100 * self.mean:.0f} % of the {self.kind}s granted on average {until}"
+        return f"{percent(self.mean)} of the {self.kind}s granted on average {until}"
 
     def thinned(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Times and shares; means over equal intervals where there are more than `count` of them."""
