@@ -25,6 +25,7 @@ from check_cases import BROKEN, GOOD, MODES, Broken, Good
 from tune_hypergrad import check_problem
 from tune_hypergrad.hypergradients.check import ProblemCheck
 from tune_hypergrad.hypergradients.verification import EXAMPLES
+from tune_hypergrad.wording import markdown_table
 
 SIZES = (None, EXAMPLES)
 """Examples in a step of a check: the problem's batch size, and what methods check with."""
@@ -182,7 +183,7 @@ def _table_of_good(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return _table("Good models", head, lines)
+    return f"## Good models\n\n{markdown_table(head, lines)}\n"
 
 
 def _table_of_broken(rows: Sequence[Row]) -> str:
@@ -196,16 +197,7 @@ def _table_of_broken(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    return _table("Broken problems", head, lines)
-
-
-def _table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join([f"## {title}", "", *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", chr(92) + "|")
+    return f"## Broken problems\n\n{markdown_table(head, lines)}\n"
 
 
 if __name__ == "__main__":

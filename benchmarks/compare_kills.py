@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from tune_hypergrad.comparison.telling.records import Comparison
+from tune_hypergrad.wording import markdown_row, markdown_table
 
 METHODS = ("fds", "delta-stn", "rs", "bohb", "cosine")
 
@@ -38,8 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     moments = random.Random(options.seed)
     methods = [part for name in METHODS for part in ("--method", name)]
-    print("| killed after, s | results then | gradients lost | share of the budget | largest overrun | retrained |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    head = ("killed after, s", "results then", "gradients lost", "share of the budget", "largest overrun", "retrained")
+    print(markdown_table(head, []))
     for _ in range(options.kills):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "run"
@@ -58,11 +59,9 @@ def main() -> None:
                 command("--resume", str(folder), "--progress", "quiet"), check=True, stdout=subprocess.DEVNULL
             )
             lost, shares, overrun, retrained = checked(folder)
-            print(
-                f"| {after:.0f} | {results} | {lost:.0f} | {min(shares):.3f} to {max(shares):.3f} | {overrun:.3f} "
-                f"| {retrained} |",
-                flush=True,
-            )
+            spent = f"{min(shares):.3f} to {max(shares):.3f}"
+            cells = (f"{after:.0f}", str(results), f"{lost:.0f}", spent, f"{overrun:.3f}", str(retrained))
+            print(markdown_row(cells), flush=True)
 
 
 def checked(folder: Path) -> tuple[float, list[float], float, int]:

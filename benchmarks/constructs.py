@@ -19,6 +19,8 @@ import torch
 from construct_cases import GROUPS
 from construct_runs import Row, run_case
 
+from tune_hypergrad.wording import markdown_table
+
 INTRODUCTION = """# Constructs
 
 What `hypergradient` makes of what a person's model, loss or data may have in it: the right number, or a refusal in one
@@ -61,12 +63,11 @@ def summary(rows: list[Row]) -> str:
 
 def table(group: str, rows: list[Row]) -> str:
     """One group's table."""
-    lines = [f"## {group}", "", "| construct | forward | reverse | auto | |", "| --- | --- | --- | --- | --- |"]
+    lines = []
     for row in rows:
         auto = f"{row.auto.mode}, {row.auto}" if row.auto.mode else str(row.auto)
-        cells = (row.name, str(row.forward), str(row.reverse), auto, row.verdict)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([*lines, ""])
+        lines.append((row.name, str(row.forward), str(row.reverse), auto, row.verdict))
+    return f"## {group}\n\n{markdown_table(('construct', 'forward', 'reverse', 'auto', ''), lines)}\n"
 
 
 def main() -> None:

@@ -51,6 +51,7 @@ from tune_hypergrad.hypergradients import (
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range
+from tune_hypergrad.wording import markdown_table
 
 WINDOWS, CLIP = 7, 3.0
 CONTEXT, CHARACTERS = 64, 96
@@ -301,10 +302,8 @@ def tasks_of(names: list[str], contenders: list[str], seeds: int) -> list[tuple[
 
 def table(lines: list[dict[str, Any]]) -> str:
     """One row for each problem and contender."""
-    rows = [
-        "| problem | contender | trainings | validation loss | test accuracy | over | worst | dead |",
-        "|" + " --- |" * 8,
-    ]
+    head = ("problem", "contender", "trainings", "validation loss", "test accuracy", "over", "worst", "dead")
+    rows = []
     for name in dict.fromkeys(line["problem"] for line in lines):
         own = [line for line in lines if line["problem"] == name]
         for rule in SEARCHES:
@@ -321,10 +320,10 @@ def table(lines: list[dict[str, Any]]) -> str:
             for how, line in (("validation", by_val), ("test", by_test)):
                 label = f"best of {len(grid)} by {how}: {line['contender']}"
                 rows.append(_row(name, label, f"{3 * len(grid)}", [line["judged"]]))
-    return "\n".join(rows)
+    return markdown_table(head, rows)
 
 
-def _row(name: str, label: str, spent: str, judged: list[list[Any]]) -> str:
+def _row(name: str, label: str, spent: str, judged: list[list[Any]]) -> tuple[str, ...]:
     means = [fmean(test for _, test in of_search) for of_search in judged]
     flat = [pair for of_search in judged for pair in of_search]
     chance = 0.5 * fmean(means)
@@ -332,7 +331,7 @@ def _row(name: str, label: str, spent: str, judged: list[list[Any]]) -> str:
     tests = f"{fmean(means):.2f} ({min(means):.2f} to {max(means):.2f})"
     worst = f"{min(test for _, test in flat):.2f}"
     loss = f"{fmean(loss for loss, _ in flat):.4g}"
-    return f"| {name} | {label} | {spent} | {loss} | {tests} | {len(flat)} | {worst} | {dead} |"
+    return name, label, spent, loss, tests, str(len(flat)), worst, str(dead)
 
 
 def main() -> None:

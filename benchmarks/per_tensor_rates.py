@@ -27,6 +27,7 @@ from tune_hypergrad import Problem, problems
 from tune_hypergrad.hypergradients import InnerLoop, RobustSearch, TrainingSettings
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range
+from tune_hypergrad.wording import markdown_row, markdown_table
 
 STEPS = {"digits": 170, "fashion_mnist": 429}
 CONTENDERS = {"common": None, "layer": "layer", "tensor": "tensor"}
@@ -97,7 +98,7 @@ def row(name: str, contender: str, columns: int, found: list[Found], results: li
         f"{fmean(tests):.2f} ({min(tests):.2f} to {max(tests):.2f})",
         f"{fmean(each.seconds for each in found):.2f}",
     )
-    return f"| {name} | {contender} | {' | '.join(figures)} |"
+    return markdown_row((name, contender, *figures))
 
 
 def main() -> None:
@@ -113,8 +114,8 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=5, help="fresh seeds for what a search found")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| problem | learning rates | numbers | trainings | validation loss | test accuracy | seconds |")
-    print("|" + " --- |" * 7)
+    head = ("problem", "learning rates", "numbers", "trainings", "validation loss", "test accuracy", "seconds")
+    print(markdown_table(head, []))
     for name in options.problems:
         plain = problems.get(name, **({} if options.data_dir is None else {"data_dir": options.data_dir}))
         steps = options.steps or STEPS[name]

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tune_hypergrad import Problem, hypergradient
+from tune_hypergrad.wording import markdown_row, markdown_table
 
 WIDTH, TOKENS, LENGTH = 128, 8_000, 64
 
@@ -301,16 +302,15 @@ def main() -> None:
         print_growth(*options.growth_of)
         return
     memory = f"memory in MiB: {' / '.join(CONTENDERS)}"
-    print(f"| model | weights | steps | loop, ms a step | {' | '.join(MODES)} | {memory} |")
-    print("|" + " --- |" * (5 + len(MODES)))
+    print(markdown_table(("model", "weights", "steps", "loop, ms a step", *MODES, memory), []))
     for name in options.models:
         title, make, steps = MODELS[name]
         weights = sum(parameter.numel() for parameter in make(1).model().parameters())
         times = ratios(name, options.turns)
         shown = [f"{statistics.median(times[m]):.2f} ({min(times[m]):.2f} to {max(times[m]):.2f})" for m in MODES]
         grown = " / ".join(f"{growth(name, contender):.0f}" for contender in CONTENDERS)
-        cells = (f"{weights:,}", f"{steps}", f"{statistics.median(times['loop']):.1f}", *shown, grown)
-        print(f"| {title} | {' | '.join(cells)} |", flush=True)
+        cells = (title, f"{weights:,}", f"{steps}", f"{statistics.median(times['loop']):.1f}", *shown, grown)
+        print(markdown_row(cells), flush=True)
 
 
 if __name__ == "__main__":

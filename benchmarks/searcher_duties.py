@@ -33,6 +33,8 @@ from ray import cloudpickle  # noqa: E402
 from searcher_duty_cases import DUTIES, Duty, run_to_be_killed  # noqa: E402
 from searcher_duty_tools import COLUMNS, OURS, SNAPSHOTS, Cell, Unmet, chain, in_words, without_paths  # noqa: E402
 
+from tune_hypergrad.wording import markdown_table  # noqa: E402
+
 BEGIN, END = "<!-- begin of the duties -->", "<!-- end of the duties -->"
 LONGEST = 150
 """Seconds after which a duty is given up even if it shows signs of life."""
@@ -211,11 +213,8 @@ def table(outcomes: Outcomes) -> str:
         ]
         for name, duty in DUTIES.items()
     ]
-    lines = [["duty", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows]
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
-    return "\n".join(
-        [*(f"| {' | '.join(entry.replace('|', chr(92) + '|') for entry in line)} |" for line in lines), "", *notes]
-    )
+    return "\n".join([markdown_table(["duty", *COLUMNS], rows), "", *notes])
 
 
 def read_table(page: str) -> Outcomes:

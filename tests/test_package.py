@@ -19,6 +19,7 @@ PACKAGE = Path(tune_hypergrad.__file__).parent
 FLOORS = (
     *(
         "errors",
+        "wording",
         "randomness",
         "modules",
         "losses",
@@ -30,8 +31,9 @@ FLOORS = (
         "curves",
         "sampling",
     ),
-    *("reading", "regularisers", "groups", "data", "objective", "space", "schedules", "results", "defaults", "problem"),
-    *("hypergradients", "problems", "stn", "bridges", "recipes", "ray_internals", "trainables", "searchers"),
+    *("reading", "regularisers", "groups", "data", "objective", "space", "plotting", "schedules", "results"),
+    *("defaults", "problem", "hypergradients", "problems", "stn", "bridges", "recipes", "ray_internals", "trainables"),
+    "searchers",
     *("comparison.incumbents", "comparison.ledger", "comparison.telling", "comparison.methods", "comparison.running"),
     *("comparison", "cli", "__main__"),
 )

@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +39,6 @@ _DRAWN = 200
 """Equal parts of training in which a curve is drawn."""
 _BETAS = ("beta1", "beta2")
 _EPS2 = "eps2"  # the second of `torch.optim.Adafactor`'s two
-_LINES = 8  # of parameter groups in one panel
-_LOG_AXIS_FROM = 100.0  # largest over smallest value from which a linear axis hides the small ones
 
 
 @dataclass(frozen=True)
@@ -289,18 +286,9 @@ class Schedule:
         Raises:
             InputError: the number of axes is not that of the hyperparameters.
         """
-        drawn: dict[str, list[str]] = {}
-        for name in self.values:
-            drawn.setdefault(split_group(name)[0], []).append(name)
-        panels = _new_panels([len(names) for names in drawn.values()]) if axes is None else _as_panels(axes)
-        if len(panels) != len(drawn):
-            raise InputError(f"plot got {len(panels)} axes for {len(drawn)} hyperparameters: pass one for each")
-        for panel, names in zip(panels, drawn.values(), strict=True):
-            (_draw_rows if len(names) > _LINES else _draw)(panel, self, names)
-        panels[-1].set_xlabel("training progress")
-        figure = panels[0].figure.figure  # of a subfigure's axes, the figure it is in
-        figure.align_ylabels(panels)
-        return figure
+        from tune_hypergrad.plotting import plot_schedule
+
+        return plot_schedule(self, axes)
 
     def apply(
         self, optimizer: Optimizer, step: int, total_steps: int, groups: Mapping[int, str] | None = None
@@ -580,69 +568,3 @@ def _assign(group: dict[str, Any], name: str, value: float) -> None:
 
 def _copied(value: float | Tensor) -> float | Tensor:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _new_panels(counts: Sequence[int]) -> list[Axes]:
-    """Panels above each other for so many lines, or rows, each."""
-    from matplotlib.figure import Figure
-
-    heights = [1.5 if count <= _LINES else 0.4 + 0.14 * count for count in counts]
-    width = 6 if max(counts) == 1 else 8
-    figure = Figure(figsize=(width, 0.6 + sum(heights)), layout="constrained")
-    return list(figure.subplots(len(counts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
-
-
-def _as_panels(axes: Axes | Sequence[Axes]) -> list[Axes]:
-    from matplotlib.axes import Axes as SingleAxes
-
-    return [axes] if isinstance(axes, SingleAxes) else list(axes)
-
-
-def _draw(panel: Axes, schedule: Schedule, names: Sequence[str]) -> None:
-    """One hyperparameter's values, a line for every group."""
-    for name in names:
-        windows, edges, label = schedule.windows(name), _edges(schedule, name), _group_label(name)
-        if isinstance(schedule.values[name], Curve):
-            panel.plot([(a + b) / 2 for a, b in pairwise(edges)], windows, linewidth=2, label=label)
-        else:
-            panel.stairs(windows, edges, baseline=None, linewidth=2, label=label)
-    if _is_logarithmic(schedule, names):
-        panel.set_yscale("log")
-    if len(names) > 1:
-        panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    panel.set_xlim(0, 1)
-    panel.margins(y=0.15)
-    panel.set_ylabel(names[0] if len(names) == 1 else split_group(names[0])[0])
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_rows(panel: Axes, schedule: Schedule, names: Sequence[str]) -> None:
-    """One hyperparameter's values, a row for every group, by colour."""
-    from matplotlib.colors import LogNorm, Normalize
-
-    count = max(len(schedule.windows(name)) for name in names)
-    rows = [[own[len(own) * i // count] for i in range(count)] for own in map(schedule.windows, names)]
-    logarithmic = _is_logarithmic(schedule, names)
-    spans = [value for name in names for value in schedule.span(name)]
-    norm = (LogNorm if logarithmic else Normalize)(min(spans), max(spans))
-    edges = [i / count for i in range(count + 1)]
-    image = panel.pcolormesh(edges, range(len(rows) + 1), rows, norm=norm)
-    panel.figure.colorbar(image, ax=panel, label=split_group(names[0])[0])
-    panel.set_yticks([i + 0.5 for i in range(len(names))], list(map(_group_label, names)), fontsize=6)
-    panel.invert_yaxis()
-    panel.set_xlim(0, 1)
-
-
-def _edges(schedule: Schedule, name: str) -> list[float]:
-    count = len(schedule.windows(name))
-    return [i / count for i in range(count + 1)]
-
-
-def _group_label(name: str) -> str:
-    return split_group(name)[1] or "others"
-
-
-def _is_logarithmic(schedule: Schedule, names: Sequence[str]) -> bool:
-    spans = [value for name in names for value in schedule.span(name)]
-    return min(spans) > 0 and max(spans) / min(spans) >= _LOG_AXIS_FROM

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 from typer.models import ArgumentInfo, OptionInfo
 
 from tune_hypergrad.cli import app
+from tune_hypergrad.wording import markdown_table
 
 PAGE = Path(__file__).parent / "cli.md"
 HEAD = """# The command line
@@ -47,9 +48,9 @@ def section(command: Callable[..., Any]) -> str:
     usage += " [OPTION ...]" if options else ""
     lines = [f"## tune-hypergrad {command.__name__}", "", f"`{usage}`", "", inspect.getdoc(command) or ""]
     if arguments:
-        lines += ["", "| argument | |", "| --- | --- |", *(f"| `{name}` | {text} |" for name, text in arguments)]
+        lines += ["", markdown_table(("argument", ""), ((f"`{name}`", text or "") for name, text in arguments))]
     if options:
-        lines += ["", "| option | | default |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in options)]
+        lines += ["", markdown_table(("option", "", "default"), options)]
     return "\n".join([*lines, ""])
 
 
@@ -65,7 +66,7 @@ def _usage(name: str, kind: Any) -> str:
 
 
 def _help_and_default(text: str | None, default: Any) -> tuple[str, str]:
-    text, _, told = (text or "").replace("|", "\\|").partition(" [default: ")
+    text, _, told = (text or "").partition(" [default: ")
     if told or default is None:
         return text, told.removesuffix("]")
     return text, f"{'yes' if default else 'no'}" if isinstance(default, bool) else f"`{default}`"

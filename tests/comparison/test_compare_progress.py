@@ -21,6 +21,7 @@ from tune_hypergrad.comparison.telling.progress import (
     Terminal,
     make_display,
 )
+from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
 
 INF = float("inf")
@@ -96,7 +97,9 @@ def test_failed_trials_are_told_wherever_progress_is_shown(clock, capsys):
     assert lines[1].rstrip().endswith(" 3 failed") and lines[2].rstrip().endswith(" 2 failed; budget spent")
     assert "failed" not in lines[3]
     Log().update(many)
-    assert "fds 50 %, 7 trials, 3 failed, val loss 0.25; rs" in capsys.readouterr().err
+    ended, total = capsys.readouterr().err.splitlines()
+    assert ended == "rs ended after 2 trials, 2 failed, val loss 0.25: budget spent"
+    assert total == "66 % spent after 0 s; 9 trials, 5 failed; val loss 0.25 by fds"
     JsonLines().update(many)
     assert [row["failed"] for row in json.loads(capsys.readouterr().out)["methods"]] == [3, 2]
 
@@ -125,13 +128,45 @@ def test_another_name_is_refused():
 
 def test_a_log_gets_a_line_every_half_minute_and_at_the_end(clock, capsys):
     log = Log()
-    for _ in range(100):
-        log.update([status()])
+    for second in range(100):
+        log.update([status(share=0.1 + second / 200), status("rs", share=0.5, score=0.5)])
         clock.seconds += 1
-    assert len(capsys.readouterr().err.splitlines()) == 4
-    log.update([status(share=1.02, reason="budget spent")], finished=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "30 % spent after 0 s; 4 trials; val loss 0.25 by fds",
+        "37 % spent after 30 s, 4 min left; 4 trials; val loss 0.25 by fds",
+        "45 % spent after 60 s, 4 min left; 4 trials; val loss 0.25 by fds",
+        "52 % spent after 2 min, 3 min left; 4 trials; val loss 0.25 by fds",
+    ]
+    log.update([status(share=1.02), status("rs", share=1.01)], finished=True)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "100 % of the budgets spent, finished after 2 min; fds 100 %, 2 trials, val loss 0.25"
+    assert line == "finished after 2 min, 100 % spent; 4 trials; val loss 0.25 by fds"
+
+
+def test_a_log_tells_once_who_is_left_out_and_when_a_method_ends(clock, capsys):
+    log = Log({"stn": "there is nothing to tune"})
+    spent = status(share=1.0, trials=1, reason="budget spent")
+    for statuses in ([status(), status("rs")], [spent, status("rs")], [spent, status("rs")]):
+        log.update(statuses)
+        clock.seconds += 1
+    log.update([spent, status("rs", score=INF, reason="search ended"), status(GRID, trials=9, reason="done")])
+    assert capsys.readouterr().err.splitlines() == [
+        "stn is left out: there is nothing to tune",
+        "50 % spent after 0 s; 4 trials; val loss 0.25 by fds",
+        "fds ended after 1 trial, val loss 0.25: budget spent",
+        "rs ended after 2 trials: search ended",
+        "grid ended after 9 trials: done",
+    ]
+
+
+def test_lines_of_a_log_have_at_most_100_letters(clock, capsys):
+    name, many = "a-method-whose-name-says-it-all", {"trials": 123_456, "failed": 12_345, "score": 0.123456}
+    log = Log({name: 9 * "a reason "}, Criterion("accuracy", "max"))
+    for share in (0.1, 0.11):
+        log.update([status(name, share=share, **many), status("fds", reason=9 * "one trouble\nafter another ", **many)])
+        clock.seconds += 9 * 3600
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and max(map(len, lines)) == 100
+    assert lines[3].startswith("55 % spent after 9 h 00 min, 801 h 00 min left; 246912 trials, 24690 failed; val acc")
 
 
 def test_json_is_one_valid_object_a_line_once_a_second(clock, capsys):
@@ -169,7 +204,7 @@ def test_a_terminals_table_is_drawn_at_most_four_times_a_second(clock, monkeypat
     display.close()
 
 
-def test_a_notebooks_frame_is_shown_once_and_then_updated(clock, monkeypatch):
+def test_a_notebooks_table_is_shown_once_and_then_updated(clock, monkeypatch):
     frames = []
     handle = types.SimpleNamespace(update=frames.append)
     module = types.ModuleType("IPython.display")
@@ -180,8 +215,9 @@ def test_a_notebooks_frame_is_shown_once_and_then_updated(clock, monkeypatch):
     display.update([status()])
     clock.seconds += 5
     display.update([status(share=0.7)])
-    assert [frame.loc["fds", "budget spent"] for frame in frames] == ["50 %", "70 %"]
-    assert frames[-1].loc["all", "budget spent"] == "70 %" and display._handle is handle
+    first, last = map(shown, frames)
+    assert "fds" in first and "50 %" in first and "70 %" in last and "50 %" not in last
+    assert "<pre" in frames[-1]._repr_mimebundle_([], [])["text/html"] and display._handle is handle
 
 
 @pytest.mark.parametrize("kind", [Quiet, Log, JsonLines, Terminal, Notebook])
@@ -209,7 +245,3 @@ def test_a_display_that_fails_is_silent_from_then_on(capsys, caplog):
         display.update([status()])
     display.close()
     assert display.tries == 1 and caplog.text.count("progress cannot be shown any more") == 1
-
-
-def test_durations_are_told_in_words():
-    assert [progress.duration(s) for s in (42, 300, 7500)] == ["42 s", "5 min", "2 h 05 min"]

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from tune_hypergrad.wording import shortened
+
 _TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parent.parent)
 _LINE_LETTERS = 60
 
@@ -86,6 +88,5 @@ def _is_of_program(file: str) -> bool:
 
 
 def _shown(file: str, number: int) -> str:
-    code = linecache.getline(file, number).strip()
-    shown = code if len(code) <= _LINE_LETTERS else f"{code[: _LINE_LETTERS - 1]}…"
+    shown = shortened(linecache.getline(file, number).strip(), _LINE_LETTERS)
     return f"{Path(file).name}:{number}" + (f" `{shown}`" if shown else "")

@@ -8,8 +8,9 @@ from itertools import accumulate
 
 from matplotlib.figure import Figure
 
+from tune_hypergrad.plotting import stairs
 from tune_hypergrad.recipes.jobs import Job, Results
-from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread, stairs
+from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
 from tune_hypergrad.recipes.searching import Retraining, Search, cosine, test_accuracies
 from tune_hypergrad.recipes.training import Experiment
 
@@ -197,12 +198,11 @@ def draw(settings: Settings, results: Results) -> Figure:
         step = search.best(results, settings.outer_steps)
         if step is not None:
             values = search.rows(results)[step]["values"]
-            lr = values["lr"]
             label = f"rule: {rule}, momentum {values['momentum'][0]:.3g}, weight decay {values['weight_decay'][0]:.2g}"
-            stairs(right, lr, color=("black", "C3")[index % 2], label=label)
+            stairs(right, values["lr"], color=("black", "C3")[index % 2], label=label)
     if against is not None:
-        lr = cosine(against[0], 200)
-        right.plot([window / 200 for window in range(200)], lr, ":", color="0.5", label=f"cosine from {against[0]:g}")
+        label = f"cosine from {against[0]:g}"
+        stairs(right, cosine(against[0], 200), linestyle=":", color="0.5", label=label)
     right.set(xlabel="training progress", ylabel="learning rate", xlim=(0, 1), title="Best by validation")
     if right.get_legend_handles_labels()[0]:
         right.legend(frameon=False, fontsize=7)

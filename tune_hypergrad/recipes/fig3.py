@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from matplotlib.figure import Figure
 
 from tune_hypergrad import problems
+from tune_hypergrad.plotting import stairs
 from tune_hypergrad.problems.storage import MissingFileError
 from tune_hypergrad.recipes.jobs import Job, Place, Results
-from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread, stairs
+from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
 from tune_hypergrad.recipes.searching import Retraining, Search, cosine, test_accuracies
 from tune_hypergrad.recipes.training import Experiment
 

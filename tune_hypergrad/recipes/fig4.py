@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from tune_hypergrad.plotting import stairs
 from tune_hypergrad.recipes.fig1 import Settings, jobs, test_rows
 from tune_hypergrad.recipes.jobs import Results
-from tune_hypergrad.recipes.recipe import Recipe, Row, stairs
+from tune_hypergrad.recipes.recipe import Recipe, Row
 
 TEST_ACCURACY: Mapping[str, float] = {"FDS": 89.1, "HD": 78.0}
 """Published test accuracies in per cent, read off the figure."""

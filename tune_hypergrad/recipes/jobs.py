@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.wording import duration
 
 Results = Mapping[str, Any]
 """What jobs gave, by their names."""
@@ -223,7 +224,7 @@ def run_jobs(
                     result, seconds = future.result()
                     kept.add(name, result)
                     _checkpoint_of(name, folder).unlink(missing_ok=True)
-                    tell(f"{name}: done in {seconds:.1f} s")
+                    tell(f"{name}: done in {duration(seconds)}")
                 elif not isinstance(error, Stopped):
                     failure = failure or error
                     stop.set()

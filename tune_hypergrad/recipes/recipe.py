@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.recipes.jobs import Job, Resources, Results, ResultsFile, read_results, run_jobs
+from tune_hypergrad.wording import markdown_table
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
@@ -170,18 +170,18 @@ def table(recipe: Recipe, settings: Any, results: Results, *, done: bool) -> str
     lines = [f"# {recipe.name}: {recipe.description}", "", f"Published: {recipe.source}.", ""]
     if not done:
         lines += ["**Not finished**: figures are of what has been run so far.", ""]
-    lines += ["| | published | here |", "| --- | --- | --- |"]
-    lines += [f"| {row.what} | {row.published} | {row.here} |" for row in recipe.rows(settings, results)]
+    rows = [(row.what, row.published, row.here) for row in recipe.rows(settings, results)]
+    lines.append(markdown_table(("", "published", "here"), rows))
     changed = _changed(recipe.settings, settings)
     if changed:
-        lines += ["", "Scaled down:", "", "| setting | published | here |", "| --- | --- | --- |", *changed]
+        lines += ["", "Scaled down:", "", markdown_table(("setting", "published", "here"), changed)]
     lines += ["", *(f"- {note}" for note in recipe.notes)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _changed(full: Any, used: Any) -> list[str]:
+def _changed(full: Any, used: Any) -> list[tuple[str, str, str]]:
     pairs = [(each.name, getattr(full, each.name), getattr(used, each.name)) for each in fields(full)]
-    return [f"| {name.replace('_', ' ')} | {_shown(a)} | {_shown(b)} |" for name, a, b in pairs if a != b]
+    return [(name.replace("_", " "), _shown(a), _shown(b)) for name, a, b in pairs if a != b]
 
 
 def _shown(value: Any) -> str:
@@ -197,9 +197,3 @@ def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
     if len(values) == 1:
         return f"{mean} (one seed)"
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f}, {len(values)} seeds)"
-
-
-def stairs(panel: Axes, values: Sequence[float], **style: Any) -> None:
-    """Draw a schedule, a value for each window, over training progress."""
-    edges = [window / len(values) for window in range(len(values) + 1)]
-    panel.stairs(list(values), edges, baseline=None, **style)

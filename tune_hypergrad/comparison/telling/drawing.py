@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from textwrap import wrap
-from typing import Any, ParamSpec
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -14,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tune_hypergrad.comparison.ledger import GRID, START
 from tune_hypergrad.comparison.telling.series import Curve
+from tune_hypergrad.plotting import LOG_FROM, scale
+from tune_hypergrad.wording import shortened
 
 COST_LABELS = {
     "steps": "inner steps",
@@ -45,11 +45,11 @@ _PALETTE = [
 ]
 _MARKERS = "os^Dvp*XPh<>"
 _SOLID = 6  # so many methods have solid lines, further ones broken ones
-_LOG_FROM = {"cost": 20.0, "regret": 20.0, "loss": 5.0, "schedule": 100.0}  # largest over smallest value
 _LETTERS = 12.5  # to an inch
 _FEW = 4  # curves whose bands, one over the other, can still be told apart
 _STYLE: Any = {
     "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -59,19 +59,11 @@ _STYLE: Any = {
     "legend.frameon": False,
     "hatch.color": GREY,
     "hatch.linewidth": 0.8,
+    "path.simplify_threshold": 1.0,  # a schedule of thousands of windows is as large as a picture can show
 }
-_P = ParamSpec("_P")
 
-
-def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Draw in the package's style, whatever matplotlib is set to."""
-
-    @wraps(draw)
-    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
-        with rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
+styled = rc_context(_STYLE)
+"""Decorates what draws in the package's style, whatever matplotlib is set to."""
 
 
 class Look:
@@ -196,73 +188,32 @@ def mark_reference(axes: Axes) -> None:
 
 def scale_cost(axes: Axes, begin: float, end: float, ticks: int) -> None:
     """An axis of cost, logarithmic where the first incumbents came early."""
-    if begin > 0 and end / begin >= _LOG_FROM["cost"]:
-        axes.set_xscale("log")
-        axes.set_xlim(0.9 * begin, 1.08 * end)
-        _log_ticks(axes, "x", ticks)
-    else:
-        axes.set_xlim(0, 1.04 * end)
-        linear_ticks(axes, "x", ticks)
+    axes.margins(x=0.03)
+    scale(axes.xaxis, [begin, end], log_from=20, ticks=ticks)
+    if axes.get_xscale() == "linear":
+        axes.set_xlim(left=0)
 
 
-def scale_regret(axes: Axes, curves: Sequence[Curve]) -> None:
-    """An axis that has 0 at its foot, and is logarithmic above where regrets span decades."""
-    top, values = _top_and_values(curves)
-    shown = np.abs(values[(values != 0) & (values <= top)])
-    if len(shown) and shown.max() / shown.min() >= _LOG_FROM["regret"]:
-        means = np.abs(np.concatenate([curve.mean for curve in curves]))
-        smallest = float(means[means > 0].min(initial=shown.max()))
-        # around a reference that some are better than, differences matter more than orders of magnitude
-        spanned = 1e3 if values.min() >= 0 else 30
-        threshold = _round_down(max(smallest, shown.max() / spanned))
-        axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-        axes.set_ylim(min(-0.15 * threshold, 1.2 * float(values.min())), 1.25 * top)
-        _log_ticks(axes, "y", 8, threshold)
-    elif len(values):
-        low, high = min(0.0, float(values.min())), max(top, 0.0)
-        space = 0.04 * (high - low) or 1.0
-        axes.set_ylim(low - space, high + space)
-        linear_ticks(axes, "y", 6)
+def scale_worth(axes: Axes, curves: Sequence[Curve], log_from: float, reference: Sequence[float] = ()) -> None:
+    """An axis of what curves are worth, logarithmic where that spans a factor, and about a reference of 0.
 
-
-def scale_losses(axes: Axes, curves: Sequence[Curve]) -> None:
-    """An axis of losses, logarithmic where they span a factor of several."""
-    top, values = _top_and_values(curves)
-    if not len(values):
+    First values so far off that they would hide the differences at the end are cut off.
+    """
+    if not curves:
         return
-    bottom = float(values.min())
-    if bottom > 0 and top / bottom >= _LOG_FROM["loss"]:
-        axes.set_yscale("log")
-        axes.set_ylim(bottom / 1.1, top * 1.1)
-        _log_ticks(axes, "y", 8)
-    else:
-        space = 0.05 * (top - bottom) or 0.05 * abs(top) or 1.0
-        axes.set_ylim(bottom - space, top + space)
-        linear_ticks(axes, "y", 6)
+    means = np.concatenate([reference, *(curve.mean for curve in curves)], axis=None)
+    ends = [float(curve.high[-1]) for curve in curves if curve.high[-1] > 0 and np.isfinite(curve.high[-1])]
+    most = 100 * max(ends, default=math.inf)
+    # around a reference that some are better than, differences matter more than orders of magnitude
+    decades = 1.5 if (means < 0).any() else 3
+    scale(axes.yaxis, means.clip(max=most), log_from=log_from, ticks=8, decades=decades)
+    if any((curve.high[np.isfinite(curve.high)] > most).any() for curve in curves):
+        axes.set_ylim(top=1.1 * most)
 
 
 def scale_schedule(axes: Axes, values: np.ndarray) -> None:
     """An axis of a hyperparameter's values."""
-    low, high, positive = float(values.min()), float(values.max()), values[values > 0]
-    if low >= 0 and len(positive) and high / float(positive.min()) >= _LOG_FROM["schedule"]:
-        threshold = 10.0 ** math.floor(math.log10(max(float(positive.min()), high / 1e6)))
-        if low > 0:
-            axes.set_yscale("log")
-        else:
-            axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-        axes.set_ylim(low / 1.3 if low > 0 else -0.15 * threshold, high * 1.3)
-        _log_ticks(axes, "y", 5, None if low > 0 else threshold)
-    else:
-        space = max(0.08 * (high - low), 0.03 * abs(high)) or 0.1
-        axes.set_ylim(low - space, high + space)
-        linear_ticks(axes, "y", 4)
-
-
-def linear_ticks(axes: Axes, which: str, most: int) -> None:
-    """Ticks of a linear axis, about so many."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(MaxNLocator(nbins=max(3, most), steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(compact))
+    scale(axes.yaxis, values, log_from=LOG_FROM if values.min() >= 0 else math.inf, ticks=6)
 
 
 def unit_in_words(unit: str, largest: float) -> tuple[float, str]:
@@ -275,19 +226,6 @@ def unit_in_words(unit: str, largest: float) -> tuple[float, str]:
     return 1.0, label
 
 
-def compact(value: float, position: int | None = None) -> str:
-    """A number for a tick, such as 0.02, 500, 20k or 1.5M."""
-    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(factor, 1e4):
-            return f"{value / factor:.4g}{suffix}"
-    return f"{value:.4g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
-
-
-def shortened(text: str, most: int) -> str:
-    """At most so many letters."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
 def _label(name: str, figure: Figure) -> str:
     return shortened(name, 18 if figure.get_figwidth() < 5 else 24)
 
@@ -295,39 +233,3 @@ def _label(name: str, figure: Figure) -> str:
 def _width(labels: Sequence[str], columns: int) -> float:
     """Of a legend in so many columns, in inches."""
     return sum(0.55 + max(map(len, labels[column::columns])) / _LETTERS for column in range(columns))
-
-
-def _top_and_values(curves: Sequence[Curve]) -> tuple[float, np.ndarray]:
-    """All values, and the largest but for first ones so far off that they would hide the differences at the end."""
-    values = np.concatenate([np.zeros(0), *([curve.low, curve.high] for curve in curves)], axis=None)
-    values = values[np.isfinite(values)]
-    last = max((float(curve.high[-1]) for curve in curves if np.isfinite(curve.high[-1])), default=0.0)
-    largest = float(values.max(initial=-math.inf))
-    return min(largest, 100 * last) if last > 0 else largest, values
-
-
-def _round_down(value: float) -> float:
-    """To 1, 2 or 5 times a power of ten."""
-    decade = 10.0 ** math.floor(math.log10(value))
-    return max(digit * decade for digit in (1, 2, 5) if digit * decade <= value * (1 + 1e-9))
-
-
-def _log_ticks(axes: Axes, which: str, most: int, threshold: float | None = None) -> None:
-    """Powers of ten, with 2 and 5 where they fit; with a threshold, of both signs beyond it, and 0."""
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    smallest = low if threshold is None else threshold
-    decades = range(math.floor(math.log10(smallest)), math.ceil(math.log10(max(high, -low))) + 1)
-    found: list[float] = []
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        positive = [digit * 10.0**decade for decade in decades for digit in digits]
-        both = [value for value in positive if value >= 0.999 * smallest]
-        both += [] if threshold is None else [-value for value in both]
-        found = sorted(value for value in both if low <= value <= high)
-        if len(found) <= most:
-            break
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(
-        FixedLocator([*([] if threshold is None else [0.0]), *found[:: -(-len(found) // most) or 1]])
-    )
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(compact))

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.ticker import PercentFormatter
 
 from tune_hypergrad.comparison.telling import drawing
 from tune_hypergrad.comparison.telling.drawing import GREY, INK, WIDE, Look, styled
 from tune_hypergrad.comparison.telling.records import Comparison, measure_label
-from tune_hypergrad.comparison.telling.series import Curve, Granted, curves, spending_parts, thinned
+from tune_hypergrad.comparison.telling.series import Curve, Granted, curves, spending_parts
 from tune_hypergrad.comparison.telling.verdict import cost_in_words
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.plotting import draw_values, scale
 from tune_hypergrad.results import OBJECTIVE
 from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.wording import percent, shortened
 
 _PARTS = {
     "training": "#7C8DA3",
@@ -28,7 +30,6 @@ _PARTS = {
     "in failed trials": "#C8553D",
 }
 _LOST = "lost: done twice"
-_WINDOWS = 200  # of a schedule that are drawn one by one
 _TIMES = 240  # parts of a picture of use
 _PANELS = 24  # of a picture of schedules, at the most
 
@@ -59,7 +60,7 @@ def validation(comparison: Comparison, unit: str = "gradients", *, width: float 
     figure, (axes,) = drawing.panels(1, width)
     found = curves(comparison.history, OBJECTIVE, unit, comparison.accounts)
     _draw(axes, found, comparison, unit, ticks=round(width))
-    drawing.scale_losses(axes, found)
+    drawing.scale_worth(axes, found, log_from=5)
     axes.set_ylabel(measure_label(comparison.criterion.column))
     drawing.heading(axes, _seeds_text(comparison), width)
     look_of(comparison).legend_of_curves(figure, found)
@@ -68,10 +69,7 @@ def validation(comparison: Comparison, unit: str = "gradients", *, width: float 
 
 @styled
 def schedules(comparison: Comparison, *, width: float = WIDE) -> Figure:
-    """The best schedule of every method: one panel a hyperparameter, one line a method.
-
-    Of schedules of very many windows only each part's least and largest values are drawn.
-    """
+    """The best schedule of every method: one panel a hyperparameter, one line a method."""
     best, look = best_schedules(comparison), look_of(comparison)
     names = list(dict.fromkeys(name for found in best.values() for name in found.values))
     ordered = [name for name in comparison.settings.get("space", ()) if name in names]
@@ -81,16 +79,14 @@ def schedules(comparison: Comparison, *, width: float = WIDE) -> Figure:
     columns = max(1, round(width / 2.4))
     figure, panels = drawing.panels(len(names[:_PANELS]), width, columns, height=1.9)
     for axes, name in zip(panels, names, strict=False):
-        own = {method: found.windows(name) for method, found in best.items() if name in found.values}
-        spans = [best[method].span(name) for method in own]
-        for method, values in own.items():
-            _draw_schedule(axes, values, {**look.line(method), "label": method})
+        own = {method: found for method, found in best.items() if name in found.values}
+        for method, found in own.items():
+            draw_values(axes, found, name, linewidth=1.7, label=method, **look.line(method))
         drawing.plain(axes)
-        drawing.scale_schedule(axes, np.concatenate(spans))
-        axes.set_title(drawing.shortened(name, 32), loc="left")
+        drawing.scale_schedule(axes, np.concatenate([found.span(name) for found in own.values()]))
+        axes.set_title(shortened(name, 32), loc="left")
         axes.set_xlim(0, 1)
-        axes.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
-        axes.xaxis.set_major_formatter(FuncFormatter(drawing.compact))
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     for axes in panels[-columns:]:
         axes.set_xlabel("training progress")
     if len(names) > _PANELS:
@@ -119,7 +115,7 @@ def spending(comparison: Comparison, *, width: float = WIDE) -> Figure:
     axes.set_yticks(positions, [_bar_label(str(name), row, amount) for name, row in parts.iterrows()])
     axes.set(xlim=(0, 1.03 * largest * factor), ylim=(-0.6, len(parts) - 0.4), xlabel=label)
     drawing.plain(axes, "x")
-    drawing.linear_ticks(axes, "x", round(width))
+    scale(axes.xaxis, [0, largest * factor], log_from=math.inf, ticks=round(width))
     axes.tick_params(axis="y", length=0)
     handles, labels = axes.get_legend_handles_labels()
     drawing.place_legend(figure, [*handles[1:], handles[0]], [*labels[1:], labels[0]])  # the line comes before the bars
@@ -149,9 +145,9 @@ def utilisation(comparison: Comparison, *, width: float = WIDE) -> Figure:
     axes.set(xlim=(0, times[-1] or 1), ylim=(0, 1.05 * max(1.0, float(below.max(initial=0)))))
     axes.set(xlabel=label.replace("work", "running"), ylabel=f"{granted.kind}s granted")
     drawing.plain(axes)
-    drawing.linear_ticks(axes, "x", round(width))
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    scale(axes.xaxis, times, log_from=math.inf, ticks=round(width))
+    scale(axes.yaxis, [0, 1], log_from=math.inf, ticks=4)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     drawing.heading(axes, granted.text, width)
     look.legend(figure, used, filled=True)
     return figure
@@ -173,9 +169,7 @@ def reference_text(comparison: Comparison) -> str:
     measure = comparison.yardstick
     if not math.isfinite(measure.reference):
         return "nothing to measure regret by yet"
-    value = f"{100 * measure.reference:.2f} %" if measure.percent else f"{measure.reference:.4g}"
-    source = {"given": "the given reference", "grid": "the grid's best", "best": "the best seen"}[measure.source]
-    return f"0 is {source}: {measure.label} {value}"
+    return f"0 is {measure.origin}: {measure.label} {measure.shown}"
 
 
 def look_of(comparison: Comparison) -> Look:
@@ -190,11 +184,11 @@ def _regrets(comparison: Comparison, units: Sequence[str], width: float) -> Figu
     for axes, unit in zip(panels, units, strict=True):
         found = curves(comparison.regret, "regret", unit, comparison.accounts)
         _draw(axes, found, comparison, unit, ticks=round(width / columns))
-        drawing.scale_regret(axes, found)
         drawing.mark_reference(axes)
+        drawing.scale_worth(axes, found, log_from=20, reference=[0])
     measure = comparison.yardstick
     for axes in panels[::columns]:
-        axes.set_ylabel(f"regret in {measure.label}{' (points)' if measure.percent else ''}")
+        axes.set_ylabel(measure.heading)
     text = f"{reference_text(comparison)}; {_seeds_text(comparison)}"
     if len(units) == 1:
         drawing.heading(panels[0], text, width)
@@ -209,17 +203,10 @@ def _draw(axes: Axes, found: Sequence[Curve], comparison: Comparison, unit: str,
     drawing.plain(axes)
     drawing.draw_curves(axes, found, look_of(comparison), factor)
     begin = min((float(curve.cost[0]) for curve in found), default=0.0)
-    drawing.scale_cost(axes, begin * factor, end * factor, ticks)
     if budget:
         drawing.mark_budget(axes, budget * factor)
+    drawing.scale_cost(axes, begin * factor, end * factor, ticks)
     axes.set_xlabel(f"cost in {label}")
-
-
-def _draw_schedule(axes: Axes, values: Sequence[float], style: dict[str, Any]) -> None:
-    if len(values) <= _WINDOWS:
-        axes.stairs(values, np.linspace(0, 1, len(values) + 1), baseline=None, linewidth=1.7, **style)
-    else:
-        axes.plot(*thinned(values, _WINDOWS), linewidth=1.2, **style)
 
 
 def _seeds_text(comparison: Comparison) -> str:
@@ -228,6 +215,6 @@ def _seeds_text(comparison: Comparison) -> str:
 
 
 def _bar_label(method: str, row: Any, budget: float) -> str:
-    lost = 100 * row["lost"] / budget
-    spent = 100 * row.sum() / budget - lost
-    return f"{drawing.shortened(method, 20)}\n{spent:.0f} %{f' + {lost:.0f} %' if lost else ''}"
+    lost = row["lost"] / budget
+    spent = row.sum() / budget - lost
+    return f"{shortened(method, 20)}\n{percent(spent)}{f' + {percent(lost)}' if lost else ''}"

@@ -22,6 +22,10 @@ from rich.text import Text
 from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START, Account
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.wording import duration, shortened
+
+_LOGGED_EVERY = 30.0  # seconds
+_LOGGED_LETTERS = 100
 
 _logger = logging.getLogger(__name__)
 
@@ -222,13 +226,27 @@ class Terminal(_Shown):
 
 
 class Log(_Shown):
-    """Plain lines on standard error, every half minute and at the end."""
+    """Lines on standard error, none longer than 100 letters: who is left out, who has ended, and every half minute and
+    at the end how far all are."""
 
-    seconds = 30.0
+    seconds = 0.25
+
+    def __init__(self, left_out: Mapping[str, str] | None = None, criterion: Criterion | None = None) -> None:
+        super().__init__(left_out, criterion)
+        self._told: set[str] = set()
+        self._due = 0.0  # seconds since the first look
 
     def show(self, overview: Overview, finished: bool) -> None:
-        """Write a line."""
-        print(progress_line(overview, finished), file=sys.stderr, flush=True)
+        """Write what has not been told."""
+        lines = {method: f"{method} is left out: {reason}" for method, reason in overview.left_out.items()}
+        lines |= {row.method: end_line(row, overview.criterion) for row in overview.rows if row.reason is not None}
+        told = [line for method, line in lines.items() if method not in self._told]
+        self._told |= set(lines)
+        if finished or overview.elapsed >= self._due:
+            told.append(progress_line(overview, finished))
+            self._due = overview.elapsed + _LOGGED_EVERY
+        for line in told:
+            print(shortened(" ".join(line.split()), _LOGGED_LETTERS), file=sys.stderr, flush=True)
 
 
 class JsonLines(_Shown):
@@ -251,7 +269,7 @@ class JsonLines(_Shown):
 
 
 class Notebook(_Shown):
-    """A data frame in a notebook's cell, shown again in place."""
+    """The table in a notebook's cell, drawn again in place."""
 
     seconds = 1.0
 
@@ -260,19 +278,12 @@ class Notebook(_Shown):
         self._handle: Any = None
 
     def show(self, overview: Overview, finished: bool) -> None:
-        """Show the frame."""
-        import pandas as pd
-
-        cells = [_cells(row, overview.criterion) for row in overview.rows]
-        cells += [(method, "", "", "", f"left out: {reason}") for method, reason in overview.left_out.items()]
-        frame = pd.DataFrame([*cells, ("all", _percent(overview.share), "", "", _time_text(overview, finished))])
-        heading = f"validation {overview.criterion.metric}"
-        frame.columns = ["method", "budget spent", "trials (running)", heading, ""]
-        frame = frame.set_index("method")
+        """Draw the table."""
+        table = progress_table(overview, finished)
         if self._handle is None:
-            self._handle = import_module("IPython.display").display(frame, display_id=True)
+            self._handle = import_module("IPython.display").display(table, display_id=True)
         else:
-            self._handle.update(frame)
+            self._handle.update(table)
 
 
 def rows(statuses: Sequence[Status]) -> list[Row]:
@@ -290,61 +301,63 @@ def rows(statuses: Sequence[Status]) -> list[Row]:
 
 
 def progress_table(overview: Overview, finished: bool = False) -> Table:
-    """What a terminal shows."""
+    """What a terminal and a notebook show."""
     caption = _time_text(overview, finished)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
-    table.add_column("method", style="bold")
+    table.add_column("method", style="bold", max_width=32)
     table.add_column("budget", min_width=8)
     for heading in ("", "trials", f"val {overview.criterion.metric}"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", max_width=32)
     for row in overview.rows:
-        method, percent, trials, loss, note = _cells(row, overview.criterion)
-        bar = "" if row.share is None else ProgressBar(total=1.0, completed=row.share, width=20)
-        table.add_row(_cut(method), bar, percent, trials, loss, _cut(note))
+        share = _bar(row.share) if row.share is not None else ("", "")
+        running = f" ({row.running})" if row.running else ""
+        score = f"{overview.criterion.turned(row.score):.4g}" if math.isfinite(row.score) else "-"
+        note = "; ".join(filter(None, (f"{row.failed} failed" if row.failed else "", row.reason)))
+        table.add_row(_one_line(row.method), *share, f"{row.trials}{running}", score, _one_line(note))
     for method, reason in overview.left_out.items():
-        table.add_row(_cut(method), "", "", "", "", _cut(f"left out: {reason}"))
-    bar = ProgressBar(total=1.0, completed=overview.share, width=20)
-    table.add_row("all", bar, _percent(overview.share))
+        table.add_row(_one_line(method), "", "", "", "", _one_line(f"left out: {reason}"))
+    table.add_row("all", *_bar(overview.share))
     return table
 
 
 def progress_line(overview: Overview, finished: bool = False) -> str:
-    """What a log gets."""
-    parts = []
-    for row in overview.rows:
-        judged = overview.criterion
-        loss = f", val {judged.metric} {judged.turned(row.score):.4g}" if math.isfinite(row.score) else ""
-        share = f"{_percent(row.share)}, " if row.share is not None else ""
-        failed = f", {row.failed} failed" if row.failed else ""
-        parts.append(f"{row.method} {share}{row.trials} trials{failed}{loss}")
-    parts += [f"{method} left out" for method in overview.left_out]
-    return "; ".join([f"{_percent(overview.share)} of the budgets spent, {_time_text(overview, finished)}", *parts])
+    """How far all are, in a log."""
+    spent, elapsed = _percent(overview.share), duration(overview.elapsed)
+    left = f", {duration(overview.left)} left" if overview.left else ""
+    parts = [f"finished after {elapsed}, {spent} spent" if finished else f"{spent} spent after {elapsed}{left}"]
+    parts.append(_counts(sum(row.trials for row in overview.rows), sum(row.failed for row in overview.rows)))
+    best = min(overview.rows, key=lambda row: row.score, default=None)
+    if best is not None and math.isfinite(best.score):
+        parts.append(f"{_score(best, overview.criterion)} by {best.method}")
+    return "; ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words, such as 42 s, 5 min or 2 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def end_line(row: Row, criterion: Criterion) -> str:
+    """How a method ended, in a log."""
+    score = f", {_score(row, criterion)}" if math.isfinite(row.score) else ""
+    return f"{row.method} ended after {_counts(row.trials, row.failed)}{score}: {row.reason}"
 
 
 def _has_budget(method: str) -> bool:
     return method not in (RETRAINING, GRID, START)
 
 
-def _cells(row: Row, judged: Criterion) -> tuple[str, str, str, str, str]:
-    running = f" ({row.running})" if row.running else ""
-    loss = f"{judged.turned(row.score):.4g}" if math.isfinite(row.score) else "-"
-    failed = f"{row.failed} failed" if row.failed else ""
-    note = "; ".join(filter(None, (failed, row.reason)))
-    return row.method, "" if row.share is None else _percent(row.share), f"{row.trials}{running}", loss, note
+def _score(row: Row, criterion: Criterion) -> str:
+    return f"val {criterion.metric} {criterion.turned(row.score):.4g}"
 
 
-def _cut(text: str) -> Text:
+def _counts(trials: int, failed: int) -> str:
+    return f"{trials} trial{'s' * (trials != 1)}{f', {failed} failed' if failed else ''}"
+
+
+def _one_line(text: str) -> Text:
     """What a narrow terminal cuts rather than wraps."""
-    return Text(text if len(text) <= 32 else f"{text[:31]}…", no_wrap=True, overflow="ellipsis")
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _bar(share: float) -> tuple[ProgressBar, str]:
+    return ProgressBar(total=1.0, completed=share, width=20), _percent(share)
 
 
 def _percent(share: float) -> str:

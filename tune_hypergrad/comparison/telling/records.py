@@ -31,7 +31,10 @@ from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.results import OBJECTIVE, SCHEDULE_COLUMN, Position
 from tune_hypergrad.schedules import Schedule
+from tune_hypergrad.wording import percent
 
+POINTS = " (points)"
+"""Behind the heading of differences in per cent."""
 SETTINGS_FILE = "settings.json"
 """In a comparison's folder: what was compared, and how."""
 
@@ -63,7 +66,22 @@ class Yardstick:
     @property
     def percent(self) -> bool:
         """Whether regret is shown in points of per cent."""
-        return self.column.endswith("accuracy")
+        return in_percent(self.column)
+
+    @property
+    def heading(self) -> str:
+        """Of regrets."""
+        return f"regret in {self.label}{POINTS if self.percent else ''}"
+
+    @property
+    def origin(self) -> str:
+        """What regret is measured from, in words."""
+        return {"given": "the reference", "grid": "the grid's best", "best": "the best seen"}[self.source]
+
+    @property
+    def shown(self) -> str:
+        """The reference as a figure."""
+        return percent(self.reference, 2) if self.percent else f"{self.reference:.4g}"
 
     @property
     def tested(self) -> bool:
@@ -603,6 +621,11 @@ def measure_label(measure: str) -> str:
     """A column such as "val_loss" in words."""
     split, _, name = measure.partition("_")
     return f"{'validation' if split == 'val' else split} {name.replace('_', ' ')}"
+
+
+def in_percent(measure: str) -> bool:
+    """Whether a measure such as "test_accuracy" is told in per cent."""
+    return measure.endswith("accuracy")
 
 
 def _number(value: Any) -> float:

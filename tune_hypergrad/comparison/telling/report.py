@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jinja2
 import numpy as np
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_hypergrad.comparison.telling import pictures, tables
-from tune_hypergrad.comparison.telling.drawing import COST_LABELS, INK, NARROW, shortened
+from tune_hypergrad.comparison.telling.drawing import COST_LABELS, INK, NARROW
 from tune_hypergrad.comparison.telling.records import Comparison, measure_label
 from tune_hypergrad.comparison.telling.series import Granted, distinct_units
 from tune_hypergrad.comparison.telling.tables import Column, TextTable
@@ -30,6 +30,7 @@ from tune_hypergrad.comparison.telling.verdict import cost_in_words, verdict_tex
 from tune_hypergrad.curves import Curve
 from tune_hypergrad.results import OBJECTIVE
 from tune_hypergrad.schedules import SCHEDULE_FILE
+from tune_hypergrad.wording import markdown_table, shortened
 
 REPORT_FILE = "report.html"
 """In a comparison's folder: one page, which needs no network and no other file."""
@@ -42,6 +43,7 @@ PICTURES_FOLDER = "pictures"
 
 _TEMPLATE = "report.html.j2"
 _CAUSE_LETTERS = 200
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _FIRST_COLUMNS = ("method", "seed", "trial", "iteration")
 
 
@@ -101,7 +103,7 @@ def summary_text(comparison: Comparison) -> str:
         f"# Comparison: {facts.get('Problem', comparison.folder.name)}",
         f"State: {tables.state(comparison)}.",
         verdict_text(comparison),
-        "\n".join(f"- {name}: {_in_cell(text)}" for name, text in facts.items()),
+        "\n".join(f"- {name}: {_in_line(text)}" for name, text in facts.items()),
         "## Results",
         _markdown(tables.results(comparison)),
         "\n".join(f"- {note}" for note in tables.notes(comparison)),
@@ -128,10 +130,9 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     own = comparison.accounts.groupby("method", sort=False)[OBJECTIVE]
     losses = "; ".join(f"{method} {_mean(values)}" for method, values in own)
     judged = measure_label(comparison.criterion.column)
-    regret = f"{tables.regret_heading(measure).capitalize()} of the incumbents against"
-    shares = (comparison.settings.get("retraining") or {}).get("shares", (1.0,))
-    which = ", ".join(f"{100 * share:g}" for share in shares)
-    where = f"as tested after retraining those after {which} % of the budget" if measure.tested else "by validation"
+    regret = f"{measure.heading.capitalize()} of the incumbents against"
+    which = tables.parts_of_budget((comparison.settings.get("retraining") or {}).get("shares", (1.0,)))
+    where = f"as tested after retraining those after {which}" if measure.tested else "by validation"
 
     def of(units: list[str]) -> str:
         return " and ".join(costs[unit] for unit in units)
@@ -194,22 +195,23 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
 
 def inline_svg(figure: Figure, prefix: str, alt: str) -> Markup:
     """A figure as an SVG element of a page: text is text in the page's colour, names are its own, nothing is linked."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    buffer = io.BytesIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    head, body = svg.split(">", 1)
-    viewbox = re.search(r'viewBox="[^"]*"', head)
-    assert viewbox is not None
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
-    body = body.replace("url(#", f"url(#{prefix}-").replace(INK, "currentColor")
-    body = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", body)
-    body = re.sub(r"<!--.*?-->\s*|\n\s*(?=<)", "", body, flags=re.DOTALL)
-    label = Markup.escape(alt)
-    return Markup(f'<svg class="picture" {viewbox.group()} role="img" aria-label="{label}">{body}')
+        figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+    svg = ElementTree.fromstring(buffer.getvalue())
+    for element in svg.iter():
+        colored = {name: value.replace(INK, "currentColor") for name, value in element.attrib.items()}
+        element.attrib = {_without_namespace(name): value for name, value in colored.items()}
+        element.tag, element.tail = _without_namespace(element.tag), None
+        element.text = (element.text or "").strip()
+        if element.tag == "g":
+            element.attrib.pop("id", None)  # those of groups are the same in every picture, and nothing refers to them
+    svg.attrib = {"class": "picture", "viewBox": svg.attrib["viewBox"], "role": "img", "aria-label": alt}
+    return Markup(ElementTree.tostring(svg, encoding="unicode"))
+
+
+def _without_namespace(name: str) -> str:
+    return name.rpartition("}")[2]
 
 
 def _page(comparison: Comparison, drawn: Mapping[str, list[dict[str, object]]]) -> str:
@@ -291,16 +293,9 @@ def _in_short(values: tuple[float, ...] | Curve) -> str:
 
 def _markdown(table: TextTable) -> str:
     remarks = [column.remark for column in table.columns]
-    rows = [
-        [cell.replace("\n", "; ") if remark else cell for cell, remark in zip(row, remarks, strict=True)]
-        for row in table.rows
-    ]
-    lines = [
-        [column.heading for column in table.columns],
-        ["--:" if column.number else ":--" for column in table.columns],
-        *rows,
-    ]
-    return "\n".join(f"| {' | '.join(map(_in_cell, line))} |" for line in lines)
+    rows = [[_in_line(cell, remark) for cell, remark in zip(row, remarks, strict=True)] for row in table.rows]
+    numbers = {column.heading for column in table.columns if column.number}
+    return markdown_table([column.heading for column in table.columns], rows, numbers)
 
 
 def _terminal_cell(column: Column, text: str, whole: bool, troubles: Sequence[Trouble]) -> str:
@@ -328,9 +323,10 @@ def _causes(troubles: Mapping[str, Sequence[Trouble]], left_out: Mapping[str, st
     return Text("\n".join(shortened(line, _CAUSE_LETTERS) for line in lines), justify="left") if lines else None
 
 
-def _in_cell(text: str) -> str:
+def _in_line(text: str, remarks: bool = False) -> str:
+    """A cell's lines as one: of a figure, those after the first in brackets."""
     first, *more = text.splitlines() or [""]
-    return " ".join([first, *(f"({line})" for line in more)]).replace("|", r"\|")
+    return "; ".join([first, *more]) if remarks else " ".join([first, *(f"({line})" for line in more)])
 
 
 def _mean(values: pd.Series) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pandas as pd
 from tune_hypergrad.budget import UNITS
 from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START
 from tune_hypergrad.comparison.telling.records import Comparison
+from tune_hypergrad.wording import percent
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,6 @@ def spending_parts(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(parts).groupby("method", sort=False).mean()
 
 
-def thinned(values: Sequence[float], parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Progress and values of a schedule's windows: the first, the last, the least and the largest of so many parts."""
-    every = np.asarray(values)
-    kept = [0, len(every) - 1]
-    for begin, end in pairwise(np.linspace(0, len(every), parts + 1).astype(int).tolist()):
-        kept += [begin + int(every[begin:end].argmin()), begin + int(every[begin:end].argmax())]
-    windows = np.unique(kept)
-    return (windows + 0.5) / len(every), every[windows]
-
-
 @dataclass(frozen=True)
 class Granted:
     """How much of the cluster each method's trials held over the time in which the comparison ran."""
@@ -156,7 +146,7 @@ class Granted:
     def text(self) -> str:
         """`mean` in words."""
         until = "so far" if self.first_finished is None else "until the first method had spent its budget"
-        return f"{100 * self.mean:.0f} % of the {self.kind}s granted on average {until}"
+        return f"{percent(self.mean)} of the {self.kind}s granted on average {until}"
 
     def thinned(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Times and shares; means over equal intervals where there are more than `count` of them."""

@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 
 from tune_hypergrad.comparison.ledger import GRID, RETRAINING, START
-from tune_hypergrad.comparison.telling.drawing import COST_LABELS, shortened
-from tune_hypergrad.comparison.telling.records import Comparison, Yardstick, measure_label
+from tune_hypergrad.comparison.telling.drawing import COST_LABELS
+from tune_hypergrad.comparison.telling.records import POINTS, Comparison, in_percent, measure_label
 from tune_hypergrad.comparison.telling.series import spending_parts
 from tune_hypergrad.comparison.telling.troubles import first_line
 from tune_hypergrad.comparison.telling.verdict import OTHER_LENGTH, Verdict, cost_in_words
 from tune_hypergrad.results import OBJECTIVE
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.space import is_hyperparameter
+from tune_hypergrad.wording import duration, number, percent, shortened
 
 _ERROR_LETTERS = 200
 _REMARK_LETTERS = 120
@@ -59,7 +60,7 @@ def state(comparison: Comparison) -> str:
         return "finished"
     if comparison.accounts["reason"].notna().all():
         return "unfinished: the searches are over, incumbents are being trained again"
-    return f"unfinished: {100 * comparison.spent_share:.0f} % of the budgets spent"
+    return f"unfinished: {percent(comparison.spent_share)} of the budgets spent"
 
 
 def facts(comparison: Comparison) -> dict[str, str]:
@@ -69,13 +70,13 @@ def facts(comparison: Comparison) -> dict[str, str]:
         "Problem": str(settings.get("problem", "")),
         "Training run": f"{settings.get('steps')} inner steps" if settings.get("steps") else "",
         "Inner optimizer": settings.get("optimizer", ""),
-        "Budget": f"{amount(budget.amount)} {COST_LABELS[budget.unit]} for every method with every seed",
+        "Budget": f"{number(budget.amount)} {COST_LABELS[budget.unit]} for every method with every seed",
         "Objective": "" if comparison.criterion.is_loss else str(comparison.criterion),
         "Seeds": ", ".join(map(str, settings["seeds"])),
         "Retraining": _retraining(settings.get("retraining") or {}),
         "Start": _start(comparison),
         "Regret": reference(comparison),
-        "Started": _date(settings.get("started")),
+        "Started": _moment(datetime.fromisoformat(settings["started"])) if settings.get("started") else "",
         "Ran for": _running_time(comparison),
         "Machine": _machine(settings.get("machine") or {}),
         "Versions": ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items()),
@@ -88,10 +89,8 @@ def reference(comparison: Comparison) -> str:
     measure = comparison.yardstick
     if not math.isfinite(measure.reference):
         return ""
-    source = {"given": "the given reference", "grid": "what a grid search found", "best": "the best seen"}
     points = " in points of per cent" if measure.percent else ""
-    value = _percent(measure.reference) if measure.percent else f"{measure.reference:.4g}"
-    return f"shortfall of {measure.label}{points} from {source[measure.source]}, {value}"
+    return f"shortfall of {measure.label}{points} from {measure.origin}, {measure.shown}"
 
 
 def results(comparison: Comparison) -> TextTable:
@@ -108,35 +107,37 @@ def results(comparison: Comparison) -> TextTable:
         own = comparison.accounts[comparison.accounts["method"] == method]
         tested, mark = comparison.final_figures(method).reindex(columns=tests), OTHER_LENGTH if method in others else ""
         row = {Column("method", number=False): method}
-        row[Column(regret_heading(measure), key=True)] = spread(comparison.final_regret(method), decimals=decimals)
+        row[Column(measure.heading, key=True)] = spread(comparison.final_regret(method), decimals=decimals)
         for name in tests:
-            cell = spread(tested[name], percent=name.endswith("accuracy"), mark=mark)
+            cell = spread(tested[name], share=in_percent(name), mark=mark)
             row[Column(measure_label(name), key=name == tests[0])] = cell
         if others:
             row[Column("steps of the tested training")] = _steps_tested(comparison, method)
         shown = not tests or measure.source == "best"
         if not criterion.is_loss:
-            row[Column(judged, key=shown)] = spread(own[OBJECTIVE], percent=criterion.metric.endswith("accuracy"))
+            row[Column(judged, key=shown)] = spread(own[OBJECTIVE], share=in_percent(criterion.metric))
         row[Column("validation loss", key=shown and criterion.is_loss)] = spread(own["val_loss"])
         if wide:
             gain = comparison.gain(method)
             if measure.tested:
-                heading = f"gain over the start in {measure.label}{' (points)' if measure.percent else ''}"
+                heading = f"gain over the start in {measure.label}{POINTS if measure.percent else ''}"
                 row[Column(heading, key=True)] = spread(gain["value"], decimals=decimals)
-            percent = criterion.metric.endswith("accuracy")
-            heading = f"gain over the start in {judged}{' (points)' if percent else ''}"
-            cell = spread(gain[OBJECTIVE] * (100 if percent else 1), decimals=2 if percent else None)
+            share = in_percent(criterion.metric)
+            heading = f"gain over the start in {judged}{POINTS if share else ''}"
+            cell = spread(gain[OBJECTIVE] * (100 if share else 1), decimals=2 if share else None)
             row[Column(heading, key=not measure.tested)] = cell
         if measure.source != "best":
             reached = verdict.reached.get(method)
-            share = "" if reached is None else f"{100 * reached / comparison.budget.amount:.0f} % of the budget"
-            cell = "not reached" if reached is None else f"{amount(reached * factor)} {unit}\n{share}"
+            cell = "not reached"
+            if reached is not None:
+                of_budget = percent(reached / comparison.budget.amount)
+                cell = f"{number(reached * factor)} {unit}\n{of_budget} of the budget"
             row[Column("cost to reach the reference", key=True)] = cell
             if comparison.black_box:
                 ratio = str(ratios.get(method, "-"))
                 row[Column("against the best black-box method", key=not wide)] = ratio
         over = max(0.0, float(own["share"].max()) - 1)
-        row[Column("budget spent", key=True)] = f"{100 * own['share'].mean():.0f} %"
+        row[Column("budget spent", key=True)] = percent(own["share"].mean())
         row[Column("over")] = _over(over)
         row[Column("trials", key=not wide)] = str(int(own["trials"].sum()))
         trouble = "\n".join(_short(each.text, _REMARK_LETTERS) for each in comparison.troubles(method))
@@ -178,7 +179,7 @@ def costs(comparison: Comparison) -> TextTable:
     """One row a method: what the budget went into, and what was lost beside it; means over seeds."""
     parts = spending_parts(comparison)
     headings = ["lost besides" if part == "lost" else str(part) for part in parts]
-    rows = [[str(method), *(amount(value) if value else "-" for value in row)] for method, row in parts.iterrows()]
+    rows = [[str(method), *(number(value) if value else "-" for value in row)] for method, row in parts.iterrows()]
     return TextTable([Column("method", number=False), *map(Column, headings)], rows)
 
 
@@ -250,11 +251,11 @@ def notes(comparison: Comparison) -> list[str]:
 
 def _extension_in_words(event: dict[str, Any], unit: str) -> str:
     """What was added to a comparison, and when."""
-    added = [f"the budget, before {amount(event['budget_before'][0])} {unit}"] if event["budget_before"] else []
+    added = [f"the budget, before {number(event['budget_before'][0])} {unit}"] if event["budget_before"] else []
     for noun, names in (("method", event["methods"]), ("seed", event["seeds"])):
         added += [f"the {noun}{'s' if len(names) > 1 else ''} {', '.join(map(str, names))}"] if names else []
-    when = datetime.fromtimestamp(event["time"], timezone.utc)
-    return f"Extended on {when:%Y-%m-%d %H:%M} UTC: {'; '.join(added)}. What was done before is kept and counted."
+    when = _moment(datetime.fromtimestamp(event["time"], timezone.utc))
+    return f"Extended on {when}: {'; '.join(added)}. What was done before is kept and counted."
 
 
 def _about_columns(comparison: Comparison) -> list[str]:
@@ -319,32 +320,28 @@ def _about_results(comparison: Comparison) -> list[str]:
     return found
 
 
-def spread(values: pd.Series, percent: bool = False, decimals: int | None = None, mark: str = "") -> str:
-    """The mean of some values with a mark behind it, and in a second line their range if there are several."""
+def spread(values: pd.Series, share: bool = False, decimals: int | None = None, mark: str = "") -> str:
+    """The mean of some values with a mark behind it, and in a second line their range if there are several; shares are
+    in per cent."""
     finite = values.astype(float).dropna()
     if finite.empty:
         return "none"
 
     def shown(value: float) -> str:
-        if percent:
+        if share:
             return f"{100 * value:.2f}"
         return f"{value:.4g}" if decimals is None else f"{value:.{decimals}f}"
 
-    unit = " %" if percent else ""
+    unit = " %" if share else ""
     unit += f" {mark}" if mark else ""
     if len(finite) == 1:
         return f"{shown(finite.iloc[0])}{unit}"
     return f"{shown(finite.mean())}{unit}\n{shown(finite.min())} to {shown(finite.max())}"
 
 
-def amount(value: float) -> str:
-    """A cost, with as many decimals as tell something."""
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.3g}"
-
-
-def regret_heading(measure: Yardstick) -> str:
-    """Of a column."""
-    return f"regret in {measure.label}{' (points)' if measure.percent else ''}"
+def parts_of_budget(shares: Sequence[float]) -> str:
+    """Shares of it in words, such as 50, 100 % of the budget."""
+    return f"{', '.join(f'{100 * share:g}' for share in shares)} % of the budget"
 
 
 def _range(least: int, most: int) -> str:
@@ -354,11 +351,7 @@ def _range(least: int, most: int) -> str:
 def _over(share: float) -> str:
     if share <= 0:
         return "-"
-    return f"{100 * share:.0f} %" if share >= 0.005 else "< 1 %"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
+    return percent(share) if share >= 0.005 else "< 1 %"
 
 
 def _short(error: str, most: int = _ERROR_LETTERS) -> str:
@@ -370,10 +363,11 @@ def _retraining(planned: dict[str, Any]) -> str:
         return "none"
     data = {"train": "the training split", "train+val": "the training and validation splits"}
     where = data.get(planned.get("data", "train"), planned.get("data"))
-    shares = ", ".join(f"{100 * share:g}" for share in planned.get("shares", ()))
     times = "once" if planned["seeds"] == 1 else f"{planned['seeds']} times"
     length = ", all for the same steps" if planned.get("same_training") else ""
-    return f"incumbents after {shares} % of the budget, {times} each from scratch, on {where}{length}"
+    return (
+        f"incumbents after {parts_of_budget(planned.get('shares', ()))}, {times} each from scratch, on {where}{length}"
+    )
 
 
 def _start(comparison: Comparison) -> str:
@@ -388,7 +382,7 @@ def _start(comparison: Comparison) -> str:
     worth = [f"{measure_label(comparison.criterion.column)} {spread(comparison.start_results[OBJECTIVE])}"]
     tested = comparison.final_figures(START)
     worth += [
-        f"{measure_label(name)} {spread(tested[name], percent=name.endswith('accuracy'))}"
+        f"{measure_label(name)} {spread(tested[name], share=in_percent(name))}"
         for name in comparison.test_measures
         if name in tested
     ]
@@ -401,13 +395,7 @@ def _machine(machine: dict[str, Any]) -> str:
     return ", ".join([*parts, *([str(machine["processor"])] if machine.get("processor") else [])])
 
 
-def _date(started: str | None) -> str:
-    if not started:
-        return ""
-    try:
-        when = datetime.fromisoformat(started)
-    except ValueError:
-        return started
+def _moment(when: datetime) -> str:
     return f"{when.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
@@ -415,7 +403,4 @@ def _running_time(comparison: Comparison) -> str:
     if not comparison.events:
         return ""
     idle = sum(end - start for start, end in comparison.breaks)
-    seconds = comparison.events[-1]["time"] - comparison.events[0]["time"] - idle
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return duration(comparison.events[-1]["time"] - comparison.events[0]["time"] - idle)

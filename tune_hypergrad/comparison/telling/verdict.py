@@ -11,6 +11,7 @@ import numpy as np
 from tune_hypergrad.comparison.telling.drawing import unit_in_words
 from tune_hypergrad.comparison.telling.records import Comparison, Yardstick
 from tune_hypergrad.comparison.telling.series import Curve, curves
+from tune_hypergrad.wording import number
 
 OTHER_LENGTH = "*"
 """Behind what was tested after a training run of another length than the others'."""
@@ -36,9 +37,9 @@ class Ratio:
             return "1"
         # of a bound in the wrong direction nothing follows
         if self.factor < 1 and self.bound != "at least":
-            return f"{more}{_figure(1 / self.factor)} x dearer"
+            return f"{more}{number(1 / self.factor)} x dearer"
         if self.factor >= 1 and self.bound != "at most":
-            return f"{more}{_figure(self.factor)} x cheaper"
+            return f"{more}{number(self.factor)} x cheaper"
         return "-"
 
 
@@ -143,13 +144,6 @@ def cost_in_words(comparison: Comparison, unit: str, largest: float) -> tuple[fl
     return (1 / per_epoch, "epochs") if unit == "gradients" and per_epoch else unit_in_words(unit, largest)
 
 
-def reference_name(measure: Yardstick) -> str:
-    """A reference that is not only the best seen, with its value."""
-    source = {"given": "the reference", "grid": "the grid's best"}[measure.source]
-    value = f"{100 * measure.reference:.2f} %" if measure.percent else f"{measure.reference:.4g}"
-    return f"{source} ({value})"
-
-
 def _of_leads(leads: Sequence[tuple[Sequence[str], float, float]], unit: str) -> str:
     """Who is best from where to where."""
     (who, begin, end), *later = leads
@@ -159,11 +153,11 @@ def _of_leads(leads: Sequence[tuple[Sequence[str], float, float]], unit: str) ->
         winner, since, _ = leads[-1]
         return (
             f"{_best(who)} at first, from {_cost(begin, unit)} of cost on, then the lead changes {len(later)} "
-            f"times, and {_best(winner)} from {_figure(since)} on"
+            f"times, and {_best(winner)} from {number(since)} on"
         )
-    parts = [f"{_best(who)} from {_figure(begin)} to {_figure(end)} {unit} of cost"]
+    parts = [f"{_best(who)} from {number(begin)} to {number(end)} {unit} of cost"]
     for i, (names, _, until) in enumerate(later, 1):
-        where = "from there on" if i == len(later) else f"from there to {_figure(until)}"
+        where = "from there on" if i == len(later) else f"from there to {number(until)}"
         parts.append(f"{_best(names) if len(names) > 1 else names[0]} {where}")
     return _listed(parts)
 
@@ -176,12 +170,13 @@ def _of_reference(measure: Yardstick, reached: Mapping[str, float], never: Seque
     """Who reached the reference after which cost; nothing where that is only the best seen."""
     if measure.source == "best" or not math.isfinite(measure.reference):
         return ""
+    reference = f"{measure.origin} ({measure.shown})"
     if not reached:
-        return f"nobody reached {reference_name(measure)}"
+        return f"nobody reached {reference}"
     together = {cost: [name for name in reached if reached[name] == cost] for cost in sorted(reached.values())}
     (least, first), *rest = together.items()
-    parts = [f"{_listed(first)} reached {reference_name(measure)} after {_cost(least, unit)}"]
-    parts += [f"{_listed(others)} after {_figure(cost)}" for cost, others in rest]
+    parts = [f"{_listed(first)} reached {reference} after {_cost(least, unit)}"]
+    parts += [f"{_listed(others)} after {number(cost)}" for cost, others in rest]
     if never:
         parts.append(f"{_listed(never)} never")
     return ", ".join(parts)
@@ -196,10 +191,5 @@ def _listed(texts: Sequence[str]) -> str:
 
 
 def _cost(value: float, unit: str) -> str:
-    figure = _figure(value)
+    figure = number(value)
     return f"{figure} {unit.removesuffix('s') if figure == '1' else unit}"
-
-
-def _figure(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
