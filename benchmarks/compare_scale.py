@@ -46,7 +46,7 @@ OURS = {
     "ends to the ledger": (PortfolioSearch, "ended"),
     "beginnings to the ledger": (PortfolioSearch, "started"),
     "snapshots": (PortfolioSearch, "save"),
-    "progress": (ComparisonCallback, "_show"),
+    "progress": (ComparisonCallback, "show"),
     "decisions": (FairShare, "turns"),
 }
 

@@ -48,7 +48,7 @@ settings fall well short of the best, each a fraction of a second, and a grid th
 _GROW = ("budget", "method", "seeds")
 """Options by which a finished comparison may be extended."""
 
-_OF_THE_CALL = ("address", "progress", "max_failures")
+_OF_THE_CALL = ("address", "progress", "max_failures", "profile")
 """Options that may be others, too, where a comparison goes on."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -149,6 +149,7 @@ def compare(
         bool, typer.Option(help="Compare training and hypergradients with plain torch first, on a few small batches.")
     ] = True,
     progress: Annotated[str, typer.Option(help='"auto", "quiet" or "json".')] = "auto",
+    profile: Annotated[bool, typer.Option(help="Report where the time went.")] = False,
 ) -> None:
     """Tune a problem by several methods at once, each with the same budget, and report what they found."""
     given = {name: value for name, value in locals().items() if name not in ("context", "resume")}

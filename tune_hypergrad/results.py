@@ -31,7 +31,7 @@ SCHEDULE_COLUMN = "schedule_file"
 HYPERGRADIENT = "hypergradient"
 """`hypergradient/<name>/<window>`, and `hypergradient_norm/<name>`."""
 
-_BEST = "best"
+_BEST, _PROFILE = "best", "profile"
 _STEP, _STEPS, _COMPLETED = "run/step", "run/steps", "run/completed"
 _CONFIRMATIONS, _FALLEN = "run/confirmations", "run/fallen"
 
@@ -145,6 +145,17 @@ def without_schedules_of(result: Mapping[str, Any], names: Collection[str]) -> d
     """A result without the windows of these hyperparameters, of its schedule and the incumbent's."""
     kinds = (SCHEDULE, f"{_BEST}_{SCHEDULE}")
     return {key: v for key, v in result.items() if _split(key)[0] not in kinds or _split(key)[1] not in names}
+
+
+def profile_results(seconds: Mapping[str, float]) -> dict[str, float]:
+    """`profile/<phase>`: where the time since the trial's last result went, in seconds."""
+    return {f"{_PROFILE}/{phase}": value for phase, value in seconds.items()}
+
+
+def profile_in(result: Mapping[str, Any]) -> dict[str, float]:
+    """What `profile_results` has written; nothing where a trial is not profiled."""
+    entries = {_split(key)[1]: number(result, key) for key in result if _split(key)[0] == _PROFILE}
+    return {phase: seconds for phase, seconds in entries.items() if seconds == seconds}
 
 
 def schedule_identity(result: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:

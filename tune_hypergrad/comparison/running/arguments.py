@@ -313,6 +313,7 @@ CHECKS: dict[str, Check] = {
     "address": _or_none(_address),
     "progress": _progress,
     "callbacks": _callbacks,
+    "profile": _true_or_false,
     "min_epochs": _or_none(_number(above=0)),
     "max_epochs": _or_none(_number(above=0)),
     "eta": _eta,

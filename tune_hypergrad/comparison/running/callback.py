@@ -49,13 +49,14 @@ class ComparisonCallback(Callback):
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Show how all stand, a few times a second."""
         if time.monotonic() - self._shown >= 0.25:
-            self._show()
+            self.show()
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Show how all stand in the end."""
-        self._show(finished=portfolio_of(self.key).finished)
+        self.show(finished=portfolio_of(self.key).finished)
 
-    def _show(self, finished: bool = False) -> None:
+    def show(self, finished: bool = False) -> None:
+        """Show how all stand."""
         self._shown = time.monotonic()
         portfolio = portfolio_of(self.key)
         best = portfolio.best

@@ -40,9 +40,12 @@ from tune_hypergrad.comparison.running.labels import PORTFOLIO, trial_name
 from tune_hypergrad.comparison.running.plan import Plan, chosen_methods, default_space
 from tune_hypergrad.comparison.running.portfolio import (
     SNAPSHOT_FILE,
+    PortfolioSearch,
     PortfolioStopper,
     portfolio_of,
 )
+from tune_hypergrad.comparison.running.profiling import Phases, profiled
+from tune_hypergrad.comparison.running.recorder import Recorder
 from tune_hypergrad.comparison.running.resuming import (
     as_begun,
     continued,
@@ -59,7 +62,7 @@ from tune_hypergrad.comparison.running.settings import write_settings
 from tune_hypergrad.comparison.running.start import complete_start
 from tune_hypergrad.comparison.running.sweeping import sweep_all
 from tune_hypergrad.comparison.telling.progress import make_display
-from tune_hypergrad.comparison.telling.records import SETTINGS_FILE, Comparison
+from tune_hypergrad.comparison.telling.records import PROFILE_FILE, SETTINGS_FILE, Comparison
 from tune_hypergrad.comparison.telling.report import write_report
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer
@@ -71,9 +74,17 @@ COMMAND_FILE = "command.json"
 """In a comparison's folder, where the command line made it: its options, for resuming."""
 
 _TRIALS_FOLDER = "trials"
+_OF_DRIVER: Phases = {
+    "suggestions": ((PortfolioSearch, "suggest"), (PortfolioSearch, "on_trial_result")),
+    "ends to searchers": ((PortfolioSearch, "on_trial_complete"),),
+    "ledger": ((Recorder, "reported"), (Recorder, "started"), (Recorder, "ended"), (Recorder, "failed")),
+    "snapshots": ((PortfolioSearch, "save"),),
+    "progress": ((ComparisonCallback, "show"),),
+}
+"""What the driver's time is told apart by; the rest is Ray's, most of it waiting for trials."""
 _BEFORE = (COMMAND_FILE, "settings.tmp")  # what a folder may have before anything has begun there
-_BESIDE_LEDGER = (SETTINGS_FILE, "settings.tmp", SNAPSHOT_FILE, "snapshot.tmp", _TRIALS_FOLDER)
-_OF_RUNS = ("out", "resume", "max_failures", "storage", "address", "progress", "callbacks")
+_BESIDE_LEDGER = (SETTINGS_FILE, PROFILE_FILE, "settings.tmp", SNAPSHOT_FILE, "snapshot.tmp", _TRIALS_FOLDER)
+_OF_RUNS = ("out", "resume", "max_failures", "storage", "address", "progress", "callbacks", "profile")
 _logger = logging.getLogger(__name__)
 
 
@@ -102,6 +113,7 @@ def compare(
     address: str | None = None,
     progress: str = "auto",
     callbacks: Sequence[Callback] = (),
+    profile: bool = False,
     **settings: Any,
 ) -> Comparison:
     """Tune a problem by several methods at once, each with the same budget, and report what they found.
@@ -149,6 +161,7 @@ def compare(
             machine's own.
         progress: "auto" (a table in a terminal or a notebook, lines in a log), "quiet" or "json".
         callbacks: further Ray callbacks, such as MLflow's or Weights & Biases'.
+        profile: whether the report says where the time of trials and of the driver went, which takes a little itself.
         **settings: further fields of `Task`: min_epochs, max_epochs, eta, fixed, self_tuning_epochs, clip_gradient,
             clip_norm, ema, autocast, and check (False leaves out the comparison of training and hypergradients with
             plain torch before anything runs).
@@ -220,6 +233,7 @@ def run_plan(
     address: str | None = None,
     progress: str = "auto",
     callbacks: Sequence[Callback] = (),
+    profile: bool = False,
 ) -> Comparison:
     """Carry a plan out, or go on with it, and write the report; arguments are those of `compare` when `checked`, and so
     are errors."""
@@ -251,7 +265,9 @@ def run_plan(
                 stack.enter_context(new_file(folder / LEDGER_FILE, _BESIDE_LEDGER, begun))
             write_settings(folder, plan, key, storage, growth)
             DISPLAYS[key] = display
-            finished = _run(plan, trainables, searchers, folder, key, max_failures, trials, callbacks)
+            if profile:
+                stack.enter_context(profiled(folder / PROFILE_FILE, _OF_DRIVER))
+            finished = _run(plan, trainables, searchers, folder, key, max_failures, trials, callbacks, profile)
     except Exception as error:
         try:
             raise_if_full(str(error))  # Ray gives the text of what a callback raises
@@ -280,10 +296,16 @@ def _run(
     max_failures: int,
     trials: str,
     callbacks: Sequence[Callback],
+    profile: bool,
 ) -> bool:
     """Run or go on, with Ray's files in the folder `trials`; whether it came to its end."""
-    parameters = {"trainables": dict(trainables), "unit": plan.budget.unit, "criterion": plan.problem.criterion}
-    dispatching = tune.with_parameters(Dispatching, **parameters)
+    dispatching = tune.with_parameters(
+        Dispatching,
+        trainables=dict(trainables),
+        unit=plan.budget.unit,
+        criterion=plan.problem.criterion,
+        profile=profile,
+    )
     factories = plan.factories()
     trainable = tune.with_resources(dispatching, lambda config: factories[config[PORTFOLIO]["method"]])
     name = _TRIALS_FOLDER if plan.continuation is None else f"{_TRIALS_FOLDER}-{plan.continuation.number}"

@@ -14,6 +14,7 @@ from ray.tune.trainable import wrap_function
 
 from tune_hypergrad.budget import Cost, cost_key
 from tune_hypergrad.comparison.running.labels import PORTFOLIO
+from tune_hypergrad.comparison.running.profiling import TrialStopwatch
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.ray_internals import (
@@ -30,6 +31,7 @@ from tune_hypergrad.results import (
     Confirmation,
     Position,
     objective_results,
+    profile_results,
     without_schedules_of,
 )
 from tune_hypergrad.schedules import Schedule
@@ -59,17 +61,24 @@ class Dispatching(tune.Trainable):
         trainables: by method, classes or functions.
         unit: of the budget; every result has to have `cost/<unit>`.
         criterion: what trials are judged by; every result has to have that figure, and the validation loss.
+        profile: whether results tell where the time went.
     """
 
     _has_begun: bool
     _unsaved: bool
 
     def setup(  # type: ignore[override]
-        self, config: dict[str, Any], trainables: Mapping[str, Any], unit: str, criterion: Criterion
+        self,
+        config: dict[str, Any],
+        trainables: Mapping[str, Any],
+        unit: str,
+        criterion: Criterion,
+        profile: bool = False,
     ) -> None:
         """Take the methods' trainables and what trials are judged by, then the first trial's config."""
         self._trainables = {name: _as_class(trainable) for name, trainable in trainables.items()}
         self._unit, self._criterion = unit, criterion
+        self._stopwatch = TrialStopwatch() if profile else None
         self._make(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -83,11 +92,18 @@ class Dispatching(tune.Trainable):
         return True
 
     def train(self) -> dict[str, Any]:
-        """One result of the trial's own trainable, with its cost by the clock.
+        """One result of the trial's own trainable, with its cost by the clock, and where the time went if asked.
 
         Raises:
             InputError: it lacks the metric, or its cost in the budget's unit, or they are no numbers.
         """
+        if self._stopwatch is None:
+            return self._train()
+        with self._stopwatch.result():
+            result = self._train()
+        return {**result, **profile_results(self._stopwatch.taken())}
+
+    def _train(self) -> dict[str, Any]:
         if not self._has_begun:
             self._has_begun = True
             restored = self._restore_newest()
@@ -129,6 +145,8 @@ class Dispatching(tune.Trainable):
     def cleanup(self) -> None:
         """Stop the inner trainable, as the trial ends."""
         self._inner.stop()
+        if self._stopwatch is not None:
+            self._stopwatch.close()
 
     def _make(self, config: dict[str, Any]) -> None:
         self._method = config[PORTFOLIO]["method"]

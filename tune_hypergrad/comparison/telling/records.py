@@ -29,12 +29,14 @@ from tune_hypergrad.comparison.ledger import (
 from tune_hypergrad.comparison.telling.troubles import Trouble, find_troubles
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.results import OBJECTIVE, SCHEDULE_COLUMN, Position
+from tune_hypergrad.results import OBJECTIVE, SCHEDULE_COLUMN, Position, profile_in
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.wording import percent
 
 POINTS = " (points)"
 """Behind the heading of differences in per cent."""
+PROFILE_FILE = "profile.json"
+"""In a comparison's folder, where it is profiled: seconds of the driver by phase."""
 SETTINGS_FILE = "settings.json"
 """In a comparison's folder: what was compared, and how."""
 
@@ -518,6 +520,26 @@ class Comparison:
             of_start = self.yardstick.regret(tested[self.yardstick.column]).iloc[0]
             found["value"] = of_start - self.final_regret(method)
         return found.rename_axis("seed").reset_index()
+
+    @cached_property
+    def profile(self) -> pd.DataFrame:
+        """Where the time went, of a comparison that was profiled: one row for every phase of every method's trials, and
+        of the driver, in the order of time; no row where none was.
+
+        Columns: who (a method, "retraining", or "driver"), phase, seconds (by the clock, of all processes together).
+        """
+        taken: dict[tuple[str, str], float] = {}
+        for line, event in enumerate(self.events):
+            if event["event"] == "result" and line not in self.ledger.lost_lines:
+                for phase, seconds in profile_in(event).items():
+                    taken[event["method"], phase] = taken.get((event["method"], phase), 0.0) + seconds
+        file = self.folder / PROFILE_FILE
+        of_driver = json.loads(file.read_text()) if file.exists() else {}
+        taken |= {("driver", phase): seconds for phase, seconds in of_driver.items()}
+        rows = [(who, phase, seconds) for (who, phase), seconds in taken.items()]
+        order = [*self.methods, START, GRID, RETRAINING, "driver"]
+        rows.sort(key=lambda row: (order.index(row[0]), -row[2]))
+        return pd.DataFrame(rows, columns=["who", "phase", "seconds"])
 
     def troubles(self, method: str) -> list[Trouble]:
         """What went wrong with a method's runs, trials, results and retrainings."""

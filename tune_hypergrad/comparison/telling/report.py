@@ -114,6 +114,7 @@ def summary_text(comparison: Comparison) -> str:
         _markdown(tables.costs(comparison)),
         "## Failures",
         _markdown(tables.failures(comparison)) if tables.failures(comparison).rows else "None.",
+        *(["## Time", _markdown(tables.profile(comparison))] if len(comparison.profile) else []),
         "## Search space",
         _markdown(tables.space(comparison)),
     ]
@@ -234,6 +235,7 @@ def _page(comparison: Comparison, drawn: Mapping[str, list[dict[str, object]]]) 
         judged=measure_label(comparison.criterion.column),
         methods=tables.methods(comparison),
         left_out=tables.left_out(comparison),
+        profile=tables.profile(comparison),
         costs=tables.costs(comparison),
         failures=tables.failures(comparison),
         space=tables.space(comparison),

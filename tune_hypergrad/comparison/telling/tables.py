@@ -151,6 +151,17 @@ def _steps_tested(comparison: Comparison, method: str) -> str:
     return _range(round(min(trained)), round(max(trained))) if trained else "none"
 
 
+def profile(comparison: Comparison) -> TextTable:
+    """Where the time went, of trials by method and of the driver; no rows where nobody has asked."""
+    columns = (Column("whose"), Column("seconds of all processes"), Column("of these", number=False))
+    rows = []
+    for who, own in comparison.profile.groupby("who", sort=False):
+        total = own["seconds"].sum()
+        parts = [f"{phase} {percent(seconds / total)}" for phase, seconds in own[["phase", "seconds"]].to_numpy()]
+        rows.append([str(who), duration(total), ", ".join(parts)])
+    return TextTable(columns, rows)
+
+
 def methods(comparison: Comparison) -> TextTable:
     """One row a method: what it is, what it cannot tune, what its trials got and why it stopped."""
     columns = [
