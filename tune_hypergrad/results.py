@@ -142,9 +142,14 @@ def without_long_hypergradients(result: Mapping[str, Any], longest: int) -> dict
 
 
 def without_schedules_of(result: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """A result without the windows of these hyperparameters, of its schedule and the incumbent's."""
-    kinds = (SCHEDULE, f"{_BEST}_{SCHEDULE}")
-    return {key: v for key, v in result.items() if _split(key)[0] not in kinds or _split(key)[1] not in names}
+    """A result without the windows of these hyperparameters, of its schedule and the incumbent's; a single value stays,
+    which is the present one of a schedule that has one for every step."""
+
+    def is_window(key: str) -> bool:
+        kind, name, window = _split(key)
+        return kind in (SCHEDULE, f"{_BEST}_{SCHEDULE}") and name in names and window >= 0
+
+    return {key: value for key, value in result.items() if not is_window(key)}
 
 
 def profile_results(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -322,6 +322,14 @@ def schedule_keys(result):
     return sorted(key for key in result if "schedule" in key or "hypergradient" in key)
 
 
+def test_the_present_value_of_a_schedule_by_step_stays_a_scalar():
+    found = Schedule({"dropout": (0.1,) * 80})
+    present = {"schedule/dropout": 0.3, "best_schedule/dropout": 0.2}
+    (result,) = scheduled(found, [1.0], by_step=True, **present)
+    assert result["schedule/dropout"] == 0.3 and result["best_schedule/dropout"] == 0.2
+    assert Schedule(result[WHOLE_SCHEDULE]) == found
+
+
 def test_short_schedules_stay_scalars():
     found = Schedule({"lr": (0.1,) * 50, "momentum": (0.9,)})
     (result,) = scheduled(found, [1.0])

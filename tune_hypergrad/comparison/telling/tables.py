@@ -153,7 +153,7 @@ def _steps_tested(comparison: Comparison, method: str) -> str:
 
 def profile(comparison: Comparison) -> TextTable:
     """Where the time went, of trials by method and of the driver; no rows where nobody has asked."""
-    columns = (Column("whose"), Column("seconds of all processes"), Column("of these", number=False))
+    columns = (Column("whose", number=False), Column("seconds of all processes"), Column("of these", number=False))
     rows = []
     for who, own in comparison.profile.groupby("who", sort=False):
         total = own["seconds"].sum()
