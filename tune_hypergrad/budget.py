@@ -14,6 +14,7 @@ GRADIENTS_PER = {
     "step": 1.0,
     "hessian_column": 1.3,
     "adjoint_step": 2.7,
+    "kept_adjoint_step": 1.5,
     "evaluation": 0.4,
     "val_gradient": 1.0,
     "stn_step": 2.1,
