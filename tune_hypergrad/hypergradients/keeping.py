@@ -91,6 +91,12 @@ def least_memory(steps: int, state: int) -> int:
     return count * state
 
 
+def memory_for_one(steps: int, state: int, graph: float) -> int:
+    """Bytes with which no step of a run is trained again more than once, counted for stretches of equal length."""
+    stretches = range(1, steps + 1) if not isinf(graph) else range(steps, steps + 1)
+    return int(min((count - 1) * state + (0 if count == steps else -(-steps // count) * graph) for count in stretches))
+
+
 def _reach(steps: int, room: Room, held: int) -> list[list[int]]:
     """By how often steps are trained again, and by the number of states that are kept beside those that are held: over
     how many steps the rest of the memory reaches back."""
