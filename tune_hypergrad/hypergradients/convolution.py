@@ -62,9 +62,7 @@ class _Gradient(Function):
         by_gy: Tensor | None = None
         if needs_gy:
             parts = [
-                _convolved(a, b, None, ctx.geometry)
-                for a, b in ((vx, w), (x, vw))
-                if a is not None and b is not None
+                _convolved(a, b, None, ctx.geometry) for a, b in ((vx, w), (x, vw)) if a is not None and b is not None
             ]
             parts += [] if vb is None else [vb.view(-1, *(1 for _ in gy.shape[2:])).expand_as(gy)]
             by_gy = sum(parts[1:], parts[0]) if parts else None
