@@ -326,6 +326,22 @@ class TestKeptGraphs:
         assert graphs in (8, 9, 10)
         assert 0.7 * limit < most <= limit + size  # and the step at work
 
+    def test_graphs_that_are_larger_than_was_planned_with(self) -> None:
+        """As of longer texts in later batches: fewer are kept."""
+        loop = make_loop(make_problem(batch_size=12), 9)
+        state, graph = state_bytes(loop), graph_size(loop, VALUES).size
+        planned = graph / 3 + state
+        run = ReverseRun(loop, VALUES, room=Room(9 * planned, state, planned))
+        with loop.running():
+            run.advance(9)
+            assert 1 < len(run._graphs) < 9
+            assert max(run._graphs) == 8  # the last ones
+            run.advance(9)
+        found, whole = run.result(), differentiate(make_loop(make_problem(batch_size=12), 9), VALUES, "reverse")
+        assert found.cost.gradients > whole.cost.gradients
+        for name, value in whole.hypergradients.items():
+            assert torch.equal(found.hypergradients[name], value)
+
     def test_a_rejected_run_lets_go_of_them(self) -> None:
         run = hypergradient_run(make_loop(), VALUES, differentiation="reverse", reject_above=0.0)
         with run.loop.running():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
 from math import isfinite
 from pathlib import Path
 
@@ -28,15 +29,25 @@ def allocated(device: torch.device) -> int | None:
     with other allocators than glibc's."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if not hasattr(library, "mallinfo2"):
-        return None
-    assert library is not None
-    library.mallinfo2.restype = _Allocated
-    before = library.mallinfo2().in_use
+    return _in_use() if _is_counted() else None
+
+
+@cache
+def _is_counted() -> bool:
+    """Whether glibc's figures have the memory of tensors in them."""
+    if os.name != "posix" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        return False
+    before = _in_use()
     tried = torch.empty(_TRIED, dtype=torch.uint8)
-    found = library.mallinfo2().in_use - before
-    return int(before) if found >= tried.nbytes else None
+    return _in_use() - before >= tried.nbytes
+
+
+def _in_use() -> int:
+    """Bytes in the heaps and in mapped blocks."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Allocated
+    found = mallinfo()
+    return int(found.used + found.mapped)
 
 
 class _Allocated(ctypes.Structure):
@@ -46,11 +57,6 @@ class _Allocated(ctypes.Structure):
         (name, ctypes.c_size_t)
         for name in ("arena", "blocks", "small", "mapped_blocks", "mapped", "_", "fast", "used", "free", "top")
     ]
-
-    @property
-    def in_use(self) -> int:
-        """Bytes in the heaps and in mapped blocks."""
-        return int(self.used + self.mapped)
 
 
 def as_bytes(size: float | str) -> int:

@@ -19,6 +19,7 @@ from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.keeping import Room, Stretch, plan_stretch
+from tune_hypergrad.hypergradients.memory import allocated
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.step_graph import (
@@ -79,6 +80,7 @@ class ReverseRun(HypergradientRun):
         self._whole = plan_stretch(loop.steps, self._room)
         self._kept: dict[int, State] = {}
         self._graphs: dict[int, StepGraph] = {}
+        self._sizes: dict[int, float] = {}  # of graphs, by step
         self._again: set[int] = set()  # steps whose graphs were made on the way back
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
@@ -118,16 +120,26 @@ class ReverseRun(HypergradientRun):
             self._kept[step] = state
         h = self._leaves(step)
         if (keeps_graph or self._by_graph) and loop.knows_moving:
+            before = allocated(loop.device)
             graph = step_graph(loop, state, h, step, again=not keeps_graph, mode=self._mode)
             if graph.changed <= loop.moving:
                 if keeps_graph:
-                    self._graphs[step] = graph
+                    self._keep(step, graph, (allocated(loop.device) or 0) - (before or 0))
                 training = graph.training
                 return loop.stepped(state, training, h, step), training.loss
             # what has begun to change has to be known before there is a graph of it
         if number >= stretch.graphs_from:
             self._kept[step] = state
         return loop.take_step(state, {name: value.detach() for name, value in h.items()}, step, again=True)
+
+    def _keep(self, step: int, graph: StepGraph, size: int) -> None:
+        """Keep a graph of so many bytes; where graphs are larger than was planned with, without those of some steps
+        before."""
+        room = self._room
+        self._graphs[step], self._sizes[step] = graph, max(room.graph, size + room.state)
+        states = sum(0 < kept <= step for kept in self._kept) * room.state
+        while len(self._graphs) > 1 and states + sum(self._sizes[kept] for kept in self._graphs) > room.memory:
+            del self._graphs[min(self._graphs)]
 
     def _is_lean(self, step: int) -> bool:
         """Whether only one of the step's batches has room for its graph at a time."""
