@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from tune_hypergrad import Problem
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.inner_loop import Passed
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.problems.models import lenet5_grey
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
@@ -100,10 +101,10 @@ class SimpleLoop:
         h = loop.scalars({name: values.to(loop.dtype) for name, values in EIGHT.items()}, step)
         leaf = params.detach().requires_grad_()
 
-        def differentiate(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Tensor, list[Tensor], Buffers]:
+        def differentiate(loss: Tensor, passed: Passed) -> tuple[Tensor, list[Tensor], Buffers]:
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
             products = [torch.autograd.grad(gradient, leaf, z, retain_graph=True)[0] for z in self.dparams]
-            return gradient.detach(), products, present()
+            return gradient.detach(), products, passed.buffers()
 
         copies = loop.copies(self.state.buffers)
         gradient, products, buffers = loop.at_training_loss(

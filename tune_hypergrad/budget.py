@@ -14,6 +14,7 @@ GRADIENTS_PER = {
     "step": 1.0,
     "hessian_column": 1.3,
     "adjoint_step": 2.7,
+    "kept_adjoint_step": 1.5,
     "evaluation": 0.4,
     "val_gradient": 1.0,
     "stn_step": 2.1,
@@ -25,7 +26,8 @@ of several batches where a problem accumulates their gradients.
 
 `step` is a training step. Between what `benchmarks/hypergradient_cost.py` measures on LeNet and on WRN-16-1 (CPU, one
 thread): `hessian_column` is what each further tangent column adds to a step of forward mode; `adjoint_step` is one step
-of the reverse pass, and a `step` more where gradients are accumulated; `evaluation` (forward pass only) and
+of the reverse pass, its graph made anew, and a `step` more where gradients are accumulated; `kept_adjoint_step` is one
+whose graph was kept, with what making it took more than a plain step; `evaluation` (forward pass only) and
 `val_gradient` are per as many examples as a training batch has. Between what `benchmarks/self_tuning_cost.py` measures
 on an MLP and a CNN: `stn_step` and `delta_stn_step` are training steps of weights and responses; `self_tuning_val_step`
 is a step of the hyperparameters, per as many examples as a training batch has.

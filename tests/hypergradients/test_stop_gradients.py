@@ -18,7 +18,7 @@ from torch_loops import SGD, assert_exact
 from tune_hypergrad import InputError
 from tune_hypergrad.hypergradients import hypergradient_run
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.reverse import adjoint_step
+from tune_hypergrad.hypergradients.step_graph import adjoint_step
 
 Function = Callable[[Any, Tensor], Tensor]
 

@@ -24,9 +24,11 @@ from tune_hypergrad.hypergradients.double_precision import in_double_precision
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop, mean_of, members_differentiable
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
-from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun, StepMode, adjoint_step
+from tune_hypergrad.hypergradients.keeping import Room
+from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
+from tune_hypergrad.hypergradients.step_graph import StepMode, adjoint_step
 from tune_hypergrad.hypergradients.verification import EXAMPLES, recall
 
 _SUBJECT = "together"
@@ -65,6 +67,8 @@ class EnsembleRun(ReverseRun):
         val_examples: int | None = None,
         reject_above: float = inf,
         keep_all: bool = True,
+        room: Room | None = None,
+        by_graph: bool = False,
     ) -> None:
         super().__init__(
             loop,
@@ -73,6 +77,8 @@ class EnsembleRun(ReverseRun):
             val_examples=val_examples,
             reject_above=reject_above,
             keep_all=keep_all,
+            room=room,
+            by_graph=by_graph,
         )
         self._mode = members_differentiable
         self._of_members, self.by_step = (

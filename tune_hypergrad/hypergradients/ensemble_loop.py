@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from tune_hypergrad.batches import Batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.evaluation import Evaluation
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings, as_real
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, TrainingSettings, as_real
 from tune_hypergrad.hypergradients.loop_batches import MODEL_STREAM, LoopBatches
 from tune_hypergrad.hypergradients.loop_costs import LoopCosts
 from tune_hypergrad.hypergradients.member_draws import MemberDraws
@@ -138,12 +138,12 @@ class EnsembleLoop(InnerLoop):
         h: Mapping[str, Any],
         batch: Batch,
         step: int,
-        body: Callable[[Tensor, Callable[[], Buffers]], T],
+        body: Callable[[Tensor, Passed], T],
         *,
         number: int = 0,
         mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]] = lambda state: nullcontext(),
     ) -> T:
-        """What `body` makes of a training step's losses, shape [S], and of what gives the buffers after it.
+        """What `body` makes of a training step's losses, shape [S], and of what there is after its pass.
 
         Args:
             named: the trainable parameters by name, [S, ...].
@@ -169,7 +169,7 @@ class EnsembleLoop(InnerLoop):
         losses, after = vmap(of_member, randomness="error")(self._index, dict(named), dict(buffers), dict(h), batch)
         _refuse_common_draws()
         present = {name: buffers[name] if _is_same(after[name], buffers[name]) else after[name] for name in buffers}
-        return body(losses, lambda: present)
+        return body(losses, Passed(lambda: present, lambda body: body()))
 
     def _gradients(
         self, loss: Tensor, named: Mapping[str, Tensor], *, create_graph: bool = False
@@ -280,8 +280,8 @@ def members_differentiable(state: Iterable[Tensor]) -> MemberStops:
     return MemberStops(state, _SUBSTITUTES)
 
 
-def _loss_and_buffers(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Tensor, Buffers]:
-    return loss, present()
+def _loss_and_buffers(loss: Tensor, passed: Passed) -> tuple[Tensor, Buffers]:
+    return loss, passed.buffers()
 
 
 def _is_same(after: Tensor, before: Tensor) -> bool:

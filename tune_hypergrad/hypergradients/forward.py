@@ -12,7 +12,7 @@ the update. Memory is columns x state, whatever the number of steps. Micaelli & 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from math import inf
 from typing import Any
@@ -25,7 +25,7 @@ from torch.func import grad, jvp, vmap
 from tune_hypergrad.curves import base_names, first_step_of, split_name, window_at
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, as_real, has_derivatives
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, as_real, has_derivatives
 from tune_hypergrad.hypergradients.normalisation import instance_norm
 from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.run import HypergradientRun
@@ -309,8 +309,8 @@ def _note(noted: set[int], position: int, gradient: Tensor | None) -> None:
         noted.add(position)
 
 
-def _loss_and_buffers(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Tensor, Buffers]:
-    return loss, present()
+def _loss_and_buffers(loss: Tensor, passed: Passed) -> tuple[Tensor, Buffers]:
+    return loss, passed.buffers()
 
 
 def _stops(state: Iterable[Tensor]) -> ForwardStops:

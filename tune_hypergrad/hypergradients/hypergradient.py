@@ -13,12 +13,15 @@ from torch import Tensor
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun, RunsInTurn, advance_together, why_in_turn
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
+from tune_hypergrad.hypergradients.graph_size import graph_size
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
-from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
+from tune_hypergrad.hypergradients.keeping import least_memory
+from tune_hypergrad.hypergradients.memory import as_bytes, free_memory, mebibytes
 from tune_hypergrad.hypergradients.modes import (
     AUTO,
     MODES,
     TOGETHER,
+    CheckpointedReverse,
     Choice,
     Forward,
     Mode,
@@ -56,6 +59,7 @@ def hypergradient(
     autocast: str | None = None,
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
+    max_memory: float | str | None = None,
     device: str | None = None,
     check: bool = True,
 ) -> HypergradientResult:
@@ -82,6 +86,10 @@ def hypergradient(
         autocast: "bfloat16" for the model's forward pass under `torch.autocast`.
         clip_hessian_product: clamp the Hessian products' elements (forward mode only; no longer exact).
         val_examples: validation examples per segment's gradient; None is the whole split.
+        max_memory: what may be kept for the derivatives, beside what the work on one step takes: bytes, or such as
+            "500MB" or "2GiB". Reverse mode keeps graphs of the last steps and states in it, and trains steps again for
+            which it does not do, with the same result; forward mode keeps its tangents. None is a quarter of what is
+            free where training happens when the run begins.
         device: where to train; None leaves the model where its factory puts it.
         check: compare the engine with plain training on a few small batches first, once per problem; see
             `check_problem`. Without it, only the first step is searched for what has no derivative.
@@ -92,7 +100,7 @@ def hypergradient(
         there are no hypergradients: they are NaN.
 
     Raises:
-        InputError: a hyperparameter, module, mode or horizon that cannot work.
+        InputError: a hyperparameter, module, mode or horizon that cannot work, or less memory than the mode needs.
 
     Examples:
         >>> import torch
@@ -121,6 +129,7 @@ def hypergradient(
             clip_hessian_product=clip_hessian_product,
             val_examples=val_examples,
             check=check,
+            max_memory=max_memory,
         )
 
     run = begin()
@@ -199,6 +208,8 @@ def hypergradient_run(
     reject_above: float = inf,
     check: bool = False,
     together: bool | None = None,
+    max_memory: float | str | None = None,
+    beside: int = 1,
 ) -> HypergradientRun:
     """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`, and for
     `HypergradientRun`. With `reject_above` -inf, it is plain training, whatever the model.
@@ -206,6 +217,7 @@ def hypergradient_run(
     Args:
         together: of an `EnsembleLoop`, whether its runs take their steps at once (see `advance_together`) or one run
             begins after another; None is what is faster, and right.
+        beside: how many runs, this one included, share the memory.
     """
     values = dict(hyperparameters)
     check_values(loop, values)
@@ -217,13 +229,15 @@ def hypergradient_run(
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
         mode = _CLIPPED if differentiated else mode
     refuse_underivable(loop, values)
+    memory = _memory(loop, max_memory, beside)
     common: dict[str, Any] = {"horizon": horizon, "val_examples": val_examples}
     if isinstance(loop, EnsembleLoop):
         reason = _why_in_turn(loop, values, together, mode, differentiated=differentiated, check=check)
         if reason is None:
-            return _at_once(loop, values, mode, **common, reject_above=reject_above)
+            return _at_once(loop, values, mode, memory, max_memory, **common, reject_above=reject_above)
         if mode is None and differentiated:
-            mode = cheapest_right(loop, values, Work.of(loop, values, horizon), check=check).mode
+            work = _work(loop, values, mode, horizon, memory / len(loop.seeds))
+            mode = cheapest_right(loop, values, work, check=check).mode
         begin = partial(
             hypergradient_run,
             hyperparameters=values,
@@ -232,14 +246,16 @@ def hypergradient_run(
             clip_hessian_product=clip_hessian_product,
             reject_above=inf if differentiated else -inf,  # the mean decides
             check=check,
+            max_memory=max_memory,
+            beside=len(loop.seeds),
         )
         return RunsInTurn(loop, values, begin, reason, reject_above=reject_above)
     if not differentiated:
         run: HypergradientRun = ReverseRun(loop, values, val_examples=val_examples, reject_above=reject_above)
         run.reason = _NOT_DIFFERENTIATED
         return run
+    work = _work(loop, values, mode, horizon, memory, may_be_rejected=reject_above < inf)
     if mode is None:
-        work = Work.of(loop, values, horizon, may_be_rejected=reject_above < inf)
         choice = cheapest_right(loop, values, work, check=check)
     else:
         refusal = refusal_of(loop, values, mode.derivatives, check=check)
@@ -247,8 +263,12 @@ def hypergradient_run(
             raise InputError(refusal)
         clipped = clip_hessian_product is not None
         choice = Choice(mode, "Hessian products are clipped in forward mode only" if clipped else "asked for")
-    clipping = {} if clip_hessian_product is None else {"clip_hessian_product": clip_hessian_product}
-    run = choice.mode.begin(loop, values, **common, reject_above=reject_above, **clipping)
+    own: dict[str, Any] = {} if clip_hessian_product is None else {"clip_hessian_product": clip_hessian_product}
+    if max_memory is not None:
+        _refuse_too_little(choice.mode, work)
+    if isinstance(choice.mode, Reverse):
+        own = _keeping(loop, values, mode, work, max_memory)
+    run = choice.mode.begin(loop, values, **common, reject_above=reject_above, **own)
     run.differentiation, run.reason = choice.mode.name, choice.reason
     return run
 
@@ -283,14 +303,70 @@ def _why_in_turn(
 
 
 def _at_once(
-    loop: EnsembleLoop, values: Hyperparameters, mode: Mode | None, *, reject_above: float, **common: Any
+    loop: EnsembleLoop,
+    values: Hyperparameters,
+    mode: Mode | None,
+    memory: float,
+    max_memory: float | str | None,
+    *,
+    reject_above: float,
+    **common: Any,
 ) -> EnsembleRun:
-    work, free = Work.of(loop, values, common["horizon"]), free_memory(loop.device)
+    if reject_above == -inf:
+        run = EnsembleRun(loop, values, **common, reject_above=reject_above)
+        run.reason = f"{len(loop.seeds)} runs at once; {_NOT_DIFFERENTIATED}"
+        return run
+    work = _work(loop, values, mode, common["horizon"], memory)
     whole = MODES[Reverse.name]
     needed = whole.kept_bytes(work)
-    keep_all = mode is whole or (mode is None and needed <= free)
-    run = EnsembleRun(loop, values, **common, reject_above=reject_above, keep_all=keep_all)
+    if max_memory is not None:
+        _refuse_too_little(whole, work)
+    keep_all = mode is whole or (mode is None and needed <= memory)
+    keeping = _keeping(loop, values, mode, work, max_memory)
+    run = EnsembleRun(loop, values, **common, reject_above=reject_above, keep_all=keep_all, **keeping)
     kept = f"{mebibytes(needed)} of states {'fit' if keep_all else 'are not kept'}"
-    how = f" by reverse mode; {kept}" if reject_above > -inf else f"; {_NOT_DIFFERENTIATED}"
-    run.reason = f"{len(loop.seeds)} runs at once{how}"
+    run.reason = f"{len(loop.seeds)} runs at once by reverse mode; {kept}"
     return run
+
+
+def _memory(loop: InnerLoop, max_memory: float | str | None, beside: int) -> float:
+    """Bytes that a run may keep."""
+    return (free_memory(loop.device) if max_memory is None else as_bytes(max_memory)) / beside
+
+
+def _work(
+    loop: InnerLoop,
+    values: Hyperparameters,
+    mode: Mode | None,
+    horizon: int | None,
+    memory: float,
+    *,
+    may_be_rejected: bool = False,
+) -> Work:
+    """The size of a run, that of its graphs included where reverse mode may be taken."""
+    graph = graph_size(loop, values).size if mode is None or isinstance(mode, Reverse) else inf
+    return Work.of(loop, values, horizon, may_be_rejected=may_be_rejected, graph_bytes=graph, memory=memory)
+
+
+def _keeping(
+    loop: InnerLoop, values: Hyperparameters, mode: Mode | None, work: Work, max_memory: float | str | None
+) -> dict[str, Any]:
+    """What reverse mode has to know of what it may keep; `mode` is what was asked for."""
+    if mode is not None and mode.name == CheckpointedReverse.name and max_memory is None:
+        work = replace(work, memory=mode.kept_bytes(work))
+    return {"room": work.room, "by_graph": not graph_size(loop, values).same}
+
+
+def _refuse_too_little(mode: Mode, work: Work) -> None:
+    """Refuse a limit that a mode cannot keep to.
+
+    Raises:
+        InputError: it is such.
+    """
+    reverse = isinstance(mode, Reverse)
+    needed = least_memory(work.steps, work.state_bytes) if reverse else mode.kept_bytes(work)
+    if needed > work.memory:
+        raise InputError(
+            f"max_memory is {mebibytes(work.memory)}: {mode.name} mode keeps {mebibytes(needed)} at the least for "
+            f"{work.steps} steps; give it that"
+        )

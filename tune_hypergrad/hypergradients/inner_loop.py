@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -46,6 +47,15 @@ class Training(NamedTuple):
     """Positions of the parameters that have none."""
     buffers: Buffers
     """The buffers after the forward pass."""
+
+
+class Passed(NamedTuple):
+    """What there is after the forward pass of a training step's batch."""
+
+    buffers: Callable[[], Buffers]
+    """Gives the buffers after it."""
+    within: Callable[[Callable[[], Any]], Any]
+    """Gives what a body does where the pass ran, weights and regularisers in place: for derivatives taken later on."""
 
 
 @dataclass(frozen=True)
@@ -274,12 +284,12 @@ class InnerLoop:
         h: Mapping[str, Any],
         batch: Batch,
         step: int,
-        body: Callable[[Tensor, Callable[[], Buffers]], T],
+        body: Callable[[Tensor, Passed], T],
         *,
         number: int = 0,
         mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]] = lambda state: nullcontext(),
     ) -> T:
-        """What `body` makes of the loss of a training step's batch, shape [], and of what gives the buffers after it.
+        """What `body` makes of the loss of a training step's batch, shape [], and of what there is after its pass.
 
         Args:
             named: the trainable parameters by name.
@@ -305,9 +315,26 @@ class InnerLoop:
         def at_loss() -> T:
             with self.objective.acting(values) as activations, mode(buffers.values()):
                 prediction = Prediction(self.problem.predict(self.model, batch), activations)
-                return body(self.objective.loss(prediction, target, lambda: of_model, values), present)
+                loss = self.objective.loss(prediction, target, lambda: of_model, values)
+                return body(loss, Passed(present, partial(self._within_step, used, present(), values, mode)))
 
         return self.within({**buffers, **used}, at_loss, training=True)
+
+    def _within_step(
+        self,
+        used: Mapping[str, Tensor],
+        buffers: Buffers,
+        values: Mapping[str, Any],
+        mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]],
+        body: Callable[[], T],
+    ) -> T:
+        """What `body()` gives where a pass with these tensors and hyperparameters' values has run."""
+
+        def inside() -> T:
+            with self.objective.acting(values), mode(buffers.values()):
+                return body()
+
+        return self.within({**buffers, **used}, inside, training=True)
 
     def training(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> Training:
         """The gradient of a step's training loss, the mean over its batches; `again`: the step will be taken again."""
@@ -325,18 +352,16 @@ class InnerLoop:
         named = {name: p.detach().requires_grad_() for name, p in self.unflatten(state.params).items()}
         buffers = self.copies(state.buffers)
 
-        def differentiate(loss: Tensor, present: Callable[[], Buffers]) -> tuple[Any, ...]:
-            return loss.detach(), self._gradients(loss, named), present()
+        def differentiate(loss: Tensor, passed: Passed) -> tuple[Any, ...]:
+            return loss.detach(), self._gradients(loss, named), passed.buffers()
 
         with torch.enable_grad(), DataWrites(buffers.values()).noted() as writes:
-            versions = {name: buffer._version for name, buffer in buffers.items()}
+            versions = versions_of(buffers)
             batch = self.batches.of_step(step, number, again=again)
             loss, found, after = self.at_training_loss(named, buffers, h, batch, step, differentiate, number=number)
         gradient, without = self._together(named, found)
         traceless = {name for name, buffer in buffers.items() if writes.have_changed(buffer)}
-        traced = {name for name, buffer in buffers.items() if after[name] is not buffer}
-        traced |= {name for name, buffer in buffers.items() if buffer._version != versions[name]}
-        self._note_moving(traced | traceless, state.buffers, after)
+        self._note_moving(traceless | changed(buffers, versions, after), state.buffers, after)
         self.knows_moving = True
         kept = {name: after[name].detach() if name in self.moving else buffer for name, buffer in state.buffers.items()}
         return Training(loss, gradient, without, kept)
@@ -448,10 +473,14 @@ class InnerLoop:
     def take_step(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> tuple[State, Tensor]:
         """One plain training step, and its training loss; `again`: the step will be taken again."""
         training = self.training(state, h, step, again=again)
+        return self.stepped(state, training, h, step), training.loss
+
+    def stepped(self, state: State, training: Training, h: Mapping[str, Any], step: int) -> State:
+        """The state after the step that a training gradient makes."""
         blocks = step_blocks(state.counts, training.without_gradient)
         with torch.no_grad():
             params, slots = self.update(state.params, training.gradient, state.slots, h, step, blocks)
-        return State(params, slots, training.buffers, counted(state.counts, training.without_gradient)), training.loss
+        return State(params, slots, training.buffers, counted(state.counts, training.without_gradient))
 
     def run(self, hyperparameters: Hyperparameters) -> State:
         """A whole training run without any hypergradient."""
@@ -520,6 +549,16 @@ def mean_training(parts: Iterable[Training]) -> Training:
             part.buffers,
         )
     return mean if count == 1 else mean._replace(loss=mean.loss / count, gradient=mean.gradient / count)
+
+
+def versions_of(buffers: Buffers) -> dict[str, int]:
+    """How often each has been written to."""
+    return {name: buffer._version for name, buffer in buffers.items()}
+
+
+def changed(before: Buffers, versions: Mapping[str, int], after: Buffers) -> set[str]:
+    """Names of the buffers that a pass has written to, or put others in place of; `versions` are from before it."""
+    return {name for name, buffer in before.items() if after[name] is not buffer or buffer._version != versions[name]}
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.derivatives import fault_of
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Training
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, Training
 from tune_hypergrad.hypergradients.narrowing import culprit
-from tune_hypergrad.hypergradients.reverse import adjoint_step, are_replayed, differentiable
+from tune_hypergrad.hypergradients.reverse import are_replayed
 from tune_hypergrad.hypergradients.sites import Sites, called, line_of
-from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters
+from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.hypergradients.step_graph import adjoint_step, differentiable
 from tune_hypergrad.hypergradients.stop_gradient import Conversions, constant
 
 T = TypeVar("T")
@@ -175,7 +176,7 @@ class _Inspection:
         loop, state = self._loop, self._state
         found: list[list[Tensor]] = []
 
-        def look(loss: Tensor, present: Callable[[], Buffers]) -> None:
+        def look(loss: Tensor, passed: Passed) -> None:
             found.append(_leaves(loss))
 
         for _ in range(2):
@@ -419,7 +420,7 @@ def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _subclasses(subclass)
 
 
-def _constant_loss(loss: Tensor, present: Callable[[], Buffers]) -> Tensor:
+def _constant_loss(loss: Tensor, passed: Passed) -> Tensor:
     return constant(loss)
 
 

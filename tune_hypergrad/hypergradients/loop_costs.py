@@ -24,9 +24,9 @@ class LoopCosts:
         examples, gradients = self._batches.problem.step_length(step), GRADIENTS_PER["step"] + tangents
         return self._of_all(Cost(steps=1, examples=examples, gradients=gradients, hypergradients=tangents))
 
-    def adjoint_step(self) -> Cost:
-        """Cost of going back over one training step."""
-        spent = adjoint_gradients(self._batches.problem)
+    def adjoint_step(self, *, kept: bool = False) -> Cost:
+        """Cost of going back over one training step, by a graph that was kept when it was trained or by a new one."""
+        spent = GRADIENTS_PER["kept_adjoint_step"] if kept else adjoint_gradients(self._batches.problem)
         return self._of_all(Cost(gradients=spent, hypergradients=spent))
 
     def evaluation(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:

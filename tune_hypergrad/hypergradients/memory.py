@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from functools import cache
+from math import isfinite
 from pathlib import Path
 
 import torch
 
+from tune_hypergrad.errors import InputError
+
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _SHARE = 0.25  # several trials may run beside each other
+_TRIED = 1 << 22
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes on `device` that one run may take: a quarter of what is free."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
     return int(free * _SHARE)
+
+
+def allocated(device: torch.device) -> int | None:
+    """Bytes that tensors on `device` and the rest of the program have been given; None where nobody says: on a CPU,
+    with other allocators than glibc's."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _in_use() if _is_counted() else None
+
+
+@cache
+def _is_counted() -> bool:
+    """Whether glibc's figures have the memory of tensors in them."""
+    if os.name != "posix" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        return False
+    before = _in_use()
+    tried = torch.empty(_TRIED, dtype=torch.uint8)
+    return _in_use() - before >= tried.nbytes
+
+
+def _in_use() -> int:
+    """Bytes in the heaps and in mapped blocks."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Allocated
+    found = mallinfo()
+    return int(found.used + found.mapped)
+
+
+class _Allocated(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "blocks", "small", "mapped_blocks", "mapped", "_", "fast", "used", "free", "top")
+    ]
+
+
+def as_bytes(size: float | str) -> int:
+    """An amount of memory as a person gives it: a number of bytes, or "500MB", "2GiB" and the like.
+
+    Raises:
+        InputError: it is none.
+    """
+    text = size if isinstance(size, str) else ""
+    unit = text.strip().lstrip("0123456789. ")
+    try:
+        number = float(text.strip().removesuffix(unit)) if text else float(size)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if isinstance(size, bool) or unit not in _UNITS or not isfinite(number) or number < 0:
+        raise InputError(f"max_memory is {size!r}: give a number of bytes, or such as '500MB' or '2GiB'")
+    return int(number * _UNITS[unit])
 
 
 def mebibytes(size: float) -> str:

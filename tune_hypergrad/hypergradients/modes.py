@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
+from math import inf, isinf
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -14,8 +14,9 @@ from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.keeping import Room, least_memory, memory_for_one, plan_stretch
 from tune_hypergrad.hypergradients.loop_costs import adjoint_gradients
-from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
+from tune_hypergrad.hypergradients.memory import mebibytes
 from tune_hypergrad.hypergradients.reverse import ReverseRun, checkpoint_interval
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.verification import refusal_of
@@ -40,15 +41,32 @@ class Work:
     """Gradient evaluations that going back over a step takes."""
     may_be_rejected: bool = False
     """Whether the run may turn out not to be worth its hypergradient."""
+    graph_bytes: float = inf
+    """Size of one step's graph beside its state; infinite: none is kept."""
+    memory: float = inf
+    """Bytes that may be kept."""
 
     @classmethod
     def of(
-        cls, loop: InnerLoop, values: Mapping[str, Tensor], horizon: int | None, *, may_be_rejected: bool = False
+        cls,
+        loop: InnerLoop,
+        values: Mapping[str, Tensor],
+        horizon: int | None,
+        *,
+        may_be_rejected: bool = False,
+        graph_bytes: float = inf,
+        memory: float = inf,
     ) -> Work:
         """That of a run of this loop."""
         windows = tuple(len(v) for v in values.values())
         adjoint_step = adjoint_gradients(loop.problem)
-        return cls(windows, loop.steps, state_bytes(loop), horizon, adjoint_step, may_be_rejected)
+        return cls(windows, loop.steps, state_bytes(loop), horizon, adjoint_step, may_be_rejected, graph_bytes, memory)
+
+    @property
+    def room(self) -> Room:
+        """The memory as reverse mode uses it."""
+        least = least_memory(self.steps, self.state_bytes)
+        return Room(max(self.memory, least), self.state_bytes, self.graph_bytes + self.state_bytes)
 
 
 class Mode(ABC):
@@ -95,22 +113,29 @@ class Forward(Mode):
 
 
 class Reverse(Mode):
-    """Back through all steps, from states that were all kept: `ReverseRun`."""
+    """Back through all steps, by kept graphs or from kept states, with no step trained more than once again:
+    `ReverseRun`."""
 
     name, derivatives, rejects_early = "reverse", "reverse", True
 
     def gradients(self, work: Work) -> float:
-        return GRADIENTS_PER["step"] + work.adjoint_step
+        kept = 0 if isinf(work.graph_bytes) else work.steps - plan_stretch(work.steps, work.room).graphs_from
+        saved = work.adjoint_step - GRADIENTS_PER["kept_adjoint_step"]
+        return GRADIENTS_PER["step"] + work.adjoint_step - saved * kept / work.steps
 
     def kept_bytes(self, work: Work) -> int:
-        return work.steps * work.state_bytes
+        return min(
+            work.steps * work.state_bytes,
+            memory_for_one(work.steps, work.state_bytes, work.graph_bytes + work.state_bytes),
+        )
 
     def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ReverseRun:
         return ReverseRun(loop, dict(values), keep_all=True, **arguments)
 
 
 class CheckpointedReverse(Reverse):
-    """The same from about sqrt(T) kept states, between which steps are taken again."""
+    """The same from a number of kept states that is about the root of T at the least, between which steps are trained
+    again up to twice."""
 
     name = "checkpointed_reverse"
 
@@ -118,7 +143,7 @@ class CheckpointedReverse(Reverse):
         return super().gradients(work) + GRADIENTS_PER["step"]
 
     def kept_bytes(self, work: Work) -> int:
-        return 2 * checkpoint_interval(work.steps) * work.state_bytes  # those, and the ones of one stretch
+        return 2 * checkpoint_interval(work.steps) * work.state_bytes
 
     def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ReverseRun:
         return ReverseRun(loop, dict(values), keep_all=False, **arguments)
@@ -180,16 +205,15 @@ def cheapest_right(loop: InnerLoop, values: Mapping[str, Tensor], work: Work, *,
     Args:
         loop: the problem, and how it is trained.
         values: hyperparameters by flat name.
-        work: the size of the run.
+        work: the size of the run, and the memory that it may take.
         check: compare what is chosen with plain training.
 
     Raises:
         InputError: none has.
     """
     refusals: dict[str, str] = {}
-    free = free_memory(loop.device)
     while any(mode.derivatives not in refusals for mode in MODES.values()):
-        choice = cheapest(work, free, refusals)
+        choice = cheapest(work, work.memory, refusals)
         refusal = refusal_of(loop, values, choice.mode.derivatives, check=check)
         if refusal is None:
             return choice

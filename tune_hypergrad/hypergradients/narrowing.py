@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.hypergradients.derivatives import fault_of
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop
-from tune_hypergrad.hypergradients.reverse import differentiable
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed
 from tune_hypergrad.hypergradients.sites import Sites
-from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters
+from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.hypergradients.step_graph import differentiable
 from tune_hypergrad.hypergradients.stop_gradient import DETACHING, writes
 
 _MOST = 500
@@ -65,7 +65,7 @@ def culprit(loop: InnerLoop, hyperparameters: Hyperparameters) -> str | None:
         stack.enter_context(recorder)
         return stack
 
-    def nothing(loss: Tensor, present: Callable[[], Buffers]) -> None:
+    def nothing(loss: Tensor, passed: Passed) -> None:
         return None
 
     with torch.enable_grad(), sites.watched():

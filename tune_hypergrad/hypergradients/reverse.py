@@ -1,38 +1,36 @@
-"""Reverse mode with recomputed steps: train once, then carry the adjoint of the state back through every step.
+"""Reverse mode: train once, then carry the adjoint of the state back through every step.
 
-With state s = (params, slots, buffers) and adjoint a = d val_loss / d s', one inner step s' = step(s, h) gives
-
-    d val_loss / d h += a (d step / d h),        a <- a (d step / d s).
-
-The numbers of a curve get the steps' own derivatives by the curve's Jacobian, transposed.
-
-Each step is rebuilt from a kept state, never from a kept graph: either every state is kept, or about sqrt(T) of them,
-between which segments are trained again. The cost does not depend on how many hyperparameters there are.
+A step is gone back through by the graph of its training gradient. The graphs of the last steps are kept from the way
+there as far as memory goes; all others are made anew, from states that were kept (`keeping` says which). Either way it
+is the same step, and the cost does not depend on how many hyperparameters there are. The numbers of a curve get the
+steps' own derivatives by the curve's Jacobian, transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from functools import reduce
+from collections.abc import Sequence
 from math import inf, isqrt, nan
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tune_hypergrad.curves import base_names, split_name, window_at
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Training, mean_training
-from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
-from tune_hypergrad.hypergradients.partial_update import step_blocks
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.keeping import Room, Stretch, plan_stretch
+from tune_hypergrad.hypergradients.memory import allocated
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
-from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
-
-StepMode = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
-"""Makes what a training step runs in, of the tensors that the step may overwrite."""
+from tune_hypergrad.hypergradients.step_graph import (
+    Pulled,
+    StepGraph,
+    StepMode,
+    adjoint_step,
+    differentiable,
+    pull_back,
+    step_graph,
+)
 
 _COMPARED_TOGETHER = 64
 """Steps between two comparisons on a device that has to be waited for."""
@@ -43,6 +41,11 @@ def checkpoint_interval(steps: int) -> int:
     return isqrt(steps - 1) + 1
 
 
+def states_only(steps: int, *, all_of_them: bool) -> Room:
+    """Room for every state of a run, or for about twice the root of their number, and for no graphs."""
+    return Room(steps if all_of_them else 2 * checkpoint_interval(steps), 1)
+
+
 class NotReplayedError(InputError):
     """A training step that was run again was another one."""
 
@@ -51,7 +54,11 @@ class ReverseRun(HypergradientRun):
     """A hypergradient by reverse mode: T units of training, then T units of going back.
 
     Args:
-        keep_all: keep every state (O(T) memory), or about sqrt(T) of them at one more gradient a step.
+        keep_all: without `room`, keep every state (O(T) memory), or about 2 sqrt(T) of them at up to one more gradient
+            a step.
+        room: memory for states and graphs.
+        by_graph: train every step by way of its graph, whose gradient differs from that without one by rounding, which
+            in the course of some steps may make another run.
     """
 
     def __init__(
@@ -63,12 +70,18 @@ class ReverseRun(HypergradientRun):
         val_examples: int | None = None,
         reject_above: float = inf,
         keep_all: bool = True,
+        room: Room | None = None,
+        by_graph: bool = False,
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.differentiation = "reverse" if keep_all else "checkpointed_reverse"
-        self._sparse_interval = checkpoint_interval(loop.steps)
-        self._interval = 1 if keep_all else self._sparse_interval
+        self._room = states_only(loop.steps, all_of_them=keep_all) if room is None else room
+        self._by_graph = by_graph
+        self._whole = plan_stretch(loop.steps, self._room)
         self._kept: dict[int, State] = {}
+        self._graphs: dict[int, StepGraph] = {}
+        self._sizes: dict[int, float] = {}  # of graphs, by step
+        self._again: set[int] = set()  # steps whose graphs were made on the way back
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
         self._mode: StepMode = differentiable
@@ -93,16 +106,48 @@ class ReverseRun(HypergradientRun):
             self._go_back_one(2 * steps - 1 - self.position)
 
     def _train_one(self, step: int) -> None:
-        if step % self._interval == 0 and self.reject_above > -inf:
-            self._kept[step] = self.state
-        self.state, loss = self._plain_step(self.state, step)
+        self.cost += self.loop.costs.step(step)
+        if self.reject_above > -inf:
+            self.state, loss = self._train(self.state, step, self._whole, step)
+        else:
+            self.state, loss = self.loop.take_step(self.state, self.loop.scalars(self.hyperparameters, step), step)
         self._losses.append(loss)
 
-    def _plain_step(self, state: State, step: int) -> tuple[State, Tensor]:
-        self.cost += self.loop.costs.step(step)
-        # its batch is used once more on the way back
-        again = self.reject_above > -inf
-        return self.loop.take_step(state, self.loop.scalars(self.hyperparameters, step), step, again=again)
+    def _train(self, state: State, step: int, stretch: Stretch, number: int) -> tuple[State, Tensor]:
+        """Take a step that is the number-th of a stretch, and keep of it what there is to keep."""
+        loop, keeps_graph = self.loop, number >= stretch.graphs_from and not self._is_lean(step)
+        if number == 0 or number in stretch.states:
+            self._kept[step] = state
+        h = self._leaves(step)
+        if (keeps_graph or self._by_graph) and loop.knows_moving:
+            before = allocated(loop.device)
+            graph = step_graph(loop, state, h, step, again=not keeps_graph, mode=self._mode)
+            if graph.changed <= loop.moving:
+                if keeps_graph:
+                    self._keep(step, graph, (allocated(loop.device) or 0) - (before or 0))
+                training = graph.training
+                return loop.stepped(state, training, h, step), training.loss
+            # what has begun to change has to be known before there is a graph of it
+        if number >= stretch.graphs_from:
+            self._kept[step] = state
+        return loop.take_step(state, {name: value.detach() for name, value in h.items()}, step, again=True)
+
+    def _keep(self, step: int, graph: StepGraph, size: int) -> None:
+        """Keep a graph of so many bytes; where graphs are larger than was planned with, without those of some steps
+        before."""
+        room = self._room
+        self._graphs[step], self._sizes[step] = graph, max(room.graph, size + room.state)
+        states = sum(0 < kept <= step for kept in self._kept) * room.state
+        while len(self._graphs) > 1 and states + sum(self._sizes[kept] for kept in self._graphs) > room.memory:
+            del self._graphs[min(self._graphs)]
+
+    def _is_lean(self, step: int) -> bool:
+        """Whether only one of the step's batches has room for its graph at a time."""
+        return self.loop.problem.batches_in(step) > 1 and self._room.memory < self._room.graph
+
+    def _leaves(self, step: int) -> dict[str, Tensor]:
+        of_step = self.loop.scalars(self.hyperparameters, step)
+        return {name: value.detach().requires_grad_() for name, value in of_step.items()}
 
     def assess(self) -> None:
         """Find the final validation loss of a run that has trained, with what it goes back from."""
@@ -136,16 +181,31 @@ class ReverseRun(HypergradientRun):
                 return
         elif end % self.horizon == 0:
             self._begin_segment(end)
-        state = self._state_before(step)
         self._kept.pop(end, None)
-        h = {name: value.detach().requires_grad_() for name, value in loop.scalars(self.hyperparameters, step).items()}
-        pulled = adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint, mode=self._mode)
-        self._replayed.append((step, self._losses[step], pulled.loss))
-        if loop.device.type == "cpu" or len(self._replayed) == _COMPARED_TOGETHER or step == 0:
+        pulled = self._pull_back(step)
+        if loop.device.type == "cpu" or len(self._replayed) >= _COMPARED_TOGETHER or step == 0:
             self._refuse_another_run()
         self._adjoint, self._buffer_adjoint = pulled.adjoint, pulled.buffer_adjoint
         self._add(step, pulled.by_hyperparameters)
-        self.cost += loop.costs.adjoint_step()
+
+    def _pull_back(self, step: int) -> Pulled:
+        """Go back through a step, by its graph if it was kept."""
+        loop = self.loop
+        if step not in self._graphs:
+            self._train_again(step + 1)
+        self.cost += loop.costs.adjoint_step(kept=step in self._graphs and step not in self._again)
+        graph = self._graphs.pop(step, None)
+        if graph is None:
+            state = self._kept[step]
+            pulled = adjoint_step(
+                loop, state, self._leaves(step), step, self._adjoint, self._buffer_adjoint, mode=self._mode
+            )
+            self._replayed.append((step, self._losses[step], pulled.loss))
+            return pulled
+        self._again.discard(step)
+        if step % self.horizon == 0:  # the next segment's end
+            self._kept[step] = graph.state
+        return pull_back(loop, graph, step, self._adjoint, self._buffer_adjoint)
 
     def _add(self, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
         """Add what a step gives the hyperparameters."""
@@ -169,35 +229,47 @@ class ReverseRun(HypergradientRun):
 
     def _refuse_another_run(self) -> None:
         replayed, self._replayed = self._replayed, []
+        if not replayed:
+            return
         steps, first, again = zip(*replayed, strict=True)
         refuse_another_step(steps, torch.stack(first), torch.stack(again))
 
     def _give_up(self) -> None:
         """Do not go back through the run, which diverged or is rejected."""
         self._kept.clear()
+        self._graphs.clear()
         self.loop.batches.forget()
         self._forget_hypergradients()
         self.position = self.length - 1
 
     def _state_before(self, step: int) -> State:
-        """The state before `step`: kept, or trained again from the last kept one before it."""
+        """The state before `step`: kept, or trained again."""
         if step == self.loop.steps:
             return self.state
-        if step not in self._kept:
-            start = max((kept for kept in self._kept if kept < step), default=0)
-            state = self._kept.get(start) or self.loop.initial_state()
-            self.loop.batches.expect(range(start, step))
-            for between in range(start, step):
-                self._kept[between] = state
-                state, _ = self._plain_step(state, between)
-            self._kept[step] = state
-        return self._kept[step]
+        return self._kept[step] if step in self._kept else self._train_again(step)
+
+    def _train_again(self, end: int) -> State:
+        """Train up to `end` from the last state that was kept, and keep graphs of the last steps; gives the state
+        there."""
+        begin = max((kept for kept in self._kept if kept < end), default=0)
+        state = self._kept[begin] if begin in self._kept else self.loop.initial_state()
+        stretch = plan_stretch(end - begin, self._room, held=sum(0 < kept < end for kept in self._kept))
+        self.loop.batches.expect(range(begin, end))
+        for step in range(begin, end):
+            state, loss = self._train(state, step, stretch, step - begin)
+            if step in self._graphs:
+                self._again.add(step)
+                self._replayed.append((step, self._losses[step], loss))
+            else:
+                self.cost += self.loop.costs.step(step)
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         if self._replayed:
             self._refuse_another_run()
-        # about sqrt(T) states: the rest is trained again on demand, to the same bits
-        kept = {step: tuple(state) for step, state in self._kept.items() if step % self._sparse_interval == 0}
+        # about sqrt(T) states and no graph: the rest is trained again on demand, to the same bits
+        states = {**{step: graph.state for step, graph in self._graphs.items()}, **self._kept}
+        kept = {step: tuple(states[step]) for step in spread(sorted(states), checkpoint_interval(self.loop.steps))}
         losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
         return {
             **super().state_dict(),
@@ -211,161 +283,19 @@ class ReverseRun(HypergradientRun):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
         self._kept = {step: State(*state) for step, state in saved["kept"].items()}
+        self._graphs, self._again = {}, set()
         self.by_step = {name: values.clone() for name, values in saved["by_step"].items()}
         self._losses = list(saved["losses"])
         self._adjoint, self._buffer_adjoint = tuple(saved["adjoint"]), dict(saved["buffer_adjoint"])
 
 
-class Pulled(NamedTuple):
-    """What an adjoint step gives."""
-
-    loss: Tensor
-    """The training loss of the step, shape []."""
-    gradient: Tensor
-    """The training gradient, shape [P]."""
-    adjoint: tuple[Tensor, ...]
-    """Of the weights and slots before the step, each of shape [P]."""
-    buffer_adjoint: Buffers
-    """Of the buffers before the step."""
-    by_hyperparameters: dict[str, Tensor]
-    """What the step adds to the derivative by each hyperparameter, 0-dim."""
-
-
-def adjoint_step(
-    loop: InnerLoop,
-    state: State,
-    h: dict[str, Tensor],
-    step: int,
-    adjoint: tuple[Tensor, ...],
-    buffer_adjoint: Buffers,
-    *,
-    mode: StepMode | None = None,
-) -> Pulled:
-    """One vector-Jacobian product of an inner step: a (d step / d s) and a (d step / d h).
-
-    Args:
-        loop: what is trained; entered.
-        state: before the step.
-        h: the tuned hyperparameters' values in force, 0-dim, each requiring a gradient.
-        step: which one.
-        adjoint: of the weights and slots after the step, each of shape [P].
-        buffer_adjoint: of the differentiated buffers after the step, by name.
-        mode: what the step runs in; None is `differentiable`.
-    """
-    count, before = loop.problem.batches_in(step), [state.buffers]
-    through: list[_ThroughUpdate] = []  # once the gradient is known
-
-    def to_gradient(gradient: Tensor, without: frozenset[int]) -> Tensor:
-        if not through:
-            through.append(_through_update(loop, state, gradient, without, h, step, adjoint))
-        return through[0].to_gradient / count
-
-    with torch.enable_grad():
-        if count > 1:  # their mean gradient, before any of them is gone back through
-            mean = mean_training(_noting_buffers(loop.trainings(state, h, step, again=True), before))
-            to_gradient(mean.gradient, mean.without_gradient)
-        pulled: list[_ThroughBatch] = []
-        for number in reversed(range(count)):
-            own = state._replace(buffers=before[number])
-            pulled.append(_through_batch(loop, own, h, step, number, to_gradient, buffer_adjoint, mode))
-            buffer_adjoint = pulled[-1].buffer_adjoint
-    update = through[0]
-    return Pulled(
-        _sum([each.loss for each in reversed(pulled)]) / count,
-        _sum([each.gradient for each in pulled]) / count,
-        (_sum([update.to_params, *(each.to_params for each in pulled)]), *update.to_slots),
-        buffer_adjoint,
-        {name: _sum([value, *(each.to_h[name] for each in pulled)]) for name, value in update.to_h.items()},
-    )
-
-
-class _ThroughUpdate(NamedTuple):
-    """The adjoint of an optimizer's update: what it gives its weights, gradient, slots and hyperparameters."""
-
-    to_params: Tensor
-    to_gradient: Tensor
-    to_slots: tuple[Tensor, ...]
-    to_h: dict[str, Tensor]
-
-
-def _through_update(
-    loop: InnerLoop,
-    state: State,
-    gradient: Tensor,
-    without_gradient: frozenset[int],
-    h: dict[str, Tensor],
-    step: int,
-    adjoint: tuple[Tensor, ...],
-) -> _ThroughUpdate:
-    leaves = [constant(tensor).requires_grad_() for tensor in (state.params, gradient, *state.slots)]
-    blocks = step_blocks(state.counts, without_gradient)
-    updated, slots = loop.update(leaves[0], leaves[1], tuple(leaves[2:]), h, step, blocks)
-    to_params, to_gradient, *rest = _products((updated, *slots), [*leaves, *h.values()], adjoint)
-    return _ThroughUpdate(
-        to_params, to_gradient, tuple(rest[: len(slots)]), dict(zip(h, rest[len(slots) :], strict=True))
-    )
-
-
-class _ThroughBatch(NamedTuple):
-    """The adjoint of a batch's gradient and of the buffers that it moves."""
-
-    loss: Tensor
-    gradient: Tensor
-    to_params: Tensor
-    buffer_adjoint: Buffers
-    to_h: dict[str, Tensor]
-
-
-def _through_batch(
-    loop: InnerLoop,
-    state: State,
-    h: dict[str, Tensor],
-    step: int,
-    number: int,
-    to_gradient: Callable[[Tensor, frozenset[int]], Tensor],
-    buffer_adjoint: Buffers,
-    mode: StepMode | None,
-) -> _ThroughBatch:
-    """Go back through the gradient of a step's batch, given what is carried to it and to the buffers after it."""
-    named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
-    moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
-    cotangents = [buffer_adjoint.get(name, torch.zeros_like(buffer)) for name, buffer in moved.items()]
-
-    def pull(loss: Tensor, present: Callable[[], Buffers]) -> _ThroughBatch:
-        gradient, without = loop.gradient_of(loss, named)
-        after, to_this = present(), to_gradient(gradient, without)
-        with through_stops():
-            products = _products(
-                (gradient, *(after[name] for name in moved)),
-                [*named.values(), *moved.values(), *h.values()],
-                (to_this, *cotangents),
-            )
-        by_named, by_moved, by_h = (
-            products[: len(named)],
-            products[len(named) : len(named) + len(moved)],
-            products[len(named) + len(moved) :],
-        )
-        return _ThroughBatch(
-            constant(loss),
-            constant(gradient),
-            loop.flatten(dict(zip(named, by_named, strict=True))),
-            dict(zip(moved, by_moved, strict=True)),
-            dict(zip(h, by_h, strict=True)),
-        )
-
-    batch = loop.batches.of_step(step, number)
-    buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-    return loop.at_training_loss(named, buffers, h, batch, step, pull, number=number, mode=mode or differentiable)
-
-
-def _noting_buffers(parts: Iterable[Training], noted: list[Buffers]) -> Iterator[Training]:
-    for part in parts:
-        noted.append(part.buffers)
-        yield part
-
-
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    return reduce(torch.add, tensors)
+def spread(steps: Sequence[int], interval: int) -> list[int]:
+    """The first of some steps, upwards, and those at least an interval after the one before."""
+    chosen: list[int] = []
+    for step in steps:
+        if not chosen or step - chosen[-1] >= interval:
+            chosen.append(step)
+    return chosen
 
 
 def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> None:
@@ -396,21 +326,3 @@ def are_replayed(first: Tensor, again: Tensor) -> Tensor:
     precision = torch.finfo(again.dtype).eps
     relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
     return torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)
-
-
-def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
-    """What a training step runs in whose gradient is differentiated; `state` is what it may overwrite."""
-    return DifferentiableStops(state, {**IN_TRAINING, **CONVOLUTIONS})
-
-
-def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Vector-Jacobian products, zeros where an output does not depend on an input."""
-    pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    products = torch.autograd.grad(
-        [output for output, _ in pairs],
-        inputs,
-        [cotangent for _, cotangent in pairs],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return tuple(constant(product) for product in products)

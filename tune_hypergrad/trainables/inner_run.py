@@ -16,6 +16,7 @@ from tune_hypergrad.hypergradients.check import usual_values
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun, advance_together
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.hypergradient import advance
+from tune_hypergrad.hypergradients.memory import as_bytes
 from tune_hypergrad.hypergradients.modes import AUTO, mode_named
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Hyperparameters
@@ -46,6 +47,9 @@ class InnerRunSettings(TrialSettings):
     """Clamp the Hessian products' elements to +- this value (forward mode only; no longer exact)."""
     val_examples: int | None = None
     """Validation examples per segment's gradient; None is the whole split."""
+    max_memory: float | str | None = None
+    """What one trial may keep for its derivatives: bytes, or such as "500MB" or "2GiB" (see `hypergradient`); None is a
+    quarter of what is free when a run begins."""
     ensemble: int = 1
     """Seeds that one trial trains with, at once where that pays: it reports their mean hypergradient and mean figures,
     with the standard deviation of the losses as `val_loss_std`, and is charged for all of them. The first seed is the
@@ -66,6 +70,8 @@ class InnerRunSettings(TrialSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         mode_named(self.differentiation)
+        if self.max_memory is not None:
+            as_bytes(self.max_memory)
         if isinstance(self.ensemble, bool) or not isinstance(self.ensemble, int) or self.ensemble < 1:
             raise InputError(f"ensemble is {self.ensemble!r}: a trial has a whole number of seeds of at least 1")
 
@@ -100,6 +106,7 @@ class InnerRunSettings(TrialSettings):
             reject_above=self.reject_above if reject_above is None else reject_above,
             check=check,
             together=together,
+            max_memory=self.max_memory,
         )
 
     def advance(self, run: HypergradientRun, units: int) -> HypergradientRun:

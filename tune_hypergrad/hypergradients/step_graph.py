@@ -1,0 +1,302 @@
+"""The graph of a training step, and going back through it: one vector-Jacobian product of an inner step.
+
+With state s = (params, slots, buffers) and adjoint a = d val_loss / d s', one inner step s' = step(s, h) gives
+
+    d val_loss / d h += a (d step / d h),        a <- a (d step / d s).
+
+The graph is that of the training gradient. It is made when the step is trained, or anew from the state before it; what
+goes back through it is the same either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, Training, changed, mean_training, versions_of
+from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
+from tune_hypergrad.hypergradients.partial_update import step_blocks
+from tune_hypergrad.hypergradients.state import Buffers, State
+from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
+
+StepMode = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
+"""Makes what a training step runs in, of the tensors that the step may overwrite."""
+
+
+class BatchGraph(NamedTuple):
+    """The gradient of one of a step's batches, with its history."""
+
+    loss: Tensor
+    """The training loss, shape []: a constant."""
+    gradient: Tensor
+    """Shape [P]."""
+    without_gradient: frozenset[int]
+    """Positions of the parameters that have none."""
+    named: dict[str, Tensor]
+    """The trainable parameters by name: leaves of the graph."""
+    moved: Buffers
+    """The differentiated buffers before the pass: leaves."""
+    after: Buffers
+    """All buffers after it; the differentiated ones have a history."""
+    changed: set[str]
+    """Names of those that the pass has changed."""
+    within: Callable[[Callable[[], Any]], Any]
+    """Runs a body where the pass ran."""
+
+    @property
+    def training(self) -> Training:
+        """The same without a history."""
+        after = {name: constant(buffer) if name in self.changed else buffer for name, buffer in self.after.items()}
+        return Training(self.loss, constant(self.gradient), self.without_gradient, after)
+
+
+class StepGraph(NamedTuple):
+    """A training step of which only the optimizer's update is left to make."""
+
+    state: State
+    """Before the step."""
+    h: dict[str, Tensor]
+    """The tuned hyperparameters' values in force: leaves."""
+    batches: tuple[BatchGraph, ...]
+
+    @property
+    def training(self) -> Training:
+        """The mean over the batches, without a history."""
+        return mean_training(batch.training for batch in self.batches)
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the buffers that the step has changed."""
+        return set().union(*(batch.changed for batch in self.batches))
+
+
+class Pulled(NamedTuple):
+    """What an adjoint step gives."""
+
+    loss: Tensor
+    """The training loss of the step, shape []."""
+    gradient: Tensor
+    """The training gradient, shape [P]."""
+    adjoint: tuple[Tensor, ...]
+    """Of the weights and slots before the step, each of shape [P]."""
+    buffer_adjoint: Buffers
+    """Of the buffers before the step."""
+    by_hyperparameters: dict[str, Tensor]
+    """What the step adds to the derivative by each hyperparameter, 0-dim."""
+
+
+def step_graph(
+    loop: InnerLoop,
+    state: State,
+    h: dict[str, Tensor],
+    step: int,
+    *,
+    again: bool = False,
+    mode: StepMode | None = None,
+) -> StepGraph:
+    """A training step with the graph of its gradient.
+
+    Args:
+        loop: what is trained; entered, and having taken a step of any run before.
+        state: before the step.
+        h: the tuned hyperparameters' values in force, 0-dim, each requiring a gradient.
+        step: which one.
+        again: whether the step's batches will be asked for again.
+        mode: what the step runs in; None is `differentiable`.
+    """
+    batches: list[BatchGraph] = []
+    for number in range(loop.problem.batches_in(step)):
+        buffers = batches[-1].training.buffers if batches else state.buffers
+        batches.append(_batch_graph(loop, state._replace(buffers=buffers), h, step, number, again, mode))
+    return StepGraph(state, h, tuple(batches))
+
+
+def pull_back(
+    loop: InnerLoop, graph: StepGraph, step: int, adjoint: tuple[Tensor, ...], buffer_adjoint: Buffers
+) -> Pulled:
+    """Go back through a step, and use its graph up; arguments as for `adjoint_step`."""
+    mean = graph.training
+    update = _through_update(loop, graph.state, mean.gradient, mean.without_gradient, graph.h, step, adjoint)
+    return _through_batches(loop, reversed(graph.batches), len(graph.batches), graph.h, update, buffer_adjoint)
+
+
+def adjoint_step(
+    loop: InnerLoop,
+    state: State,
+    h: dict[str, Tensor],
+    step: int,
+    adjoint: tuple[Tensor, ...],
+    buffer_adjoint: Buffers,
+    *,
+    mode: StepMode | None = None,
+) -> Pulled:
+    """Make a step's graph and go back through it, with one batch of a step in memory at a time.
+
+    Args:
+        loop: what is trained; entered.
+        state: before the step.
+        h: the tuned hyperparameters' values in force, 0-dim, each requiring a gradient.
+        step: which one.
+        adjoint: of the weights and slots after the step, each of shape [P].
+        buffer_adjoint: of the differentiated buffers after the step, by name.
+        mode: what the step runs in; None is `differentiable`.
+    """
+    count = loop.problem.batches_in(step)
+    if count == 1:
+        return pull_back(loop, step_graph(loop, state, h, step, mode=mode), step, adjoint, buffer_adjoint)
+    # their mean gradient has to be known before any of them is gone back through
+    parts = list(loop.trainings(state, h, step, again=True))
+    mean = mean_training(parts)
+    update = _through_update(loop, state, mean.gradient, mean.without_gradient, h, step, adjoint)
+    before = [state.buffers, *(part.buffers for part in parts[:-1])]
+    graphs = (
+        _batch_graph(loop, state._replace(buffers=before[number]), h, step, number, False, mode)
+        for number in reversed(range(count))
+    )
+    return _through_batches(loop, graphs, count, h, update, buffer_adjoint)
+
+
+class _ThroughUpdate(NamedTuple):
+    """The adjoint of an optimizer's update: what it gives its weights, gradient, slots and hyperparameters."""
+
+    to_params: Tensor
+    to_gradient: Tensor
+    to_slots: tuple[Tensor, ...]
+    to_h: dict[str, Tensor]
+
+
+def _through_update(
+    loop: InnerLoop,
+    state: State,
+    gradient: Tensor,
+    without_gradient: frozenset[int],
+    h: dict[str, Tensor],
+    step: int,
+    adjoint: tuple[Tensor, ...],
+) -> _ThroughUpdate:
+    leaves = [constant(tensor).requires_grad_() for tensor in (state.params, gradient, *state.slots)]
+    blocks = step_blocks(state.counts, without_gradient)
+    with torch.enable_grad():
+        updated, slots = loop.update(leaves[0], leaves[1], tuple(leaves[2:]), h, step, blocks)
+    to_params, to_gradient, *rest = _products((updated, *slots), [*leaves, *h.values()], adjoint)
+    return _ThroughUpdate(
+        to_params, to_gradient, tuple(rest[: len(slots)]), dict(zip(h, rest[len(slots) :], strict=True))
+    )
+
+
+def _batch_graph(
+    loop: InnerLoop, state: State, h: dict[str, Tensor], step: int, number: int, again: bool, mode: StepMode | None
+) -> BatchGraph:
+    named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
+    moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
+    copies = loop.copies({name: buffer for name, buffer in state.buffers.items() if name not in moved})
+
+    def differentiate(loss: Tensor, passed: Passed) -> BatchGraph:
+        gradient, without = loop.gradient_of(loss, named)
+        after = passed.buffers()
+        written = changed(copies, versions, {name: after[name] for name in copies})
+        kept = {name: after[name] if name in moved or name in written else state.buffers[name] for name in after}
+        return BatchGraph(constant(loss), gradient, without, named, moved, kept, {*moved, *written}, passed.within)
+
+    with torch.enable_grad():
+        buffers = {**copies, **{name: buffer.clone() for name, buffer in moved.items()}}
+        versions = versions_of(copies)
+        batch = loop.batches.of_step(step, number, again=again)
+        return loop.at_training_loss(
+            named,
+            {name: buffers[name] for name in state.buffers},
+            h,
+            batch,
+            step,
+            differentiate,
+            number=number,
+            mode=mode or differentiable,
+        )
+
+
+class _ThroughBatch(NamedTuple):
+    """The adjoint of a batch's gradient and of the buffers that it moves."""
+
+    to_params: Tensor
+    buffer_adjoint: Buffers
+    to_h: dict[str, Tensor]
+
+
+def _through_batch(
+    loop: InnerLoop, graph: BatchGraph, h: dict[str, Tensor], to_gradient: Tensor, buffer_adjoint: Buffers
+) -> _ThroughBatch:
+    """Go back through the gradient of a step's batch, given what is carried to it and to the buffers after it."""
+    moved, named = graph.moved, graph.named
+    cotangents = [buffer_adjoint.get(name, torch.zeros_like(buffer)) for name, buffer in moved.items()]
+
+    def products() -> tuple[Tensor, ...]:
+        with through_stops():
+            return _products(
+                (graph.gradient, *(graph.after[name] for name in moved)),
+                [*named.values(), *moved.values(), *h.values()],
+                (to_gradient, *cotangents),
+            )
+
+    with torch.enable_grad():
+        found = graph.within(products)
+    by_named, by_moved = found[: len(named)], found[len(named) : len(named) + len(moved)]
+    return _ThroughBatch(
+        loop.flatten(dict(zip(named, by_named, strict=True))),
+        # what the step leaves alone is carried on as it is
+        {**buffer_adjoint, **dict(zip(moved, by_moved, strict=True))},
+        dict(zip(h, found[len(named) + len(moved) :], strict=True)),
+    )
+
+
+def _through_batches(
+    loop: InnerLoop,
+    graphs: Iterable[BatchGraph],
+    count: int,
+    h: dict[str, Tensor],
+    update: _ThroughUpdate,
+    buffer_adjoint: Buffers,
+) -> Pulled:
+    """The adjoint of a step of `count` batches, whose graphs come last one first."""
+    pulled: list[_ThroughBatch] = []
+    losses: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for graph in graphs:
+        pulled.append(_through_batch(loop, graph, h, update.to_gradient / count, buffer_adjoint))
+        buffer_adjoint = pulled[-1].buffer_adjoint
+        losses.insert(0, graph.loss)
+        gradients.insert(0, constant(graph.gradient))
+    return Pulled(
+        _sum(losses) / count,
+        _sum(gradients) / count,
+        (_sum([update.to_params, *(each.to_params for each in pulled)]), *update.to_slots),
+        buffer_adjoint,
+        {name: _sum([value, *(each.to_h[name] for each in pulled)]) for name, value in update.to_h.items()},
+    )
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
+
+
+def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
+    """What a training step runs in whose gradient is differentiated; `state` is what it may overwrite."""
+    return DifferentiableStops(state, {**IN_TRAINING, **CONVOLUTIONS})
+
+
+def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Vector-Jacobian products, zeros where an output does not depend on an input."""
+    pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
+    products = torch.autograd.grad(
+        [output for output, _ in pairs],
+        inputs,
+        [cotangent for _, cotangent in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return tuple(constant(product) for product in products)
