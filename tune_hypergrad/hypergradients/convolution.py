@@ -92,9 +92,11 @@ def _applicable(input: Tensor, weight: Tensor, padding: Any) -> bool:
     """Whether it is a plain batch: others are torch's, which has error messages and more cases."""
     same = isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dtype == weight.dtype
     real = same and input.is_floating_point() and not isinstance(padding, str)
-    return (
-        real and input.ndim == weight.ndim and 0 not in input.shape and not torch.is_autocast_enabled(input.device.type)
-    )
+    return real and input.ndim == weight.ndim and 0 not in input.shape and not _is_autocast(input.device.type)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _plain(torch_convolution: Any, dimensions: int) -> Any:

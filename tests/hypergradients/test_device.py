@@ -1,0 +1,156 @@
+"""On a device nothing is waited for: a step reads no number back to the host, and mixes no devices.
+
+The device is torch's `meta`, which any machine has: it computes shapes, refuses to give numbers, and every operation
+passes by.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tune_hypergrad import Problem
+from tune_hypergrad.hypergradients import OPTIMIZERS, InnerLoop
+from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.inner_loop import TrainingSettings
+from tune_hypergrad.hypergradients.state import State
+from tune_hypergrad.hypergradients.step_graph import adjoint_step
+
+META = torch.device("meta")
+IMAGES, LABELS = torch.randn(64, 1, 8, 8), torch.randint(3, (64,))
+TOKENS, NEXT = torch.randint(11, (64, 6)), torch.randint(11, (64, 6))
+
+
+class Watch(TorchDispatchMode):
+    """Notes what reads numbers, and what brings tensors of two devices together; numbers of 0 dimensions may come from
+    the host, as they do to kernels on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.operations += 1
+        inputs = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        tensors = [*inputs, *(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))]
+        large = {tensor.device.type for tensor in tensors if tensor.dim()}
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.found.append(str(func))
+        elif len(large | {tensor.device.type for tensor in tensors[len(inputs) :]}) > 1:
+            self.found.append(f"{func} of {[(t.device.type, tuple(t.shape)) for t in tensors]}")
+        return output
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.1)),
+        nn.Linear(36, 3),
+    )
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(tokens))).transpose(1, 2)
+
+
+PROBLEMS = {
+    "convolutional": lambda **more: Problem(
+        convolutional, (IMAGES, LABELS), (IMAGES, LABELS), loss=F.cross_entropy, batch_size=8, **more
+    ),
+    "transformer": lambda **more: Problem(
+        Transformer, (TOKENS, NEXT), (TOKENS, NEXT), loss=F.cross_entropy, batch_size=8, **more
+    ),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped by norm": {"clip_norm": 1.0},
+    "clipped": {"clip_gradient": 1.0},
+    "averaged": {"ema": 0.9},
+}
+
+
+def loop_on_meta(problem: Problem, optimizer: str = "sgd", **settings: Any) -> InnerLoop:
+    return InnerLoop(problem, TrainingSettings(steps=8, optimizer=optimizer, device="meta", **settings))
+
+
+def values(loop: InnerLoop) -> dict[str, Tensor]:
+    """Windows of the learning rate and the others' defaults, on the device."""
+    found = {name: torch.full((4 if name == "lr" else 1,), 0.1, device=META) for name in ("lr", "weight_decay")}
+    return {name: each for name, each in found.items() if name in loop.values.of_update}
+
+
+def warmed(loop: InnerLoop) -> State:
+    """A state after two steps, in which what lasts has been found out: the pass's order, what changes."""
+    state = loop.initial_state()
+    for step in range(2):
+        state, _ = loop.take_step(state, loop.scalars(values(loop), step), step)
+    return state
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_a_training_step_stays_on_the_device(kind: str, recipe: str) -> None:
+    loop = loop_on_meta(PROBLEMS[kind](), **RECIPES[recipe])
+    with loop.running():
+        state = warmed(loop)
+        with Watch() as watch:
+            for step in (2, 3):
+                state, _ = loop.take_step(state, loop.scalars(values(loop), step), step)
+    assert not watch.found and watch.operations > 20
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizers_update_and_its_adjoint_stay_on_the_device(optimizer: str) -> None:
+    check_adjoint(loop_on_meta(PROBLEMS["convolutional"](), optimizer))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_going_back_stays_on_the_device(recipe: str) -> None:
+    check_adjoint(loop_on_meta(PROBLEMS["transformer"](accumulate=2), **RECIPES[recipe]))
+
+
+def check_adjoint(loop: InnerLoop) -> None:
+    with loop.running():
+        state = warmed(loop)
+        h = {name: value.detach().requires_grad_() for name, value in loop.scalars(values(loop), 2).items()}
+        adjoint = tuple(torch.ones_like(tensor) for tensor in (state.params, *state.slots))
+        buffers = {name: torch.ones_like(state.buffers[name]) for name in loop.differentiated(state.buffers)}
+        with Watch() as watch:
+            pulled = adjoint_step(loop, state, h, 2, adjoint, buffers)
+    assert not watch.found and watch.operations > 40
+    assert all(tensor.device == META for tensor in (*pulled.adjoint, *pulled.by_hyperparameters.values()))
+
+
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_tangents_stay_on_the_device(kind: str) -> None:
+    loop = loop_on_meta(PROBLEMS[kind]())
+    with loop.running():
+        run = ForwardRun(loop, {name: torch.full(value.shape, 0.1) for name, value in values(loop).items()})
+        run.advance(2)
+        with Watch() as watch:
+            run.advance(2)
+    assert not watch.found and watch.operations > 100
+
+
+def test_the_watch_finds_what_waits() -> None:
+    a, host = torch.ones(3, device=META), torch.ones(3)
+    with Watch() as watch, pytest.raises(RuntimeError, match="meta"):
+        float(a.sum())
+    with Watch() as watch:
+        host.to("meta")
+    assert len(watch.found) == 1
+    with Watch() as watch:
+        a * torch.tensor(2.0)
+    assert not watch.found
