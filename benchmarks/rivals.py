@@ -8,7 +8,8 @@ validation loss by the learning rates of 1, 9 or T windows ("1000" stands for as
 Contenders:
 
 - tune_hypergrad: with kept graphs (`max_memory` as is, a quarter of what is free), with memory for the states alone,
-  and with about the root of their number (`checkpointed_reverse`);
+  and with about the root of their number (`checkpointed_reverse`), of a problem that has been checked, as in a search;
+  and with kept graphs for the first time, the check against plain training included;
 - by hand: the obvious loop of `torch.func.functional_call` and `torch.autograd.grad(create_graph=True)`;
 - higher 0.2.1 and torchopt (MetaSGD, MetaAdam), each by the Python of an environment of its own: `--python NAME=PATH`.
 
@@ -138,27 +139,26 @@ def loop(task: Task, adam: bool = False) -> float:
         return float(F.cross_entropy(model(x), y))
 
 
-def ours(keeping: str) -> Callable[[Task], Tensor]:
-    """This package's, by what it keeps."""
+def ours(keeping: str, *, first: bool = False) -> Callable[[Task], Tensor]:
+    """This package's, by what it keeps; `first` of its problem, or one of a search's later ones."""
 
     def found(task: Task) -> Tensor:
         from tune_hypergrad import Problem, hypergradient
 
-        made = PROBLEMS.setdefault(
-            task.factory, Problem(task.factory, (task.x, task.y), task.val, batch_size=task.batch)
-        )
+        key = task.factory, task.steps if first else 0
+        if key not in PROBLEMS:
+            PROBLEMS[key] = Problem(task.factory, (task.x, task.y), task.val, batch_size=task.batch)
         state = 2 * 4 * sum(parameter.numel() for parameter in task.factory().parameters())
         memory = {"kept graphs": None, "states": 1.1 * task.steps * state, "root of the states": None}[keeping]
         mode = "checkpointed_reverse" if keeping == "root of the states" else "reverse"
         values = {"lr": task.rates().detach()}
         return hypergradient(  # type: ignore[no-any-return]
-            made,
+            PROBLEMS[key],
             values,
             steps=task.steps,
             fixed={"momentum": MOMENTUM},
             differentiation=mode,
             max_memory=memory,
-            check=task.steps > SHORT,
         ).hypergradients["lr"]
 
     return found
@@ -226,6 +226,7 @@ def by_torchopt(adam: bool) -> Callable[[Task], Tensor]:
 
 CONTENDERS: dict[str, Callable[[Task], Tensor]] = {
     **{f"tune_hypergrad, {keeping}": ours(keeping) for keeping in ("kept graphs", "states", "root of the states")},
+    "tune_hypergrad, kept graphs, with its check": ours("kept graphs", first=True),
     "by hand": by_hand,
     "higher": by_higher,
     "torchopt, SGD": by_torchopt(False),

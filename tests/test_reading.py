@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from tune_hypergrad import InputError, Problem
 from tune_hypergrad.data import Split
-from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, ahead, hypergradient, hypergradient_run
+from tune_hypergrad.hypergradients import (
+    InnerLoop,
+    TrainingSettings,
+    ahead,
+    graph_size,
+    hypergradient,
+    hypergradient_run,
+)
 from tune_hypergrad.hypergradients.ahead import BatchesAhead
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult
@@ -172,12 +179,23 @@ def test_reverse_mode_reads_every_example_once(workers: int, keep_all: bool) -> 
 def test_what_there_is_no_room_for_is_read_again(
     mode: str, workers: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(graph_size, "allocated", lambda device: None)  # no graphs, which spare a second reading
     kept, train = found(make(), differentiation=mode), Augmented(48, 0)
     size = 8 * (4 * 8 + 8)
     monkeypatch.setattr(ahead, "free_memory", lambda device: batches * size)
     assert_same(kept, found(make(train=train, workers=workers), differentiation=mode))
     if workers == 0:
         assert train.seen > 8 * STEPS
+
+
+def test_steps_whose_graphs_are_kept_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = Augmented(48, 0)
+    monkeypatch.setattr(ahead, "free_memory", lambda device: 0)
+    problem = make(train=train)
+    found(problem, differentiation="reverse")  # which finds out what there is to know of the problem
+    seen = train.seen
+    found(problem, differentiation="reverse")
+    assert train.seen - seen == 8 * STEPS
 
 
 def test_a_run_that_is_not_differentiated_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

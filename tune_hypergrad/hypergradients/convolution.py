@@ -64,23 +64,24 @@ class _Gradient(Function):
             parts = [
                 _convolved(a, b, None, ctx.geometry) for a, b in ((vx, w), (x, vw)) if a is not None and b is not None
             ]
-            parts += [] if vb is None else [vb.view(-1, *(1 for _ in gy.shape[2:])).expand_as(gy)]
-            by_gy = sum(parts[1:], parts[0]) if parts else None
+            with torch._C.DisableTorchFunction():  # a mode that looks for stop-gradients finds none here
+                parts += [] if vb is None else [vb.view(-1, *(1 for _ in gy.shape[2:])).expand_as(gy)]
+                by_gy = sum(parts[1:], parts[0]) if parts else None
         by_x = _gradients(gy, x, vw, ctx.geometry, (True, False, False))[0] if needs_x and vw is not None else None
         by_w = _gradients(gy, vx, w, ctx.geometry, (False, True, False))[1] if needs_w and vx is not None else None
         return by_gy, by_x, by_w, None, None
 
 
 def _convolved(x: Tensor, w: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
-    with torch._C.DisableTorchFunction():  # a mode that looks for stop-gradients finds none here
+    with torch._C.DisableTorchFunction():
         return torch.ops.aten.convolution(x, w, bias, *geometry)  # type: ignore[no-any-return]
 
 
 def _gradients(
     gy: Tensor, x: Tensor, w: Tensor, geometry: _Geometry, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    channels = [gy.shape[1]] if wanted[2] else None
     with torch._C.DisableTorchFunction():
+        channels = [gy.shape[1]] if wanted[2] else None
         return torch.ops.aten.convolution_backward(gy, x, w, channels, *geometry, wanted)  # type: ignore[no-any-return]
 
 
