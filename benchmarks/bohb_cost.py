@@ -36,6 +36,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from tune_hypergrad import BOHBSearch, BOSearch
+from tune_hypergrad.wording import with_range
 
 BUDGETS: dict[str, Any] = {"min_budget": 1, "max_budget": 27, "eta": 3}
 LAST = 200
@@ -149,8 +150,7 @@ def mean_costs(measured: Measured) -> tuple[float, float]:
 
 def costs(measured: Measured) -> list[str]:
     blocks = [statistics.mean(block) for block in measured.blocks]
-    spread = f"{statistics.median(blocks):.2f} ({min(blocks):.2f} to {max(blocks):.2f})"
-    return [*(f"{mean:.2f}" for mean in mean_costs(measured)), spread]
+    return [*(f"{mean:.2f}" for mean in mean_costs(measured)), with_range(blocks, ".2f")]
 
 
 def model_share(contender: Contender) -> str:

@@ -10,7 +10,6 @@ result (`compare`'s report, which is written after that, is timed apart), median
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from ray.tune import RunConfig, TuneConfig
 from tune_hypergrad import Budget, Method, RandomSearch, Retraining, compare, problems
 from tune_hypergrad.comparison.telling.records import Comparison
 from tune_hypergrad.comparison.telling.report import write_report
+from tune_hypergrad.wording import with_range
 
 SPACE = {"x": tune.uniform(0, 1)}
 
@@ -112,8 +112,8 @@ def main() -> None:
     asleep = options.trials * Sleeper.REPORTS * options.interval / 2
     print(f"{options.trials} trials, {asleep:.0f} s asleep, two at once; {options.rounds} rounds")
     for name, values in zip(("Ray Tune", "compare", "its report"), zip(*seconds, strict=True), strict=True):
-        print(f"{name}: {statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})")
-    print(f"ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        print(f"{name}: {with_range(values, '.1f')} s")
+    print(f"ratio: {with_range(ratios, '.3f')}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Each contender is two processes at once that take LeNet's training steps, by the
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -19,6 +18,7 @@ import torch
 from tune_hypergrad import Problem
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.problems.models import lenet5_grey
+from tune_hypergrad.wording import with_range
 
 
 def train(threads: int, steps: int) -> float:
@@ -50,10 +50,9 @@ def main() -> None:
                 measured.append(max(pool.map(train, [threads] * 2, [options.steps] * 2)))
     for threads, measured in seconds.items():
         per_step = [1000 * value / options.steps for value in measured]
-        spread = f"{statistics.median(per_step):.1f} ms a step ({min(per_step):.1f} to {max(per_step):.1f})"
-        print(f"two trials at once, {threads} threads each: {spread}")
+        print(f"two trials at once, {threads} threads each, ms a step: {with_range(per_step, '.1f')}")
     ratios = [other / pinned for pinned, other in zip(seconds[1], seconds[cores], strict=True)]
-    print(f"ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"ratio: {with_range(ratios, '.2f')}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tune_hypergrad import Problem
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
+from tune_hypergrad.wording import with_range
 
 try:
     from PIL import Image
@@ -175,7 +176,7 @@ def main() -> None:
         seconds = measure(problem, workers, arguments.steps, arguments.repetitions)
         own = seconds.pop("own loop")
         ratios = {name: [a / b for a, b in zip(each, own, strict=True)] for name, each in seconds.items()}
-        figures = [f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for r in ratios.values()]
+        figures = [with_range(own, ".2f") for own in ratios.values()]
         table.add_row(problem.name, str(workers), f"{1000 * statistics.median(own):.0f}", *figures)
     Console(width=120).print(table)
 

@@ -30,6 +30,7 @@ from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.run import HypergradientResult
 from tune_hypergrad.problems.models import digits_cnn, digits_mlp, lenet5_grey
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
+from tune_hypergrad.wording import with_range
 
 
 class Network(NamedTuple):
@@ -125,7 +126,7 @@ def measure(name: str, seeds: list[int], repetitions: int) -> list[str]:
     cells = []
     for count in seeds:
         ratios = [many / one for many, one in zip(times[count], times[1], strict=True)]
-        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        cells.append(with_range(ratios, ".2f"))
     loop = loops[seeds[0]]
     together = why_in_turn(loop, VALUES) is None
     milliseconds = 1000 * statistics.median(times[1]) / network.steps

@@ -41,6 +41,7 @@ from tune_hypergrad.hypergradients.inner_loop import Passed
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.problems.models import lenet5_grey
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
+from tune_hypergrad.wording import with_range
 
 SHORT = 6
 PARTS = ("forward", "reverse", "memory", "check", "units")
@@ -156,7 +157,7 @@ def over(numerators: list[float], denominators: list[float]) -> list[float]:
 
 
 def shown(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return with_range(ratios, ".2f")
 
 
 def differences(network: Network) -> dict[str, str]:

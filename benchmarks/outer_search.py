@@ -51,7 +51,7 @@ from tune_hypergrad.hypergradients import (
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range
-from tune_hypergrad.wording import markdown_table
+from tune_hypergrad.wording import markdown_table, with_range
 
 WINDOWS, CLIP = 7, 3.0
 CONTEXT, CHARACTERS = 64, 96
@@ -328,7 +328,7 @@ def _row(name: str, label: str, spent: str, judged: list[list[Any]]) -> tuple[st
     flat = [pair for of_search in judged for pair in of_search]
     chance = 0.5 * fmean(means)
     dead = sum(not math.isfinite(loss) or test < chance for loss, test in flat)
-    tests = f"{fmean(means):.2f} ({min(means):.2f} to {max(means):.2f})"
+    tests = with_range(means, ".2f", fmean)
     worst = f"{min(test for _, test in flat):.2f}"
     loss = f"{fmean(loss for loss, _ in flat):.4g}"
     return name, label, spent, loss, tests, str(len(flat)), worst, str(dead)

@@ -27,7 +27,7 @@ from tune_hypergrad import Problem, problems
 from tune_hypergrad.hypergradients import InnerLoop, RobustSearch, TrainingSettings
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range
-from tune_hypergrad.wording import markdown_row, markdown_table
+from tune_hypergrad.wording import markdown_row, markdown_table, with_range
 
 STEPS = {"digits": 170, "fashion_mnist": 429}
 CONTENDERS = {"common": None, "layer": "layer", "tensor": "tensor"}
@@ -94,8 +94,8 @@ def row(name: str, contender: str, columns: int, found: list[Found], results: li
     figures = (
         f"{columns}",
         f"{fmean(each.spent for each in found):.1f}",
-        f"{fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})",
-        f"{fmean(tests):.2f} ({min(tests):.2f} to {max(tests):.2f})",
+        with_range(losses, ".4f", fmean),
+        with_range(tests, ".2f", fmean),
         f"{fmean(each.seconds for each in found):.2f}",
     )
     return markdown_row((name, contender, *figures))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tune_hypergrad import Problem, hypergradient
-from tune_hypergrad.wording import markdown_row, markdown_table
+from tune_hypergrad.wording import markdown_row, markdown_table, with_range
 
 WIDTH, TOKENS, LENGTH = 128, 8_000, 64
 
@@ -307,7 +307,7 @@ def main() -> None:
         title, make, steps = MODELS[name]
         weights = sum(parameter.numel() for parameter in make(1).model().parameters())
         times = ratios(name, options.turns)
-        shown = [f"{statistics.median(times[m]):.2f} ({min(times[m]):.2f} to {max(times[m]):.2f})" for m in MODES]
+        shown = [with_range(times[mode], ".2f") for mode in MODES]
         grown = " / ".join(f"{growth(name, contender):.0f}" for contender in CONTENDERS)
         cells = (title, f"{weights:,}", f"{steps}", f"{statistics.median(times['loop']):.1f}", *shown, grown)
         print(markdown_row(cells), flush=True)

@@ -27,7 +27,6 @@ import argparse
 import json
 import logging
 import os
-import statistics
 import tempfile
 import time
 import warnings
@@ -53,6 +52,7 @@ from rich.table import Table
 
 from tune_hypergrad import BOHBSearch, continuing, hpbandster_result
 from tune_hypergrad.searchers.brackets import hyperband_bracket
+from tune_hypergrad.wording import with_range
 
 RAYS, OURS, RESUMING = "TuneBOHB + HyperBandForBOHB", "BOHBSearch", "BOHBSearch, resume_promoted"
 ETA = 3
@@ -254,7 +254,7 @@ def simulated_cluster(nodes: int) -> Iterator[None]:
 
 
 def shown(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return with_range(values, ".2f")
 
 
 def print_tables(measured: Mapping[str, list[Figures]], evaluations: int) -> None:

@@ -1,9 +1,11 @@
 """How durations, numbers and tables read."""
 
+from statistics import fmean
+
 import pytest
 from markdown_it import MarkdownIt
 
-from tune_hypergrad.wording import duration, markdown_table, number, percent, shortened
+from tune_hypergrad.wording import duration, markdown_table, number, percent, shortened, with_range
 
 
 def test_durations_are_told_in_words():
@@ -29,6 +31,11 @@ def test_numbers_have_three_digits_or_all_before_the_point(value, text):
 
 def test_shares_are_told_in_per_cent():
     assert (percent(0.628), percent(1.0), percent(0.62816, 2)) == ("63 %", "100 %", "62.82 %")
+
+
+def test_figures_are_told_with_their_range():
+    assert with_range([3.0, 1.0, 1.25], ".2f") == "1.25 (1.00 to 3.00)"
+    assert with_range([3.0, 1.0, 1.25], ".3g", fmean) == "1.75 (1 to 3)"
 
 
 def test_what_is_too_long_ends_in_dots():

@@ -20,9 +20,7 @@ from tune_hypergrad.errors import InputError
 if TYPE_CHECKING:
     from tune_hypergrad.schedules import Schedule
 
-LOG_FROM = 100.0
-"""Largest over smallest value of a schedule from which a linear axis hides the small ones."""
-
+_LOG_FROM = 100.0  # largest over smallest value of a schedule from which a linear axis hides the small ones
 _LINES = 8  # of parameter groups in one panel
 
 
@@ -53,7 +51,7 @@ def scale(axis: XAxis | YAxis, values: ArrayLike, *, log_from: float, ticks: int
     """
     every = np.asarray(values, dtype=float)
     shown = every[np.isfinite(every)]
-    sizes, kind = np.abs(shown[shown != 0]), scale_of(shown, log_from)
+    sizes, kind = np.abs(shown[shown != 0]), _scale_of(shown, log_from)
     largest = float(sizes.max(initial=0))
     smallest = float(sizes.min(initial=largest))
     locator: Locator = MaxNLocator(max(3, ticks), steps=[1, 2, 2.5, 5, 10])
@@ -72,13 +70,18 @@ def scale(axis: XAxis | YAxis, values: ArrayLike, *, log_from: float, ticks: int
     axis.axes.autoscale_view()  # margins are of the new scale
 
 
+def scale_values(axes: Axes, values: np.ndarray) -> None:
+    """Scale an axis of a hyperparameter's values."""
+    scale(axes.yaxis, values, log_from=_LOG_FROM if values.min() >= 0 else math.inf, ticks=6)
+
+
 def _digits(values: np.ndarray, smallest: float, ticks: int) -> Sequence[float]:
     """Those that a logarithmic axis has room for in every decade, on both sides of 0."""
     decades = sum(math.log10(end / smallest) for end in (values.max(), -values.min()) if end > smallest)
     return next((digits for digits in ((1, 2, 5), (1, 3)) if len(digits) * decades <= ticks), (1,))
 
 
-def scale_of(values: np.ndarray, log_from: float) -> Literal["linear", "log", "symlog"]:
+def _scale_of(values: np.ndarray, log_from: float) -> Literal["linear", "log", "symlog"]:
     """Which scale hides no differences between finite values (see `scale`), by matplotlib's names."""
     sizes = np.abs(values[values != 0])
     if not len(sizes) or sizes.max() < log_from * sizes.min():
@@ -118,8 +121,7 @@ def _draw_lines(panel: Axes, label: str, schedule: Schedule, names: Sequence[str
     """One hyperparameter's values, a line for every group."""
     for name in names:
         draw_values(panel, schedule, name, linewidth=2, label=_group_label(name))
-    spans = _spans(schedule, names)
-    scale(panel.yaxis, spans, log_from=LOG_FROM if spans.min() > 0 else math.inf, ticks=5)
+    scale_values(panel, _spans(schedule, names))
     if len(names) > 1:
         panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     panel.margins(y=0.15)
@@ -133,7 +135,7 @@ def _draw_rows(panel: Axes, label: str, schedule: Schedule, names: Sequence[str]
     count = max(len(schedule.windows(name)) for name in names)
     rows = [[own[len(own) * i // count] for i in range(count)] for own in map(schedule.windows, names)]
     spans = _spans(schedule, names)
-    norm = "log" if scale_of(spans, LOG_FROM) == "log" else "linear"
+    norm = "log" if _scale_of(spans, _LOG_FROM) == "log" else "linear"
     edges = np.linspace(0, 1, count + 1)
     image = panel.pcolormesh(edges, range(len(rows) + 1), rows, norm=norm, vmin=spans.min(), vmax=spans.max())
     panel.figure.colorbar(image, ax=panel, label=label)

@@ -272,9 +272,9 @@ class Schedule:
     def plot(self, axes: Axes | Sequence[Axes] | None = None) -> Figure:
         """Draw every hyperparameter over training progress, one panel each.
 
-        Values above 0 that span a factor of 100 or more are drawn on a logarithmic axis, unless they are a curve's with
-        a peak, which begins and may end near 0. Of parameter groups there is a line each, or, of more than eight, a row
-        each whose colour is the value.
+        Values that span a factor of 100 or more are drawn on a logarithmic axis, linear around 0 where some are 0,
+        unless they are a curve's with a peak, which begins and may end near 0. Of parameter groups there is a line
+        each, or, of more than eight, a row each whose colour is the value.
 
         Args:
             axes: as many matplotlib axes as there are hyperparameters, groups aside; by default a new figure, which

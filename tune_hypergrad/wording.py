@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from statistics import median
 
 
 def duration(seconds: float) -> str:
@@ -21,6 +22,17 @@ def number(value: float) -> str:
 def percent(share: float, decimals: int = 0) -> str:
     """A share in per cent, such as 63 %."""
     return f"{100 * share:.{decimals}f} %"
+
+
+def with_range(values: Sequence[float], form: str, middle: Callable[[Sequence[float]], float] = median) -> str:
+    """The middle of some figures and their range, such as 0.12 (0.1 to 0.15).
+
+    Args:
+        values: the figures.
+        form: of each, such as ".2f".
+        middle: their median, or another mean.
+    """
+    return f"{middle(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def shortened(text: str, most: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -114,13 +113,11 @@ class _Record:
 
     points: list[dict[str, Any]]
     best: dict[str, float]
-    seconds: float
-    """Spent in earlier calls."""
 
     @classmethod
     def of(cls, saved: Mapping[str, Any] | None) -> _Record:
         """As it was saved, or empty."""
-        return cls([], {}, 0.0) if saved is None else cls(**saved["record"])
+        return cls([], {}) if saved is None else cls(**saved["record"])
 
     def add(self, judged: Evaluation, cost: Cost, values: Mapping[str, float], test: Callable[[], Evaluation]) -> None:
         """Take the weights at the end of an epoch into account; they are tested only if they are the best so far."""
@@ -142,20 +139,16 @@ def self_tune(place: Place, *, settings: Settings, variant: str, seed: int) -> d
     saved = place.load()
     if saved is not None:
         run.load_state_dict(saved["run"])
-    record, begun = _Record.of(saved), time.monotonic()
+    record = _Record.of(saved)
 
     def work() -> None:
         run.advance(1)
         if run.position % loop.problem.steps_per_epoch == 0 or run.done:
             record.add(run.judge(), run.cost, run.values, lambda: loop.evaluate(run.state, "test"))
 
-    def keep() -> dict[str, Any]:
-        seconds = record.seconds + time.monotonic() - begun
-        return {"run": run.state_dict(), "record": {**vars(record), "seconds": seconds}}
-
     with loop.running():
-        place.in_pieces(lambda: run.done, work, keep)
-    return {**vars(record), "seconds": record.seconds + time.monotonic() - begun}
+        place.in_pieces(lambda: run.done, work, lambda: {"run": run.state_dict(), "record": dict(vars(record))})
+    return {**vars(record), "seconds": place.seconds}
 
 
 def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed: int) -> dict[str, Any]:
@@ -163,7 +156,7 @@ def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed
     loop = _loop(place, settings, settings.random_epochs, seed, values)
     loop.values.check_names({})
     saved = place.load()
-    record, begun = _Record.of(saved), time.monotonic()
+    record = _Record.of(saved)
     state, step, cost = (
         (loop.initial_state(), 0, Cost())
         if saved is None
@@ -180,13 +173,11 @@ def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed
             record.add(judged, cost, values, lambda: loop.evaluate(state, "test"))
 
     def keep() -> dict[str, Any]:
-        seconds = record.seconds + time.monotonic() - begun
-        of_run = {"state": tuple(state), "step": step, "cost": dict(vars(cost))}
-        return {**of_run, "record": {**vars(record), "seconds": seconds}}
+        return {"state": tuple(state), "step": step, "cost": dict(vars(cost)), "record": dict(vars(record))}
 
     with loop.running():
         place.in_pieces(lambda: step == loop.steps, work, keep)
-    return {**vars(record), "seconds": record.seconds + time.monotonic() - begun}
+    return {**vars(record), "seconds": place.seconds}
 
 
 def rows(settings: Settings, results: Results) -> list[Row]:

@@ -148,8 +148,7 @@ def test_rows(settings: Settings, results: Results, published: str) -> list[Row]
     for rule in settings.rules:
         search = settings.search(rule)
         for which in ("last schedule", "best by validation"):
-            step = search.ends(results).get(which)
-            accuracies = [] if step is None else test_accuracies(results, search.test_name(step))
+            accuracies = search.tested(results, which)
             of_paper = published if rule == "paper" and which == "last schedule" else "-"
             lines.append(Row(f"test accuracy, FDS, rule: {rule}, {which}", of_paper, spread(accuracies, 2, 100)))
         done, spent = len(search.rows(results)), hours(search, results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 
 from tune_hypergrad import problems
 from tune_hypergrad.data import Split
-from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.sharing import NoiseAndDrift, Sharing, noise_and_drift
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.recipes.fig3 import has_data
 from tune_hypergrad.recipes.jobs import Job, Place, Results
+from tune_hypergrad.recipes.presence import data_jobs, has_no_data, present
 from tune_hypergrad.recipes.recipe import Recipe, Row, scaled
 from tune_hypergrad.recipes.searching import cosine
+from tune_hypergrad.recipes.training import differentiated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,11 +62,11 @@ class Settings:
 
 def jobs(settings: Settings, results: Results) -> list[Job]:
     """What data there are, then every seed's hypergradients by each step's own learning rate, the greedy ones last."""
-    found = [Job(_data_name(problem), has_data, {"problem": problem}) for problem in settings.where_there]
+    found = data_jobs(settings.where_there)
     pilots = range(_FIRST_PILOT, _FIRST_PILOT + settings.pilots)
-    for problem in _there(settings, results):
+    for problem in present(settings.problems, settings.where_there, results):
         found += [_job(settings, problem, seed, greedy=False) for seed in (*pilots, *range(settings.seeds))]
-    for problem in _there(settings, results):
+    for problem in present(settings.problems, settings.where_there, results):
         found += [_job(settings, problem, seed, greedy=True) for seed in range(settings.seeds)]
     return found
 
@@ -74,14 +74,6 @@ def jobs(settings: Settings, results: Results) -> list[Job]:
 def _job(settings: Settings, problem: str, seed: int, *, greedy: bool) -> Job:
     arguments = {"settings": settings, "problem": problem, "seed": seed, "horizon": 1 if greedy else None}
     return Job(f"{problem}/{'greedy' if greedy else 'exact'}/{seed}", differentiate, arguments)
-
-
-def _data_name(problem: str) -> str:
-    return f"data/{problem}"
-
-
-def _there(settings: Settings, results: Results) -> list[str]:
-    return [*settings.problems, *(problem for problem in settings.where_there if results.get(_data_name(problem)))]
 
 
 def differentiate(place: Place, *, settings: Settings, problem: str, seed: int, horizon: int | None) -> dict[str, Any]:
@@ -98,25 +90,13 @@ def differentiate(place: Place, *, settings: Settings, problem: str, seed: int, 
         clip_gradient=settings.clip_gradient,
         device=place.device,
     )
-    lr = torch.tensor(cosine(settings.peak, settings.steps), dtype=torch.float64)
-    loop = InnerLoop(loaded, training)
-    run = hypergradient_run(loop, {"lr": lr}, horizon=horizon, differentiation="reverse")
-    saved = place.load() or {"seconds": 0.0, "run": None}
-    if saved["run"] is not None:
-        run.load_state_dict(saved["run"])
-    begun = time.monotonic() - saved["seconds"]
-    with loop.running():
-        place.in_pieces(
-            lambda: run.done,
-            lambda: run.advance(1),
-            lambda: {"seconds": time.monotonic() - begun, "run": run.state_dict()},
-        )
-    result = run.result()
+    lr, loop = cosine(settings.peak, settings.steps), InnerLoop(loaded, training)
+    result = differentiated(place, loop, {"lr": lr}, horizon=horizon, differentiation="reverse")
     return {
         "hypergradient": result.hypergradients["lr"].tolist(),
         "val_loss": result.val_loss,
         "val_accuracy": result.metrics["accuracy"],
-        "seconds": time.monotonic() - begun,
+        "seconds": place.seconds,
     }
 
 
@@ -223,7 +203,7 @@ def rows(settings: Settings, results: Results) -> list[Row]:
     for problem in (*settings.problems, *settings.where_there):
         found = findings(settings, results, problem)
         if found is None:
-            here = "no data" if results.get(_data_name(problem)) is False else "not run"
+            here = "no data" if has_no_data(problem, results) else "not run"
             lines.append(Row(f"{problem}: no sharing", _published(problem, 1), here))
         else:
             lines += _errors(settings, problem, found) + _theory(problem, found)
@@ -281,7 +261,7 @@ def _published(problem: str, length: int) -> str:
 
 def draw(settings: Settings, results: Results) -> Figure:
     """By data: error over the length of windows, the paper's beside ours; the mean hypergradient and its windows."""
-    there = _there(settings, results)
+    there = present(settings.problems, settings.where_there, results)
     figure = Figure(figsize=(11, 4.2 * len(there)), layout="constrained")
     panels = figure.subplots(len(there), 2, squeeze=False)
     for problem, (left, right) in zip(there, panels, strict=True):

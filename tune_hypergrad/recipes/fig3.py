@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from matplotlib.figure import Figure
 
-from tune_hypergrad import problems
 from tune_hypergrad.plotting import stairs
-from tune_hypergrad.problems.storage import MissingFileError
-from tune_hypergrad.recipes.jobs import Job, Place, Results
+from tune_hypergrad.recipes.jobs import Job, Results
+from tune_hypergrad.recipes.presence import data_jobs, has_no_data, present
 from tune_hypergrad.recipes.recipe import Recipe, Row, scaled, spread
 from tune_hypergrad.recipes.searching import Retraining, Search, cosine, test_accuracies
 from tune_hypergrad.recipes.training import Experiment
@@ -95,9 +94,8 @@ class Settings:
 
 def jobs(settings: Settings, results: Results) -> list[Job]:
     """What data there are, the searches, and what is retrained."""
-    wanted = [Job(_data_name(problem), has_data, {"problem": problem}) for problem in settings.where_there]
     searches, retrained = [], []
-    for problem in _there(settings, results):
+    for problem in present(settings.problems, settings.where_there, results):
         for name in _SEARCHES:
             for search in settings.searched(problem, name):
                 job = search.next_job(results)
@@ -107,28 +105,12 @@ def jobs(settings: Settings, results: Results) -> list[Job]:
         by_hand = replace(settings.retraining, seeds=settings.searches * settings.seeds)
         schedule = {"lr": cosine(settings.peak, 200)}
         retrained += by_hand.jobs(_cosine_name(problem), settings.experiment(problem), schedule)
-    return [*wanted, *retrained, *searches]  # what has been found is tested before the next search begins
-
-
-def has_data(place: Place, *, problem: str) -> bool:
-    """Whether a problem's files are where they should be."""
-    try:
-        problems.get(problem, data_dir=place.data_dir, download=place.download)
-    except MissingFileError:
-        return False
-    return True
-
-
-def _data_name(problem: str) -> str:
-    return f"data/{problem}"
+    # what has been found is tested before the next search begins
+    return [*data_jobs(settings.where_there), *retrained, *searches]
 
 
 def _cosine_name(problem: str) -> str:
     return f"test/{problem}/cosine"
-
-
-def _there(settings: Settings, results: Results) -> list[str]:
-    return [*settings.problems, *(problem for problem in settings.where_there if results.get(_data_name(problem)))]
 
 
 def rows(settings: Settings, results: Results) -> list[Row]:
@@ -136,19 +118,15 @@ def rows(settings: Settings, results: Results) -> list[Row]:
     lines = []
     for problem in [*settings.problems, *settings.where_there]:
         published = TEST_ACCURACY.get(problem, {})
-        if results.get(_data_name(problem)) is False:
+        if has_no_data(problem, results):
             lines += [Row(f"{problem}: {_WORDS[name]}", f"{figure:g}", "no data") for name, figure in published.items()]
             continue
         here = spread(test_accuracies(results, _cosine_name(problem)), 2, 100)
         lines.append(Row(f"{problem}: {_WORDS['cosine']}", _figure(published, "cosine"), here))
         for name in _SEARCHES:
             for which in ("last schedule", "best by validation"):
-                found = [
-                    accuracy
-                    for search in settings.searched(problem, name)
-                    if which in search.ends(results)
-                    for accuracy in test_accuracies(results, search.test_name(search.ends(results)[which]))
-                ]
+                searched = settings.searched(problem, name)
+                found = [accuracy for search in searched for accuracy in search.tested(results, which)]
                 theirs = _figure(published, name) if which == "last schedule" else "-"
                 lines.append(Row(f"{problem}: {_WORDS[name]}; {which}", theirs, spread(found, 2, 100)))
     return lines
@@ -160,7 +138,7 @@ def _figure(published: Mapping[str, float], name: str) -> str:
 
 def draw(settings: Settings, results: Results) -> Figure:
     """Learning rates over the epoch by data: the best by validation of every search's first repeat."""
-    there = _there(settings, results)
+    there = present(settings.problems, settings.where_there, results)
     figure = Figure(figsize=(5 * len(there), 3.8), layout="constrained")
     panels = figure.subplots(1, len(there), squeeze=False)[0]
     for problem, panel in zip(there, panels, strict=True):

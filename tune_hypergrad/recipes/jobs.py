@@ -38,7 +38,7 @@ class Stopped(Exception):
     """A job was told to stop before it was done; what it had is in its checkpoint."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
     """Where a job works, and until when."""
 
@@ -52,18 +52,26 @@ class Place:
     """When to stop, by `time.time()`."""
     download: bool = False
     """Whether missing data may be fetched."""
+    _begun: float = field(default=0.0, init=False)
 
     def load(self) -> Any:
-        """The state that an earlier call left, tensors on the device; None where there is none."""
-        if not self.checkpoint.exists():
-            return None
-        return torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        """The state that an earlier call left, tensors on the device; None where there is none. `seconds` count on."""
+        kept: dict[str, Any] = {"seconds": 0.0, "state": None}
+        if self.checkpoint.exists():
+            kept = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self._begun = time.monotonic() - kept["seconds"]
+        return kept["state"]
+
+    @property
+    def seconds(self) -> float:
+        """Of work since `load`, and in earlier calls."""
+        return time.monotonic() - self._begun
 
     def save(self, state: Any) -> None:
         """Keep a state of tensors and plain values; a file is replaced whole or not at all."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
+        torch.save({"seconds": self.seconds, "state": state}, temporary)
         temporary.replace(self.checkpoint)
 
     def in_pieces(self, done: Callable[[], bool], work: Callable[[], object], state: Callable[[], Any]) -> None:

@@ -103,6 +103,11 @@ class Search:
         """Retrainings of the schedule that an outer step runs, or would run after the last."""
         return how.jobs(self.test_name(outer_step), self.experiment, self.found(results, outer_step))
 
+    def tested(self, results: Results, which: str) -> list[float]:
+        """Test accuracies, as far as they are known, of one of the schedules that it has come to (see `ends`)."""
+        step = self.ends(results).get(which)
+        return [] if step is None else test_accuracies(results, self.test_name(step))
+
     def next_job(self, results: Results) -> Job | None:
         """The job of the next outer step; None where all are done."""
         done = len(self.rows(results))

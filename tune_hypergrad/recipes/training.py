@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from tune_hypergrad import problems
-from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
+from tune_hypergrad.hypergradients import HypergradientResult, InnerLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.splits import split_anew, with_val
@@ -83,6 +82,27 @@ def _load(
     return problem.replace(eval_batch_size=eval_batch_size, **there)
 
 
+def differentiated(place: Place, loop: InnerLoop, values: Values, **how: Any) -> HypergradientResult:
+    """What a run with its hypergradient gave; it goes on where an earlier call was stopped.
+
+    Args:
+        place: where.
+        loop: the run.
+        values: the hyperparameters to differentiate by.
+        how: of `hypergradient_run`.
+    """
+    tensors = {name: torch.tensor(windows, dtype=torch.float64) for name, windows in values.items()}
+    saved = place.load()
+    if saved is not None:
+        how["differentiation"] = saved["differentiation"]  # which "auto" may choose otherwise now
+    run = hypergradient_run(loop, tensors, **how)
+    if saved is not None:
+        run.load_state_dict(saved)
+    with loop.running():
+        place.in_pieces(lambda: run.done, lambda: run.advance(1), run.state_dict)
+    return run.result()
+
+
 def differentiate(
     place: Place,
     *,
@@ -111,21 +131,9 @@ def differentiate(
         `gradients` (cost in gradient evaluations) and `seconds`.
     """
     loop = experiment.loop(place, epochs, seed, split_seed=split_seed)
-    tensors = {name: torch.tensor(windows, dtype=torch.float64) for name, windows in values.items()}
-    saved = place.load() or {"seconds": 0.0, "run": None}
-    begun = time.monotonic() - saved["seconds"]
-    mode = "auto" if saved["run"] is None else saved["run"]["differentiation"]
-    run = hypergradient_run(loop, tensors, horizon=horizon, val_examples=val_examples, differentiation=mode)
-    if saved["run"] is not None:
-        run.load_state_dict(saved["run"])
+    result = differentiated(place, loop, values, horizon=horizon, val_examples=val_examples)
     with loop.running():
         untrained = loop.evaluate(loop.initial_state())
-        place.in_pieces(
-            lambda: run.done,
-            lambda: run.advance(1),
-            lambda: {"seconds": time.monotonic() - begun, "run": run.state_dict()},
-        )
-    result = run.result()
     return {
         "values": {name: list(windows) for name, windows in values.items()},
         "val_loss": result.val_loss,
@@ -134,7 +142,7 @@ def differentiate(
         "untrained_loss": untrained.loss,
         "epochs": epochs,
         "gradients": result.cost.gradients,
-        "seconds": time.monotonic() - begun,
+        "seconds": place.seconds,
     }
 
 
@@ -158,8 +166,7 @@ def retrain(
     options: dict[str, Any] = {"device": loop.device, "dtype": loop.dtype}
     tensors = {name: torch.tensor(windows, **options) for name, windows in values.items()}
     loop.values.check_names(tensors)
-    saved = place.load() or {"seconds": 0.0, "step": 0, "moving": [], "state": loop.initial_state()}
-    begun = time.monotonic() - saved["seconds"]
+    saved = place.load() or {"step": 0, "moving": [], "state": loop.initial_state()}
     step, state = saved["step"], State(*saved["state"])
     loop.moving |= set(saved["moving"])
 
@@ -169,8 +176,7 @@ def retrain(
         step += 1
 
     def keep() -> dict[str, Any]:
-        seconds = time.monotonic() - begun
-        return {"seconds": seconds, "step": step, "moving": sorted(loop.moving), "state": tuple(state)}
+        return {"step": step, "moving": sorted(loop.moving), "state": tuple(state)}
 
     with loop.running():
         place.in_pieces(lambda: step == loop.steps, work, keep)
@@ -178,5 +184,5 @@ def retrain(
     return {
         "test_accuracy": tested.metrics["accuracy"],
         "test_loss": tested.loss,
-        "seconds": time.monotonic() - begun,
+        "seconds": place.seconds,
     }

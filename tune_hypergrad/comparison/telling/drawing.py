@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from textwrap import wrap
 from typing import Any
 
 import numpy as np
+from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,7 +18,7 @@ from matplotlib.patches import Patch
 
 from tune_hypergrad.comparison.ledger import GRID, START
 from tune_hypergrad.comparison.telling.series import Curve
-from tune_hypergrad.plotting import LOG_FROM, scale
+from tune_hypergrad.plotting import scale
 from tune_hypergrad.wording import shortened
 
 COST_LABELS = {
@@ -43,8 +45,7 @@ _PALETTE = [
     *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"),
     *("#8C19FF", "#734C26", "#957FFF", "#9C1670", "#FF0055", "#5540BF"),
 ]
-_MARKERS = "os^Dvp*XPh<>"
-_SOLID = 6  # so many methods have solid lines, further ones broken ones
+_STYLES = cycler(color=2 * _PALETTE, marker=list(2 * "os^Dvp*XPh<>"), linestyle=[*6 * ["-"], *18 * [(0, (4, 1.2))]])
 _LETTERS = 12.5  # to an inch
 _FEW = 4  # curves whose bands, one over the other, can still be told apart
 _STYLE: Any = {
@@ -75,43 +76,33 @@ class Look:
     """
 
     def __init__(self, methods: Sequence[str], seeds: int = 1) -> None:
-        self.methods, self.seeds = list(methods), seeds
-
-    def position(self, method: str) -> int:
-        """Its position; others come after all."""
-        return self.methods.index(method) if method in self.methods else len(self.methods)
+        self._styles, self._seeds = dict(zip(methods, cycle(_STYLES), strict=False)), seeds
 
     def color(self, method: str) -> str:
-        """Its colour; from the 13th method on colours come again."""
-        if method not in self.methods:
-            return _LIGHTER.get(method, GREY)
-        return _PALETTE[self.position(method) % len(_PALETTE)]
+        """Its colour."""
+        return str(self._styles[method]["color"]) if method in self._styles else _LIGHTER.get(method, GREY)
 
     def line(self, method: str) -> dict[str, Any]:
         """Its line."""
-        return {"color": self.color(method), "linestyle": "-" if self.position(method) < _SOLID else (0, (4, 1.2))}
+        return {"color": self.color(method), "linestyle": self._styles[method]["linestyle"]}
 
-    def marker(self, method: str) -> str:
+    def marker(self, method: str) -> dict[str, Any]:
         """Its marker."""
-        return _MARKERS[self.position(method) % len(_MARKERS)]
+        return {"marker": self._styles[method]["marker"], "markersize": 4}
 
     def legend(self, figure: Figure, methods: Iterable[str], filled: bool = False) -> None:
         """One entry a method, above everything."""
-        names = sorted(dict.fromkeys(methods), key=self.position)
+        names = list(methods)
         handles = [Patch(color=self.color(name)) if filled else Line2D([], [], **self.line(name)) for name in names]
         place_legend(figure, handles, [_label(name, figure) for name in names])
 
     def legend_of_curves(self, figure: Figure, curves: Iterable[Curve]) -> None:
         """One entry a curve, that which ends lowest first; of which seeds some have no value, says so."""
-        by_name = {curve.method: curve for curve in curves}
-        last = {name: float(curve.mean[-1]) for name, curve in by_name.items()}
-        names = sorted(by_name, key=lambda name: (math.isnan(last[name]), last[name], self.position(name)))
-        handles = [Line2D([], [], **self.line(name), marker=self.marker(name), markersize=4) for name in names]
-        parts = [
-            f" ({by_name[name].seeds} of {self.seeds} seeds)" if by_name[name].seeds < self.seeds else ""
-            for name in names
-        ]
-        place_legend(figure, handles, [_label(name, figure) + part for name, part in zip(names, parts, strict=True)])
+        ranked = sorted(curves, key=lambda curve: (math.isnan(curve.mean[-1]), curve.mean[-1]))
+        handles = [Line2D([], [], **self.line(curve.method), **self.marker(curve.method)) for curve in ranked]
+        labels = [_label(curve.method, figure) for curve in ranked]
+        parts = [f" ({curve.seeds} of {self._seeds} seeds)" if curve.seeds < self._seeds else "" for curve in ranked]
+        place_legend(figure, handles, [label + part for label, part in zip(labels, parts, strict=True)])
 
 
 def place_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
@@ -162,9 +153,8 @@ def draw_curves(axes: Axes, curves: Sequence[Curve], look: Look, factor: float) 
     """Means as steps, ranges as bands; `factor` is what costs are multiplied by."""
     for curve in curves:
         cost = curve.cost * factor
-        marks = {"marker": look.marker(curve.method), "markersize": 4, "markevery": -(-len(cost) // 12)}
-        line: dict[str, Any] = {**look.line(curve.method), **marks, "linewidth": 1.7}
-        axes.step(cost, curve.mean, where="post", label=curve.method, **line)
+        style = {**look.line(curve.method), **look.marker(curve.method), "markevery": -(-len(cost) // 12)}
+        axes.step(cost, curve.mean, where="post", label=curve.method, linewidth=1.7, **style)
         if curve.seeds > 1:
             color = look.color(curve.method)
             alpha = 0.14 if len(curves) <= _FEW else 0.07
@@ -209,11 +199,6 @@ def scale_worth(axes: Axes, curves: Sequence[Curve], log_from: float, reference:
     scale(axes.yaxis, means.clip(max=most), log_from=log_from, ticks=8, decades=decades)
     if any((curve.high[np.isfinite(curve.high)] > most).any() for curve in curves):
         axes.set_ylim(top=1.1 * most)
-
-
-def scale_schedule(axes: Axes, values: np.ndarray) -> None:
-    """An axis of a hyperparameter's values."""
-    scale(axes.yaxis, values, log_from=LOG_FROM if values.min() >= 0 else math.inf, ticks=6)
 
 
 def unit_in_words(unit: str, largest: float) -> tuple[float, str]:

@@ -17,7 +17,7 @@ from tune_hypergrad.comparison.telling.records import Comparison, measure_label
 from tune_hypergrad.comparison.telling.series import Curve, Granted, curves, spending_parts
 from tune_hypergrad.comparison.telling.verdict import cost_in_words
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.plotting import draw_values, scale
+from tune_hypergrad.plotting import draw_values, scale, scale_values
 from tune_hypergrad.results import OBJECTIVE
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.wording import percent, shortened
@@ -83,7 +83,7 @@ def schedules(comparison: Comparison, *, width: float = WIDE) -> Figure:
         for method, found in own.items():
             draw_values(axes, found, name, linewidth=1.7, label=method, **look.line(method))
         drawing.plain(axes)
-        drawing.scale_schedule(axes, np.concatenate([found.span(name) for found in own.values()]))
+        scale_values(axes, np.concatenate([found.span(name) for found in own.values()]))
         axes.set_title(shortened(name, 32), loc="left")
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])

@@ -40,21 +40,16 @@ def curves(frame: pd.DataFrame, column: str, unit: str, accounts: pd.DataFrame) 
         unit: of cost.
         accounts: `Comparison.accounts`.
     """
-    made = []
+    made, cost = [], f"spent/{unit}"
     for method, rows in frame.groupby("method", sort=False):
-        seeds = [own.sort_values(f"spent/{unit}", kind="stable") for _, own in rows.groupby("seed")]
-        costs = [own[f"spent/{unit}"].to_numpy(dtype=float) for own in seeds]
-        spent = accounts.loc[accounts["method"] == method, f"spent/{unit}"].max()
-        union = np.unique(np.concatenate([*costs, [spent]]))
-        union = union[union >= max(cost[0] for cost in costs)]
-        values = np.array(
-            [
-                own[column].to_numpy(dtype=float)[np.searchsorted(cost, union, side="right") - 1]
-                for own, cost in zip(seeds, costs, strict=True)
-            ]
-        )
+        ordered = rows.sort_values(cost, kind="stable").drop_duplicates(["seed", cost], keep="last")
+        seeds = [own.set_index(cost)[column].astype(float) for _, own in ordered.groupby("seed")]
+        spent = accounts.loc[accounts["method"] == method, cost].max()
+        costs = np.unique(np.concatenate([*(own.index for own in seeds), [spent]]))
+        costs = costs[costs >= max(own.index[0] for own in seeds)]
+        values = np.array([own.reindex(costs, method="ffill") for own in seeds])
         ranges = {"mean": values.mean(axis=0), "low": values.min(axis=0), "high": values.max(axis=0)}
-        made.append(Curve(str(method), union, seeds=len(seeds), **ranges))
+        made.append(Curve(str(method), costs, seeds=len(seeds), **ranges))
     return made
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from tune_hypergrad.comparison.telling.drawing import unit_in_words
 from tune_hypergrad.comparison.telling.records import Comparison, Yardstick
@@ -103,11 +104,12 @@ class Verdict:
         if not self.curves:
             return []
         costs = np.unique(np.concatenate([curve.cost for curve in self.curves]))
+        every = {c.method: pd.Series(c.mean, c.cost).reindex(costs, method="ffill") for c in self.curves}
+        regrets = pd.DataFrame(every).where(np.isfinite)
+        best = regrets.le(regrets.min(axis=1) + _EQUAL, axis=0)
         found: list[tuple[tuple[str, ...], float, float]] = []
         for begin, end in zip(costs, [*costs[1:], costs[-1]], strict=True):
-            regrets = {c.method: _at(c, begin) for c in self.curves if c.cost[0] <= begin}
-            least = min((regret for regret in regrets.values() if math.isfinite(regret)), default=math.nan)
-            names = tuple(name for name, regret in regrets.items() if regret <= least + _EQUAL)
+            names = tuple(best.columns[best.loc[begin]])
             if found and found[-1][0] == names:
                 found[-1] = (names, found[-1][1], float(end))
             elif names:
@@ -180,10 +182,6 @@ def _of_reference(measure: Yardstick, reached: Mapping[str, float], never: Seque
     if never:
         parts.append(f"{_listed(never)} never")
     return ", ".join(parts)
-
-
-def _at(curve: Curve, cost: float) -> float:
-    return float(curve.mean[np.searchsorted(curve.cost, cost, side="right") - 1])
 
 
 def _listed(texts: Sequence[str]) -> str:
