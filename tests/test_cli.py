@@ -128,6 +128,7 @@ def test_help_names_the_commands():
         (["digits_mlp", "--ema", "1"], "ema is 1.0"),
         (["digits_mlp", "--autocast", "float8"], "'float8'"),
         (["digits_mlp", "--accumulate", "10000"], "accumulate 10000"),
+        (["digits_mlp", "--max-memory", "2 elephants"], "max_memory is '2 elephants'"),
         (["--method", "fsd"], "'fsd'"),
         (["digits_mlp", "--first-seed", "0", "--seeds", "1000000"], "seeds is"),
         (["nowhere.py:problem"], "nowhere.py"),
@@ -301,7 +302,8 @@ def test_spaces_have_names_and_a_start_is_a_file(called, capsys, tmp_path):
 
 
 def test_the_usual_recipe_is_a_matter_of_options(called, capsys, tmp_path):
-    recipe = {"--clip-norm": 1, "--clip-gradient": 3, "--ema": 0.99, "--autocast": "bfloat16", "--max-failures": -1}
+    recipe = {"--clip-norm": 1, "--clip-gradient": 3, "--ema": 0.99, "--autocast": "bfloat16", "--max-memory": "1GiB"}
+    recipe |= {"--max-failures": -1}
     options = [word for option in recipe.items() for word in option]
     with pytest.raises(Called):
         outcome(capsys, "compare", "digits", *options, "--accumulate", 2, "--fix", "momentum=0.9", "--out", tmp_path)

@@ -105,6 +105,10 @@ def compare(
     clip_gradient: Annotated[float | None, typer.Option(help="Clip every entry of it to this.")] = None,
     ema: Annotated[float | None, typer.Option(help="Validate weights averaged with this decay.")] = None,
     autocast: Annotated[str | None, typer.Option(help='"bfloat16": train in that, with a float32 state.')] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="What a trial may keep for hypergradients, as 2GiB. [default: a quarter of what is free]"),
+    ] = None,
     space: Annotated[
         str | None,
         typer.Option(help='"paper": the wide linear ranges of the FDS paper. [default: what people know of ranges]'),

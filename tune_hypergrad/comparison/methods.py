@@ -84,6 +84,9 @@ class Task:
     """Judge an exponential moving average of the weights, of this decay; None judges the weights."""
     autocast: str | None = None
     """"bfloat16" for the model's forward pass under `torch.autocast`."""
+    max_memory: float | str | None = None
+    """What a trial may keep for hypergradients: bytes, or such as "2GiB"; None is a quarter of what is free when it
+    begins. What it keeps it does not compute again, so that it costs less."""
     seed: int = 0
     """Seeds the method and its trials."""
     min_epochs: float | None = None
@@ -304,7 +307,7 @@ def _common(task: Task) -> dict[str, Any]:
 
 
 def _inner_runs(task: Task) -> Trainable:
-    return InnerRun.from_problem(task.problem, **_common(task), reports=4)
+    return InnerRun.from_problem(task.problem, **_common(task), reports=4, max_memory=task.max_memory)
 
 
 def _by_hypergradients(task: Task) -> Searcher:

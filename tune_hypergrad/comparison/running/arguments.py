@@ -26,6 +26,7 @@ from tune_hypergrad.errors import InputError, did_you_mean, in_one_line
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.hypergradients.autocast import autocast_dtype
+from tune_hypergrad.hypergradients.memory import as_bytes
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.schedules import Schedule
 from tune_hypergrad.searchers.brackets import rungs
@@ -275,6 +276,11 @@ def _autocast(name: str, value: Any) -> str:
     return str(value)
 
 
+def _memory(name: str, value: Any) -> float | str:
+    as_bytes(value)  # knows what it can be
+    return value if isinstance(value, str) else _plain(value)
+
+
 def _whole(least: int, remark: str) -> Check:
     def check(name: str, value: Any) -> int:
         if not is_whole(value) or value < least:
@@ -324,5 +330,6 @@ CHECKS: dict[str, Check] = {
     "clip_norm": _or_none(_number(above=0)),
     "ema": _or_none(_decay),
     "autocast": _or_none(_autocast),
+    "max_memory": _or_none(_memory),
 }
 """Of every argument, fields of `Task` among them."""

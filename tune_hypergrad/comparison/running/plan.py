@@ -49,7 +49,7 @@ from tune_hypergrad.ray_internals import cluster_grows
 
 OF_TASKS = (
     *("min_epochs", "max_epochs", "eta", "fixed", "self_tuning_epochs", "check"),
-    *("clip_gradient", "clip_norm", "ema", "autocast"),
+    *("clip_gradient", "clip_norm", "ema", "autocast", "max_memory"),
 )
 """Fields of `Task` that `compare` takes as they are."""
 
