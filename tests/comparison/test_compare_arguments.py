@@ -90,6 +90,7 @@ WRONG = [
     *[("min_epochs", value) for value in ("x", True, 0, -1, NAN)],
     *[("max_epochs", value) for value in ("x", True, 0, -1, INF)],
     *[("eta", value) for value in ("x", None, True, 1, NAN)],
+    *[("profile", value) for value in (None, 1, "yes")],
     *[("max_memory", value) for value in ("x", "1 GB 2", -1, NAN, True)],
     *[(name, value) for name in ("clip_gradient", "clip_norm") for value in ("x", 0, -1, NAN, True)],
     *[("ema", value) for value in ("x", 1.0, -0.1, NAN, True)],
