@@ -96,7 +96,7 @@ def _without(node: _Node, bundle: _Bundle) -> Iterator[_Node]:
 
 
 def _taken(pieces: tuple[int, ...], amount: int, by_piece: bool) -> Iterator[tuple[int, ...]]:
-    """What can be left of a resource's pieces, sorted."""
+    """What can be left of a resource's pieces, sorted, when an amount is taken of them."""
     whole, part = divmod(amount, _GRAIN) if by_piece else (0, amount)
     if pieces.count(_GRAIN) < whole and whole:
         return

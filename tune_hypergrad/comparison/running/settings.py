@@ -49,7 +49,7 @@ def write_settings(folder: Path, plan: Plan, key: str, storage: str | None, grow
 
 
 def _processor() -> str:
-    """This node's, by its name where the system tells."""
+    """The processor of this node, by its name where the system tells."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
