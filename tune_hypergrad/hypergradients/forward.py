@@ -136,8 +136,8 @@ class ForwardRun(HypergradientRun):
         return State(params, slots, buffers, counted(self.state.counts, without))
 
     def _selection(self, step: int) -> dict[str, Tensor]:
-        """e: for every hyperparameter, shape [columns in use], 1 where the column is its open window; where it is a
-        curve's number, the derivative of the step's value."""
+        """The vectors e of the columns in use: by hyperparameter, shape [columns in use], 1 where the column is its
+        open window; where the column is a curve's number, the derivative of the step's value by it."""
         selection = {
             name: torch.zeros(self._in_use, device=self.loop.device, dtype=self.loop.dtype)
             for name in base_names(self.hyperparameters)

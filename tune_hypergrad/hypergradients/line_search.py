@@ -58,7 +58,7 @@ _MEMORY = 0.5  # weight of earlier measurements of noise
 _FAILURES = 3  # rounds in a row without any outcome, after which the search ends
 
 _MEASURE, _CHECK, _TRIAL, _END = "measure", "check", "trial", "end"
-"""What a round is: differentiated runs at the place; plain ones there, with new seeds; a trial; none any more."""
+"""Kinds of rounds: differentiated runs at the place; plain runs there, with new seeds; a trial; no round any more."""
 
 
 @dataclass
@@ -66,35 +66,35 @@ class _Place:
     """Hyperparameters that were accepted, and what is known of them."""
 
     point: Tensor
-    """Internal values in first step sizes, shape [P]."""
+    """Internal values at the place in units of the first step sizes, shape [P], P elements in all."""
     outer_step: int
     gradients: list[Tensor] = field(default_factory=list)
-    """By the point, one for each run that was differentiated, each of shape [P]."""
+    """Hypergradients by the point, one of shape [P] for each run that was differentiated."""
     losses: dict[int, float] = field(default_factory=dict)
-    """By seed: those that trials have as well."""
+    """Validation losses at the place by seed, of the seeds that trials have as well."""
     accepted_loss: float = nan
-    """Mean of the trial by which it was accepted."""
+    """Mean validation loss of the trial by which the place was accepted."""
 
     @property
     def val_loss(self) -> float:
-        """Mean over the seeds that did not choose it."""
+        """Mean validation loss at the place over the seeds that did not choose it."""
         return fmean(self.losses.values())
 
 
 @dataclass
 class _Noise:
-    """Variance between seeds, over measurements of which earlier ones count less and less."""
+    """Variance of losses between seeds, over measurements of which earlier ones count less and less."""
 
     squares: float = 0.0
     freedom: float = 0.0
 
     def measure(self, squares: float, freedom: int) -> None:
-        """Add a sum of squared deviations with its degrees of freedom."""
+        """Add a measurement: a sum of squared deviations with its degrees of freedom."""
         self.squares = _MEMORY * self.squares + squares
         self.freedom = _MEMORY * self.freedom + freedom
 
     def error(self, runs: int) -> float:
-        """Standard error of a mean over as many runs; 0 before anything was measured."""
+        """Standard error of a mean over `runs` runs; 0 before anything was measured."""
         return sqrt(self.squares / self.freedom / runs) if self.freedom else 0.0
 
 
@@ -184,7 +184,7 @@ class LineSearch(OuterSearch):
             self._take_measurement(told)
 
     def _take_measurement(self, told: Mapping[int, Outcome]) -> None:
-        """More runs at the place: they make its loss and its hypergradient more accurate."""
+        """Take the outcomes of more runs at the place, which make its loss and its hypergradient more accurate."""
         place, first = self._place, self.incumbent is None
         losses = {seed: outcome.val_loss for seed, outcome in told.items()}
         has_diverged = not all(map(isfinite, losses.values()))
@@ -224,7 +224,7 @@ class LineSearch(OuterSearch):
             self._choose()
 
     def _accept(self, told: Mapping[int, Outcome], *, is_easy: bool) -> None:
-        """Go to the trial; where the step was `is_easy`, with half as many seeds."""
+        """Go to the place of the trial; where the step was `is_easy`, with half as many seeds."""
         direction, error = self._direction()
         if is_easy and sqrt(2) * error <= (1 - _ETA) * float(direction.norm()):
             self.ensemble = max(self._least, self.ensemble // 2)
@@ -242,7 +242,7 @@ class LineSearch(OuterSearch):
         self._choose()
 
     def _take_back(self, *, has_diverged: bool) -> None:
-        """Seeds that had no part in a step say that it was none: go back, and shorten it."""
+        """Go back from a step that seeds which had no part in it do not confirm, and shorten it."""
         if has_diverged and self.incumbent is not None and self.incumbent.outer_step == self._place.outer_step:
             self.incumbent = replace(self.incumbent, val_loss=inf)
         self.rejected += 1
@@ -291,7 +291,7 @@ class LineSearch(OuterSearch):
         return before + max(_WORSE * gain, 2 * self._change_noise.error(runs))
 
     def _choose(self) -> None:
-        """What comes next at a place whose loss is known: more seeds, a trial, or the end."""
+        """Choose what comes next at a place whose loss is known: more seeds, a trial, or the end."""
         direction, error = self._direction()
         size = float(direction.abs().max())
         if self.outer_steps is not None and self.outer_step >= self.outer_steps:
@@ -349,7 +349,7 @@ class LineSearch(OuterSearch):
         return self.trainings is None or self.spent + cost <= self.trainings
 
     def _trial_cost(self, runs: int) -> float:
-        """Of a trial that is accepted, in trainings."""
+        """Cost of a trial with so many runs that is accepted, in plain trainings."""
         return runs * (self._differentiated_cost + self.new_seeds * self._plain_cost)
 
     def _direction(self) -> tuple[Tensor, float]:
@@ -362,7 +362,7 @@ class LineSearch(OuterSearch):
         return torch.where(ahead == place.point, 0.0, mean), self._gradient_noise.error(len(place.gradients))
 
     def _bound(self) -> float:
-        """What a trial's loss must change by at the most: -eta alpha |z|^2 where no range ends."""
+        """The least change of its loss by which a trial is accepted: -eta alpha |z|^2 where no range ends."""
         direction, _ = self._direction()
         return -_ETA * float(direction @ (self._place.point - self._trial))
 
