@@ -22,7 +22,7 @@ class Bracket:
     num_configs: tuple[int, ...]
     """Configurations on each rung, the lowest first."""
     budgets: tuple[float, ...]
-    """The budget of each rung; whole numbers are ints."""
+    """The budget of each rung, the lowest first; whole numbers are ints."""
 
 
 def rungs(min_budget: float, max_budget: float, eta: float) -> tuple[float, ...]:

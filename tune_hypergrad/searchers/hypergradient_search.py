@@ -34,15 +34,15 @@ from tune_hypergrad.searchers.restorable import RestorableSearch
 from tune_hypergrad.space import flat_values, gradient_ranges, in_form_of, is_hyperparameter, tuned_values
 
 OURS = ("seed", "split_seed", "steps", "tuned", "reject_above", "confirmed", "fall_above", TRIAL_INDEX)
-"""What this searcher, and wrappers, put into configs beside the space's."""
+"""Names of what this searcher, and wrappers of it, put into configs beside the space's own."""
 
 
 @dataclass(eq=False)
 class _Member:
-    """A trial's part in a round."""
+    """The part that a trial has in a round of the outer search."""
 
     index: int
-    """Which of the round's proposals it runs, from 0."""
+    """Number, from 0, of the round's proposal that the trial runs."""
 
 
 class HypergradientSearch(RestorableSearch[_Member]):
@@ -148,7 +148,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     @property
     def _current(self) -> OuterSearch:
-        """Whose round is run: the next point's to evaluate, or the search's."""
+        """The outer search whose round is run: that of the next point to evaluate, or the search proper."""
         assert self._outer is not None
         return self._starts[0] if self._starts else self._outer
 
@@ -221,7 +221,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
         return outcome._replace(cost=outcome.cost * share)
 
     def _score_of(self, result: Mapping[str, Any]) -> float | None:
-        """What incumbents are chosen by, the lower the better; None where that is the loss."""
+        """What a trial's result is chosen by, the lower the better; None where that is the loss."""
         is_loss = self.metric == OBJECTIVE and self.mode != "max" and result.get(OBJECTIVE) == result[VAL_LOSS]
         if is_loss or self.metric in (None, VAL_LOSS):
             return None
@@ -290,7 +290,8 @@ def _listed_points(points: Any) -> list[Mapping[str, Any]]:
 
 
 def _loss_of_start(started: tuple[OuterSearch, list[Outcome | None]]) -> float:
-    """What a point's runs gave: the mean over seeds, or the least of plain trainings over the learning rate."""
+    """Loss that the runs of a point to evaluate came to: the mean over seeds, or the least of plain trainings over the
+    learning rate."""
     outer, outcomes = started
     losses = [mean_outcome(outcomes).val_loss]
     if outer.round()[0].reject_above == -math.inf:
