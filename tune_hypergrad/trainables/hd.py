@@ -19,13 +19,14 @@ class HDSettings(DescentSettings, TrialSettings):
     """Settings of `HD`."""
 
     horizon: int = 1
-    """Inner steps between two moves of the hyperparameters."""
+    """Inner steps between two moves of the hyperparameters; 1 by default."""
     val_examples: int | None = 500
     """Validation examples for each move, drawn anew; None is the whole split."""
     default_step: float = 0.01
-    """Step size of one move as a share of the range."""
+    """Step size of one move as a share of the range, for hyperparameters without one in `step_sizes`; 0.01 by
+    default."""
     update: str = "adam"
-    """How hyperparameters move: "adam", "sgd" or "sign"."""
+    """How hyperparameters move: "adam" (the default), "sgd" or "sign"."""
 
     def __post_init__(self) -> None:
         TrialSettings.__post_init__(self)

@@ -99,7 +99,7 @@ def continuing(trainable: Callable[..., Any] | type[tune.Trainable]) -> type[tun
 
 
 def _class_of(function: Callable[..., Any]) -> type[tune.Trainable]:
-    """A function as a class, to which `tune.with_parameters` may give the function's further arguments."""
+    """A function as a trainable class, to which `tune.with_parameters` may give the function's further arguments."""
     further = list(inspect.signature(function).parameters.values())[1:]
     needed = [p.name for p in further if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     of_config = update_wrapper(partial(function, **dict.fromkeys(needed)), function)  # with its resources

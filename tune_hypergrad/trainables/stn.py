@@ -25,7 +25,7 @@ from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings
 _logger = logging.getLogger(__name__)
 
 BEST_WEIGHTS_FILE = "best_weights.pt"
-"""Beside a checkpoint's state: the plain model's state dict where the problem's objective was the best."""
+"""File name beside a checkpoint's state: the plain model's state dict where the problem's objective was the best."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,15 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
     """Settings of `STN`, `CenteredSTN` and `DeltaSTN`."""
 
     space: Mapping[str, Any] = field(default_factory=dict)
-    """Ray domains by name, as for any searcher; constants are fixed."""
+    """The search space: Ray domains by name, as for any searcher; constants are fixed."""
     reports: int | None = None  # type: ignore[assignment]
     """Results in the training run; None is one for every epoch."""
     per_minibatch: tuple[str, ...] = ()
     """Hyperparameters of which one draw serves a minibatch; the rest have one for every example where that works. All
     of them: the weights respond once for the whole batch, whatever its layers' first dimensions are."""
     patience: int | None = None
-    """The run ends after so many results in a row without a better objective of the problem; None goes on."""
+    """Number of results in a row without a better objective of the problem after which the run ends; None: it goes
+    on."""
 
     def __post_init__(self) -> None:
         TrialSettings.__post_init__(self)
@@ -167,7 +168,7 @@ class DeltaSTN(ProblemTrainable):
 
 
 def _try_out(run: SelfTuningRun) -> None:
-    """Verify the network, and take a training and a validation step, of a run that has no further use.
+    """Verify a network, and take a training and a validation step, in a run that has no further use.
 
     Raises:
         InputError: a step fails.
@@ -186,7 +187,7 @@ class STNSettings(SelfTuningTrialSettings):
     """Settings of `STN`."""
 
     variant: str = "stn"
-    """The method."""
+    """The method that trains the network."""
 
 
 class STN(DeltaSTN):
@@ -204,7 +205,7 @@ class CenteredSTNSettings(SelfTuningTrialSettings):
     """Settings of `CenteredSTN`."""
 
     variant: str = "centered-stn"
-    """The method."""
+    """The method that trains the network."""
 
 
 class CenteredSTN(DeltaSTN):
