@@ -47,8 +47,8 @@ _CHANGE_THE_STEP = (
     *("on_before_batch_transfer", "on_after_batch_transfer"),
 )
 _AUTOCAST = {"bf16-mixed": "bfloat16"}
-"""The type that forward passes are computed in, by the `precision` of a `lightning.Trainer`; others have the model's
-own."""
+"""The type that forward passes are computed in, by the `precision` of a `lightning.Trainer`, where it is a lower
+one."""
 _NOT_CALLED = (
     *("on_train_start", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start", "on_train_batch_end"),
     *("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
@@ -269,7 +269,7 @@ def _configured(configuration: Any) -> tuple[Optimizer, list[Mapping[str, Any]]]
 
 
 def _left_out(module: lightning.LightningModule, trainer: lightning.Trainer) -> list[str]:
-    """What the trainer is to do and the engine does not do."""
+    """What a trainer is to do and the engine does not do, one sentence each."""
     found = []
     if str(trainer.precision) not in ("32-true", *_AUTOCAST):
         found.append(f"precision={trainer.precision!r} is not taken over: training is in the module's own type")

@@ -62,8 +62,7 @@ class Step:
     """What every metric object was last given, by the object's `id`."""
 
     def loss(self, val_loss: str | None) -> Any:
-        """The loss of the step: what is logged as `val_loss`, or else what the step returned; None asks for the
-        training loss.
+        """The step's loss: what was logged as `val_loss`, or else returned; None asks for the training loss.
 
         Raises:
             InputError: there is none.
@@ -179,7 +178,7 @@ class Inside:
     val_loss_of = train_loss_of
 
     def logged(self, output: Any, batch: Any, name: str) -> Any:
-        """What a validation step logs; NaN for the output of a training step."""
+        """What the validation step logs by a name; NaN where the output is that of a training step."""
         return output["logged"][name] if "logged" in output else torch.tensor(torch.nan)
 
 
@@ -234,7 +233,7 @@ class Outside:
         return self._judge(VALIDATION, output, batch).loss(self._val_loss)  # type: ignore[no-any-return]
 
     def logged(self, output: Any, batch: Any, name: str) -> Any:
-        """What the validation step logs of an output."""
+        """What the validation step, given a network's output, logs by a name."""
         return self._judge(VALIDATION, output, batch, measuring=True).numbers()[name]
 
     def _judge(self, stage: str, output: Any, batch: Any, *, measuring: bool = False) -> Step:

@@ -375,7 +375,7 @@ class _Predictions:
         self._figures = None
 
     def figures(self) -> Mapping[str, Any]:
-        """What `compute_metrics` gives for all that was collected."""
+        """The numbers that `compute_metrics` gives for all that was collected, by name."""
         if self._figures is None:
             predictions, labels = self._collected
             self._figures = self._compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
@@ -409,7 +409,8 @@ class _Predictions:
 
 @dataclass(eq=False)
 class _Metric:
-    """One of `compute_metrics`' numbers, accumulated over batches; one of them collects for all."""
+    """A metric of a problem: one of the numbers that `compute_metrics` gives, accumulated over batches; one metric
+    collects for all."""
 
     predictions: _Predictions
     name: str
