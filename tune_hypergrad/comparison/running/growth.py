@@ -54,8 +54,8 @@ class Continuation:
     starts: Mapping[Account, Mapping[str, Any]] = field(default_factory=dict)
     """Where the search of each account in `anew` begins: at its incumbent, as a point of the search space."""
     trainings: Mapping[Account, float] = field(default_factory=dict)
-    """What each account in `anew` may still spend, in plain training runs, where the budget is in gradient
-    evaluations."""
+    """What accounts in `anew` may still spend, in plain training runs, where the budget is in gradient evaluations;
+    else empty."""
 
     @property
     def waiting(self) -> frozenset[Account]:
@@ -109,7 +109,7 @@ def growth_of(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path)
 def continuation_of(
     folder: Path, number: int, methods: Mapping[str, Method], task: Task, budget: Budget, known: frozenset[Account]
 ) -> Continuation:
-    """How an extension of a comparison goes on.
+    """How an extension of a comparison goes on from what the comparison's folder holds.
 
     Args:
         folder: the comparison's.

@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Contender:
-    """One account's searcher, and where it stands."""
+    """One account's searcher, what it may spend, and how far it has come."""
 
     account: Account
     """The account whose trials the searcher suggests."""

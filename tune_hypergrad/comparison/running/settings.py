@@ -19,8 +19,9 @@ _PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "num
 
 
 def write_settings(folder: Path, plan: Plan, key: str, storage: str | None, growth: Growth) -> None:
-    """Write what is compared, how, with what versions and on which machine; where it was begun already, only the
-    latter anew, what it has grown by, and what was left out beside what has been."""
+    """Write `settings.json`: what is compared, how, with what versions and on which machine. Where it was written
+    before, only versions and machine are written anew, what the comparison has grown by, and what was left out beside
+    what has been."""
     file = folder / SETTINGS_FILE
     resources = ray.cluster_resources()
     machine = {

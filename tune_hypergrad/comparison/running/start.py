@@ -126,7 +126,7 @@ def _of_curve(name: str, found: Mapping[str, tuple[float, ...]], places: Sequenc
 
 
 def _checked(name: str, value: Any, place: Place) -> Any:
-    """What stands in a place for a value, which its domain has."""
+    """A value, checked, as it stands in a place: its domain has it."""
     leaf, domain = 1 - value if place.complement else value, place.leaf
     if not is_domain(domain):
         if leaf != domain:
