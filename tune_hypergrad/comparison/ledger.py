@@ -167,8 +167,8 @@ class Ledger:
         self._apply(_with_numbers(made))
 
     def repeats(self, trial_id: str, iteration: int, cost: Cost) -> bool:
-        """Whether this is a result that counts already, once more: Ray sends the last one again when a function
-        returns, and a trial that goes on from a checkpoint begins with the result that belongs to it."""
+        """Whether a result is one that counts already, once more: Ray sends the last one again when a function returns,
+        and a trial that goes on from a checkpoint begins with the result that belongs to it."""
         record = self.trials.get(trial_id)
         return record is not None and (iteration, cost) in ((each.iteration, each.cost) for each in record.charges)
 
@@ -219,7 +219,7 @@ class Ledger:
         return {charge.line: charge.judged for trial in self.trials.values() for charge in trial.charges}
 
     def _start_of(self, account: Account) -> Judged | None:
-        """What the start was worth with an account's seed, if its training has come to its end."""
+        """What the start was worth with an account's seed, if its training has come to its end; else None."""
         if account.method in (START, GRID, RETRAINING):
             return None
         ended = [t.charges[-1] for t in self.trials_of(Account(START, account.seed)) if t.charges]

@@ -114,7 +114,7 @@ class Task:
 
     @property
     def judged_by(self) -> JudgedBy:
-        """What a Ray searcher is given as `metric` and `mode`: the problem's objective."""
+        """The problem's objective as a Ray searcher is given it, by `metric` and `mode`."""
         return JudgedBy(self.problem.criterion.column, self.problem.criterion.mode)
 
     @property
