@@ -51,7 +51,7 @@ _ROUNDING = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class ProblemCheck:
-    """What `check_problem` found."""
+    """What `check_problem` found: whether hypergradients are right on a problem, and by which mode."""
 
     ok: bool
     """Whether at least one mode gives right hypergradients; a mode that does not is in `refusals`, and "auto" does not
@@ -319,8 +319,8 @@ class _Comparison:
         return result.val_loss, result.hypergradients
 
     def _errors(self, found: Hyperparameters, tolerance: float) -> dict[str, float]:
-        """The largest error of each hyperparameter's elements, relative to the largest of these; without those whose
-        derivatives differences cannot tell."""
+        """By hyperparameter, the largest error of its elements relative to the largest of them, without hyperparameters
+        whose derivatives differences cannot tell."""
         errors: dict[str, float] = {}
         with self._loop.running():
             for name, gradients in found.items():

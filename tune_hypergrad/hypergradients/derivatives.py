@@ -21,7 +21,7 @@ _SEED = 20
 
 
 class _Call:
-    """One call as a function of its floating tensors, flattened to one vector: double precision in and out."""
+    """One call of a function, as a function of its floating tensors alone, in double precision."""
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._function = function

@@ -52,7 +52,7 @@ _Single = tuple[Batch, Any]
 
 
 class _Chosen(NamedTuple):
-    """Some examples of a split."""
+    """Some examples of a split, as a batch and by their indices."""
 
     indices: Tensor | slice
     batch: Batch
@@ -83,7 +83,7 @@ class Evaluable(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """How good some weights are on a split."""
+    """How good some weights are on a split: loss and metrics, and the loss's gradients where they were asked for."""
 
     loss: float
     metrics: dict[str, float]
@@ -305,7 +305,8 @@ class _Pass:
             yield name, self._parts[name][-1], [(self._attempt(name, *part), size) for *part, size in parts]
 
     def _part(self, chosen: _Chosen, begin: int, end: int) -> Batch:
-        """Some examples of a batch, read anew where it cannot be cut, as one that is packed, padded or a graph."""
+        """Some examples of a batch; they are read anew where it cannot be cut, as a batch that is packed, padded or a
+        graph."""
         if can_be_cut(chosen.batch, chosen.examples):
             return cut(chosen.batch, begin, end)
         return next(self._read([_part_of(chosen.indices, begin, end, len(self._split))])).batch

@@ -84,8 +84,8 @@ class TrainingSettings:
     """Judge an exponential moving average of the weights: average <- ema average + (1 - ema) weights after every step,
     begun at the initial weights. It is the default of a hyperparameter of that name, which can be tuned."""
     autocast: str | None = None
-    """What the model's forward pass is computed in, in training and evaluation: "bfloat16", as under `torch.autocast`,
-    with weights, gradients and optimizer state in the model's own type; None is that type."""
+    """Type that the model's forward pass is computed in, in training and evaluation: "bfloat16", as under
+    `torch.autocast`, with weights, gradients and optimizer state in the model's own type; None is that type."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -157,7 +157,7 @@ class InnerLoop:
         self.slots = (*self.optimizer.slots, *(() if settings.ema is None else (EMA,)))
         """Names of a state's slots: the optimizer's, and the average of the weights where there is one."""
         self.validated = 0 if judged is None else 1 + self.slots.index(judged)
-        """Where in `(params, *slots)` the weights are that evaluations judge."""
+        """Position in `(params, *slots)` of the weights that evaluations judge."""
         with preserved_generators():
             seed_everything(fold_seed(settings.seed, INITIALISATION))
             self.model: nn.Module = problem.model()
@@ -330,7 +330,8 @@ class InnerLoop:
         mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]],
         body: Callable[[], T],
     ) -> T:
-        """What `body()` gives where a pass with these tensors and hyperparameters' values has run."""
+        """What `body()` gives where a pass of a training step, with these tensors and hyperparameters' values, has
+        run."""
 
         def inside() -> T:
             with self.objective.acting(values), mode(buffers.values()):
@@ -472,11 +473,12 @@ class InnerLoop:
         return gradient
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
-        """One plain training step."""
+        """The state after one plain training step."""
         return self.take_step(state, h, step)[0]
 
     def take_step(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> tuple[State, Tensor]:
-        """One plain training step, and its training loss; `again`: the step will be taken again."""
+        """The state after one plain training step, and the step's training loss; `again`: the step will be taken
+        again."""
         training = self.training(state, h, step, again=again)
         return self.stepped(state, training, h, step), training.loss
 

@@ -367,7 +367,7 @@ class _Inspection:
         return _differing(run, other) or "the training step"
 
     def _fingerprints(self, run: Callable[[], T]) -> tuple[T, list[Fingerprint]]:
-        """What `run` gives, and what every module was given and gave in it, in the order in which they ended."""
+        """What `run` gives, and the calls of all modules in it, in the order in which they ended."""
         found: list[Fingerprint] = []
         with ExitStack() as stack:
             for name, module in self._loop.model.named_modules():

@@ -63,7 +63,7 @@ _MEASURE, _CHECK, _TRIAL, _END = "measure", "check", "trial", "end"
 
 @dataclass
 class _Place:
-    """Hyperparameters that were accepted, and what is known of them."""
+    """A place that the search has accepted: hyperparameters, and what is known of them."""
 
     point: Tensor
     """Internal values at the place in units of the first step sizes, shape [P], P elements in all."""
@@ -103,8 +103,8 @@ class LineSearch(OuterSearch):
 
     A step that is accepted costs a differentiated run and a plain one for each seed; a trial that is rejected costs a
     plain one for each, but for those of several seeds that are better by themselves, and by forward mode, which cannot
-    stop early. The search also ends where no step that moves any element by a
-    hundredth of its first step size is accepted with eight seeds.
+    stop early. The search also ends where no step that moves any element by a hundredth of its first step size is
+    accepted with eight seeds.
 
     Args:
         ranges: what is tuned, by name; moved on the scale of `natural_range`, but for those with a step size.
@@ -313,8 +313,8 @@ class LineSearch(OuterSearch):
             self._phase = _END
 
     def _raise_accuracy(self, phase: str = _MEASURE) -> bool:
-        """Ask for as many seeds more at the same place, plain runs where it is losses that have to be more accurate;
-        False where there may be no more of them."""
+        """Ask for twice as many seeds at the same place, up to the most that there may be: plain runs where losses
+        have to be more accurate. False where there may be no more of them."""
         more = min(2 * self.ensemble, self._most) - self.ensemble
         per_run = self._differentiated_cost if phase == _MEASURE else self._plain_cost
         if more == 0 or not self._leaves(more * per_run + self._trial_cost(self.ensemble + more)):
@@ -362,13 +362,14 @@ class LineSearch(OuterSearch):
         return torch.where(ahead == place.point, 0.0, mean), self._gradient_noise.error(len(place.gradients))
 
     def _bound(self) -> float:
-        """The least change of its loss by which a trial is accepted: -eta alpha |z|^2 where no range ends."""
+        """The most by which a trial's loss may change, its error added, to be accepted: -eta alpha |z|^2 where no
+        range ends."""
         direction, _ = self._direction()
         return -_ETA * float(direction @ (self._place.point - self._trial))
 
     def _limits(self) -> dict[int, float]:
-        """By seed: the loss above which a trial's run is not differentiated. Of an accepted trial's runs, the best
-        is below."""
+        """Losses by seed above which a trial's run is not differentiated; of an accepted trial's runs, the best is
+        below."""
         losses = self._place.losses
         bound = self._bound() - (self._change_noise.error(1) if len(losses) == 1 else 0.0)
         return {seed: loss + bound for seed, loss in losses.items()}

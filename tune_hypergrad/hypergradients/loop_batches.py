@@ -86,13 +86,14 @@ class LoopBatches:
         self._training_data.forget()
 
     def tasks(self, draw: int) -> Sequence[Task]:
-        """What to read of a data set for the batch with this draw."""
+        """The tasks of reading a data set for the training batch with this draw."""
         step, number = divmod(draw, self.problem.accumulate)
         seed = fold_seed(self._seed, _AUGMENTATION, draw)
         return [Task(seed, self.split("train").positions(self.indices(step, number)))]
 
     def indices(self, step: int, number: int = 0) -> Tensor | slice:
-        """Which training examples batch `number` of `step` has, shape [batch size], or all of them."""
+        """Indices of the training examples in batch `number` of `step`, shape [batch size], or a slice of all of
+        them."""
         if self.problem.sampler is None and self.problem.batch_size == len(self.split("train")):
             return slice(None)
         epoch, chosen = self.problem.place(step, number)

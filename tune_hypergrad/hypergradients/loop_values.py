@@ -217,8 +217,8 @@ class LoopValues:
         return list(self._fixed_values)
 
     def fixed_beside(self, tuned: Iterable[str]) -> dict[str, Any]:
-        """What is fixed while hyperparameters, or numbers of curves, are tuned: the settings' `fixed`, and what the
-        problem's groups have brought along, as entries by name."""
+        """Everything that is fixed while hyperparameters, or numbers of curves, are tuned: the settings' `fixed`, and
+        what the problem's groups have brought along, as entries by name."""
         bases = {*base_names(tuned), *base_names(self._fixed)}
         of_groups = {name: value for name, value in self.groups.values.items() if name not in bases}
         return {**of_groups, **self._given_fixed}

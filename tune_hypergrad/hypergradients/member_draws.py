@@ -126,7 +126,7 @@ class MemberDraws(LastingMode):
 
 
 class _Drawn(Function):
-    """What a function draws for every member; it has no derivatives."""
+    """A draw for every member of a `vmap`: what a function draws, without derivatives."""
 
     @staticmethod
     def forward(index: Tensor, function: Any, generators: Any, names: Any, *args: Any) -> Tensor:

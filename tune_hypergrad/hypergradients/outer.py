@@ -124,7 +124,7 @@ class Proposal(NamedTuple):
     values: Hyperparameters
     """Hyperparameters to train with: float64 on the CPU, each of shape [N]."""
     seed: int
-    """Which of the search's seeds to train with, counted from 0."""
+    """Number, from 0, of the search's seed to train with."""
     reject_above: float = inf
     """Validation loss above which, or where it is not finite, the run need not be differentiated; -inf: it never need
     be."""
@@ -325,8 +325,8 @@ def _finite_mean(gradients: list[Tensor]) -> Tensor:
 
 
 def initial_values(name: str, limits: Range, values: Tensor | None) -> Tensor:
-    """What a hyperparameter begins with: what is given, if it fits, else the middle of a logarithmic range, else 0 or
-    the nearest value in range.
+    """Values that a hyperparameter begins with: those given, if they fit, else the middle of a logarithmic range, else
+    0 or the nearest value in range.
 
     Raises:
         InputError: the values given do not fit.

@@ -328,7 +328,8 @@ class RobustSearch(OuterSearch):
         return not any(bool(w.any()) for w in wild.values())
 
     def _share(self, means: Hyperparameters, members: Hyperparameters) -> dict[str, Sharing]:
-        """Tie windows that are better off together, in everything that is known of them; returns which these are."""
+        """Tie windows that are better off together, in everything that is known of them; returns their sharing by
+        hyperparameter."""
         shared = {}
         for name, own in members.items():
             if split_name(name)[1] or own.shape[1] < _LEAST_SHARED:

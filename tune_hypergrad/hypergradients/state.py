@@ -15,7 +15,7 @@ Buffers = dict[str, Tensor]
 
 
 class State(NamedTuple):
-    """Everything an inner step reads and writes."""
+    """The state of an inner loop: everything an inner step reads and writes."""
 
     params: Tensor
     """The trainable parameters, flattened: shape [P]."""

@@ -55,8 +55,7 @@ def constant(tensor: Tensor) -> Tensor:
 
 
 class _Sweep:
-    """Which backward pass is at work in this process; not in this thread, since a GPU's backward pass has threads of
-    its own."""
+    """Which backward pass is at work: of the whole process, since a GPU's backward pass has threads of its own."""
 
     to_gradient = True
     """Whether the backward pass at work is the one from the loss to the training gradient."""
