@@ -99,7 +99,7 @@ class ImageEntry(Entry):
     """Reads the images to train and validate on, and those to test on."""
 
     regularisers: tuple[Regulariser, ...] = field(repr=False)
-    """What can regularise training."""
+    """Regularisers that the training can have."""
 
     def make(self, storage: Storage, seed: int, batch_size: int) -> Problem:
         images, test = self.load(storage)
