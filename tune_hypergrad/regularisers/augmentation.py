@@ -200,7 +200,7 @@ def _shifted(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def _sampling_maps(rotation: Tensor, shift: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
-    """From where in the image each pixel comes: shape [examples, 2, 3], in pixels from the centre, (x, y).
+    """Maps of where in its image each pixel comes from: shape [examples, 2, 3], in pixels from the centre, (x, y).
 
     Args:
         rotation: angles in degrees, shape [examples].

@@ -94,7 +94,7 @@ class Regulariser:
         return batch
 
     def weight_factors(self, parameters: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
-        """What to multiply parameters with in the forward pass, by name, of the parameters' shapes."""
+        """Factors of parameters in the forward pass, by name, of the parameters' shapes."""
         return {}
 
     def penalty(

@@ -47,7 +47,7 @@ class Dropout(_AtRate):
     rate: str = "dropout"
     """Name of the hyperparameter: the share of elements or channels that become zero, below 1."""
     modules: str = "*"
-    """Which dropout modules: their names, or a pattern such as "features.*"."""
+    """Dropout modules that the rate is of: their names, or a pattern such as "features.*"."""
 
     def attach(self, model: nn.Module, context: Context) -> None:
         plain = {name: layer for name, layer in model.named_modules() if type(layer) in DROPOUTS}
@@ -87,7 +87,7 @@ class EmbeddingDropout(_AtRate):
     rate: str = "embedding_dropout"
     """Name of the hyperparameter: the share of words that become zero vectors, below 1."""
     modules: str = "*"
-    """Which `nn.Embedding` modules: their names, or a pattern."""
+    """`nn.Embedding` modules whose words are dropped: their names, or a pattern."""
 
     def attach(self, model: nn.Module, context: Context) -> None:
         embeddings = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Embedding)}
@@ -119,7 +119,7 @@ class DropConnect(_AtRate):
 
 
 class TunedDropout(nn.Module):
-    """What a plain dropout module becomes: its rate is the one that a context gives, else the module's own."""
+    """Mixin that a plain dropout module gets: its rate is the one that a context gives, else the module's own."""
 
     hyperparameter: str
     """Name of the hyperparameter that is the module's rate."""
@@ -222,8 +222,7 @@ class _DropWords:
 
 
 def _mask(rate: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """A mask for dropout at a rate of shape [] or [examples]: zeros at this rate, else 1 / (1 - rate), of shape `shape`
-    and in `like`'s dtype.
+    """A mask for dropout at a rate of shape [] or [examples]: zeros, else 1 / (1 - rate), in `like`'s dtype.
 
     Where the shape has one entry for all examples, and they have a rate each, the mask has one for each of them.
     """

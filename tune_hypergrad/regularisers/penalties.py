@@ -81,8 +81,8 @@ class L1(_OfParameters):
 
 @dataclass(frozen=True)
 class _OfOutputs(Regulariser):
-    """Base of the penalties on activations: each example's weight times the mean of a size of its activations, averaged
-    over examples.
+    """Base of the penalties on activations: each example's weight times the mean size of its own, averaged over
+    examples.
 
     Sizes of several modules add up; a module that is called several times counts with its last output.
     """
