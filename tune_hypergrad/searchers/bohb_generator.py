@@ -57,8 +57,7 @@ class ModelOptions:
 
 
 class BOHBGenerator(BOHB):  # type: ignore[misc]
-    """BOHB's generator of configurations: suggests what HpBandSter's does, at a fraction of its cost (Falkner et al.
-    2018, algorithm 2).
+    """BOHB's generator of configurations, at a fraction of the cost of HpBandSter's (Falkner et al. 2018, algorithm 2).
 
     The same data, the same split into good and bad, the same densities, the same draws in the same order. What differs:
     the draws come from a generator of its own in place of NumPy's global one, candidates are made and judged as arrays,
@@ -188,7 +187,7 @@ class Density(NamedTuple):
     bandwidths: Array
     """The kernels' bandwidths, one for each dimension, shape [d]."""
     categorical: NDArray[np.bool_]
-    """Which dimensions hold indices of categories, shape [d]; the others lie in [0, 1]."""
+    """Whether each dimension holds indices of categories, shape [d]; the others lie in [0, 1]."""
 
     def pdf(self, points: Array) -> Array:
         """The density at points of shape [m, d], shape [m].

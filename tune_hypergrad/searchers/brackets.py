@@ -17,7 +17,7 @@ from tune_hypergrad.errors import InputError
 
 @dataclass(frozen=True)
 class Bracket:
-    """One run of successive halving."""
+    """One run of successive halving: how many configurations each rung has, and with which budget."""
 
     num_configs: tuple[int, ...]
     """Configurations on each rung, the lowest first."""

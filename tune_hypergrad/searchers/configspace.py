@@ -271,8 +271,7 @@ def _hyperparameter(name: str, found: Numbers | Choices, translation: Translatio
 
 
 def _convertible(name: str, leaf: Any) -> Numbers | Choices | Constant:
-    """What stands in a place of a search space, if a hyperparameter can be made of it; what has one value only is a
-    constant.
+    """A place's content, if a hyperparameter can be made of it; what has one value only is a constant.
 
     Raises:
         InputError: none can be made.

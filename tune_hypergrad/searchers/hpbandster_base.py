@@ -104,7 +104,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
 
     @property
     def configspace(self) -> ConfigurationSpace:
-        """What is searched, as HpBandSter has it; its analysis may change what it is given, so give it a copy."""
+        """The search space as HpBandSter has it; its analysis may change what it is given, so give it a copy."""
         self._require_space()
         assert self._translation is not None
         return self._translation.configspace
@@ -166,7 +166,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
         return self._require_space().next_job()
 
     def _prefer(self, config: Mapping[str, Any]) -> None:
-        """Let the next configuration that a bracket takes in be this one."""
+        """Let the next configuration that a bracket takes in be that of this config."""
         master, translation = self._require_space(), self._translation
         assert translation is not None
         tuned = {path[0] for path in translation.paths.values()}

@@ -61,10 +61,9 @@ class HypergradientSearch(RestorableSearch[_Member]):
     differentiated. Each outer step runs `ensemble` trials that differ in their seed only, and follows the average of
     their hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). Trials of the robust
     rule that are not worth it are not differentiated (their config has `reject_above`), and before the search ends the
-    best
-    schedules are confirmed by trials with other seeds (their config has `confirmed` and, where a loss can speak against
-    a schedule, `fall_above`). A trial that fails is left out of the average; where all trials of an outer step failed,
-    the robust rule runs others, and the paper's search ends. One that fails to confirm is run again.
+    best schedules are confirmed by trials with other seeds (their config has `confirmed` and, where a loss can speak
+    against a schedule, `fall_above`). A trial that fails is left out of the average; where all trials of an outer step
+    failed, the robust rule runs others, and the paper's search ends. A trial that fails to confirm is run again.
 
     Args:
         space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
@@ -72,9 +71,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
             follows `val_loss`, whose derivative it is given.
         mode: "min" or "max", for `metric`.
         points_to_evaluate: configs to run first; the descent begins from the best of them, and by the robust rule its
-            outcome is not worse, by validation, than this. Points for which `trainings` do not suffice are left
-            out. What a point leaves out begins where the rule does. None
-            begins from there in everything.
+            outcome is not worse, by validation, than this. Points for which `trainings` do not suffice are left out.
+            What a point leaves out begins where the rule does. None begins there in everything.
         seed: the trials' seeds are drawn from it.
         **settings: fields of `SearchSettings`: `rule`, `ensemble`, `outer_steps`, `trainings` and others.
 
@@ -221,7 +219,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
         return outcome._replace(cost=outcome.cost * share)
 
     def _score_of(self, result: Mapping[str, Any]) -> float | None:
-        """What a trial's result is chosen by, the lower the better; None where that is the loss."""
+        """What an incumbent is chosen by, from a trial's result, the lower the better; None where that is the loss."""
         is_loss = self.metric == OBJECTIVE and self.mode != "max" and result.get(OBJECTIVE) == result[VAL_LOSS]
         if is_loss or self.metric in (None, VAL_LOSS):
             return None

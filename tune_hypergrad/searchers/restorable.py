@@ -191,7 +191,7 @@ class RestorableSearch(Searcher, Generic[Work]):
     # What it is saved as
 
     def get_state(self) -> dict[str, Any]:
-        """Everything that later suggestions depend on."""
+        """The search's state: everything that later suggestions depend on."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_session", "_refusal")}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -355,7 +355,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         return self._is_of_use(work, result)
 
     def _lose(self, lost: Collection[str], searchers: Sequence[Searcher]) -> None:
-        """Suggest again what these trials were to do; of repeated ones only where none of them counts."""
+        """Suggest the work of lost trials again; of repeated ones only where none of the repeats counts."""
         told = wrappers.forget(searchers, lost)
         for trial_id in [running for running in self._running if running in lost and running not in told]:
             work = self._running.pop(trial_id)

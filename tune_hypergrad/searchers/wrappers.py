@@ -110,7 +110,7 @@ def lift_limits(searchers: Sequence[Searcher]) -> None:
 
 
 def put_limits_back(searchers: Sequence[Searcher]) -> None:
-    """Undo `lift_limits`."""
+    """Put the limits back that `lift_limits` has lifted."""
     for limiter in _limiters(searchers):
         limiter.max_concurrent = vars(limiter).pop(_LIFTED, limiter.max_concurrent)
 
