@@ -34,8 +34,7 @@ class SelfTuningMultiheadAttention(OfProducts, nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Whether queries, keys and values have one dimension, an attribute of torch's layer; False while the layer is
-        perturbed.
+        """Whether queries, keys and values have one dimension, as torch's layer has it; False while perturbed.
 
         torch's transformer layers ask it before they run kernels of their own on the plain weights.
         """
@@ -130,8 +129,7 @@ def _weight(product: str) -> str:
 
 
 def _sum_of_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """The sum of two masks, to be added to the products of queries and keys: broadcastable to [examples, heads,
-    queries, keys].
+    """The sum of both masks, to add to products of queries and keys: broadcasts to [examples, heads, queries, keys].
 
     Args:
         attn_mask: shape [queries, keys] or [examples * heads, queries, keys], True or minus infinity: left out.

@@ -55,8 +55,7 @@ class SelfTuningNetwork(nn.Module):
         return self
 
     def call(self, predict: Callable[[nn.Module], Any], factors: Mapping[str, Tensor]) -> Any:
-        """The model's output with some weights, and the responses of these, multiplied by factors of the weights'
-        shapes.
+        """The model's output with some weights, and their responses, multiplied by factors of the weights' shapes.
 
         Args:
             predict: gives the output of the model that it is handed.

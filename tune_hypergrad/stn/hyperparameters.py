@@ -34,7 +34,7 @@ class TunedHyperparameter:
     upper: float
     """Upper bound of the hyperparameter's values; inf is no bound."""
     log: bool = False
-    """Whether the interval of the bounds is stretched over the real numbers by its logarithm."""
+    """Whether the bounds' interval is stretched by its logarithm."""
     whole: bool = False
     """Whether values are rounded down to whole numbers; then no gradient passes, and none is needed."""
     per_example: bool = True
@@ -162,8 +162,7 @@ class TunedHyperparameters:
         return torch.where(self._per_example, torch.zeros_like(perturbations[0]), perturbations[0])
 
     def values(self, perturbations: Tensor | None = None) -> dict[str, Tensor]:
-        """The hyperparameters' values by name: of shape [] without perturbations, else [examples], or [] where one draw
-        serves all.
+        """Values by name: of shape [] without perturbations, else [examples], or [] where one draw serves all examples.
 
         Args:
             perturbations: shape [examples, n], on the unconstrained scale.

@@ -477,7 +477,7 @@ _OF_OTHER_PACKAGES = {"transformers.pytorch_utils.Conv1D": _InputsFirst}
 
 
 def rule_of(kind: type[nn.Module]) -> type[SelfTuningLayer] | None:
-    """Which class a layer of exactly this class becomes; None: it does not respond.
+    """The class that a layer of exactly this class becomes; None: it does not respond.
 
     A program's own subclass of a class with a rule has the rule, unless it has a forward of its own. Those of torch
     have not: their weights are used by others' forward, or made by parametrizations.

@@ -23,7 +23,7 @@ class Product(NamedTuple):
     response_weight: Tensor
     """Weight of the product's response, shape [outputs, features]."""
     scale: Tensor | None
-    """What the product with `response_weight` is multiplied by, shape [outputs] or [examples, outputs]; None: 0."""
+    """Factor of the product with `response_weight`, shape [outputs] or [examples, outputs]; None: 0."""
     shift: Tensor | None
     """Response of the bias, of the same shape as `scale`; None: 0."""
     linearised: bool

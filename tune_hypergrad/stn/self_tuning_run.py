@@ -60,7 +60,7 @@ class SelfTuningSettings:
     warm_up: float = 5
     """Epochs before the first validation step."""
     hyper_optimizer: str = "rmsprop"
-    """What moves hyperparameters and scales: one of the inner optimizers, with torch's defaults."""
+    """Optimizer of hyperparameters and perturbation scales: one of the inner optimizers, with torch's defaults."""
     hyper_lr: float = 1e-2
     """Learning rate of `hyper_optimizer`, which moves hyperparameters and perturbation scales."""
     entropy_weight: float = 1e-3
@@ -464,7 +464,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _as_views(parameters: Collection[torch.nn.Parameter]) -> Tensor:
-    """One vector that the parameters become views of, so that an optimizer writes to all of them at once."""
+    """One vector that parameters become views of, so that an optimizer writes to all of them at once."""
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
     for p, chunk in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.data = chunk.view(p.shape)

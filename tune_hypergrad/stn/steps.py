@@ -230,7 +230,7 @@ def linearising(network: SelfTuningNetwork, inputs: Tensor) -> Iterator[None]:
 
 
 def no_forward_mode(error: Exception, model: nn.Module) -> str:
-    """What to say of an exception in forward-mode differentiation of a model."""
+    """The text, for a message, of an exception in forward-mode differentiation of a model."""
     names = {id(module): name for name, module in model.named_modules()}
     methods_of = (id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__))
     innermost = [names[caller] for caller in methods_of if caller in names][-1:]

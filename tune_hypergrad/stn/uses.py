@@ -28,8 +28,8 @@ def used_elsewhere(
     """Names of the layers of which the model uses a parameter elsewhere than in the layer's own forward.
 
     Of parameters that layers share, one use elsewhere counts for all of them. Shapes and kinds of tensors are no uses.
-    A copy of the model predicts, in training and in evaluation mode; random numbers are drawn from the
-    global generators.
+    A copy of the model predicts, in training and in evaluation mode; random numbers are drawn from the global
+    generators.
 
     Args:
         model: any module; modules in evaluation mode stay there if the model itself is in training mode.
