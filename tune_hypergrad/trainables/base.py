@@ -113,7 +113,7 @@ _STORED: WeakValueDictionary[int, Stored] = WeakValueDictionary()  # by the prob
 
 
 def stored(problem: Problem) -> Stored:
-    """The one `Stored` of a problem."""
+    """The one `Stored` of a problem, made when it is first asked for."""
     return _STORED.setdefault(id(problem), Stored(problem))
 
 

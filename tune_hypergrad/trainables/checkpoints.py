@@ -28,7 +28,7 @@ def checkpoints_in(filesystem: FileSystem, folder: str) -> list[tune.Checkpoint]
 
 
 def checkpoint_number(checkpoint: tune.Checkpoint) -> int:
-    """The number by which Ray counts a trial's checkpoints, from a checkpoint's folder."""
+    """The number of a checkpoint, by which Ray counts those of a trial."""
     return int(checkpoint.path.rpartition("_")[2])
 
 

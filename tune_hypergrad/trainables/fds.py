@@ -139,9 +139,12 @@ class FDS(ProblemTrainable):
     `hypergradient/...` (NaN of a run that was not differentiated); `best_val_loss`, `best_test_...` and
     `best_schedule/...` are the incumbent's, which is the outcome of the search. With an `objective` of the problem's
     other than the loss it is chosen by that among what the search, which follows the loss, has trained and confirmed
-    (a line search's is the last place that lowered the loss). `gain` is by how much its validation loss is below that
-    of where the search began. Where a trial's config gives a tuned hyperparameter a value, the search begins there;
-    others it gives are fixed.
+    (a line search's is the last place that lowered the loss). `gain` is by how much the incumbent's validation loss is
+    below that of where the search began. Where a trial's config gives a tuned hyperparameter a value, the search begins
+    there; others it gives are fixed.
+
+    Source: Micaelli and Storkey, "Gradient-based Hyperparameter Optimization Over Long Horizons", NeurIPS 2021; the
+    paper's own search is the setting `rule="paper"`.
     """
 
     Settings: ClassVar[type[TrialSettings]] = FDSSettings

@@ -51,8 +51,8 @@ class InnerRunSettings(TrialSettings):
     val_examples: int | None = None
     """Validation examples per segment's gradient, drawn anew for each; None is the whole split."""
     max_memory: float | str | None = None
-    """What one trial may keep for its derivatives: bytes, or such as "500MB" or "2GiB" (see `hypergradient`); None is a
-    quarter of what is free when a run begins."""
+    """Memory that one trial may use for its derivatives: bytes, or such as "500MB" or "2GiB" (see `hypergradient`);
+    None is a quarter of what is free when a run begins."""
     ensemble: int = 1
     """Seeds that one trial trains with, at once where that pays: it reports their mean hypergradient and mean figures,
     with the standard deviation of the losses as `val_loss_std`, and is charged for all of them. The first seed is the
@@ -100,7 +100,7 @@ class InnerRunSettings(TrialSettings):
         check: bool = False,
         together: bool | None = None,
     ) -> HypergradientRun:
-        """A hypergradient run of these settings; with `check`, compared with plain training first."""
+        """A hypergradient run of these settings; with `check`, the engine is compared with plain training first."""
         return hypergradient_run(
             loop,
             values,

@@ -59,7 +59,7 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
         return problem.steps_per_epoch if self.reports is None else -(-self.steps // self.reports)
 
     def make_run(self, problem: Problem, config: Mapping[str, Any], device: str | None = None) -> SelfTuningRun:
-        """A run of these settings; values in a trial's config go before `initial` and `fixed`.
+        """A self-tuning run of these settings; values in a trial's config go before `initial` and `fixed`.
 
         Raises:
             InputError: something cannot be tuned, or begins outside its range.
@@ -76,13 +76,12 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
 class DeltaSTN(ProblemTrainable):
     """One training run of a Delta-STN: its regularisation is tuned while it trains.
 
-    A result holds the present weights' `val_loss` and metrics, the present hyperparameters as `schedule/<name>` and
-    the standard deviations of their perturbations as `scale/<name>`. `best_val_loss`, `best_test_...` and
-    `best_schedule/<name>` are those of the weights with the best objective (the lowest validation loss, if
-    the problem says nothing else), which a checkpoint holds as
-    `best_weights.pt`. A checkpoint's `schedule.json` holds the values of every training step, for `FixedSchedule` to
-    replay on the plain network. Where a trial's config gives a tuned hyperparameter a value, it begins there;
-    others it gives are fixed.
+    A result holds the present weights' `val_loss` and metrics, the present hyperparameters as `schedule/<name>` and the
+    standard deviations of their perturbations as `scale/<name>`. `best_val_loss`, `best_test_...` and
+    `best_schedule/<name>` are those of the weights with the best objective (the lowest validation loss, if the problem
+    says nothing else), which a checkpoint holds as `best_weights.pt`. A checkpoint's `schedule.json` holds the values
+    of every training step, for `FixedSchedule` to replay on the plain network. Where a trial's config gives a tuned
+    hyperparameter a value, it begins there; others it gives are fixed.
 
     Layers whose weights the model uses elsewhere than in their own forward do not respond; a warning names them.
     Predictions are linearised by forward-mode differentiation: a model that it does not see through (one that returns
@@ -209,6 +208,10 @@ class CenteredSTNSettings(SelfTuningTrialSettings):
 
 
 class CenteredSTN(DeltaSTN):
-    """One training run of an STN whose responses are centred on the present hyperparameters: Delta-STN's ablation."""
+    """One training run of an STN whose responses are centred on the present hyperparameters: Delta-STN's ablation.
+
+    Source: Bae and Grosse, "Delta-STN: Efficient Bilevel Optimization for Neural Networks using Structured Response
+    Jacobians", NeurIPS 2020.
+    """
 
     Settings: ClassVar[type[TrialSettings]] = CenteredSTNSettings
