@@ -72,7 +72,7 @@ class Cost:
 
 
 def cost_key(unit: str) -> str:
-    """What a result calls one of its costs: `cost/<unit>`."""
+    """The name of one unit's cost among the entries of a result: `cost/<unit>`."""
     return f"cost/{unit}"
 
 

@@ -22,8 +22,8 @@ from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.reading import Loading
 
 Source = Any
-"""Examples: tensors or arrays whose first dimension is the examples' (one, a tuple or list of them, or a dict of them),
-or a map-style data set, torch's or of Hugging Face's `datasets`."""
+"""What a split can be given as: tensors or arrays whose first dimension is the examples' (one, a tuple or list of them,
+or a dict of them), or a map-style data set, torch's or of Hugging Face's `datasets`."""
 
 
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)

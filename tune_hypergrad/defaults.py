@@ -20,6 +20,7 @@ class ParameterGroup(NamedTuple):
     """Parameters that an optimizer trains with the same hyperparameters, and the values of these."""
 
     name: str
+    """Name of the group, by which its values are called, such as `lr/backbone`."""
     parameters: tuple[str, ...]
     """Names of the group's parameters in the model."""
     schedule: Schedule

@@ -41,7 +41,7 @@ class Numbers:
 
     @property
     def end(self) -> float:
-        """Where the range ends: after the greatest integer, at the greatest number."""
+        """Where the range of numbers ends: after the greatest integer, or at the greatest number."""
         return self.upper + 1 if self.whole else self.upper
 
     @property

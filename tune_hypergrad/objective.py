@@ -65,7 +65,7 @@ class Objective:
         return batch
 
     def weight_factors(self, parameters: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What to multiply trainable parameters with in the forward pass, by name, of the parameters' shapes."""
+        """Factors of trainable parameters in the forward pass, by name, of the parameters' shapes."""
         factors: dict[str, Tensor] = {}
         for regulariser, own in self._active(values):
             for name, factor in regulariser.weight_factors(parameters, own).items():

@@ -67,7 +67,8 @@ class Problem:
     those whose default is no number. One called `params` receives the model's named parameters."""
 
     regularisers: Sequence[Regulariser] = ()
-    """What can regularise training; each acts where its hyperparameters have values, tuned or fixed."""
+    """Regularisers of the training; each acts where its hyperparameters have values, tuned or fixed. None by
+    default."""
 
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor | float]] = field(default_factory=dict)
     """`metric(output, target)`, each a mean over the batch, reported as `val_<name>` and `test_<name>`."""
@@ -88,7 +89,7 @@ class Problem:
     """Examples evaluated at once; a matter of memory only."""
 
     name: str = "problem"
-    """How reports call this problem."""
+    """Name of this problem in reports; "problem" by default."""
 
     collate_fn: Callable[[list[Any]], Batch] | None = None
     """Makes a batch, any tree of tensors, of a list of a data set's items; None is torch's `default_collate`."""
@@ -121,7 +122,7 @@ class Problem:
     and else 0. A Ray trial has as many as it was granted CPUs at the most. Tensors need none."""
 
     defaults: TrainingDefaults | None = None
-    """How the script trains that the problem was taken from; None where it was taken from none."""
+    """How the script trains that the problem was taken from, by `from_transformers` or `from_lightning`; else None."""
 
     accumulate: int = 1
     """Batches in an inner step, whose mean gradient it takes (gradient accumulation): batches that follow each other in
@@ -501,7 +502,7 @@ class Problem:
         return value
 
     def _check_regularised_step(self, model: nn.Module, reference: Tensor) -> None:
-        """One training prediction, its loss and its gradient, with every regulariser at work."""
+        """Try out one training prediction, its loss and its gradient, with every regulariser at work."""
         model.train()
         objective = _attempt("attaching the regularisers", self.training_objective, model)
         values = dict(self.train_loss_hyperparameters)
@@ -623,7 +624,7 @@ def _split(source: Any, name: str, collate_fn: Callable[[list[Any]], Batch] | No
 
 
 def _shapes(batch: Batch) -> str:
-    """What a batch's tensors look like, for a message."""
+    """The shapes of a batch's tensors, for a message."""
     named = batch.items() if isinstance(batch, Mapping) else ((None, leaf) for leaf in tree_leaves(batch))
     shapes = [(name, tuple(getattr(leaf, "shape", ()))) for name, leaf in named]
     return "shapes " + ", ".join(f"{shape}" if name is None else f"{name} {shape}" for name, shape in shapes)

@@ -110,7 +110,7 @@ def count_checkpoints_from(storage: StorageContext, number: int) -> None:
 
 
 def trial_info_of(trainable: Trainable) -> Any:
-    """What Ray has told a trainable of its trial, for the config of another."""
+    """What Ray has told a trainable of its trial, to be handed on in another trainable's config."""
     return trainable._trial_info
 
 

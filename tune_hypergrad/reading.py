@@ -56,7 +56,7 @@ class Task(NamedTuple):
 
 
 class Readable(Protocol):
-    """What is read: a split of a data set."""
+    """What batches are read of: a split of a data set."""
 
     loading: Loading | None
 

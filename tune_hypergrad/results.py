@@ -52,7 +52,8 @@ class Position(NamedTuple):
     steps: float = nan
     """Inner steps of the whole training run; NaN where a result does not say."""
     completed: float = nan
-    """In a trial of several runs, how many of them have come to their end; NaN where that is not counted."""
+    """Number of a trial's training runs that have come to their end, where it makes several; NaN where that is not
+    counted."""
 
     def as_result(self) -> dict[str, float]:
         """The position as entries of a result: `run/step`, `run/steps`, and `run/completed` where that is counted."""
@@ -127,7 +128,7 @@ def hypergradient_results(hypergradients: Mapping[str, Tensor]) -> dict[str, flo
 
 
 def hypergradients_in(result: Mapping[str, Any], windows: Mapping[str, int]) -> dict[str, Tensor]:
-    """The hypergradients in a result, float64 of shape [windows], for so many windows by flat name.
+    """The hypergradients in a result, float64 of shape [windows], for the numbers of windows by flat name.
 
     Raises:
         KeyError: one is not there.

@@ -30,7 +30,8 @@ from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import ungrouped
 
 Scale = Literal["linear", "log", "complement"]
-"""What a gradient method moves: the value, its logarithm, or the logarithm of 1 minus it."""
+"""The scale on which a gradient method moves a value: its own ("linear"), its logarithm ("log"), or that of 1 minus it
+("complement")."""
 
 
 def schedule(
@@ -357,7 +358,7 @@ def is_hyperparameter(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Range:
-    """What a gradient method tunes one hyperparameter by; values are tensors of shape [windows].
+    """The range of one hyperparameter that a gradient method tunes; values are tensors of shape [windows].
 
     Raises:
         InputError: fewer windows than 1, bounds that leave no room, or a log scale that reaches 0.
