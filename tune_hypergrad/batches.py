@@ -39,7 +39,7 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
 
 
 def target_of(batch: Batch) -> Any:
-    """The default `target`: the last element of a tuple or list, and else the batch itself."""
+    """The default `target` of a batch: the last element of a tuple or list, and else the batch itself."""
     return batch[-1] if is_pair(batch) else batch
 
 
@@ -70,7 +70,7 @@ def default_loss(output: Any, target: Any) -> Tensor:
 
 
 def as_tree(output: Any) -> Any:
-    """The output, whose data classes torch takes for trees from now on."""
+    """A model's output as it is, after telling torch to take the data classes in it for trees."""
     for leaf in pytree.tree_leaves(output):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             pytree.register_dataclass(type(leaf))
@@ -79,7 +79,7 @@ def as_tree(output: Any) -> Any:
 
 
 def _taken(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a batch a model's `forward` takes by name."""
+    """The entries of a batch that a model's `forward` takes by name; an `InputError` where there are none."""
     names = _arguments(type(model))
     taken = {name: value for name, value in batch.items() if names is None or name in names}
     if not taken:
@@ -91,7 +91,7 @@ def _taken(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(kind: type[nn.Module]) -> tuple[str, ...] | None:
-    """Names of what a model's `forward` takes by name; None for anything."""
+    """Names of the arguments that a model class's `forward` takes by name; None where it takes any."""
     parameters = inspect.signature(kind.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -100,13 +100,14 @@ def _arguments(kind: type[nn.Module]) -> tuple[str, ...] | None:
 
 
 def first_input(batch: Batch) -> Any:
-    """What regularisers of inputs act on: a tuple's first element, or a mapping's first floating tensor."""
+    """The part of a batch that regularisers of inputs act on: a tuple's first element, or a mapping's first floating
+    tensor."""
     key = _first_key(batch)
     return batch if key is None else batch[key]
 
 
 def with_first_input(batch: Batch, x: Any) -> Batch:
-    """The batch with another first input."""
+    """A batch with `x` in place of its first input (see `first_input`)."""
     key = _first_key(batch)
     if key is None:
         return x
@@ -114,7 +115,7 @@ def with_first_input(batch: Batch, x: Any) -> Batch:
 
 
 def _first_key(batch: Batch) -> Any:
-    """Where the first input is; None where it is the batch itself."""
+    """The index or key of a batch's first input; None where that is the batch itself."""
     if is_pair(batch):
         return 0
     if not isinstance(batch, Mapping):

@@ -36,14 +36,14 @@ is a step of the hyperparameters, per as many examples as a training batch has.
 
 @dataclass(frozen=True)
 class Cost:
-    """What has been spent; costs add up."""
+    """What training and evaluating have spent, in several units, each 0 by default; costs add up by `+`."""
 
     steps: int = 0
     """Inner optimizer steps taken, recomputed ones included."""
     examples: int = 0
-    """Training examples those steps processed."""
+    """Training examples that the inner steps processed."""
     gradients: float = 0.0
-    """Gradient evaluations: everything computed, by the ratios in `GRADIENTS_PER`."""
+    """Gradient evaluations: everything that was computed, by the ratios in `GRADIENTS_PER`."""
     device_seconds: float = 0.0
     """Seconds of work times the devices granted (GPUs, else CPUs)."""
     wall_seconds: float = 0.0
@@ -60,7 +60,7 @@ class Cost:
         return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
     def as_result(self) -> dict[str, float]:
-        """Flat scalars for a Ray result: `cost/steps`, `cost/examples`, ..."""
+        """The cost as flat scalars for a Ray result: `cost/steps`, `cost/examples`, ..."""
         return {cost_key(name): value for name, value in asdict(self).items()}
 
     @classmethod
@@ -72,12 +72,12 @@ class Cost:
 
 
 def cost_key(unit: str) -> str:
-    """What a result calls one of its costs: `cost/<unit>`."""
+    """The name of one unit's cost among the entries of a result: `cost/<unit>`."""
     return f"cost/{unit}"
 
 
 UNITS = ("steps", "examples", "gradients", "device_seconds", "wall_seconds")
-"""What a budget can be a limit on."""
+"""The units that a budget can limit, which are fields of `Cost`."""
 
 _SUFFIXES = {
     "g": ("gradients", 1.0),
@@ -91,7 +91,7 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on one unit of cost.
+    """A limit on one unit of cost, above 0 and finite.
 
     Examples:
         >>> Budget(5000).spent_by(Cost(gradients=500) + Cost(gradients=750))
@@ -99,9 +99,9 @@ class Budget:
     """
 
     amount: float
-    """How much may be spent, in `unit`."""
+    """How much may be spent, in `unit`: above 0, finite."""
     unit: str = "gradients"
-    """One of `UNITS`."""
+    """The unit that is limited, one of `UNITS`; gradient evaluations by default."""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -146,5 +146,5 @@ class Budget:
         return cls(amount * factor, unit)
 
     def spent_by(self, cost: Cost) -> float:
-        """Share of the budget that `cost` has used; 1 and more is all of it."""
+        """The share of the budget that a cost has used up; 1 and more is all of it."""
         return float(getattr(cost, self.unit)) / self.amount

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Tuned(str, Enum):
-    """What a search space has."""
+    """What `tune-hypergrad compare --tune` puts into the search space."""
 
     OPTIMIZER = "optimizer"
     REGULARISATION = "regularisation"
@@ -49,7 +49,7 @@ _GROW = ("budget", "method", "seeds")
 """Options by which a finished comparison may be extended."""
 
 _OF_THE_CALL = ("address", "progress", "max_failures", "profile")
-"""Options that may be others, too, where a comparison goes on."""
+"""Options of a single call, which may be others where a comparison goes on."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console()
@@ -199,7 +199,7 @@ def _compare(
     fix: list[str] | None = None,
     **options: Any,
 ) -> None:
-    """`compare`, with its options as they came or, `again`, were saved."""
+    """Run `compare` with the command line's options, as they came or, with `again`, as they were saved."""
     command = {name: value for name, value in locals().items() if name not in ("options", "again", "out")} | options
     fixed = _fixed(fix or [])
     loaded = load_problem(problem, data_dir=data_dir, seed=first_seed, batch_size=batch_size, download=download)
@@ -268,7 +268,7 @@ def _saved_command(folder: Path) -> dict[str, Any]:
 
 
 def _grown(folder: Path) -> dict[str, Any]:
-    """What a comparison in a folder has been extended to; empty where it has not."""
+    """The options that a comparison in a folder has been extended to; empty where it has not been extended."""
     file = folder / "settings.json"
     settings = json.loads(file.read_text()) if file.is_file() else {}
     if not settings.get("extensions"):
@@ -416,7 +416,7 @@ def reproduce(
 
 
 def _cpus() -> int:
-    """CPUs that this process may use."""
+    """The number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -14,29 +14,30 @@ MODES = ("min", "max")
 
 
 class Figures(Protocol):
-    """What a split was evaluated to."""
+    """What a split was evaluated to: its loss and its metrics."""
 
     @property
     def loss(self) -> float:
-        """The mean loss."""
+        """The mean loss over the split."""
 
     @property
     def metrics(self) -> Any:
-        """Metrics by name."""
+        """The split's metrics by name."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A figure and its direction; by default the validation loss, the lower the better."""
+    """The figure that incumbents are chosen by, and its direction; by default the validation loss, the lower the
+    better."""
 
     metric: str = LOSS
     """A metric's name, or "loss"."""
     mode: str = "min"
-    """"min" or "max"."""
+    """Which way the figure is better: "min" or "max"; "min" by default."""
 
     @classmethod
     def parse(cls, text: Any, metrics: Collection[str] | None = None) -> Criterion:
-        """What a text such as "max accuracy" says.
+        """The criterion that a text such as "max accuracy" states.
 
         Args:
             text: a direction and a name.
@@ -62,23 +63,23 @@ class Criterion:
 
     @property
     def column(self) -> str:
-        """Its name in results, such as "val_accuracy"."""
+        """The figure's name in results, such as "val_accuracy"."""
         return f"val_{self.metric}"
 
     @property
     def larger_is_better(self) -> bool:
-        """As for accuracies."""
+        """Whether larger values of the figure are better, as for accuracies."""
         return self.mode == "max"
 
     @property
     def is_loss(self) -> bool:
-        """Whether it is the validation loss, which hypergradients follow."""
+        """Whether the figure is the validation loss, which hypergradients follow."""
         return self.metric == LOSS
 
     def turned(self, value: Any) -> Any:
-        """A value, or each in a series, so that less is better; of what this gives, the value again."""
+        """A value of the figure, or each in a series, turned so that less is better; turned again, it is the value."""
         return -value if self.larger_is_better else value
 
     def score(self, figures: Figures) -> float:
-        """An evaluation's, so that less is better."""
+        """The figure of an evaluated split, turned so that less is better."""
         return float(self.turned(figures.loss if self.is_loss else figures.metrics[self.metric]))

@@ -43,27 +43,28 @@ _LONGEST_FIRST = sorted(_FORM_OF, key=len, reverse=True)  # some end as others d
 
 
 def window_at(step: int, steps: int, windows: int) -> int:
-    """The window that inner step `step` of `steps` is in, of so many: floor(windows step / steps), in integers."""
+    """The window, of `windows` equal ones, that inner step `step` of `steps` is in: floor(windows step / steps), in
+    integers."""
     return windows * step // steps
 
 
 def first_step_of(window: int, steps: int, windows: int) -> int:
-    """The first inner step of `steps` that is in a window of so many."""
+    """The first inner step, of `steps`, that is in window `window` of `windows` equal ones."""
     return -(-window * steps // windows)
 
 
 @lru_cache(maxsize=4096)
 def split_name(name: str) -> tuple[str, str]:
-    """A flat name's hyperparameter and suffix: ("lr", "cosine/peak"), or ("lr", "") of windows; of a group's
-    ("lr/backbone", "cosine/peak")."""
+    """A flat name's hyperparameter and suffix: ("lr", "cosine/peak"), or ("lr", "") where the name is of windows; where
+    it is of a parameter group, ("lr/backbone", "cosine/peak")."""
     suffix = next((suffix for suffix in _LONGEST_FIRST if name.endswith(f"/{suffix}")), "")
     return name.removesuffix(f"/{suffix}") if suffix else name, suffix
 
 
 def split_group(name: str) -> tuple[str, str]:
     """The hyperparameter of the optimizer, and the group whose value it is: ("lr", "backbone") of `lr/backbone`, and
-    ("lr", "") of `lr`. The name has no suffix any more; that of a group may have dots and slashes, and does not begin
-    with `one_minus`."""
+    ("lr", "") of `lr`. The name is without a suffix; a group's may have dots and slashes, and does not begin with
+    `one_minus`."""
     hyperparameter, _, group = name.partition("/")
     return (name, "") if group.partition("/")[0] == ONE_MINUS else (hyperparameter, group)
 
@@ -95,23 +96,23 @@ class Curve:
     """
 
     form: str
-    """One of `SUFFIXES`."""
+    """The curve's form, one of `SUFFIXES`."""
     numbers: tuple[tuple[float, ...], ...]
-    """By suffix of the form: K knots, or one number each."""
+    """The curve's numbers, a tuple for each suffix of its form, in order: K knots, or one number."""
 
     @classmethod
     def of(cls, form: str, numbers: Mapping[str, Sequence[float]]) -> Curve:
-        """The curve of a form with numbers by suffix."""
+        """The curve of a form, made of its numbers by suffix."""
         return cls(form, tuple(tuple(map(float, numbers[suffix])) for suffix in SUFFIXES[form]))
 
     @property
     def flat(self) -> dict[str, tuple[float, ...]]:
-        """The numbers by suffix."""
+        """The curve's numbers by suffix, such as {"cosine/peak": (0.1,), ...}."""
         return dict(zip(SUFFIXES[self.form], self.numbers, strict=True))
 
     @property
     def has_peak(self) -> bool:
-        """Whether it rises to a peak and falls, or is 1 minus such a curve; knots have any values."""
+        """Whether the curve rises to a peak and falls, or is 1 minus such a curve; knots have any values."""
         return self.form != KNOTS
 
     @property
@@ -146,23 +147,24 @@ class Curve:
                 raise InputError(f"{name}/{suffix} is {numbers[0]:g}, a share of the {of}: it must be within [0, 1]")
 
     def at(self, progress: float) -> float:
-        """The value at a training progress in [0, 1)."""
+        """The curve's value at a training progress in [0, 1)."""
         return float(_values(self.form, self.flat, torch.tensor([progress], dtype=torch.float64)))
 
     def at_steps(self, steps: int) -> tuple[float, ...]:
-        """The value of every step of a run, which is what it trains with."""
+        """The curve's value at every inner step of a run of `steps`, which is what the run trains with."""
         return tuple(_values_at_steps(self, steps).tolist())
 
     def at_step(self, step: int, steps: int) -> float:
-        """The value of one of them."""
+        """The curve's value at inner step `step` of a run of `steps`, the same as in `at_steps`."""
         return float(_values_at_steps(self, steps)[step])
 
     def tensor(self, steps: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """`at_steps` as a tensor of shape [steps], rounded to `dtype`; kept: not to be written to."""
+        """`at_steps` as a tensor of shape [steps], rounded to `dtype`; it is cached, and must not be written to."""
         return _tensor_at_steps(self, steps, device, dtype)
 
     def jacobian(self, steps: int) -> dict[str, Tensor]:
-        """Derivative of the steps' values by the numbers: by suffix, float64 on the CPU, shape [steps, numbers]."""
+        """Derivative of the steps' values by the curve's numbers: by suffix, float64 on the CPU, shape [steps,
+        numbers]."""
         rows = {s: torch.tensor(n, dtype=torch.float64).expand(steps, -1).clone() for s, n in self.flat.items()}
         with torch.enable_grad():
             leaves = {suffix: row.requires_grad_() for suffix, row in rows.items()}
@@ -173,7 +175,7 @@ class Curve:
 
 
 def curves_of(numbers: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...] | Curve]:
-    """Windows and curves by hyperparameter, of numbers by flat name.
+    """Windows and curves by hyperparameter, made of numbers by flat name.
 
     Raises:
         InputError: a hyperparameter has two forms, lacks a number of its form, or has too few or too many of one.
@@ -209,7 +211,7 @@ def refuse_incomplete(names: Iterable[str]) -> None:
 
 
 def forms_of(numbers: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What there is by flat name, by hyperparameter, form ("" for windows) and suffix."""
+    """Entries by flat name, nested by hyperparameter, form ("" for windows) and suffix."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, value in numbers.items():
         base, suffix = split_name(name)
@@ -238,7 +240,7 @@ def _values(form: str, numbers: Mapping[str, Sequence[float]], progress: Tensor)
 
 
 def _curve(form: str, numbers: Mapping[str, Tensor], progress: Tensor) -> Tensor:
-    """Values at every progress.
+    """A curve's values at every progress, shape [T].
 
     Args:
         form: of the curve.

@@ -22,8 +22,8 @@ from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.reading import Loading
 
 Source = Any
-"""Examples: tensors or arrays whose first dimension is the examples' (one, a tuple or list of them, or a dict of them),
-or a map-style data set, torch's or of Hugging Face's `datasets`."""
+"""What a split can be given as: tensors or arrays whose first dimension is the examples' (one, a tuple or list of them,
+or a dict of them), or a map-style data set, torch's or of Hugging Face's `datasets`."""
 
 
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
@@ -58,7 +58,7 @@ class Split:
         self.collate_fn = collate_fn
         self.loading = loading
         self.tensors: Any = None
-        """The tensors, in the form in which they were given; None of a data set."""
+        """The split's tensors, in the form in which they were given; None where the split is of a data set."""
         self.dataset: Dataset[Any] | None = None
         if isinstance(source, tuple | Mapping | Tensor | np.ndarray) or (collate_fn is None and _are_columns(source)):
             if collate_fn is not None:
@@ -89,17 +89,17 @@ class Split:
         return self.collated(self.positions(indices))
 
     def positions(self, indices: Tensor | slice) -> Sequence[int]:
-        """The examples at `indices`, by their numbers."""
+        """The numbers, within the split, of the examples at `indices`."""
         return range(self._length)[indices] if isinstance(indices, slice) else indices.tolist()
 
     def collated(self, positions: Sequence[int]) -> Batch:
-        """The examples of a data set at these positions as a batch."""
+        """A batch of the examples of a data set at these positions, collated."""
         assert self.dataset is not None
         batch = (self.collate_fn or _collate)([self.dataset[position] for position in positions])
         return tuple(batch) if type(batch) is list else batch
 
     def head(self, examples: int) -> Split:
-        """The first so many examples."""
+        """A split of the first `examples` examples."""
         if self.dataset is not None:
             return Split(Subset(self.dataset, range(examples)), self.name, self.collate_fn)
         return Split(tree_map(lambda tensor: tensor[:examples], self.tensors), self.name)
@@ -111,11 +111,12 @@ class Split:
         return self._with(dataset=_with_own_state(self.dataset, _DEPTH, {}))
 
     def read_by(self, loading: Loading) -> Split:
-        """This split, read otherwise."""
+        """A copy of this split that is read as `loading` says."""
         return self._with(loading=loading)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
-        """This split with its tensors on `device` and floating ones as `dtype`; a `Dataset` stays as it is."""
+        """A copy of this split with its tensors on `device` and floating ones as `dtype`; a `Dataset` stays as it
+        is."""
         if self.tensors is None:
             return self
         return self._with(tensors=cast_batch(self.tensors, device, dtype))
@@ -253,12 +254,12 @@ class _Packed:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Packed:
-        """The tensor, packed."""
+        """A tensor, packed as bytes."""
         array = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         return cls(array, tensor.dtype, tuple(tensor.shape))
 
     def tensor(self) -> Tensor:
-        """The tensor, which shares the bytes."""
+        """The packed tensor, which shares the bytes."""
         with warnings.catch_warnings():
             # Ray's shared memory is read-only; data is never written to
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

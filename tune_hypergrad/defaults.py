@@ -17,18 +17,19 @@ from tune_hypergrad.space import gradient_ranges, in_form_of
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that an optimizer trains with the same hyperparameters."""
+    """Parameters that an optimizer trains with the same hyperparameters, and the values of these."""
 
     name: str
+    """Name of the group, by which its values are called, such as `lr/backbone`."""
     parameters: tuple[str, ...]
-    """Their names in the model."""
+    """Names of the group's parameters in the model."""
     schedule: Schedule
-    """The hyperparameters' values over the training run."""
+    """Values of the group's hyperparameters over the training run."""
 
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """How the script trains that a problem was taken from.
+    """How the script trains that a problem was taken from: optimizer, length, parameter groups and their schedules.
 
     ```python
     own = problem.defaults
@@ -38,28 +39,28 @@ class TrainingDefaults:
     """
 
     optimizer: str
-    """Name of the inner optimizer."""
+    """Name of the script's optimizer among the engine's inner optimizers."""
     steps: int
-    """Inner steps of the training run."""
+    """Inner steps of the script's training run."""
     epochs: float
-    """The same in passes over the training split."""
+    """Length of the script's training run in passes over the training split."""
     groups: tuple[ParameterGroup, ...]
-    """The optimizer's parameter groups."""
+    """The parameter groups of the script's optimizer."""
     schedule: Schedule
-    """The values that all of them have in common, such as `lr`, and those of groups that differ, such as
-    `lr/backbone`."""
+    """Values over the training run: those that all groups have in common, such as `lr`, and those of groups that
+    differ, such as `lr/backbone`."""
     left_out: tuple[str, ...] = ()
     """What the script does and these settings do not, one sentence each."""
     clip_gradient: float | None = None
-    """What the training gradient's elements are clamped to, +-."""
+    """Value that the training gradient's elements are clamped to, +-; None does not clamp."""
     clip_norm: float | None = None
-    """What the training gradient's norm over all weights is scaled down to."""
+    """Norm over all weights that a longer training gradient is scaled down to; None does not scale."""
     autocast: str | None = None
-    """What the model's forward pass is computed in under `torch.autocast`: "bfloat16", or None."""
+    """Type that the model's forward pass is computed in under `torch.autocast`: "bfloat16"; None is the model's own."""
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Those of `clip_gradient`, `clip_norm` and `autocast` that are set."""
+        """The settings `clip_gradient`, `clip_norm` and `autocast` that are not None, by name."""
         settings = {name: getattr(self, name) for name in ("clip_gradient", "clip_norm", "autocast")}
         return {name: value for name, value in settings.items() if value is not None}
 

@@ -19,38 +19,38 @@ _ROUNDING = 1e-6  # as a share of a step
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers between two bounds."""
+    """A domain of numbers between two bounds."""
 
     lower: float
-    """The least that is drawn; -inf where there is no bound."""
+    """The least number that is drawn; -inf where there is no bound."""
     upper: float
-    """The greatest that is drawn; inf where there is no bound."""
+    """The greatest number that is drawn; inf where there is no bound."""
     log: bool = False
-    """Whether their logarithm is drawn uniformly."""
+    """Whether the logarithm of the numbers is drawn uniformly."""
     whole: bool = False
-    """Whether they are integers."""
+    """Whether the numbers are integers."""
     step: float | None = None
-    """What they are multiples of; None where that is nothing, or 1 for integers."""
+    """What the numbers are multiples of; None where that is nothing, or 1 for integers."""
     normal: tuple[float, float] | None = None
-    """Mean and standard deviation, where they are drawn so."""
+    """Mean and standard deviation of the numbers where they are drawn from a normal distribution, else None."""
 
     @property
     def has_derivative(self) -> bool:
-        """Whether a number may be any between the bounds."""
+        """Whether a number may be any between the bounds, so that there is a derivative by it."""
         return not self.whole and self.step is None
 
     @property
     def end(self) -> float:
-        """Where the range ends: after the greatest integer, at the greatest number."""
+        """Where the range of numbers ends: after the greatest integer, or at the greatest number."""
         return self.upper + 1 if self.whole else self.upper
 
     @property
     def has_room(self) -> bool:
-        """Whether there are bounds, and more than one number between them."""
+        """Whether the domain has bounds, and more than one number between them."""
         return math.isfinite(self.lower) and math.isfinite(self.upper) and self.lower < self.end
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is one of them; of multiples, up to rounding."""
+        """Whether a value is a number of this domain; where its numbers are multiples, up to rounding."""
         if not (is_number(value) and self.lower <= value <= self.upper):
             return False
         if self.step is not None and abs(value / self.step - round(value / self.step)) > _ROUNDING:
@@ -58,7 +58,7 @@ class Numbers:
         return not (self.whole and value % 1)
 
     def nearest(self, value: float) -> float:
-        """The nearest of them."""
+        """The number of this domain that is nearest to a value."""
         multiple = value if self.step is None or not math.isfinite(value) else round(value / self.step) * self.step
         inside = min(max(multiple, self.lower), self.upper)
         return round(inside) if self.whole else float(inside)
@@ -66,7 +66,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Choices:
-    """One of some values, which have no order."""
+    """A domain of some values without an order, of which one is chosen."""
 
     values: tuple[Any, ...]
 
@@ -80,14 +80,14 @@ class Constant:
 
 @dataclass(frozen=True)
 class Formless:
-    """Something that is drawn, of which no more is known."""
+    """Something in a search space that is drawn, and of which no more is known."""
 
     kind: str
-    """What it is, such as "a sample_from function"."""
+    """What kind of thing is drawn, such as "a sample_from function"."""
 
 
 def read(leaf: Any) -> Numbers | Choices | Constant | Formless:
-    """What a domain of Ray Tune, a grid search or anything else is."""
+    """What stands in a place of a search space, be it a domain of Ray Tune, a grid search or a plain value."""
     from ray.tune.search import sample
 
     if is_grid(leaf):
@@ -130,27 +130,27 @@ def _multiples(domain: Any, step: Fraction, whole: bool) -> tuple[Any, Any]:
 
 
 def is_domain(value: Any) -> bool:
-    """Whether it is a domain of Ray Tune."""
+    """Whether a value is a domain of Ray Tune."""
     from ray.tune.search import sample
 
     return isinstance(value, sample.Domain)
 
 
 def is_grid(value: Any) -> bool:
-    """Whether it is a grid search, in either of Ray's forms."""
+    """Whether a value is a grid search, in either of Ray's forms."""
     if isinstance(value, Mapping):
         return "grid_search" in value
     return is_domain(value) and bool(value.is_grid())
 
 
 def is_logarithmic(value: Any) -> bool:
-    """Whether it is a domain of numbers whose logarithm is drawn, each as likely as any other."""
+    """Whether a value is a domain of numbers whose logarithm is drawn, each as likely as any other."""
     found = read(value)
     return isinstance(found, Numbers) and found.log and found.has_derivative
 
 
 def has_domain(value: Any) -> bool:
-    """Whether there is a domain or a grid search anywhere in nested dicts and lists."""
+    """Whether there is a domain or a grid search anywhere in a value of nested dicts and lists."""
     if is_domain(value) or is_grid(value):
         return True
     items = value.values() if isinstance(value, Mapping) else value
@@ -158,5 +158,5 @@ def has_domain(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number, Python's or NumPy's; booleans are none."""
+    """Whether a value is a real number, Python's or NumPy's; booleans are none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something the user passed cannot work; the message is one line with culprit and remedy."""
+    """Raised where something that a person passed cannot work: a `ValueError` whose message is one line with the
+    culprit and the remedy."""
 
 
 class UnsuitedError(InputError):
-    """A method cannot work on a problem, or on a search space, that others may be able to work on; the message is one
-    line with the reason."""
+    """Raised where a method cannot work on a problem, or on a search space, that others may be able to work on; the
+    message is one line with the reason."""
 
 
 def in_one_line(error: BaseException) -> str:
@@ -21,6 +22,6 @@ def in_one_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'digits'?"`, or nothing where no known name is close."""
+    """`"; did you mean 'digits'?"` where a known name is close to `name`, else an empty text."""
     close = difflib.get_close_matches(name.lower().replace("-", "_"), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -28,16 +28,17 @@ Measure = Callable[[Any, Any], Any]
 
 
 class Part(NamedTuple):
-    """What a batch contributes to a figure."""
+    """What one batch contributes to the figure of a split."""
 
     total: Tensor
-    """Of shape []."""
+    """The batch's sum, or its mean where `divisor` is None: shape []."""
     divisor: float | None
-    """What the split's total is divided by is the sum of these; None: `total` is a mean over the batch's examples."""
+    """The batch's share of what the sum of all totals is divided by; None: `total` is a mean over the batch's
+    examples."""
 
 
 def as_mean(value: Any) -> Any:
-    """A loss's value: itself, or the quotient of `(sum, count)`."""
+    """A loss's value as a mean: the value itself, or the quotient of `(sum, count)`."""
     return value[0] / value[1] if isinstance(value, tuple) else value
 
 
@@ -67,7 +68,7 @@ class QuotientsOf(TorchFunctionMode):
         return result
 
     def part(self, value: Any) -> Part | None:
-        """The quotient that a value is, if it is one of those remembered, unchanged."""
+        """The sum and divisor behind a value that is, unchanged, one of the means remembered; None where it is not."""
         return next((quotient() for result, quotient in self._found if result is value), None)
 
 
@@ -88,7 +89,7 @@ def part_of(value: Any, quotients: QuotientsOf, what: str) -> Part:
 
 
 def figure(parts: list[tuple[Part, int]]) -> Tensor:
-    """The split's figure from its batches' parts and numbers of examples: shape []."""
+    """The figure of a split, made of its batches' parts and their numbers of examples: shape []."""
     shares, divisor = weights(parts)
     return (
         torch.stack([share * part.total.double() for (part, _), share in zip(parts, shares, strict=True)]).sum()
@@ -97,7 +98,7 @@ def figure(parts: list[tuple[Part, int]]) -> Tensor:
 
 
 def weights(parts: list[tuple[Part, int]]) -> tuple[list[float], float]:
-    """What to multiply each batch's total with, and what to divide the sum of these by."""
+    """What to multiply each batch's total with, and what to divide the sum of these products by."""
     if all(part.divisor is None for part, _ in parts):
         total = sum(examples for _, examples in parts)
         return [examples / total for _, examples in parts], 1.0
@@ -112,7 +113,7 @@ def agree(whole: Tensor, parts: Tensor, precision: float) -> bool:
 
 
 def can_be_cut(tree: Any, examples: int) -> bool:
-    """Whether every leaf is a tensor whose first dimension is the examples', and there is one."""
+    """Whether every leaf of a tree is a tensor whose first dimension is the examples', and there is a leaf."""
     leaves = tree_leaves(tree)
     return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == examples for leaf in leaves)
 
@@ -138,7 +139,7 @@ def joined(trees: list[Any]) -> Any:
 
 
 def detached(tree: Any) -> Any:
-    """The tree with its tensors detached."""
+    """A tree with its tensors detached."""
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 

@@ -22,11 +22,11 @@ from tune_hypergrad.errors import InputError, did_you_mean
 T = TypeVar("T")
 
 Patterns = Mapping[str, str | Sequence[str]]
-"""Group name to a pattern of parameter names, as `fnmatch` reads it, or several."""
+"""Names of parameter groups, each with a pattern of parameter names, as `fnmatch` reads it, or several."""
 ParamGroups = Callable[[nn.Module], Iterable[Mapping[str, Any]]]
-"""Makes the param groups that a `torch.optim` optimizer takes."""
+"""A function of the model that makes the param groups which a `torch.optim` optimizer takes."""
 GroupsOf = Patterns | ParamGroups | str
-"""What a `Problem` says of its groups."""
+"""How a `Problem` states its parameter groups: by patterns, by a function of the model, or as "tensor" or "layer"."""
 BY_TENSOR, BY_LAYER = "tensor", "layer"
 
 GROUPS, COMMON = "groups", "*"
@@ -39,11 +39,11 @@ class Groups:
     """The groups of a model's trainable parameters, each of which is in one group or in the unnamed rest."""
 
     names: tuple[str, ...] = ()
-    """The groups', all different."""
+    """Names of the groups, all different."""
     members: tuple[str, ...] = ()
-    """By trainable parameter the name of its group, "" where it is in the rest."""
+    """Name of every trainable parameter's group, in the parameters' order; "" where the parameter is in the rest."""
     values: Mapping[str, float] = field(default_factory=dict)
-    """Hyperparameters that groups have brought along, by flat name such as `weight_decay/no_decay`."""
+    """Values of hyperparameters that groups have brought along, by flat name such as `weight_decay/no_decay`."""
 
     def check_name(self, name: str) -> None:
         """Refuse a hyperparameter of a group that there is not.
@@ -84,13 +84,13 @@ class Groups:
             )
 
     def positions(self, group: str) -> list[int]:
-        """Which trainable parameters are in a group, or in the rest, whose name is ""."""
+        """Positions of the trainable parameters in a group; the name of the rest is ""."""
         return [position for position, own in enumerate(self.members) if own == group]
 
     def spread(
         self, values: Mapping[str, Any], sizes: Sequence[int], members: Sequence[int], like: Tensor
     ) -> dict[str, Any]:
-        """Every hyperparameter's values for some parameters, laid out as one vector.
+        """Values of every hyperparameter for some parameters, laid out as one vector.
 
         Args:
             values: by flat name, of groups and common ones: floats, or tensors of shape [], or [..., 1].
@@ -125,8 +125,8 @@ class Groups:
 def _runs(
     of_parameter: tuple[str, ...], having: frozenset[str], members: tuple[int, ...], sizes: tuple[int, ...]
 ) -> list[tuple[str, int]]:
-    """Groups with a value of their own, "" for the common one, in the order of some parameters, with their numbers of
-    elements; neighbours of one value are expanded together."""
+    """Groups with a value of their own, "" standing for the common one, in the order of some parameters, each with its
+    number of elements; neighbours of one value are joined, to be expanded together."""
     runs: list[tuple[str, int]] = []
     for position in members:
         group = of_parameter[position] if of_parameter[position] in having else ""
@@ -141,15 +141,15 @@ def _column(value: Any, like: Tensor) -> Tensor:
 
 
 def in_group(values: Mapping[str, T], group: str) -> dict[str, T]:
-    """By hyperparameter the values that a group has, of values by flat name; those of the rest, whose name is ""."""
+    """The values that a group has by hyperparameter, taken from values by flat name; the name of the rest is ""."""
     common = {name: value for name, value in values.items() if not split_group(name)[1]}
     own = {split_group(name)[0]: value for name, value in values.items() if group and split_group(name)[1] == group}
     return {**common, **own}
 
 
 def ungrouped(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a search space or a config of which those that are nested by group have names of their own: `lr` and
-    `lr/backbone` in place of `{"lr": {"groups": {"*": ..., "backbone": ...}}}`.
+    """Entries of a search space or a config, with names of their own in place of nesting by group: `lr` and
+    `lr/backbone` for `{"lr": {"groups": {"*": ..., "backbone": ...}}}`.
 
     Raises:
         InputError: one is given twice, in two ways.
@@ -180,7 +180,7 @@ def regrouped(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """Names for a message."""
+    """Names as a message lists them, at most `most` of them."""
     known = list(names)
     return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
 

@@ -16,7 +16,7 @@ def parts_in_evaluation(model: nn.Module) -> frozenset[str]:
 
 
 def set_training(model: nn.Module, in_evaluation: frozenset[str]) -> None:
-    """`model.train()`, but for some parts."""
+    """Set a model to training mode, as `model.train()` does, but for the modules that stay in evaluation mode."""
     model.train()
     for name in in_evaluation:
         model.get_submodule(name).training = False

@@ -18,7 +18,7 @@ Parameters = Callable[[], Mapping[str, Tensor]]
 """Gives the trainable parameters by the model's names; called only by a loss that needs them."""
 
 TrainLoss = Callable[[Any, Any, Parameters, Mapping[str, Any]], Tensor]
-"""The loss of (output, target, parameters, hyperparameters' values), shape []."""
+"""A training loss: its value, shape [], by (output, target, parameters, hyperparameters' values)."""
 
 
 class Prediction(NamedTuple):
@@ -27,7 +27,7 @@ class Prediction(NamedTuple):
     output: Any
     """The model's output."""
     activations: dict[str, Tensor]
-    """What its modules left for penalties."""
+    """What the model's modules left for penalties, by a key of their own."""
 
 
 class Objective:
@@ -65,7 +65,7 @@ class Objective:
         return batch
 
     def weight_factors(self, parameters: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What to multiply trainable parameters with in the forward pass, by name, of the parameters' shapes."""
+        """Factors of trainable parameters in the forward pass, by name, of the parameters' shapes."""
         factors: dict[str, Tensor] = {}
         for regulariser, own in self._active(values):
             for name, factor in regulariser.weight_factors(parameters, own).items():
@@ -74,7 +74,7 @@ class Objective:
 
     @contextmanager
     def acting(self, values: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
-        """For the body, the model's modules are regularised; gives what they leave for penalties.
+        """For the body, the model's modules are regularised; gives the activations that they leave for penalties.
 
         To be left when the derivatives have been taken: backward passes may run parts of the model again.
         """
@@ -107,7 +107,8 @@ class Objective:
         return loss
 
     def _active(self, values: Mapping[str, Any]) -> list[tuple[Regulariser, dict[str, Tensor]]]:
-        """Regularisers that have their values, and these as tensors: numbers become such as the trained weights are."""
+        """The regularisers that have all their values, and these as tensors: numbers become such as the trained weights
+        are."""
         if not self._regularisers:
             return []
         owner, _, attribute = self._first.rpartition(".")
@@ -121,7 +122,7 @@ class Objective:
 
 
 def strengths(regularisers: Sequence[Regulariser]) -> dict[str, Strength]:
-    """What the hyperparameters of all of them can be; several may share one.
+    """What each hyperparameter of all regularisers can be, by name; several regularisers may share one.
 
     Raises:
         InputError: two that share a hyperparameter disagree on what it can be.

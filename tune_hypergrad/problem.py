@@ -67,7 +67,8 @@ class Problem:
     those whose default is no number. One called `params` receives the model's named parameters."""
 
     regularisers: Sequence[Regulariser] = ()
-    """What can regularise training; each acts where its hyperparameters have values, tuned or fixed."""
+    """Regularisers of the training; each acts where its hyperparameters have values, tuned or fixed. None by
+    default."""
 
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor | float]] = field(default_factory=dict)
     """`metric(output, target)`, each a mean over the batch, reported as `val_<name>` and `test_<name>`."""
@@ -88,7 +89,7 @@ class Problem:
     """Examples evaluated at once; a matter of memory only."""
 
     name: str = "problem"
-    """How reports call this problem."""
+    """Name of this problem in reports; "problem" by default."""
 
     collate_fn: Callable[[list[Any]], Batch] | None = None
     """Makes a batch, any tree of tensors, of a list of a data set's items; None is torch's `default_collate`."""
@@ -121,7 +122,7 @@ class Problem:
     and else 0. A Ray trial has as many as it was granted CPUs at the most. Tensors need none."""
 
     defaults: TrainingDefaults | None = None
-    """How the script trains that the problem was taken from; None where it was taken from none."""
+    """How the script trains that the problem was taken from, by `from_transformers` or `from_lightning`; else None."""
 
     accumulate: int = 1
     """Batches in an inner step, whose mean gradient it takes (gradient accumulation): batches that follow each other in
@@ -253,7 +254,7 @@ class Problem:
         )
 
     def _take_over(self, loader: DataLoader[Any]) -> None:
-        """How a training loader makes batches, where nothing else has been said."""
+        """Take over how a training loader makes batches, where nothing else has been said."""
         refuse_unreadable(loader, "train")
         own = {"batch_size": loader.batch_size, "drop_last": loader.drop_last, "sampler": own_sampler(loader)}
         for name, value in own.items():
@@ -261,7 +262,7 @@ class Problem:
                 setattr(self, name, value)
 
     def _settle_loading(self) -> None:
-        """How each split is read."""
+        """Settle how each split is read."""
         workers = self.workers
         if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
             raise InputError(f"workers is {workers!r}: it must be a whole number of processes, or 0 for none")
@@ -277,7 +278,7 @@ class Problem:
         return {name: split for name, split in named.items() if split is not None}
 
     def with_workers_up_to(self, most: int) -> Problem:
-        """This problem, with at most so many processes that read a split."""
+        """This problem, with at most `most` processes that read a split."""
         found = copy.copy(self)
         found.workers = None if self.workers is None else min(self.workers, most)
         for name, split in self._splits.items():
@@ -307,7 +308,7 @@ class Problem:
 
     @property
     def examples_per_step(self) -> int:
-        """Training examples in an inner step, but for a pass's last where that is incomplete."""
+        """Training examples in an inner step, save a pass's last step where that is incomplete."""
         return self.batch_size * self.accumulate
 
     def _parts(self, whole: int, size: int) -> int:
@@ -315,23 +316,23 @@ class Problem:
         return full + (rest > 0 and not self.drop_last)
 
     def batches_in(self, step: int) -> int:
-        """Batches in an inner step: `accumulate`, or those that are left of its pass."""
+        """Batches in an inner step: `accumulate`, or those that are left of the step's pass."""
         return min(self.accumulate, self.batches_per_epoch - step % self.steps_per_epoch * self.accumulate)
 
     def place(self, step: int, number: int = 0) -> tuple[int, slice]:
-        """In which pass over the training split a step is, from 0, and what of the pass's order its batch `number`
-        takes."""
+        """The pass over the training split that an inner step is in, counted from 0, and the slice of that pass's order
+        that batch `number` of the step takes."""
         epoch, position = divmod(step, self.steps_per_epoch)
         begin = (position * self.accumulate + number) * self.batch_size
         return epoch, slice(begin, min(begin + self.batch_size, self.examples_per_epoch))
 
     def batch_length(self, step: int, number: int = 0) -> int:
-        """Examples in batch `number` of a step."""
+        """Number of examples in batch `number` of an inner step."""
         _, chosen = self.place(step, number)
         return int(chosen.stop - chosen.start)
 
     def step_length(self, step: int) -> int:
-        """Examples in all batches of a step."""
+        """Number of examples in all batches of an inner step."""
         return sum(self.batch_length(step, number) for number in range(self.batches_in(step)))
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
@@ -341,7 +342,7 @@ class Problem:
     def compute_train_loss(
         self, output: Tensor, target: Tensor, params: Parameters, hyperparameters: Mapping[str, Any]
     ) -> Tensor:
-        """Training loss of one batch (0-dim), given those of `hyperparameters` that `train_loss` takes."""
+        """Training loss of one batch, shape [], given those of `hyperparameters` that `train_loss` takes."""
         if self.train_loss is None:
             return cast(Tensor, as_mean(self.loss(output, target)))
         values = {name: value for name, value in hyperparameters.items() if name in self.train_loss_hyperparameters}
@@ -352,7 +353,7 @@ class Problem:
 
     @cached_property
     def criterion(self) -> Criterion:
-        """The objective, read."""
+        """The figure that incumbents are chosen by, and its direction: what `objective` states."""
         return Criterion() if self.objective is None else Criterion.parse(self.objective, self.metrics)
 
     def training_objective(self, model: nn.Module) -> Objective:
@@ -361,35 +362,36 @@ class Problem:
 
     @cached_property
     def regulariser_hyperparameters(self) -> dict[str, Strength]:
-        """Hyperparameters that the regularisers take, with what they can be."""
+        """The hyperparameters of the regularisers by name, with what each can be."""
         return strengths(self.regularisers)
 
     @property
     def loss_hyperparameters(self) -> set[str]:
-        """Hyperparameters of the training loss: `train_loss`'s and the regularisers'."""
+        """Names of the training loss's hyperparameters: those of `train_loss` and those of the regularisers."""
         return {*self.train_loss_hyperparameters, *self.regulariser_hyperparameters}
 
     @property
     def per_minibatch_hyperparameters(self) -> tuple[str, ...]:
-        """Those of `train_loss` and the regularisers that cannot have a value for each example of a batch."""
+        """Names of the training loss's hyperparameters that cannot have a value for each example of a batch."""
         of_loss = set(self.train_loss_hyperparameters) - set(getattr(self.train_loss, "per_example", ()))
         of_regularisers = {name for r in self.regularisers if not r.per_example for name in r.hyperparameters}
         return tuple(sorted(of_loss | of_regularisers))
 
     @property
     def underivable_hyperparameters(self) -> tuple[str, ...]:
-        """Those of the regularisers that the training loss cannot be differentiated by."""
+        """Names of the regularisers' hyperparameters that the training loss cannot be differentiated by."""
         return tuple(sorted({name for r in self.regularisers if not r.differentiable for name in r.hyperparameters}))
 
     @cached_property
     def whole_hyperparameters(self) -> frozenset[str]:
-        """Those of `train_loss` whose defaults are whole numbers: they are given to it as such."""
+        """Names of the hyperparameters of `train_loss` whose defaults are whole numbers: they are given to it as
+        such."""
         defaults = {name: parameter.default for name, parameter in self._train_loss_arguments.items()}
         return frozenset(name for name in self.train_loss_hyperparameters if type(defaults[name]) is int)
 
     @cached_property
     def train_loss_hyperparameters(self) -> dict[str, float]:
-        """Hyperparameters that `train_loss` takes, with their defaults (NaN where it gives none)."""
+        """The hyperparameters that `train_loss` takes, by name, with their defaults (NaN where it gives none)."""
         defaults = {
             name: nan if parameter.default is parameter.empty else parameter.default
             for name, parameter in self._train_loss_arguments.items()
@@ -413,8 +415,8 @@ class Problem:
         return "params" in self._train_loss_arguments
 
     def with_own_measures(self, device: torch.device, dtype: torch.dtype) -> Problem:
-        """This problem with its losses and metrics where a model is: copies of those that are modules, and tensors
-        that `functools.partial` has bound, floating ones in the model's type."""
+        """This problem with its losses and metrics on a model's device and in its type: copies of those that are
+        modules, and of tensors that `functools.partial` has bound, floating ones in that type."""
         memo: dict[int, Any] = {}
         metrics = {name: _placed(metric, device, dtype, memo) for name, metric in self.metrics.items()}
         losses = {name: _placed(getattr(self, name), device, dtype, memo) for name in ("loss", "train_loss")}
@@ -500,7 +502,7 @@ class Problem:
         return value
 
     def _check_regularised_step(self, model: nn.Module, reference: Tensor) -> None:
-        """One training prediction, its loss and its gradient, with every regulariser at work."""
+        """Try out one training prediction, its loss and its gradient, with every regulariser at work."""
         model.train()
         objective = _attempt("attaching the regularisers", self.training_objective, model)
         values = dict(self.train_loss_hyperparameters)
@@ -547,7 +549,7 @@ class Problem:
 
     @property
     def declared_directions(self) -> dict[str, str]:
-        """ "min" or "max" of the loss and of every metric of which it was said."""
+        """Which way is better, "min" or "max", for the loss and every metric of which it was said."""
         return {LOSS: "min", **self.directions, self.criterion.metric: self.criterion.mode}
 
     def _check_regularisers(self) -> None:
@@ -569,17 +571,18 @@ class Problem:
                 )
 
     def independent(self) -> Problem:
-        """This problem with data sets that keep their counters and generators to themselves: to try things out on."""
+        """This problem with data sets that keep their counters and generators to themselves, so that things can be
+        tried out."""
         return self.replace(workers=0, **{name: split.independent() for name, split in self._splits.items()})
 
     def replace(self, **changes: Any) -> Problem:
-        """This problem with some fields replaced, such as `batch_size=64`."""
+        """A copy of this problem with some fields replaced, such as `batch_size=64`."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return Problem(**{**fields, **changes})
 
 
 def _bridge(library: str) -> Any:
-    """The module that takes problems from a library.
+    """The module of this package that takes problems from a library.
 
     Raises:
         InputError: the library, or what it needs to train, is not installed.
@@ -593,7 +596,8 @@ def _bridge(library: str) -> Any:
 
 
 def _placed(measure: Any, device: torch.device, dtype: torch.dtype, memo: dict[int, Any]) -> Any:
-    """A loss or metric with its own tensors where a model is; the same one for the same one."""
+    """A loss or metric with its own tensors on a device and in a type; copies are remembered in `memo` by what they are
+    of."""
     if id(measure) not in memo:
         memo[id(measure)] = measure
         if isinstance(measure, nn.Module):
@@ -620,7 +624,7 @@ def _split(source: Any, name: str, collate_fn: Callable[[list[Any]], Batch] | No
 
 
 def _shapes(batch: Batch) -> str:
-    """What a batch's tensors look like, for a message."""
+    """The shapes of a batch's tensors, for a message."""
     named = batch.items() if isinstance(batch, Mapping) else ((None, leaf) for leaf in tree_leaves(batch))
     shapes = [(name, tuple(getattr(leaf, "shape", ()))) for name, leaf in named]
     return "shapes " + ", ".join(f"{shape}" if name is None else f"{name} {shape}" for name, shape in shapes)

@@ -13,7 +13,7 @@ _MASK = (1 << 64) - 1
 
 
 def fold_seed(*parts: int) -> int:
-    """Hash integers into one 63-bit seed (splitmix64), so that (seed, step) streams do not overlap."""
+    """Hash integers into one seed of 63 bits (splitmix64), so that streams of different (seed, step) do not overlap."""
     state = 0
     for part in parts:
         state = (state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK

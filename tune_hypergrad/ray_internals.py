@@ -38,7 +38,7 @@ _TEMPORARY = "-tmp-"  # in the name under which Ray has a searcher save itself, 
 
 
 def run_config_of(tuner: Tuner) -> RunConfig:
-    """What a restored tuner runs with, to be changed in place: `Tuner.restore` takes no callbacks, for example."""
+    """The `RunConfig` of a restored tuner, to be changed in place: `Tuner.restore` takes no callbacks, for example."""
     assert tuner._local_tuner is not None  # which a client of Ray alone has not
     return tuner._local_tuner.get_run_config()
 
@@ -53,7 +53,7 @@ def cluster_grows() -> bool:
 
 
 def resources_of(trial: Trial) -> dict[str, float]:
-    """What a trial asks of the cluster, all of it together."""
+    """The resources that a trial asks of the cluster, all of them together."""
     asked = trial.placement_group_factory
     return {} if asked is None else dict(asked.required_resources)
 
@@ -100,22 +100,22 @@ def storage_of(trainable: Trainable) -> StorageContext | None:
 
 
 def folder_in(storage: StorageContext) -> Folder:
-    """The trial's folder there."""
+    """The folder of the trial whose files a storage keeps."""
     return storage.storage_filesystem, storage.trial_fs_path
 
 
 def count_checkpoints_from(storage: StorageContext, number: int) -> None:
-    """Let the next checkpoint be the one after this number."""
+    """Let a storage number its next checkpoint as the one after `number`."""
     storage.current_checkpoint_index = number
 
 
 def trial_info_of(trainable: Trainable) -> Any:
-    """What Ray has told a trainable of its trial, for the config of another."""
+    """What Ray has told a trainable of its trial, to be handed on in another trainable's config."""
     return trainable._trial_info
 
 
 def seconds_of(trainable: Trainable) -> float:
-    """How long a trainable has trained, with what it continues."""
+    """Seconds that a trainable has trained, those of what it continues included."""
     return float(trainable._time_total)
 
 
@@ -129,27 +129,27 @@ def saved_as(checkpoint: Checkpoint | None, result: dict[str, Any]) -> Any:
 
 
 class SavedTrial(NamedTuple):
-    """A trial when the snapshot was taken."""
+    """A trial as it was when a snapshot of its experiment was taken."""
 
     status: str
-    """One of Ray's, such as "RUNNING" or "TERMINATED"."""
+    """The trial's status, one of Ray's, such as "RUNNING" or "TERMINATED"."""
     last_result: dict[str, Any]
-    """Empty where it had none."""
+    """The trial's last result; empty where it had none."""
     config: dict[str, Any]
-    """What its searcher suggested."""
+    """The trial's config: what its searcher suggested."""
     tag: str = ""
-    """Ray's for the trial, which it keeps when it starts the trial anew under another id."""
+    """Ray's tag of the trial, which it keeps when it starts the trial anew under another id."""
     heard: float = 0.0
-    """When its last result came, in seconds since the epoch; 0 where it had none."""
+    """When the trial's last result came, in seconds since the epoch; 0 where it had none."""
 
     @property
     def ended(self) -> bool:
-        """Whether it will not run again."""
+        """Whether the trial has ended, and will not run again."""
         return self.status in (Trial.TERMINATED, Trial.ERROR)
 
     @property
     def number(self) -> int:
-        """Which of the searcher's suggestions it was, from 1; 0 where Ray did not number it."""
+        """Which of the searcher's suggestions the trial was, counted from 1; 0 where Ray did not number it."""
         first = self.tag.partition("_")[0]
         return int(first) if first.isdigit() else 0
 
@@ -199,7 +199,7 @@ def write_kept(file: Path, files: Mapping[str, bytes]) -> None:
 
 
 def kept_in(file: Path) -> dict[str, bytes]:
-    """What `write_kept` has written, by name; nothing where there is no file."""
+    """The files that `write_kept` has written into one, by name; empty where there is no such file."""
     return dict(pickle.loads(zlib.decompress(file.read_bytes()))) if file.exists() else {}
 
 

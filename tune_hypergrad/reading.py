@@ -34,7 +34,7 @@ class Loading:
 
     @classmethod
     def of(cls, loader: DataLoader[Any]) -> Loading:
-        """A loader's own."""
+        """How a `DataLoader` reads its data set."""
         context: Any = loader.multiprocessing_context
         return cls(
             loader.num_workers,
@@ -47,16 +47,16 @@ class Loading:
 
 
 class Task(NamedTuple):
-    """A batch to be read."""
+    """A batch that is to be read of a data set."""
 
     seed: int
-    """Seeds torch's, NumPy's and Python's generators for what the data set draws."""
+    """Seed of torch's, NumPy's and Python's generators for what the data set draws for the batch."""
     positions: Sequence[int]
-    """Its examples."""
+    """Positions in the data set of the batch's examples."""
 
 
 class Readable(Protocol):
-    """What is read: a split of a data set."""
+    """What batches are read of: a split of a data set."""
 
     loading: Loading | None
 
@@ -64,7 +64,7 @@ class Readable(Protocol):
 
 
 def read(source: Readable, tasks: Sequence[Task]) -> list[Batch]:
-    """Batches, one of each task, read here; generators are left as they were."""
+    """Batches, one of each task, read in this process; global generators are left as they were."""
     with preserved_generators():
         return _read(source, tasks)
 
@@ -95,7 +95,7 @@ class Reader:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """For the body, there may be workers, which end with it."""
+        """For the body, the reader may have workers, which end with it."""
         if self._is_open:
             yield
             return
@@ -108,11 +108,11 @@ class Reader:
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether there are workers to be had now."""
+        """Whether the reader has workers now that can read ahead."""
         return self._is_open and self._loading.workers > 0
 
     def read(self, tasks: Sequence[Task]) -> list[Batch]:
-        """Batches of some tasks, read here and now."""
+        """Batches, one of each task, read in this process and at once."""
         return read(self._source, tasks)
 
     def begin(self, requests: Iterator[Sequence[Task]]) -> object:
@@ -129,7 +129,7 @@ class Reader:
         return self.present
 
     present: object | None = None
-    """What the last `begin` returned, until the workers end."""
+    """What the last call of `begin` returned, until the workers end; else None."""
 
     def take(self) -> list[Batch]:
         """The batches of the next request.
@@ -168,7 +168,7 @@ class Reader:
 
 
 class _Order:
-    """The requests that the loader's sampler gives: others for every pass."""
+    """A sampler that gives the requests to the loader's workers: others for every pass."""
 
     requests: Iterator[Sequence[Task]] = iter(())
 

@@ -17,19 +17,20 @@ from torch import Tensor
 from tune_hypergrad.criterion import Criterion, Figures
 
 VAL_LOSS = "val_loss"
-"""The validation loss."""
+"""Entry of a result: the validation loss."""
 UNTRAINED_VAL_LOSS = "untrained_val_loss"
-"""That of the weights that the run began with."""
+"""Entry of a result: the validation loss of the weights that the run began with."""
 OBJECTIVE = "objective"
-"""The figure that the problem's objective names; `best_objective` is the incumbent's."""
+"""Entry of a result: the figure that the problem's objective names; `best_objective` is the incumbent's."""
 SCHEDULE = "schedule"
-"""`schedule/<name>`, or `schedule/<name>/<window>`: the schedule of a result's figures (see `Schedule.to_scalars`)."""
+"""Prefix of entries `schedule/<name>`, or `schedule/<name>/<window>`: the schedule that a result's figures were reached
+with (see `Schedule.to_scalars`)."""
 WHOLE_SCHEDULE = "found"
-"""A schedule that is too long for scalars, `{name: values}`."""
+"""Entry of a result: a schedule that is too long for scalars, as `{name: values}`."""
 SCHEDULE_COLUMN = "schedule_file"
-"""In a comparison's results: the file that has such a schedule."""
+"""Entry of a comparison's results: the name of the file with a schedule that is too long for scalars."""
 HYPERGRADIENT = "hypergradient"
-"""`hypergradient/<name>/<window>`, and `hypergradient_norm/<name>`."""
+"""Prefix of entries `hypergradient/<name>/<window>`; a hyperparameter's norm is `hypergradient_norm/<name>`."""
 
 _BEST, _PROFILE = "best", "profile"
 _STEP, _STEPS, _COMPLETED = "run/step", "run/steps", "run/completed"
@@ -43,38 +44,40 @@ def number(result: Mapping[str, Any], name: str) -> float:
 
 
 class Position(NamedTuple):
-    """How far the training run had come whose weights a result judges."""
+    """How far a training run had come when the weights were reached that a result judges."""
 
     step: float = nan
-    """Inner steps; 0 where the weights are untrained, NaN where a result does not say."""
+    """Inner steps that the judged weights were trained for; 0 where they are untrained, NaN where a result does not
+    say."""
     steps: float = nan
-    """Inner steps of the whole run."""
+    """Inner steps of the whole training run; NaN where a result does not say."""
     completed: float = nan
-    """In a trial of several runs, how many of them have come to their end; NaN where that is not counted."""
+    """Number of a trial's training runs that have come to their end, where it makes several; NaN where that is not
+    counted."""
 
     def as_result(self) -> dict[str, float]:
-        """`run/step`, `run/steps`, and `run/completed` where that is counted."""
+        """The position as entries of a result: `run/step`, `run/steps`, and `run/completed` where that is counted."""
         counted = {} if self.completed != self.completed else {_COMPLETED: self.completed}
         return {_STEP: self.step, _STEPS: self.steps, **counted}
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> Position:
-        """What a result says of it."""
+        """The position that a result tells; NaN where it does not say."""
         return cls(*(number(result, name) for name in (_STEP, _STEPS, _COMPLETED)))
 
     @property
     def is_known(self) -> bool:
-        """Whether the result says how far of how far."""
+        """Whether both `step` and `steps` are known."""
         return self.step == self.step and self.steps == self.steps
 
     @property
     def is_trained(self) -> bool:
-        """Whether the weights are not, for certain, those that the run began with."""
+        """Whether the judged weights are not, for certain, those that the run began with."""
         return self.step != 0
 
     @property
     def is_end(self) -> bool:
-        """Whether this may be the end of the run: of one that does not say, any moment may be."""
+        """Whether the position may be the end of the run: where a result does not say, any moment may be."""
         return not self.step < self.steps
 
 
@@ -82,40 +85,41 @@ class Confirmation(NamedTuple):
     """What a training run that is made to confirm a schedule says of it."""
 
     trainings: int = 0
-    """Over how many such runs `val_loss` is the mean; 0 of other runs."""
+    """Number of confirming runs over which `val_loss` is the mean; 0 where the run is none."""
     has_fallen: bool = False
-    """Whether it speaks against the schedule, by its own validation loss."""
+    """Whether the run speaks against the schedule, by its own validation loss."""
 
     def as_result(self) -> dict[str, float]:
-        """`run/confirmations` and `run/fallen`."""
+        """The confirmation as entries of a result: `run/confirmations` and `run/fallen`."""
         return {_CONFIRMATIONS: self.trainings, _FALLEN: self.has_fallen}
 
     @classmethod
     def from_result(cls, result: Mapping[str, Any]) -> Confirmation:
-        """What a result says of it."""
+        """The confirmation that a result tells of."""
         trainings = number(result, _CONFIRMATIONS)
         return cls(int(trainings) if trainings > 0 else 0, result.get(_FALLEN) is True)
 
 
 def evaluation_results(split: str, evaluation: Figures) -> dict[str, float]:
-    """`<split>_loss` and `<split>_<metric>` of an evaluation of a split, "val" or "test"."""
+    """The entries `<split>_loss` and `<split>_<metric>` of an evaluation of a split, "val" or "test"."""
     return {f"{split}_loss": evaluation.loss, **{f"{split}_{name}": v for name, v in evaluation.metrics.items()}}
 
 
 def incumbent_results(of_it: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a result that were an incumbent's, as `best_...` of later ones; hypergradients are left out."""
+    """An incumbent's entries of a result, renamed `best_...` for later results; hypergradients are left out."""
     return {f"{_BEST}_{name}": value for name, value in of_it.items() if not name.startswith(HYPERGRADIENT)}
 
 
 def objective_results(criterion: Criterion, result: Mapping[str, Any]) -> dict[str, Any]:
-    """`objective`, the figure of a result that the problem's objective names, and `best_objective` where the result
-    has an incumbent's."""
+    """The entries `objective`, the figure of a result that the problem's objective names, and `best_objective` where
+    the result has an incumbent's."""
     columns = {OBJECTIVE: criterion.column, f"{_BEST}_{OBJECTIVE}": f"{_BEST}_{criterion.column}"}
     return {name: result[column] for name, column in columns.items() if column in result}
 
 
 def hypergradient_results(hypergradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """`hypergradient/lr/0`, ... and `hypergradient_norm/lr`, ... of tensors of shape [windows] by flat name."""
+    """The entries `hypergradient/lr/0`, ... and `hypergradient_norm/lr`, ... of tensors of shape [windows] by flat
+    name."""
     scalars: dict[str, float] = {}
     for name, values in hypergradients.items():
         scalars |= dict(zip(_windows_of(name, len(values)), values.tolist(), strict=True))
@@ -124,7 +128,7 @@ def hypergradient_results(hypergradients: Mapping[str, Tensor]) -> dict[str, flo
 
 
 def hypergradients_in(result: Mapping[str, Any], windows: Mapping[str, int]) -> dict[str, Tensor]:
-    """The hypergradients in a result, float64 of shape [windows], for so many windows by flat name.
+    """The hypergradients in a result, float64 of shape [windows], for the numbers of windows by flat name.
 
     Raises:
         KeyError: one is not there.
@@ -136,14 +140,14 @@ def hypergradients_in(result: Mapping[str, Any], windows: Mapping[str, int]) -> 
 
 
 def without_long_hypergradients(result: Mapping[str, Any], longest: int) -> dict[str, Any]:
-    """A result without the hypergradients of hyperparameters with more windows than that."""
+    """A result without the hypergradients of hyperparameters that have more than `longest` windows."""
     long = {_split(key)[1] for key in result if _split(key)[0] == HYPERGRADIENT and _split(key)[2] >= longest}
     return {key: v for key, v in result.items() if _split(key)[0] != HYPERGRADIENT or _split(key)[1] not in long}
 
 
 def without_schedules_of(result: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """A result without the windows of these hyperparameters, of its schedule and the incumbent's; a single value stays,
-    which is the present one of a schedule that has one for every step."""
+    """A result without the windows of these hyperparameters, in its own schedule and in the incumbent's; a single value
+    stays, which is the present one of a schedule that has one for every step."""
 
     def is_window(key: str) -> bool:
         kind, name, window = _split(key)
@@ -153,19 +157,19 @@ def without_schedules_of(result: Mapping[str, Any], names: Collection[str]) -> d
 
 
 def profile_results(seconds: Mapping[str, float]) -> dict[str, float]:
-    """`profile/<phase>`: where the time since the trial's last result went, in seconds."""
+    """The entries `profile/<phase>`: seconds, by phase, since the trial's last result."""
     return {f"{_PROFILE}/{phase}": value for phase, value in seconds.items()}
 
 
 def profile_in(result: Mapping[str, Any]) -> dict[str, float]:
-    """What `profile_results` has written; nothing where a trial is not profiled."""
+    """Seconds by phase that `profile_results` has written into a result; empty where a trial is not profiled."""
     entries = {_split(key)[1]: number(result, key) for key in result if _split(key)[0] == _PROFILE}
     return {phase: seconds for phase, seconds in entries.items() if seconds == seconds}
 
 
 def schedule_identity(result: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
-    """By what a result's schedule is told from others: the first twelve digits of numbers, since scales are passed
-    through, and of windows that are all the same that one value; of a file its name."""
+    """What a result's schedule is told from others by: the first twelve digits of numbers, since scales are passed
+    through; for windows that are all the same, that one value; for a file, its name."""
     windows: dict[str, list[Any]] = {}
     for key, value in result.items():
         if value is None or value != value:
@@ -187,7 +191,7 @@ def _windows_of(name: str, count: int) -> list[str]:
 
 
 def _split(key: Any) -> tuple[str, str, int]:
-    """What an entry is, of which hyperparameter, by flat name, and of which window, -1 where it has none."""
+    """An entry's kind, the flat name of its hyperparameter, and its window, -1 where it has none."""
     kind, _, rest = str(key).partition("/")
     name, _, window = rest.rpartition("/")
     return (kind, name, int(window)) if window.isdigit() else (kind, rest, -1)

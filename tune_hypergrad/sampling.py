@@ -91,14 +91,14 @@ def examples_of(loader: DataLoader[Any], name: str) -> Any:
 
 
 def _is_shuffling(sampler: Any) -> bool:
-    """Whether a pass has every example once, in a random order."""
+    """Whether a sampler gives every example once in a pass, in a random order."""
     if type(sampler) is not RandomSampler or sampler.replacement:
         return False
     return bool(sampler.num_samples == len(sampler.data_source))
 
 
 def epoch_order(examples: int, sampler: Collection[int] | None, seed: int) -> Tensor:
-    """The order of one pass, int64: a permutation of the examples, or what the sampler gives.
+    """The order of one pass over a split, int64: a permutation of the examples, or what the sampler gives.
 
     Args:
         examples: how many there are.

@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEDULE_FILE = "schedule.json"
-"""Beside a checkpoint's state: the schedule that the trial stands for; in a report's folders: a method's best."""
+"""File name of a schedule: beside a checkpoint's state, that which the trial stands for; in a report's folders, a
+method's best."""
 
 _FORMAT, _VERSION = "tune_hypergrad/schedule", 2
 _READABLE = (1, 2)  # version 1 had windows only
 _DRAWN = 200
-"""Equal parts of training in which a curve is drawn."""
+"""Number of equal parts of training in which a curve is drawn."""
 _BETAS = ("beta1", "beta2")
 _EPS2 = "eps2"  # the second of `torch.optim.Adafactor`'s two
 
@@ -120,7 +121,7 @@ class Schedule:
         return {name: _entry(value) for name, value in self.values.items()}
 
     def entries(self) -> dict[str, Any]:
-        """The values in plain Python types, as a file has them: a tuple of windows, or a curve's config."""
+        """The schedule's values in plain Python types, as a file has them: a tuple of windows, or a curve's config."""
         return {name: v.entry if isinstance(v, Curve) else v for name, v in self.values.items()}
 
     def at(self, progress: float) -> dict[str, float]:
@@ -165,13 +166,14 @@ class Schedule:
         }
 
     def windows(self, name: str, count: int = _DRAWN) -> tuple[float, ...]:
-        """One hyperparameter's values by windows: its own, or a curve's in the middles of `count` equal parts."""
+        """One hyperparameter's values by window: its own windows, or a curve's values in the middles of `count` equal
+        parts."""
         value = self.values[name]
         return value.at_steps(count) if isinstance(value, Curve) else value
 
     def span(self, name: str) -> tuple[float, ...]:
-        """The values of `windows` that an axis is chosen by: how near to 0 a curve with a peak begins and ends is no
-        reason for a logarithm."""
+        """One hyperparameter's values by which an axis is chosen: those of `windows`, but for how near to 0 a curve
+        with a peak begins and ends, which is no reason for a logarithm."""
         value, windows = self.values[name], self.windows(name)
         least = max(windows) / 50 if isinstance(value, Curve) and value.has_peak else min(windows)
         return tuple(max(each, least) for each in windows)
@@ -326,7 +328,8 @@ class Schedule:
         return {name: value for name, value in values.items() if name not in mine}
 
     def _groups_in(self, optimizer: Optimizer, groups: Mapping[int, str] | None) -> list[str]:
-        """By param group of an optimizer its name as a group; those without one are called as `Problem.groups` has it.
+        """The name of each param group of an optimizer as a group; those without one are called as `Problem.groups` has
+        it.
 
         Raises:
             InputError: the schedule has a group that is not there.
@@ -348,7 +351,7 @@ class Schedule:
     def _taken(
         self, optimizer: Optimizer, names: Mapping[str, str], own_names: Sequence[str], *, given: bool
     ) -> list[dict[str, str]]:
-        """By param group the names of the values that are for it, by hyperparameter.
+        """The names of the values that each param group takes, by hyperparameter.
 
         Args:
             optimizer: whose param groups they are.
@@ -369,7 +372,7 @@ class Schedule:
         return taken
 
     def _is_on(self, optimizer: Optimizer, own_names: Sequence[str], name: str) -> bool:
-        """Whether the param groups that a value is of have a place for it."""
+        """Whether the param groups whose value it is have a place for the value of that name."""
         hyperparameter, group = split_group(name)
         named = zip(optimizer.param_groups, own_names, strict=True)
         own = [each for each, own_name in named if not group or own_name == group]
@@ -398,7 +401,7 @@ class Schedule:
 
 
 def stretched(values: Sequence[float], windows: int) -> tuple[float, ...]:
-    """A schedule's values in another number of windows: of each, the mean over its part of the training run."""
+    """A schedule's values in another number of windows, each the mean over its part of the training run."""
     if len(values) == windows:
         return tuple(values)
     integral = np.concatenate([[0.0], np.cumsum(values) / len(values)])
@@ -454,7 +457,8 @@ class ScheduleLR(LRScheduler):
         self._set_values()
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and schedule as plain Python values, which `torch.load` reads with `weights_only=True`."""
+        """The scheduler's position and schedule as plain Python values, which `torch.load` reads with
+        `weights_only=True`."""
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
@@ -464,7 +468,7 @@ class ScheduleLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict`: takes its schedule and position, and sets that step's values."""
+        """Continue from a `state_dict`: take its schedule and position, and set that step's values."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self.total_steps = state_dict["total_steps"]
         self.schedule, self.groups = Schedule.from_config(state_dict["schedule"]), state_dict.get("groups")
@@ -514,11 +518,12 @@ def _has(group: Mapping[str, Any], name: str) -> bool:
 
 
 _KEPT = "keeps_its_own"
-"""Where a param group remembers, in checkpoints too, which values a schedule for all of them is not for."""
+"""Key of a param group under which it remembers, in checkpoints too, which values a schedule for all groups is not
+for."""
 
 
 def _keeping(groups: Sequence[dict[str, Any]], name: str, defaults: Mapping[str, Any]) -> list[bool]:
-    """By param group whether it keeps its own value of a hyperparameter, which a schedule has for all of them.
+    """Whether each param group keeps its own value of a hyperparameter of which a schedule has one for all groups.
 
     Where they have been given different ones, zeros are kept, and of others what is not the optimizer's default. The
     decision is made before the first step, and remembered.
@@ -540,8 +545,8 @@ def _keeping(groups: Sequence[dict[str, Any]], name: str, defaults: Mapping[str,
 
 
 def common_value(values: Collection[float], default: Callable[[], float]) -> float:
-    """What param groups have that were not given a value of their own, of all their values: the only one beside 0, and
-    where there are several, the optimizer's default."""
+    """The value of param groups that were given none of their own, told from the values of all groups: the only one
+    beside 0, and where there are several, the optimizer's default."""
     others = {value for value in values if value != 0} or {0.0}
     return next(iter(others)) if len(others) == 1 else default()
 

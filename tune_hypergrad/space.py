@@ -30,7 +30,8 @@ from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import ungrouped
 
 Scale = Literal["linear", "log", "complement"]
-"""What a gradient method moves: the value, its logarithm, or the logarithm of 1 minus it."""
+"""The scale on which a gradient method moves a value: its own ("linear"), its logarithm ("log"), or that of 1 minus it
+("complement")."""
 
 
 def schedule(
@@ -166,20 +167,20 @@ def _shape(shape: str, peak: Any, shares: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Place(NamedTuple):
-    """Where a number or a domain stands in a space or a trial config."""
+    """Where a number or a domain, a *leaf*, stands in a space or a trial config."""
 
     path: tuple[str, ...]
-    """The keys that lead there."""
+    """The keys that lead to the leaf."""
     name: str
-    """The flat name that it belongs to; several windows, or knots, share one."""
+    """The flat name that the leaf belongs to; several windows, or knots, share one."""
     complement: bool
-    """Whether what the flat name stands for is 1 minus it."""
+    """Whether what the flat name stands for is 1 minus the leaf."""
     leaf: Any
-    """The number or domain."""
+    """The number or domain that stands there."""
 
 
 def places_of(name: str, value: Any, is_leaf: Callable[[Any], bool]) -> list[Place] | None:
-    """The leaves of one entry, in the order of its windows; None where it has no form that we know."""
+    """The places of one entry's leaves, in the order of its windows; None where the entry has no form that is known."""
     if is_leaf(value):
         return [Place((name,), name, False, value)]
     if isinstance(value, Curve):
@@ -238,7 +239,8 @@ def schedules_in(space: Mapping[str, Any]) -> list[str]:
 
 
 def longest_schedule(space: Mapping[str, Any]) -> int:
-    """The most windows, or knots, that an entry of a space has: inner steps that a run needs at least; 1 without."""
+    """The most windows, or knots, that an entry of a space has: inner steps that a run needs at least; 1 where none has
+    any."""
     counts = [1]
     for name, value in space.items():
         places = places_of(name, value, is_entry) if isinstance(value, Mapping) and not is_grid(value) else None
@@ -248,7 +250,7 @@ def longest_schedule(space: Mapping[str, Any]) -> int:
 
 
 def without_schedule(entry: Any) -> Any:
-    """What a schedule is made of, of a window, of a knot, or of the peak; anything else as it is."""
+    """What a schedule is made of: the domain of a window, of a knot, or of the peak; any other entry as it is."""
     if not isinstance(entry, Mapping) or is_grid(entry) or places_of("", entry, is_entry) is None:
         return entry
     key, inner = next(iter(entry.items()))
@@ -258,7 +260,7 @@ def without_schedule(entry: Any) -> Any:
 
 
 def is_entry(leaf: Any) -> bool:
-    """Whether it is a number, a domain or a grid search: what stands in the windows of a space's schedules."""
+    """Whether a leaf is a number, a domain or a grid search: what stands in the windows of a space's schedules."""
     return is_number(leaf) or is_domain(leaf) or is_grid(leaf)
 
 
@@ -313,7 +315,7 @@ def in_form_of(space: Mapping[str, Any], values: Mapping[str, Sequence[float] | 
 
 
 def put(config: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Put a value into nested dicts, which are made where there are none."""
+    """Put a value into nested dicts, which are made where they are missing."""
     for key in path[:-1]:
         config = config.setdefault(key, {})
     config[path[-1]] = value
@@ -350,20 +352,20 @@ def _shown(values: tuple[float, ...]) -> str:
 
 
 def is_hyperparameter(value: Any) -> bool:
-    """Whether `flat_values` can read `value`: tells numeric hyperparameters from a config's other entries."""
+    """Whether `flat_values` can read a config's entry, which tells numeric hyperparameters from other entries."""
     return places_of("", value, is_number) is not None
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a gradient method tunes one hyperparameter by; values are tensors of shape [windows].
+    """The range of one hyperparameter that a gradient method tunes; values are tensors of shape [windows].
 
     Raises:
         InputError: fewer windows than 1, bounds that leave no room, or a log scale that reaches 0.
     """
 
     windows: int
-    """How many values share training progress in equal parts."""
+    """Number of values that share training progress in equal parts."""
     lower: float
     """Smallest value allowed; -inf where there is no bound."""
     upper: float
@@ -411,19 +413,20 @@ class Range:
         return values.clamp(self.lower, self.upper)
 
     def to_internal(self, values: Tensor) -> Tensor:
-        """Values on the scale that is tuned, which grows with them."""
+        """Values on the internal scale, which is the one that is tuned, and which grows with them."""
         if self.scale == "log":
             return values.log()
         return -(1 - values).log() if self.scale == "complement" else values
 
     def from_internal(self, values: Tensor) -> Tensor:
-        """Undo `to_internal`, to rounding: `project` what must be within the range."""
+        """Values from the internal scale, which undoes `to_internal` up to rounding: `project` what must be within the
+        range."""
         if self.scale == "log":
             return values.exp()
         return 1 - (-values).exp() if self.scale == "complement" else values
 
     def slope(self, values: Tensor) -> Tensor:
-        """Derivative of the value by what is tuned, at `values`."""
+        """Derivative of the value by its internal one, which is tuned, at `values`; of the same shape."""
         if self.scale == "log":
             return values
         return 1 - values if self.scale == "complement" else torch.ones_like(values)
@@ -479,7 +482,7 @@ def _refuse_underivable(leaves: Mapping[str, list[Any]]) -> None:
 
 
 def _leaves(name: str, value: Any) -> list[Place]:
-    """What stands in each window of `value`; only itself where it is no schedule."""
+    """The places of what stands in each window of an entry; only the entry itself where it is no schedule."""
     if isinstance(value, list | tuple) and any(is_domain(item) or is_grid(item) for item in value):
         raise InputError(
             f"hyperparameter {name!r} is a list of domains: write it as schedule(domain, windows={len(value)})"
@@ -519,7 +522,7 @@ def _domain_range(domain: Any, windows: int, one_minus: bool) -> Range:
 
 
 def _underivable_kind(leaf: Any) -> str | None:
-    """What `leaf` is, if it has no derivative; None for continuous domains and constants."""
+    """The kind of a leaf that has no derivative, such as a choice; None for continuous domains and constants."""
     found = read(leaf)
     if isinstance(found, Formless):
         return found.kind

@@ -47,7 +47,8 @@ _CHANGE_THE_STEP = (
     *("on_before_batch_transfer", "on_after_batch_transfer"),
 )
 _AUTOCAST = {"bf16-mixed": "bfloat16"}
-"""By the trainer's precision what forward passes are computed in."""
+"""The type that forward passes are computed in, by the `precision` of a `lightning.Trainer`, where it is a lower
+one."""
 _NOT_CALLED = (
     *("on_train_start", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start", "on_train_batch_end"),
     *("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
@@ -132,7 +133,8 @@ class ScheduleCallback(lightning.Callback):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Factory:
-    """Makes a fresh module; its arguments that no optimizer has are hyperparameters for black-box methods."""
+    """Makes a fresh Lightning module; those of its arguments that no optimizer has are hyperparameters for black-box
+    methods."""
 
     module: Callable[..., lightning.LightningModule]
     arguments: Mapping[str, Any]
@@ -158,7 +160,7 @@ class _Factory:
 
 @dataclass(frozen=True)
 class _ParamGroups:
-    """Makes the param groups of a module's optimizer, with the constants that each has of its own."""
+    """Makes the param groups of a Lightning module's optimizer, with the constants that each has of its own."""
 
     fixed: Mapping[str, Mapping[str, float]]
 
@@ -197,7 +199,8 @@ def _first_batch(loader: DataLoader[Any], like: Tensor) -> Any:
 
 
 def _steps(trainer: lightning.Trainer, loader: DataLoader[Any]) -> dict[str, int]:
-    """How long training is, as the trainer has it."""
+    """The length of training as a module's trainer has it, by the names of the trainer's attributes: batches and
+    steps."""
     batches, accumulate = len(loader), trainer.accumulate_grad_batches
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
     ends = [each for each in (epochs * math.ceil(batches / accumulate), trainer.max_steps) if each > 0]
@@ -266,7 +269,7 @@ def _configured(configuration: Any) -> tuple[Optimizer, list[Mapping[str, Any]]]
 
 
 def _left_out(module: lightning.LightningModule, trainer: lightning.Trainer) -> list[str]:
-    """What the trainer is to do and the engine does not do."""
+    """What a trainer is to do and the engine does not do, one sentence each."""
     found = []
     if str(trainer.precision) not in ("32-true", *_AUTOCAST):
         found.append(f"precision={trainer.precision!r} is not taken over: training is in the module's own type")

@@ -23,7 +23,7 @@ TRAINING, VALIDATION = "training_step", "validation_step"
 
 
 class NoTrainer:
-    """In a trainer's place: knows what is the same in every step, and refuses the rest."""
+    """Stands in a trainer's place: knows what is the same in every step, and refuses the rest."""
 
     def __init__(self, known: Mapping[str, Any]) -> None:
         self.known = {
@@ -54,15 +54,15 @@ class NoTrainer:
 
 @dataclass
 class Step:
-    """What a module's training or validation step gave and logged."""
+    """What a Lightning module's training or validation step returned and logged."""
 
     returned: Any
     logged: dict[str, Any] = field(default_factory=dict)
     given: dict[int, Any] = field(default_factory=dict)
-    """By the id of a metric object, what it was last given."""
+    """What every metric object was last given, by the object's `id`."""
 
     def loss(self, val_loss: str | None) -> Any:
-        """The training loss, or the validation loss: what is logged by that name, or else returned.
+        """The step's loss: what was logged as `val_loss`, or else returned; None asks for the training loss.
 
         Raises:
             InputError: there is none.
@@ -82,13 +82,13 @@ class Step:
         )
 
     def numbers(self) -> dict[str, Tensor]:
-        """What was logged, of metric objects their values."""
+        """The numbers that the step logged, by name; of metric objects, their values."""
         values = {name: v.compute() if isinstance(v, Metric) else v for name, v in self.logged.items()}
         return {name: torch.as_tensor(v) for name, v in values.items()}
 
 
 def run_step(module: lightning.LightningModule, trainer: NoTrainer, stage: str, batch: Any, *, measuring: bool) -> Step:
-    """One step of a module.
+    """Run a training or validation step of a Lightning module, with the hooks around its epoch.
 
     Args:
         trainer: what the module sees as its trainer; copies of modules forget theirs.
@@ -119,7 +119,7 @@ def run_step(module: lightning.LightningModule, trainer: NoTrainer, stage: str, 
 
 
 def _takes(module: lightning.LightningModule, stage: str) -> int:
-    """Whether a step takes the batch alone, or its number as well."""
+    """How many arguments a step of a Lightning module takes: the batch alone, or its number as well."""
     return min(2, len(inspect.signature(getattr(module, stage)).parameters))
 
 
@@ -178,7 +178,7 @@ class Inside:
     val_loss_of = train_loss_of
 
     def logged(self, output: Any, batch: Any, name: str) -> Any:
-        """What a validation step logs; NaN for the output of a training step."""
+        """What the validation step logs by a name; NaN where the output is that of a training step."""
         return output["logged"][name] if "logged" in output else torch.tensor(torch.nan)
 
 
@@ -214,7 +214,7 @@ class Outside:
         return {**self.__dict__, "_placed": {}}
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
-        """The network's output."""
+        """The network's output for a batch, from the inputs that the module's step makes of it."""
         first = next(model.parameters())
         template = self._at(first.device, first.dtype)
         stage = TRAINING if model.training else VALIDATION
@@ -233,7 +233,7 @@ class Outside:
         return self._judge(VALIDATION, output, batch).loss(self._val_loss)  # type: ignore[no-any-return]
 
     def logged(self, output: Any, batch: Any, name: str) -> Any:
-        """What the validation step logs of an output."""
+        """What the validation step, given a network's output, logs by a name."""
         return self._judge(VALIDATION, output, batch, measuring=True).numbers()[name]
 
     def _judge(self, stage: str, output: Any, batch: Any, *, measuring: bool = False) -> Step:
@@ -258,7 +258,7 @@ class Outside:
 
 
 class _Place(nn.Module):
-    """Where a network was: gives an output once, or says how it was called."""
+    """Stands in a network's place: gives an output that was put here, or raises how the network was called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class _Place(nn.Module):
 
 
 class _CalledError(Exception):
-    """How a network was called."""
+    """Raised where a network would run: it has the arguments of the call."""
 
     def __init__(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         super().__init__("the network was called")
@@ -285,7 +285,7 @@ class _CalledError(Exception):
 
 @dataclass(frozen=True)
 class Logged:
-    """A metric: what a validation step logs by a name."""
+    """A metric of a problem: what a Lightning module's validation step logs by one name."""
 
     step: Any
     name: str

@@ -29,7 +29,7 @@ _VARIANTS = ("amsgrad", "maximize", "centered")
 
 
 def engine_optimizer(optimizer: Optimizer) -> str:
-    """The name of the engine's optimizer that makes the same steps.
+    """The name of the engine's optimizer that makes the same steps as one of `torch.optim`.
 
     Raises:
         InputError: there is none.
@@ -105,7 +105,7 @@ def parameter_groups(
 def _together(
     groups: Sequence[ParameterGroup], given: Sequence[Mapping[str, float]], defaults: Mapping[str, float]
 ) -> Schedule:
-    """The schedule of all groups.
+    """One schedule of all parameter groups: their common values, and those of groups that differ.
 
     Args:
         groups: with their own schedules.
@@ -123,7 +123,7 @@ def _together(
 
 
 def held_by_group(schedule: Schedule) -> dict[str, dict[str, float]]:
-    """By group the constants that a schedule has of it."""
+    """The constants that a schedule has of each parameter group, by group and hyperparameter."""
     found: dict[str, dict[str, float]] = {}
     for name, windows in schedule.values.items():
         hyperparameter, group = split_group(name)
@@ -156,5 +156,5 @@ def _named(betas: Sequence[Any]) -> dict[str, float]:
 
 
 def _shortest(values: list[float]) -> tuple[float, ...]:
-    """One window where all are equal, else one for every step."""
+    """Values of all steps as windows: one window where all are equal, else one for every step."""
     return (values[0],) if len(set(values)) == 1 else tuple(values)

@@ -170,19 +170,19 @@ class _Factory:
 
 @dataclass(frozen=True)
 class _Forward:
-    """A model's output, without what `Trainer` ignores: a dict of tensors."""
+    """Gives a model's output as a dict of tensors, without the entries that `Trainer` ignores."""
 
     ignored: tuple[str, ...]
     labels: tuple[str, ...]
-    """Which entries of a batch are labels."""
+    """Names of a batch's entries that are labels."""
     counted: bool
-    """Whether `Trainer` counts the labels of a step, and tells the model."""
+    """Whether `Trainer` counts the labels of a step, and tells the model as `num_items_in_batch`."""
     counts: bool
-    """Whether the model's loss is divided by that count."""
+    """Whether the model divides its loss by `num_items_in_batch`."""
     smoothed: bool
-    """Whether the loss is label-smoothed, outside the model."""
+    """Whether the loss is label-smoothed outside the model, by `label_smoothing_factor`."""
     shifted: bool
-    """Whether the logits at a place are those of the next one's label."""
+    """Whether the logits at a position predict the label of the next position, as in causal language models."""
 
     @classmethod
     def of(cls, model: nn.Module, args: TrainingArguments, batch: Mapping[str, Any]) -> _Forward:
@@ -207,14 +207,14 @@ class _Forward:
 
 
 def _is_told_count(model: nn.Module) -> bool:
-    """Whether `Trainer` gives the model `num_items_in_batch`, which it need not use."""
+    """Whether `Trainer` gives the model `num_items_in_batch`, which the model need not use."""
     parameters = inspect.signature(model.forward).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     return bool(getattr(model, "accepts_loss_kwargs", takes_any))
 
 
 def _divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether the model's loss is a sum over what `num_items_in_batch` says."""
+    """Whether the model's loss is a sum that it divides by `num_items_in_batch`."""
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -224,7 +224,7 @@ def _divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 def _count(batch: Mapping[str, Any]) -> Tensor:
-    """How many labels of a batch count, as `Trainer` has it: before they are shifted."""
+    """Number of labels of a batch that count, as `Trainer` counts them: before they are shifted."""
     counted: Tensor = batch["labels"] != _IGNORED
     return counted.sum()
 
@@ -238,15 +238,15 @@ class _MicroBatches:
     """
 
     steps: int
-    """`gradient_accumulation_steps`."""
+    """Batches that `Trainer` makes a step of: `gradient_accumulation_steps`."""
     whole: bool
-    """Whether a step is one batch."""
+    """Whether all batches that `Trainer` makes a step of are one batch of the problem."""
     size: int
-    """Examples in a batch of the problem."""
+    """Number of examples in a batch of the problem."""
     accumulate: int
-    """Batches in a step of the problem."""
+    """Number of batches in an inner step of the problem."""
     times: int
-    """By what the mean over them is multiplied."""
+    """Factor of the mean loss over a step's batches: their number where `Trainer` takes the sum, else 1."""
 
     @classmethod
     def of(cls, model: nn.Module, args: TrainingArguments, forward: _Forward, train_dataset: Any) -> _MicroBatches:
@@ -292,7 +292,7 @@ class _MicroBatches:
             )
 
     def train_loss(self, forward: _Forward, smoothing: float) -> Callable[..., Any] | None:
-        """The training loss, where it is not the validation loss."""
+        """The problem's `train_loss`; None where that is the validation loss."""
         if smoothing:
             return _SmoothedTrainLoss(forward, smoothing, self.times)
         return partial(_summed_loss, forward, self.times) if self.times > 1 else None
@@ -303,7 +303,7 @@ def _whole(batch: Any) -> Any:
 
 
 def _own_loss(forward: _Forward, output: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-    """The model's own loss: a mean, or a sum and what it was divided by."""
+    """The model's own loss: a mean, or, where it divides by a count of labels, the sum and that count."""
     if "loss" not in output:
         raise InputError(f"the model gives no loss, but {', '.join(output)}: give it labels, such as 'labels'")
     if not forward.counts:
@@ -313,7 +313,7 @@ def _own_loss(forward: _Forward, output: Mapping[str, Any], batch: Mapping[str, 
 
 
 def _summed_loss(forward: _Forward, times: int, output: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-    """The model's own mean loss, so many times."""
+    """The model's own mean loss times a factor, which turns the mean over a step's batches into their sum."""
     return times * _own_loss(forward, output, batch)
 
 
@@ -332,7 +332,8 @@ def _smoothed(
 
 
 class _SmoothedTrainLoss:
-    """The smoothed loss, so many times, with the smoothing as a hyperparameter, whose default is the arguments'."""
+    """The label-smoothed loss times a factor, with the hyperparameter `label_smoothing`, whose default is that of the
+    `TrainingArguments`."""
 
     def __init__(self, forward: _Forward, label_smoothing: float, times: int) -> None:
         self._forward, self._times = forward, times
@@ -361,7 +362,7 @@ class _Predictions:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all outputs and labels that were collected."""
         self._collected: Any = None
         self._figures: Mapping[str, Any] | None = None
 
@@ -374,15 +375,15 @@ class _Predictions:
         self._figures = None
 
     def figures(self) -> Mapping[str, Any]:
-        """What `compute_metrics` gives for all that was collected."""
+        """The numbers that `compute_metrics` gives for all that was collected, by name."""
         if self._figures is None:
             predictions, labels = self._collected
             self._figures = self._compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
         return self._figures
 
     def metrics(self, model: nn.Module, forward: _Forward, loader: DataLoader[Any]) -> dict[str, _Metric]:
-        """One metric for every number that there is, found by a first batch, or by the whole split where that cannot
-        be judged by itself."""
+        """The metrics of a problem, one for every number that `compute_metrics` gives, found by a first batch, or by
+        the whole split where that cannot be judged by itself."""
         model.eval()
         figures: Mapping[str, Any] | None = None
         trouble: Exception | None = None
@@ -408,7 +409,8 @@ class _Predictions:
 
 @dataclass(eq=False)
 class _Metric:
-    """One of `compute_metrics`' numbers, accumulated over batches; one of them collects for all."""
+    """A metric of a problem: one of the numbers that `compute_metrics` gives, accumulated over batches; one metric
+    collects for all."""
 
     predictions: _Predictions
     name: str
@@ -446,7 +448,7 @@ def _collator(model: nn.Module, args: TrainingArguments, data_collator: Callable
 
 
 def _defaults(model: nn.Module, args: TrainingArguments, problem: Problem) -> TrainingDefaults:
-    """The arguments' optimizer and schedule."""
+    """The optimizer and the schedule of the `TrainingArguments`, as a problem has them in `defaults`."""
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * problem.steps_per_epoch)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not (isinstance(kind, type) and kind.__module__.startswith("torch.optim")):

@@ -9,27 +9,30 @@ from typing import NamedTuple
 
 
 class Judged(NamedTuple):
-    """A result, as far as it matters for what the incumbent is."""
+    """A result of a search, as far as it matters for which result is the incumbent."""
 
     score: float
-    """Less is better; what is not finite judges nothing."""
+    """The result's figure, less being better; a score that is not finite judges nothing."""
     schedule: Hashable
-    """What the result was reached with."""
+    """What tells the schedule that the result was reached with from other schedules."""
     confirmations: int = 0
-    """How many trainings have confirmed that by now, this one included; 0 where this is none of them."""
+    """Number of trainings that have confirmed the schedule by now, the result's included; 0 where it is no
+    confirmation."""
     fallen: bool = False
-    """Whether it speaks against the schedule, which then stands no longer, whatever the score."""
+    """Whether the result speaks against its schedule, which then stands no longer, whatever the score."""
     phase: int = 0
-    """A search that begins anew is in another phase, whose confirmations have other seeds."""
+    """Phase of the search that the result is of: a search that begins anew is in the next one, whose confirmations have
+    other seeds."""
 
 
 class Incumbent(NamedTuple):
-    """What is the best by now."""
+    """The best of the results that a search has had by now."""
 
     number: int
-    """Which of the results, from 0."""
+    """Number of the incumbent among the results in the order in which they came, from 0."""
     score: float
-    """Its own, or the mean over the confirmations."""
+    """Score of the incumbent, less being better: its result's own, or the mean over the confirmations of its
+    schedule."""
 
 
 class _Standing(NamedTuple):
@@ -63,12 +66,12 @@ class Standings:
 
     @property
     def incumbent(self) -> Incumbent | None:
-        """The best by now; None where nothing stands."""
+        """The best of the results taken by now; None where nothing stands."""
         best = self._standing.get(self._best)
         return None if best is None else Incumbent(best.number, best.score)
 
     def take(self, result: Judged) -> Incumbent | None:
-        """The incumbent, with one more result."""
+        """Take one more result, and give the incumbent that there is with it; None where nothing stands."""
         schedule, number = result.schedule, self._taken
         self._taken += 1
         if result.fallen:
@@ -88,7 +91,7 @@ class Standings:
         return self.incumbent
 
     def _counts(self, result: Judged) -> bool:
-        """Whether a result tells more of its schedule than is known."""
+        """Whether a result tells more of its schedule than was known before."""
         if result.confirmations:
             return result.confirmations == 1 or result.schedule not in self._fallen
         known = self._standing.get(result.schedule)
@@ -113,6 +116,6 @@ class Standings:
         return min(self._standing, key=lambda schedule: self._rank(self._standing[schedule]), default=None)
 
     def _rank(self, one: _Standing) -> tuple[bool, int, int, float, int]:
-        """Less is better."""
+        """Key by which standings are ordered: the incumbent has the least."""
         phase = one.phase + 1 if one.confirmations else 0
         return one.score > self._start_score, -phase, -one.confirmations, one.score, one.number

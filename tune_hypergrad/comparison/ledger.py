@@ -16,21 +16,21 @@ from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.results import VAL_LOSS, Confirmation, Position, number, schedule_identity
 
 LEDGER_FILE = "ledger.jsonl"
-"""In a comparison's folder: one JSON object a line, appended as things happen."""
+"""File name in a comparison's folder: events, one JSON object a line, appended as things happen."""
 SCHEDULES_FOLDER = "schedules"
-"""In a comparison's folder: schedules that results refer to by file name, since they are too long for a ledger."""
+"""Folder within a comparison's: schedules that results refer to by file name, since they are too long for a ledger."""
 RETRAINING = "retraining"
-"""The account of retrainings; it has no budget."""
+"""Name of the account of retrainings, which has no budget."""
 GRID = "grid"
-"""The account of a grid search, which others are measured by; it has no budget."""
+"""Name of the account of a grid search that others are measured by, which has no budget."""
 START = "start"
-"""The account of the trainings of a person's own settings, from which all methods begin, one for every seed."""
+"""Name of the account of the trainings of a person's own settings, from which all methods begin, one for every seed."""
 BUDGET_SPENT, SEARCH_ENDED = "budget spent", "search ended"
 """Reasons for which an account stops when nothing has gone wrong."""
 
 
 class Account(NamedTuple):
-    """Who spends: a method, run with one seed."""
+    """Who spends a budget: a method, run with one seed."""
 
     method: str
     seed: int
@@ -46,51 +46,53 @@ class Charge(NamedTuple):
     cost: Cost
     line: int
     judged: Judged
-    """By the ledger's criterion; weights that had not been trained judge nothing."""
+    """What the result is worth by the ledger's criterion; weights that had not been trained judge nothing."""
     end_judged: bool
-    """Whether a result so far judged a training run as far as it was to go, or did not say how far it had come."""
+    """Whether one of the trial's results so far judged a training run as far as it was to go, or did not say how far it
+    had come."""
     end_counted: bool
-    """Whether a result so far counted completed training runs."""
+    """Whether one of the trial's results so far counted completed training runs."""
 
 
 @dataclass
 class TrialRecord:
-    """What is known of a trial."""
+    """What a ledger knows of one trial."""
 
     account: Account
     name: str
     charges: list[Charge] = field(default_factory=list)
-    """Of the results that count, in order."""
+    """The trial's charges, one for each of its results that count, in order."""
     lost: Cost = field(default_factory=Cost)
-    """Spent on work that was done again, or whose trial was forgotten."""
+    """What the trial has spent on work that was done again, or that was forgotten."""
     status: str = "running"
-    """"running", "completed", "budget" (ended as the budget was spent), "failed" or "forgotten"."""
+    """How the trial stands: "running", "completed", "budget" (ended as the budget was spent), "failed" or
+    "forgotten"."""
 
     @property
     def spent(self) -> Cost:
-        """What its results that count have cost."""
+        """What the trial's results that count have cost together."""
         return self.charges[-1].cost if self.charges else Cost()
 
     @property
     def spent_last(self) -> Cost:
-        """The part of it that the last of them has cost."""
+        """What the last of the trial's results that count has cost, after the one before it."""
         return self.spent - self.charges[-2].cost if len(self.charges) > 1 else self.spent
 
     @property
     def judged_end(self) -> bool:
-        """Whether a result judged what may be the end of a training run; of one that is as long as it has come, or
-        does not say, any moment may be."""
+        """Whether a result of the trial judged what may be the end of a training run; of a run that is as long as it
+        has come, or a result that does not say, any moment may be."""
         return bool(self.charges) and self.charges[-1].end_judged
 
     @property
     def completed_run(self) -> bool:
-        """Whether a training run came to its end for certain: the trial itself did, or it counted one."""
+        """Whether a training run of the trial came to its end for certain: the trial itself did, or it counted one."""
         counted = bool(self.charges) and self.charges[-1].end_counted
         return counted or (self.status == "completed" and self.judged_end)
 
 
 class Ledger:
-    """Events in order; what follows from them.
+    """The events of a comparison's trials in order, and what follows from them: costs, incumbents, why accounts stop.
 
     Events are JSON objects with `event`, `time` (seconds since 1970) and, of trials, `method`, `seed`, `trial` (a name
     such as "fds-0-1") and `id` (Ray's):
@@ -122,11 +124,11 @@ class Ledger:
     def __init__(self, path: Path | None = None, criterion: Criterion | None = None) -> None:
         self.path, self._criterion = path, criterion or Criterion()
         self.trials: dict[str, TrialRecord] = {}
-        """By Ray's id."""
+        """What is known of every trial, by Ray's id."""
         self.stopped: dict[Account, str] = {}
-        """Accounts that suggest nothing more, and why."""
+        """Accounts that suggest nothing more, each with the reason."""
         self.lost_lines: set[int] = set()
-        """Numbers of the lines whose results do not count."""
+        """Numbers of the lines of the ledger's file whose results do not count."""
         self._trials: dict[Account, list[TrialRecord]] = {}
         self._spent: dict[Account, Cost] = {}
         self._lost: dict[Account, Cost] = {}
@@ -141,7 +143,7 @@ class Ledger:
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]], criterion: Criterion | None = None) -> Ledger:
-        """What follows from events, kept in memory."""
+        """The ledger that follows from events, kept in memory."""
         made = cls(None, criterion)
         for event in events:
             made._apply(event)
@@ -165,8 +167,8 @@ class Ledger:
         self._apply(_with_numbers(made))
 
     def repeats(self, trial_id: str, iteration: int, cost: Cost) -> bool:
-        """Whether this is a result that counts already, once more: Ray sends the last one again when a function
-        returns, and a trial that goes on from a checkpoint begins with the result that belongs to it."""
+        """Whether a result is one that counts already, once more: Ray sends the last one again when a function returns,
+        and a trial that goes on from a checkpoint begins with the result that belongs to it."""
         record = self.trials.get(trial_id)
         return record is not None and (iteration, cost) in ((each.iteration, each.cost) for each in record.charges)
 
@@ -184,7 +186,7 @@ class Ledger:
         return sum((trial.spent for trial in failed), Cost())
 
     def trials_of(self, account: Account) -> list[TrialRecord]:
-        """An account's trials, in order."""
+        """What is known of an account's trials, in the order in which they began."""
         return self._trials.get(account, [])
 
     def completed_run(self, account: Account) -> bool:
@@ -197,9 +199,9 @@ class Ledger:
         return any(trial.completed_run or (trial.judged_end and not failing) for trial in trials)
 
     def score(self, account: Account) -> float:
-        """That of an account's incumbent among all that it has spent, by the criterion turned so that less is better:
-        the start with the same seed, if there is one, or what goes before it; inf where there is none. An account has
-        none of its own while no run has been completed."""
+        """Score of an account's incumbent among all that it has spent, by the criterion turned so that less is better:
+        that of the start with the same seed, if there is one, or of what goes before it; inf where there is none. An
+        account has no incumbent of its own while no run has been completed."""
         start = self._start_of(account)
         if not self.completed_run(account):
             return math.inf if start is None else start.score
@@ -213,11 +215,11 @@ class Ledger:
 
     @property
     def judged(self) -> dict[int, Judged]:
-        """What the results that count say, by the number of the line."""
+        """What every result that counts says of its schedule, by the number of the ledger's line."""
         return {charge.line: charge.judged for trial in self.trials.values() for charge in trial.charges}
 
     def _start_of(self, account: Account) -> Judged | None:
-        """What the start was worth with an account's seed, if its training has come to its end."""
+        """What the start was worth with an account's seed, if its training has come to its end; else None."""
         if account.method in (START, GRID, RETRAINING):
             return None
         ended = [t.charges[-1] for t in self.trials_of(Account(START, account.seed)) if t.charges]
@@ -232,7 +234,7 @@ class Ledger:
 
     def reason(self, account: Account) -> str | None:
         """Why an account suggests nothing more, and what its budget went into where it never completed a run; None
-        while it goes on."""
+        while the account goes on."""
         said = self.stopped.get(account)
         statuses = {trial.status for trial in self.trials_of(account)} - {"forgotten"}
         if said not in (BUDGET_SPENT, SEARCH_ENDED) or "running" in statuses or self.completed_run(account):
@@ -243,7 +245,7 @@ class Ledger:
 
     @property
     def accounts(self) -> list[Account]:
-        """All that have been mentioned, in order."""
+        """All accounts that events have mentioned, in order."""
         return list(dict.fromkeys([*(record.account for record in self.trials.values()), *self.stopped]))
 
     def _apply(self, event: Mapping[str, Any]) -> None:
@@ -291,7 +293,7 @@ class Ledger:
             self._standings[record.account].take(judged)
 
     def _lose(self, record: TrialRecord, kept: int) -> None:
-        """Only the first `kept` of a trial's charges count."""
+        """Let only the first `kept` of a trial's charges count from now on."""
         if kept < len(record.charges):
             before = record.spent
             self._standings.clear()
@@ -337,7 +339,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _with_numbers(event: dict[str, Any]) -> dict[str, Any]:
-    """A result's nulls stand for numbers that were not finite."""
+    """An event with NaN in place of its result's nulls, which stand for numbers that were not finite."""
     if event["event"] != "result":
         return event
     return {key: math.nan if value is None else value for key, value in event.items()}

@@ -45,57 +45,58 @@ from tune_hypergrad.space import (
 from tune_hypergrad.trainables import HD, STN, CenteredSTN, DeltaSTN, FixedSchedule, InnerRun
 
 LEAST_TRAININGS = 4.0
-"""What a search that plans its budget needs, in plain trainings: an outer step costs as much."""
+"""Plain trainings that a search which plans its budget needs at the least: an outer step costs as much."""
 _GROUPS = "groups"  # key of a problem's findings
 _STEPS_PER_REPORT = 150  # what a result costs beside them is little
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, Python's or NumPy's; booleans are none."""
+    """Whether a value is a whole number, Python's or NumPy's; booleans are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class JudgedBy(NamedTuple):
-    """What trials are judged by."""
+    """The figure that trials are judged by, and its direction, as a Ray searcher takes them."""
 
     metric: str
-    """A key of their results."""
+    """Name of the figure among the entries of a trial's results, such as "val_loss"."""
     mode: str
-    """"min" or "max"."""
+    """Which way the figure is better: "min" or "max"."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is to work on."""
+    """What a method of a comparison is to work on."""
 
     problem: Problem
-    """What is trained."""
+    """The problem that is trained."""
     space: Mapping[str, Any]
-    """Ray domains by name."""
+    """The search space: Ray domains by hyperparameter."""
     steps: int
     """Inner steps in one training run."""
     optimizer: str | Optimizer = "sgd"
-    """Inner optimizer."""
+    """Inner optimizer, by name or an `Optimizer` of one's own; "sgd" by default."""
     clip_gradient: float | None = None
-    """Clamp every element of the training gradient to +- this value."""
+    """Value that every element of the training gradient is clamped to, +-; None does not clamp."""
     clip_norm: float | None = None
-    """Scale the training gradient down to this norm over all weights."""
+    """Norm over all weights that a longer training gradient is scaled down to; None does not scale."""
     ema: float | None = None
-    """Judge an exponential moving average of the weights, of this decay; None judges the weights."""
+    """Decay of an exponential moving average of the weights, which is then judged in their place; None judges the
+    weights."""
     autocast: str | None = None
-    """"bfloat16" for the model's forward pass under `torch.autocast`."""
+    """"bfloat16" for the model's forward pass under `torch.autocast`; None is the model's own type."""
     max_memory: float | str | None = None
     """What a trial may keep for hypergradients: bytes, or such as "2GiB"; None is a quarter of what is free when it
     begins. What it keeps it does not compute again, so that it costs less."""
     seed: int = 0
-    """Seeds the method and its trials."""
+    """Seed of the method's searcher and of its trials; 0 by default."""
     min_epochs: float | None = None
     """Epochs in the shortest training run of methods that judge configurations early; None is a 27th of the longest,
     or what a schedule's windows need."""
     max_epochs: float | None = None
     """Epochs in the longest training run of black-box methods; None is `steps`."""
     eta: float = 3
-    """One in eta configurations is promoted to eta times the epochs."""
+    """One in `eta` configurations is promoted to `eta` times the epochs, by methods that judge configurations early."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Hyperparameters that no method tunes, and their values."""
     self_tuning_epochs: float | None = None
@@ -110,13 +111,13 @@ class Task:
 
     @property
     def training(self) -> dict[str, Any]:
-        """How its trials train besides their hyperparameters: settings that every trainable has."""
+        """Settings that every trainable takes, of how trials train besides their hyperparameters."""
         names = ("steps", "optimizer", "clip_gradient", "clip_norm", "ema", "autocast", "check")
         return {name: getattr(self, name) for name in names}
 
     @property
     def judged_by(self) -> JudgedBy:
-        """What a Ray searcher is given as `metric` and `mode`: the problem's objective."""
+        """The problem's objective as a Ray searcher is given it, by `metric` and `mode`."""
         return JudgedBy(self.problem.criterion.column, self.problem.criterion.mode)
 
     @property
@@ -134,7 +135,8 @@ class Task:
         return steps
 
     def part(self, of_training_loss: bool) -> dict[str, Any]:
-        """The space's hyperparameters that are the training loss's and its regularisers', or those that are not."""
+        """The hyperparameters of the space that are the training loss's and its regularisers', or else those that are
+        not."""
         of_loss = self.problem.loss_hyperparameters
         return {name: value for name, value in self.space.items() if (name in of_loss) == of_training_loss}
 
@@ -186,8 +188,8 @@ def plain_training(task: Task) -> Trainable:
 
 
 def hyperparameters_of(task: Task) -> tuple[str, ...]:
-    """What trials on a task can be given besides settings: hyperparameters of the optimizer, or of those that the space
-    has, and of the training loss, arguments of the model factory, and the batch size."""
+    """Names that trials on a task can be given besides settings: hyperparameters of the optimizer, or of those that the
+    space has, and of the training loss, arguments of the model factory, and the batch size."""
     problem = task.problem
     of_optimizers = (name for known in optimizers_of(task) for name in known.hyperparameters)
     of_loss = sorted(problem.loss_hyperparameters)
@@ -198,7 +200,7 @@ def hyperparameters_of(task: Task) -> tuple[str, ...]:
 
 
 def _is_of_group(name: str, task: Task) -> bool:
-    """Whether it is a hyperparameter of an optimizer in one of the problem's parameter groups.
+    """Whether a name is that of an optimizer's hyperparameter in one of the problem's parameter groups.
 
     Raises:
         InputError: the problem has no such group.
@@ -211,7 +213,7 @@ def _is_of_group(name: str, task: Task) -> bool:
 
 
 def _groups(problem: Problem) -> Groups:
-    """The problem's parameter groups, which a model has to be made for; once."""
+    """The problem's parameter groups; they are found once, since a model has to be made for it."""
     if problem.groups is None:
         return Groups()
     if _GROUPS not in problem.findings:
@@ -220,7 +222,7 @@ def _groups(problem: Problem) -> Groups:
 
 
 def optimizers_of(task: Task) -> list[Optimizer]:
-    """What a trial's inner optimizer can be.
+    """The inner optimizers that a trial on a task can have.
 
     Raises:
         InputError: two of them have the same name, by which a trial's records tell them.
@@ -237,7 +239,7 @@ def optimizers_of(task: Task) -> list[Optimizer]:
 
 
 def training_reports(task: Task) -> int:
-    """Results in one plain training run: one an epoch, but at most one in 150 steps."""
+    """Number of results in one plain training run: one an epoch, but at most one in 150 inner steps."""
     return max(1, task.steps // max(task.problem.steps_per_epoch, _STEPS_PER_REPORT))
 
 
@@ -256,23 +258,24 @@ class Method:
     """
 
     name: str
-    """What reports and the command line call it."""
+    """Name of the method in reports and on the command line."""
     searcher: Callable[[Task], Searcher]
-    """Makes its searcher for a task, one for every seed."""
+    """Makes the method's Ray searcher for a task; called once for every seed."""
     trainable: Callable[[Task], Trainable] = plain_training
-    """Makes what its trials run for a task; by default plain training with the config's hyperparameters."""
+    """Makes the Ray trainable that the method's trials run on a task; by default plain training with the config's
+    hyperparameters."""
     resources: Mapping[str, float] | PlacementGroupFactory | None = None
-    """What each of its trials gets, such as {"cpu": 1, "gpu": 0.25}; None is what all methods get."""
+    """Resources of each of the method's trials, such as {"cpu": 1, "gpu": 0.25}; None is what all methods get."""
     description: str = ""
-    """One line for people."""
+    """Description of the method in one line, for people."""
     concurrent: int | None = None
-    """Trials of one seed that it can run at once; None is no limit."""
+    """Trials of one seed that the method can run at once; None is no limit."""
     tunable: Callable[[Task], Mapping[str, Any]] = field(default=lambda task: task.space)
-    """The part of a task's space that it can tune."""
+    """Gives the part of a task's space that the method can tune; all of it by default."""
     plans_budget: bool = False
-    """Whether its searcher plans for `Task.trainings`. Where a comparison gets more budget, the search of such a method
-    begins again from its incumbent, with what is left; others go on where they were. Where less than four trainings are
-    left it does not begin, and has them for a later extension."""
+    """Whether the method's searcher plans for `Task.trainings`. Where a comparison gets more budget, the search of such
+    a method begins again from its incumbent, with what is left; others go on where they were. Where less than four
+    trainings are left it does not begin, and has them for a later extension."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -291,8 +294,8 @@ class Method:
 
 
 def _black_box(search: Callable[..., Searcher], *settings: str) -> Callable[[Task], Searcher]:
-    """A searcher whose trials train plainly, from scratch, for as many epochs as it says; the first has the task's
-    start, on the lowest rung where there are several."""
+    """Makes searchers whose trials train plainly, from scratch, for as many epochs as the searcher says; the first
+    trial has the task's start, on the lowest rung where there are several."""
 
     def of_task(task: Task) -> Searcher:
         arguments = [getattr(task, name) for name in settings]
@@ -311,14 +314,16 @@ def _inner_runs(task: Task) -> Trainable:
 
 
 def _by_hypergradients(task: Task) -> Searcher:
-    """One trial for every run of the robust search, which confirms what it finds as far as the budget has room."""
+    """The search by hypergradients with one trial for every run of the robust rule, which confirms what it finds as far
+    as the budget has room."""
     affordable = task.trainings is not None and task.trainings >= LEAST_TRAININGS
     settings = SearchSettings(trainings=task.trainings if affordable else None)
     return _hypergradient_search(task, _differentiable(task), settings)
 
 
 def _by_the_papers_rule(task: Task) -> Searcher:
-    """The paper's search: linear scales within the space's bounds, from zero or the bound nearest to it."""
+    """The search of the FDS paper (Micaelli & Storkey 2021): linear scales within the space's bounds, from zero or the
+    bound nearest to it."""
     return _hypergradient_search(task, _linear(_differentiable(task)), SearchSettings(rule="paper"))
 
 
@@ -341,7 +346,7 @@ def _hypergradient_search(task: Task, tuned: Mapping[str, Any], settings: Search
 
 
 def _linear(space: Any) -> Any:
-    """A space whose logarithmic domains are uniform between the same bounds."""
+    """A space in which logarithmic domains have become uniform ones between the same bounds."""
     if isinstance(space, Mapping):
         return {name: _linear(entry) for name, entry in space.items()}
     return tune.uniform(space.lower, space.upper) if is_logarithmic(space) else space
@@ -352,13 +357,13 @@ def _hypergradient_descent(task: Task) -> Trainable:
 
 
 def _derivable(task: Task) -> dict[str, Any]:
-    """The space without what a training loss has no derivative by, such as dropout's rate."""
+    """A task's space without what a training loss has no derivative by, such as dropout's rate."""
     without = task.problem.underivable_hyperparameters
     return {name: value for name, value in task.space.items() if name not in without}
 
 
 def _differentiable(task: Task) -> dict[str, Any]:
-    """What hypergradients tune.
+    """The part of a task's space that hypergradients tune.
 
     Raises:
         UnsuitedError: there is nothing, or something that has no derivative, such as a choice.
@@ -372,13 +377,14 @@ def _differentiable(task: Task) -> dict[str, Any]:
 
 
 def _constants(task: Task) -> dict[str, Any]:
-    """What has a derivative, without windows: hypergradient descent makes its own schedule."""
+    """The part of a task's space that has a derivative, without windows: hypergradient descent makes its own
+    schedule."""
     return {name: without_schedule(value) for name, value in _differentiable(task).items()}
 
 
 def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searcher]:
-    """Begin at the task's start, of a schedule the mean over the run, or from zero; where budget is left when that has
-    ended, begin again from random points."""
+    """Makes searchers that begin at the task's start, of a schedule the mean over the run, or from zero; where budget
+    is left when that has ended, they begin again from random points."""
 
     def of_task(task: Task) -> Searcher:
         tuned = space(task)
@@ -390,7 +396,7 @@ def _restarts(space: Callable[[Task], dict[str, Any]]) -> Callable[[Task], Searc
 
 
 def _inside(task: Task) -> dict[str, Any]:
-    """What a self-tuning network tunes.
+    """The part of a task's space that a self-tuning network tunes inside its training run.
 
     Raises:
         UnsuitedError: the search space has none of it.
@@ -405,9 +411,9 @@ def _inside(task: Task) -> dict[str, Any]:
 
 
 def _by_self_tuning(task: Task) -> Mapping[str, Any]:
-    """All of the space but values of parameter groups, the optimizer from run to run, if there is something to tune
-    inside a run, whose own weights are judged; nothing where groups have values that are fixed, which such a network
-    refuses."""
+    """The part of a task's space that methods of self-tuning networks tune: all but values of parameter groups, the
+    optimizer from run to run, if there is something to tune inside a run, whose own weights are judged; nothing where
+    groups have values that are fixed, which such a network refuses."""
     has_fixed = any(_is_of_group(name, task) for name in task.fixed) or bool(_groups(task.problem).values)
     if has_fixed or _judges_average(task) or not task.part(of_training_loss=True):
         return {}
@@ -419,8 +425,8 @@ def _judges_average(task: Task) -> bool:
 
 
 def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
-    """Regularisation is tuned inside the training run; it begins at the task's start where that is not on the edge of a
-    range, which the unconstrained scale does not reach."""
+    """Makes trainables in which regularisation is tuned inside the training run; it begins at the task's start where
+    that is not on the edge of a range, which the unconstrained scale does not reach."""
 
     def of_task(task: Task) -> Trainable:
         epochs, inside = task.self_tuning_steps / task.problem.steps_per_epoch, _inside(task)
@@ -432,8 +438,8 @@ def _self_tuning(trainable: type[DeltaSTN]) -> Callable[[Task], Trainable]:
 
 
 def _around_self_tuning(task: Task) -> Searcher:
-    """The optimizer is tuned from run to run; it begins at the task's start, of a schedule the mean over the run, else
-    at customary values, since a run is a search of its own."""
+    """A search around runs of self-tuning networks, by which the optimizer is tuned from run to run; it begins at the
+    task's start, of a schedule the mean over the run, else at customary values, since a run is a search of its own."""
     outside = {
         name: without_schedule(value)
         for name, value in task.part(of_training_loss=False).items()
@@ -447,7 +453,8 @@ def _around_self_tuning(task: Task) -> Searcher:
 
 
 def _customary_point(space: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """The customary values nearest in a space of some of their hyperparameters, without those it has no range of."""
+    """Customary values of hyperparameters as a point of a space that has some of them: the nearest in range, without
+    those that the space has no range of."""
     point: dict[str, Any] = {}
     for name, entry in space.items():
         with suppress(InputError):
@@ -458,7 +465,7 @@ def _customary_point(space: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
 
 def _start_of(task: Task, names: Collection[str]) -> dict[str, Any]:
-    """The task's start, of these hyperparameters, without schedules: their mean over the run."""
+    """The task's start for some hyperparameters, without schedules: of these, the mean over the run."""
     start = {name: value for name, value in (task.start or {}).items() if name in names}
     return {
         name: fmean(Schedule({name: value}).windows(name)) if is_hyperparameter(value) else value
@@ -474,7 +481,8 @@ def _in_form(space: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 
 
 def _entry_of(space: Mapping[str, Any], name: str, value: float) -> Any:
-    """A value, or the nearest one in range, in the form of the space; the mean of a schedule may be out of range."""
+    """A value in the form of the space's entry, or the nearest one in range: the mean of a schedule may be out of
+    range."""
     with suppress(InputError):  # whole numbers and choices
         value = float(gradient_ranges({name: space[name]})[0][name].project(torch.tensor(value, dtype=torch.float64)))
     return in_form_of(space, {name: [value]})[name]
@@ -487,7 +495,7 @@ def _on_edge(domain: Any, value: float) -> bool:
 
 
 def _seeds(task: Task) -> Searcher:
-    """Nothing is searched: trials differ by their random numbers."""
+    """A search of nothing: trials differ by their random numbers."""
     return RandomSearch({"seed": tune.randint(0, 2**31)}, *task.judged_by, seed=task.seed)
 
 
@@ -587,10 +595,10 @@ METHODS: dict[str, Method] = {
 }
 
 FLOOR = "cosine"
-"""The method that tunes nothing, which others should be better than."""
+"""Name of the method that tunes nothing, which others should be better than."""
 
 BY_DEFAULT = tuple(name for name in METHODS if name != "centered-stn")
-"""What `compare` compares."""
+"""Names of the methods that `compare` compares by default."""
 
 
 _RUN_BY = {
@@ -619,7 +627,7 @@ def taken_by(method: Method, task: Task) -> frozenset[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method of that name.
+    """The built-in method of that name.
 
     Raises:
         InputError: there is none.

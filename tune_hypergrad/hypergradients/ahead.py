@@ -44,7 +44,7 @@ class BatchesAhead:
         self._room = 0
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Announce numbers in the order in which they are going to be asked for."""
+        """Announce numbers in the order in which their batches are going to be asked for."""
         self._announced = numbers
 
     def get(self, number: int, *, again: bool = False) -> list[Batch]:
@@ -67,7 +67,7 @@ class BatchesAhead:
         return found
 
     def forget(self) -> None:
-        """Let go of all that is kept."""
+        """Let go of all batches that are kept."""
         self._kept, self._sizes = {}, {}
 
     def _read(self, number: int) -> list[Batch]:
@@ -83,12 +83,13 @@ class BatchesAhead:
         return found
 
     def _is_next(self, number: int) -> bool:
-        """Whether workers give this one next."""
+        """Whether the workers give the batches of this number next."""
         is_present = self._stream is not None and self._stream is self._reader.present
         return is_present and bool(self._requested) and self._requested[0] == number
 
     def _order_from(self, number: int) -> Iterator[int] | None:
-        """The order that begins here, as far as can be told."""
+        """The numbers from this one on in the order in which they are likely to be asked for; None where that cannot be
+        told."""
         if len(self._announced) > 1 and self._announced[0] == number:
             return iter(self._announced)
         if self._last is None or abs(number - self._last) != 1:
@@ -106,7 +107,7 @@ class BatchesAhead:
                 yield self._tasks(number)
 
     def _keep(self, number: int, batches: list[Batch]) -> None:
-        """Keep copies, which are in no memory that is shared with workers, nor pinned."""
+        """Keep copies of a number's batches, which are in no memory that is shared with workers, nor pinned."""
         if not self._kept:
             self._room = min(free_memory(torch.device("cpu")), _MOST)
         copies: dict[int, Any] = {}

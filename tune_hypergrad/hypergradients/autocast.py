@@ -16,7 +16,8 @@ from tune_hypergrad.batches import Batch, Forward
 from tune_hypergrad.errors import InputError
 
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16}
-"""What `torch.autocast` computes in, by name. Of float16 gradients would have to be scaled, and steps be skipped."""
+"""Types that `torch.autocast` can compute in, by name. With float16 gradients would have to be scaled, and steps be
+skipped."""
 
 _NORMALISATIONS = (F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm)
 _WHOLE_ON_CUDA = (F.layer_norm, F.group_norm)  # whose outputs autocast leaves in float32 there
@@ -31,11 +32,11 @@ class UnderAutocast(NamedTuple):
 
     forward: Forward
     device_type: str
-    """"cpu", "cuda", ..."""
+    """Type of the device, as `torch.autocast` takes it: "cpu", "cuda", ..."""
     lower: torch.dtype
-    """What matrix products and convolutions are computed in."""
+    """Type that matrix products and convolutions are computed in."""
     dtype: torch.dtype
-    """The weights' type."""
+    """Type of the model's weights."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Any:
         # a cached cast would stay in use where weights are swapped, or of another derivative's level
@@ -48,7 +49,7 @@ class UnderAutocast(NamedTuple):
         return tree_map_only(Tensor, self.restored, output)
 
     def restored(self, tensor: Tensor) -> Tensor:
-        """In the weights' type."""
+        """A tensor in the weights' type where it is in the lower one, else as it is."""
         return tensor.to(self.dtype) if tensor.dtype == self.lower else tensor
 
 
@@ -86,7 +87,7 @@ class _WholeNormalisations(TorchFunctionMode):
 
 
 def autocast_dtype(name: str) -> torch.dtype:
-    """The type of that name.
+    """The torch type that goes by that name in the setting `autocast`.
 
     Raises:
         InputError: there is none.

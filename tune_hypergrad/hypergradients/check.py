@@ -41,7 +41,8 @@ _USUAL = {"lr": 0.05, "momentum": 0.5, "weight_decay": 1e-3}
 _ADAPTIVE = {"lr": 1e-3, "momentum": 0.5, "weight_decay": 1e-2}
 _VAL_EXAMPLES = 64
 CHECKED_GROUPS = 2
-"""Of how many parameter groups a hyperparameter's values are compared, unless they are named: one is as another."""
+"""Number of parameter groups in which a hyperparameter's values are compared, unless they are named: one is as
+another."""
 _NUDGE = 1e-13
 """Relative change of the weights that a training run in double precision should hardly notice."""
 _ROUNDING = torch.finfo(torch.float64).eps
@@ -50,16 +51,18 @@ _ROUNDING = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class ProblemCheck:
-    """What `check_problem` found."""
+    """What `check_problem` found: whether hypergradients are right on a problem, and by which mode."""
 
     ok: bool
-    """Whether some mode is right; one that is not is in `refusals`, and is not taken by itself."""
+    """Whether at least one mode gives right hypergradients; a mode that does not is in `refusals`, and "auto" does not
+    take it."""
     message: str
-    """One line: all is well, or what will not work and why."""
+    """One line for people: that all is well, or what will not work and why."""
     errors: dict[str, float] = field(default_factory=dict)
-    """Largest relative error against differences, by mode."""
+    """By mode, the largest error of its hypergradients against differences, relative to a hyperparameter's largest
+    element."""
     refusals: Refusals = field(default_factory=dict)
-    """Why a mode has no right derivative, by mode."""
+    """By mode, why its hypergradients are not right: one line each."""
 
     def __str__(self) -> str:
         return self.message
@@ -185,8 +188,8 @@ def finite_differences(loop: InnerLoop, hyperparameters: Hyperparameters, epsilo
 
 
 class _ReadOnce(LoopBatches):
-    """Training batches that are read once, so that data which is another one each time is the same; by step and number,
-    `read` has those that were."""
+    """Training batches that are read once, so that data which is another one each time stays the same; `read` has, by
+    step and number, those that were."""
 
     def __init__(self, read: Mapping[tuple[int, int], Batch], *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -199,7 +202,7 @@ class _ReadOnce(LoopBatches):
 
 
 class _ReadingOnce(InnerLoop):
-    """An inner loop that reads so."""
+    """An inner loop whose training batches are read once, as `_ReadOnce` does it."""
 
     def __init__(
         self, problem: Problem, settings: TrainingSettings, read: Mapping[tuple[int, int], Batch] | None = None
@@ -316,8 +319,8 @@ class _Comparison:
         return result.val_loss, result.hypergradients
 
     def _errors(self, found: Hyperparameters, tolerance: float) -> dict[str, float]:
-        """The largest error of each hyperparameter's elements, relative to the largest of these; without those whose
-        derivatives differences cannot tell."""
+        """By hyperparameter, the largest error of its elements relative to the largest of them, without hyperparameters
+        whose derivatives differences cannot tell."""
         errors: dict[str, float] = {}
         with self._loop.running():
             for name, gradients in found.items():
@@ -360,7 +363,7 @@ class _Comparison:
 
 
 def _reduced(problem: Problem, examples: int | None) -> Problem:
-    """The problem with small batches and a part of the validation split, of which metrics may have no value."""
+    """A problem with small batches and a part of its validation split, of which metrics may have no value."""
     split: Split = problem.val  # type: ignore[assignment]
     size = min(len(split), examples or _VAL_EXAMPLES)
     batch_size = problem.batch_size if examples is None else min(problem.batch_size, examples)
@@ -375,7 +378,7 @@ def _differ(val_loss: float, other: float) -> bool:
 
 
 def _or_infinite(error: float) -> float:
-    """By what to order errors of which some are not numbers."""
+    """An error as a key to order by: inf where it is not a number."""
     return inf if isnan(error) else error
 
 

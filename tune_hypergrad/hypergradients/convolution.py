@@ -23,7 +23,8 @@ from torch.autograd import Function
 from tune_hypergrad.hypergradients.substitution import Substitutes
 
 _Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
-"""Stride, padding, dilation, whether transposed, output padding, groups, as torch's own kernel takes them."""
+"""A convolution's stride, padding, dilation, whether it is transposed, output padding and groups, as torch's kernel
+takes them."""
 
 
 class _Convolution(Function):
@@ -42,7 +43,7 @@ class _Convolution(Function):
 
 
 class _Gradient(Function):
-    """The first derivative, as a function of what it is made of."""
+    """The first derivative of a convolution, as a function of the output's cotangent, the input and the weight."""
 
     @staticmethod
     def forward(
@@ -90,7 +91,7 @@ def _sized(value: int | tuple[int, ...], count: int) -> list[int]:
 
 
 def _applicable(input: Tensor, weight: Tensor, padding: Any) -> bool:
-    """Whether it is a plain batch: others are torch's, which has error messages and more cases."""
+    """Whether a convolution is of a plain batch: others are torch's, which has error messages and more cases."""
     same = isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dtype == weight.dtype
     real = same and input.is_floating_point() and not isinstance(padding, str)
     return real and input.ndim == weight.ndim and 0 not in input.shape and not _is_autocast(input.device.type)
@@ -142,4 +143,4 @@ CONVOLUTIONS: Substitutes = {
     **{f: _plain(f, d) for f, d in ((F.conv1d, 1), (F.conv2d, 2), (F.conv3d, 3))},
     **{f: _transposed(f, d) for f, d in ((F.conv_transpose1d, 1), (F.conv_transpose2d, 2), (F.conv_transpose3d, 3))},
 }
-"""For the adjoint of a training step."""
+"""Convolutions with second derivatives of the same kind, by torch's functions, for the adjoint of a training step."""

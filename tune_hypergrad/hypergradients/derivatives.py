@@ -15,13 +15,13 @@ from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, thr
 from tune_hypergrad.randomness import preserved_generators, seed_everything
 
 TOLERANCE = 1e-4
-"""Relative error up to which a derivative is taken for the differences'."""
+"""Relative error up to which a derivative agrees with differences."""
 _STEP_SIZES = (1e-5, 1e-4, 1e-6, 1e-7)
 _SEED = 20
 
 
 class _Call:
-    """One call as a function of its floating tensors, flattened to one vector: double precision in and out."""
+    """One call of a function, as a function of its floating tensors alone, in double precision."""
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._function = function
@@ -35,7 +35,7 @@ class _Call:
         self.point = [self._leaves[position].double() for position in self._moving]
 
     def __call__(self, point: Sequence[Tensor]) -> list[Tensor]:
-        """The floating tensors that the function gives."""
+        """The floating tensors that the function gives at a point, in double precision."""
         leaves = [leaf.double() if _is_floating(leaf) else leaf for leaf in self._leaves]
         for position, value in zip(self._moving, point, strict=True):
             leaves[position] = value.clone()  # which the call may write to
@@ -104,7 +104,7 @@ def _fault_of_double_backward(call: _Call, cotangents: Sequence[Tensor]) -> str 
 def _pulled_back(
     call: _Call, leaves: Sequence[Tensor], cotangents: Sequence[Tensor], create_graph: bool = False
 ) -> list[Tensor]:
-    """The cotangents' product with the call's Jacobian."""
+    """The product of cotangents with the Jacobian of a call."""
     value = _inner(call(leaves), cotangents)
     if not value.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]

@@ -35,7 +35,7 @@ class DoublePrecision(LastingMode):
 
 
 def in_double_precision(problem: Problem) -> Problem:
-    """The problem with its model in float64, to be trained in `DoublePrecision`."""
+    """A problem with its model in float64, to be trained in `DoublePrecision`."""
     return problem.replace(model=partial(_double, problem.model))
 
 

@@ -41,7 +41,7 @@ from tune_hypergrad.problem import Problem
 T = TypeVar("T")
 
 LOSS = "loss"
-"""How the loss is called among the measures; metrics have names of their own."""
+"""Name of the loss among the measures; metrics have names of their own."""
 _ENOUGH = 8
 """Batches whose parts had to agree, with values that differed, before a measure is known to be a mean."""
 
@@ -52,12 +52,12 @@ _Single = tuple[Batch, Any]
 
 
 class _Chosen(NamedTuple):
-    """Some examples of a split."""
+    """Some examples of a split, as a batch and by their indices."""
 
     indices: Tensor | slice
     batch: Batch
     examples: int
-    """How many there are."""
+    """Number of the examples."""
 
 
 class Evaluable(Protocol):
@@ -83,7 +83,7 @@ class Evaluable(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """How good some weights are on a split."""
+    """How good some weights are on a split: loss and metrics, and the loss's gradients where they were asked for."""
 
     loss: float
     metrics: dict[str, float]
@@ -175,10 +175,10 @@ class _Pass:
         self._outputs: list[tuple[Any, Any]] = []
         self._single: _Single | None = None
         self.telling: Counter[str] = Counter()
-        """By measure, batches whose parts have agreed though their values differ."""
+        """By measure, the number of batches whose parts have agreed though their values differ."""
 
     def run(self, unknown: Set[str]) -> set[str]:
-        """Go through the batches; returns those of the `unknown` measures that are no means over examples."""
+        """Go through the batches; returns the `unknown` measures that are no means over examples."""
         for metric in self._accumulating.values():
             metric.reset()  # type: ignore[attr-defined]
         self._loop.seed_evaluation()
@@ -218,7 +218,7 @@ class _Pass:
         return self._loop.within({**self._tensors, **buffers}, body, training=False)
 
     def _judge(self, chosen: _Chosen, unknown: Set[str]) -> set[str]:
-        """Everything that one batch adds; returns those of the `unknown` measures that are no means of it."""
+        """Add what one batch contributes; returns the `unknown` measures that are no means over its examples."""
         _, batch, examples = chosen
         target, quotients = self._loop.problem.target(batch), QuotientsOf()
         now = LOSS not in self._whole
@@ -265,7 +265,7 @@ class _Pass:
                 total.add_(gradient, alpha=factor)
 
     def _no_means(self, chosen: _Chosen, output: Any, target: Any, unknown: Set[str]) -> set[str]:
-        """Those of the `unknown` measures whose figures are not what two parts of a batch make together."""
+        """Names of the `unknown` measures whose figures are not what two parts of a batch make together."""
         names = [name for name in self._parts if name in unknown - self._declared]
         together = can_be_cut((output, target), chosen.examples)
         previous, self._single = self._single, None
@@ -305,13 +305,14 @@ class _Pass:
             yield name, self._parts[name][-1], [(self._attempt(name, *part), size) for *part, size in parts]
 
     def _part(self, chosen: _Chosen, begin: int, end: int) -> Batch:
-        """Some examples of a batch, read anew where it cannot be cut, as one that is packed, padded or a graph."""
+        """Some examples of a batch; they are read anew where it cannot be cut, as a batch that is packed, padded or a
+        graph."""
         if can_be_cut(chosen.batch, chosen.examples):
             return cut(chosen.batch, begin, end)
         return next(self._read([_part_of(chosen.indices, begin, end, len(self._split))])).batch
 
     def _with_previous(self, names: list[str], previous: _Single | None, single: _Single) -> Iterator[_Comparison]:
-        """Some measures of two batches of one example as one batch, if they can be that, and of each."""
+        """Some measures of two batches of one example, as one batch where they can be joined, and of each by itself."""
         if previous is None or not can_be_joined(previous, single):
             return
         quotients = QuotientsOf()
@@ -399,7 +400,7 @@ def _recording(on: bool) -> AbstractContextManager[Any]:
 
 
 def _count(part: Part, examples: int) -> float:
-    """What a batch adds to the number that the split's total is divided by."""
+    """What a batch adds to the number by which the split's total is divided."""
     return float(examples) if part.divisor is None else part.divisor
 
 
@@ -412,7 +413,7 @@ def _length(chosen: Tensor | slice, examples: int) -> int:
 
 
 def _part_of(chosen: Tensor | slice, begin: int, end: int, examples: int) -> Tensor | slice:
-    """Those from `begin` to before `end` of some indices into so many examples."""
+    """The indices from `begin` to before `end` of those that choose some of `examples` examples."""
     if isinstance(chosen, Tensor):
         return chosen[begin:end]
     part = range(examples)[chosen][begin:end]

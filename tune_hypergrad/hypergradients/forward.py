@@ -136,8 +136,8 @@ class ForwardRun(HypergradientRun):
         return State(params, slots, buffers, counted(self.state.counts, without))
 
     def _selection(self, step: int) -> dict[str, Tensor]:
-        """e: for every hyperparameter, shape [columns in use], 1 where the column is its open window; where it is a
-        curve's number, the derivative of the step's value."""
+        """The vectors e of the columns in use: by hyperparameter, shape [columns in use], 1 where the column is its
+        open window; where the column is a curve's number, the derivative of the step's value by it."""
         selection = {
             name: torch.zeros(self._in_use, device=self.loop.device, dtype=self.loop.dtype)
             for name in base_names(self.hyperparameters)
@@ -174,7 +174,8 @@ class ForwardRun(HypergradientRun):
         step: int,
         number: int,
     ) -> _Differentiated:
-        """What `_gradient_tangents` gives, of one of the step's batches, which begins with these buffers."""
+        """The training gradient of one of a step's batches, which begins with these buffers, and its tangents, as
+        `_gradient_tangents` gives them."""
         loop = self.loop
         still = {n: buffer for n, buffer in buffers.items() if n not in loop.moving and has_derivatives(buffer)}
         found: _Differentiated | None
@@ -206,7 +207,8 @@ class ForwardRun(HypergradientRun):
         step: int,
         number: int,
     ) -> tuple[_Differentiated, Buffers]:
-        """What `_tangents_on` gives, and the tangents of the buffers afterwards."""
+        """The training gradient of one of a step's batches and its tangents, as `_tangents_on` gives them, and the
+        tangents of the buffers afterwards."""
         loop, state, batch = self.loop, self.state, self.loop.batches.of_step(step, number)
         of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
         moved = {name: buffers[name] for name in loop.differentiated(buffers)}
@@ -294,7 +296,7 @@ def _first_step(derivatives: Tensor) -> int:
 
 
 def _refuse_another_step(step: int, first: Tensor, again: Tensor) -> None:
-    """Refuse tangents of a step that was another one for some of them."""
+    """Refuse a step that was another one for some of its tangents than for others."""
     scale = float(first.abs().max())
     if not torch.allclose(again, first, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
         raise InputError(

@@ -57,7 +57,7 @@ def fused_batch_norm(
 
 
 class _OfPrimals(Function):
-    """A function of what tangents are taken at, which is the same for all columns."""
+    """A function of the values that tangents are taken at, which are the same for all columns."""
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -152,8 +152,8 @@ class _NormaliseBackwardTangent(Function):
 def _normalise_tangents(
     x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, count: int, columns: _Columns
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy [count, *x.shape] and those of the mean and of the unbiased variance, [count, channels], for columns of
-    (dx, dw, db)."""
+    """Tangents of the output, [count, *x.shape], and of the mean and the unbiased variance, [count, channels], for
+    columns of (dx, dw, db)."""
     per_channel = _channel_view(x)
     normal, scale, n = _normalised(x, mean, r), weight * r, x.numel() // x.shape[1]
     dy, dmean, dvar = x.new_empty(count, *x.shape), x.new_empty(count, x.shape[1]), x.new_empty(count, x.shape[1])
@@ -169,7 +169,8 @@ def _normalise_tangents(
 def _normalise_backward_tangents(
     gy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, count: int, columns: _Columns
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dgx [count, *x.shape], dgw and dgb [count, channels], for columns of (dgy, dx, dw)."""
+    """Tangents of the gradients by x, [count, *x.shape], and by weight and bias, [count, channels], for columns of
+    (dgy, dx, dw)."""
     per_channel = _channel_view(x)
     normal, scale, n = _normalised(x, mean, r), weight * r, x.numel() // x.shape[1]
     mean_gy, mean_normal_gy = (total / n for total in _sums(gy, x, mean, r))
@@ -213,5 +214,5 @@ def _normalised(x: Tensor, mean: Tensor, r: Tensor) -> Tensor:
 
 
 def _channel_view(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Views a value per channel so that it broadcasts with x."""
+    """A function that views a value per channel so that it broadcasts with x."""
     return lambda value: value.view(-1, *(1 for _ in x.shape[2:]))

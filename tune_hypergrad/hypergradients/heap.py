@@ -19,7 +19,7 @@ _GIVE_BACK = {_TRIM_THRESHOLD: 1 << 26, _TOP_PAD: 1 << 17, _MMAP_THRESHOLD: 1 <<
 
 class _Kept:
     depth = 0
-    """How many bodies run within each other: the outermost gives back."""
+    """How many bodies of `kept_heap` run within each other: the outermost gives memory back."""
 
 
 @contextmanager

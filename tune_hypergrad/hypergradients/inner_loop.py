@@ -42,18 +42,19 @@ class Training(NamedTuple):
     loss: Tensor
     """The training loss, shape []."""
     gradient: Tensor
-    """Its gradient by the weights, shape [P]: zeros for parameters that have none."""
+    """Gradient of the training loss by the weights, shape [P]: zeros for parameters that have none."""
     without_gradient: frozenset[int]
-    """Positions of the parameters that have none."""
+    """Positions of the trainable parameters that have no gradient."""
     buffers: Buffers
     """The buffers after the forward pass."""
 
 
 class Passed(NamedTuple):
-    """What there is after the forward pass of a training step's batch."""
+    """What there is after the forward pass of a training step's batch: the buffers, and the place that the pass ran
+    in."""
 
     buffers: Callable[[], Buffers]
-    """Gives the buffers after it."""
+    """Gives the buffers after the forward pass."""
     within: Callable[[Callable[[], Any]], Any]
     """Gives what a body does where the pass ran, weights and regularisers in place: for derivatives taken later on."""
 
@@ -65,16 +66,17 @@ class TrainingSettings:
     steps: int
     """Inner steps in one run, T."""
     optimizer: str | Optimizer = "sgd"
-    """Name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own."""
+    """Inner optimizer, by name (`OPTIMIZERS` lists them) or an `Optimizer` of one's own."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Hyperparameters without a derivative, each a number, windows of numbers, or a curve as a trial's config has it;
-    parts of a curve that is tuned otherwise by flat name. The rest take the optimizer's and the loss's defaults."""
+    parts of a curve that is tuned otherwise by flat name. Hyperparameters that are neither tuned nor fixed take the
+    optimizer's and the loss's defaults."""
     seed: int = 0
     """Seeds the initial weights, the order of examples, augmentation and dropout."""
     clip_gradient: float | None = None
     """Clamp every element of the training gradient to +- this value; part of the step, and differentiated as such."""
     device: str | None = None
-    """Where to train; None leaves the model where its factory puts it."""
+    """Device to train on; None leaves the model where its factory puts it."""
     clip_norm: float | None = None
     """Scale the training gradient down to this norm over all weights where it is longer, as
     `torch.nn.utils.clip_grad_norm_`: by min(1, clip_norm / (norm + 1e-6)), differentiated as part of the step."""
@@ -82,8 +84,8 @@ class TrainingSettings:
     """Judge an exponential moving average of the weights: average <- ema average + (1 - ema) weights after every step,
     begun at the initial weights. It is the default of a hyperparameter of that name, which can be tuned."""
     autocast: str | None = None
-    """What the model's forward pass is computed in, in training and evaluation: "bfloat16", as under `torch.autocast`,
-    with weights, gradients and optimizer state in the model's own type; None is that type."""
+    """Type that the model's forward pass is computed in, in training and evaluation: "bfloat16", as under
+    `torch.autocast`, with weights, gradients and optimizer state in the model's own type; None is that type."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -124,7 +126,7 @@ class _Scope(nn.Module):
         return {name.split(".", 1)[1]: tensor for name, tensor in named}
 
     def path(self, name: str) -> str:
-        """The name here of what users call `name`."""
+        """The name, within this module, of the tensor that users call `name`."""
         return f"losses.{name}" if name.split(".", 1)[0] in self.losses else f"model.{name}"
 
     def tensor(self, name: str) -> Tensor:
@@ -155,7 +157,7 @@ class InnerLoop:
         self.slots = (*self.optimizer.slots, *(() if settings.ema is None else (EMA,)))
         """Names of a state's slots: the optimizer's, and the average of the weights where there is one."""
         self.validated = 0 if judged is None else 1 + self.slots.index(judged)
-        """Where in `(params, *slots)` the weights are that evaluations judge."""
+        """Position in `(params, *slots)` of the weights that evaluations judge."""
         with preserved_generators():
             seed_everything(fold_seed(settings.seed, INITIALISATION))
             self.model: nn.Module = problem.model()
@@ -328,7 +330,8 @@ class InnerLoop:
         mode: Callable[[Iterable[Tensor]], AbstractContextManager[Any]],
         body: Callable[[], T],
     ) -> T:
-        """What `body()` gives where a pass with these tensors and hyperparameters' values has run."""
+        """What `body()` gives where a pass of a training step, with these tensors and hyperparameters' values, has
+        run."""
 
         def inside() -> T:
             with self.objective.acting(values), mode(buffers.values()):
@@ -341,14 +344,15 @@ class InnerLoop:
         return mean_training(self.trainings(state, h, step, again=again))
 
     def trainings(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> Iterator[Training]:
-        """The gradients of a step's batches; each has the buffers that the one before leaves."""
+        """The gradients of a step's batches, one by one; each batch begins with the buffers that the one before
+        leaves."""
         for number in range(self.problem.batches_in(step)):
             found = self._training_on(state, h, step, number, again=again)
             state = state._replace(buffers=found.buffers)
             yield found
 
     def _training_on(self, state: State, h: Mapping[str, Any], step: int, number: int, *, again: bool) -> Training:
-        """The gradient of the loss of a step's batch."""
+        """The gradient of the training loss of one of a step's batches."""
         named = {name: p.detach().requires_grad_() for name, p in self.unflatten(state.params).items()}
         buffers = self.copies(state.buffers)
 
@@ -367,12 +371,13 @@ class InnerLoop:
         return Training(loss, gradient, without, kept)
 
     def copies(self, buffers: Buffers) -> Buffers:
-        """Buffers that a pass through the model may overwrite; frozen parameters that it never has are not copied."""
+        """Copies of buffers, which a pass through the model may overwrite; frozen parameters that it never has are not
+        copied."""
         fixed = self._frozen - self.moving if self.knows_moving else set()
         return {name: buffer if name in fixed else buffer.clone() for name, buffer in buffers.items()}
 
     def note_changes(self, before: Buffers, after: Buffers) -> bool:
-        """Add those buffers to the moving that differ and have derivatives; returns whether there were any.
+        """Add to the moving buffers those that differ and have derivatives; returns whether there were any.
 
         Args:
             before: some buffers, none of them known to move.
@@ -385,7 +390,7 @@ class InnerLoop:
         return bool(changed)
 
     def _note_moving(self, changed: set[str], before: Buffers, after: Buffers) -> None:
-        """Add what a training step has changed to the moving.
+        """Add to the moving buffers what a training step has changed.
 
         Raises:
             InputError: the step has overwritten what was taken for constant, and not copied.
@@ -401,19 +406,20 @@ class InnerLoop:
     def _together(
         self, named: Mapping[str, Tensor], gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor, frozenset[int]]:
-        """Parameters' gradients as one, of shape [P], and the positions of those that have none."""
+        """Gradients of all parameters as one, of shape [P], and the positions of parameters that have none."""
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), gradients, strict=True)]
         without = frozenset(position for position, gradient in enumerate(gradients) if gradient is None)
         return self.flatten(dict(zip(named, filled, strict=True))), without
 
     def gradient_of(self, loss: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, frozenset[int]]:
-        """Gradient [P] of a loss by parameters, itself differentiable, and the positions of those that have none."""
+        """Gradient [P] of a loss by parameters, itself differentiable, and the positions of parameters that have
+        none."""
         return self._together(named, self._gradients(loss, named, create_graph=True))
 
     def _gradients(
         self, loss: Tensor, named: Mapping[str, Tensor], *, create_graph: bool = False
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of a training loss by every parameter, None for those that have none."""
+        """Gradients of a training loss by every parameter, None for parameters that have none."""
         return torch.autograd.grad(loss, list(named.values()), create_graph=create_graph, allow_unused=True)
 
     def update(
@@ -467,11 +473,12 @@ class InnerLoop:
         return gradient
 
     def step(self, state: State, h: Mapping[str, Any], step: int) -> State:
-        """One plain training step."""
+        """The state after one plain training step."""
         return self.take_step(state, h, step)[0]
 
     def take_step(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> tuple[State, Tensor]:
-        """One plain training step, and its training loss; `again`: the step will be taken again."""
+        """The state after one plain training step, and the step's training loss; `again`: the step will be taken
+        again."""
         training = self.training(state, h, step, again=again)
         return self.stepped(state, training, h, step), training.loss
 
@@ -508,7 +515,7 @@ class InnerLoop:
         return self._evaluator.evaluate(judged, which, batches, gradient=gradient, metrics=sample is None)
 
     def judged_weights(self, state: State) -> Tensor:
-        """The weights of a state that evaluations judge: the trained ones, or their average."""
+        """The weights of a state that evaluations judge, shape [P]: the trained ones, or their average."""
         return (state.params, *state.slots)[self.validated]
 
     def seed_evaluation(self) -> None:
@@ -524,20 +531,21 @@ class InnerLoop:
         return named
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
-        """Undo `unflatten`: shape [P]; other names are left out."""
+        """Parameters by name as one vector of shape [P], which undoes `unflatten`; other names are left out."""
         return torch.cat([as_real(params[name]).reshape(-1) for name in self._names])
 
     def reported(self, buffers: Buffers) -> Buffers:
-        """Those of a state's buffers that are the model's buffers, or frozen parameters that training has changed."""
+        """The buffers of a state that are reported: the model's own, and frozen parameters that training has
+        changed."""
         return {name: buffer for name, buffer in buffers.items() if name not in self._frozen or name in self.moving}
 
     def differentiated(self, buffers: Buffers) -> list[str]:
-        """Names of those buffers that are part of the differentiated state: floating ones that training changes."""
+        """Names of the buffers that are part of the differentiated state: floating ones that training changes."""
         return [name for name, buffer in buffers.items() if name in self.moving and has_derivatives(buffer)]
 
 
 def mean_training(parts: Iterable[Training]) -> Training:
-    """The mean of a step's batches: of their losses and gradients, with the last one's buffers."""
+    """The mean of the losses and gradients of a step's batches, with the last batch's buffers."""
     several, count = iter(parts), 1
     mean = next(several)
     for part in several:
@@ -552,7 +560,7 @@ def mean_training(parts: Iterable[Training]) -> Training:
 
 
 def versions_of(buffers: Buffers) -> dict[str, int]:
-    """How often each has been written to."""
+    """Number of times that each buffer has been written to, by name."""
     return {name: buffer._version for name, buffer in buffers.items()}
 
 

@@ -40,22 +40,22 @@ _WRITES_TO_DATA = "the model changes its input in place, and with it the data: b
 
 
 class Fingerprint(NamedTuple):
-    """A call of a module."""
+    """A call of a module, by the sums of what it was given and gave."""
 
     name: str
     given: Tensor
-    """The sums of its inputs."""
+    """Sum of each tensor that the module was given, shape [number of tensors]."""
     gave: Tensor
-    """The sums of its outputs."""
+    """Sum of each tensor that the module gave, shape [number of tensors]."""
 
 
 class Gradient(NamedTuple):
-    """A training gradient."""
+    """A training gradient of the first step, as some mode computes it."""
 
     by_params: Tensor
-    """Shape [P]."""
+    """Gradient of the training loss by the weights, shape [P]."""
     without: frozenset[int] | None
-    """Positions of the parameters that have none, if they are known."""
+    """Positions of the parameters that have no gradient, if they are known; else None."""
 
 
 class Application(NamedTuple):
@@ -251,7 +251,8 @@ class _Inspection:
         return None
 
     def _fault_of(self, noting: Callable[[Conversions], Tensor]) -> str | None:
-        """Numbers that leave torch and matter, and functions of the program's own whose derivatives are wrong."""
+        """Numbers that leave torch and matter, or functions of the program's own whose derivatives are wrong, as one
+        line; None where there are none."""
         conversions = Conversions(self._sites.here)
         try:
             with self._sites.watched(), _applications(self._sites.here) as applications:
@@ -338,12 +339,12 @@ class _Inspection:
 
     @cached_property
     def _exact(self) -> _Inspection:
-        """The same in double precision: what differs there, in `DoublePrecision`, does not do so by rounding."""
+        """This inspection in double precision: what differs there, in `DoublePrecision`, does not do so by rounding."""
         loop = InnerLoop(in_double_precision(self._loop.source), self._loop.settings)
         return _Inspection(loop, {name: value.double() for name, value in self._hyperparameters.items()})
 
     def _train_elsewhere(self) -> None:
-        """Another step at other weights, for a model to keep something of."""
+        """Take another step at other weights, for a model to keep something of."""
         other = min(1, self._loop.steps - 1)
         self._loop.training(self._state._replace(params=1.01 * self._state.params), self._h, other)
 
@@ -355,7 +356,7 @@ class _Inspection:
         return same and found.without in (None, plain.without_gradient)
 
     def _impure_part(self) -> str:
-        """What gives something else for the same."""
+        """The part of the program that gives something else for the same input."""
         first, second = (tree_leaves(self._loop.batches.of_step(0)) for _ in range(2))
         if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(first, second, strict=True)):
             source = self._loop.batches.split("train").dataset
@@ -366,7 +367,7 @@ class _Inspection:
         return _differing(run, other) or "the training step"
 
     def _fingerprints(self, run: Callable[[], T]) -> tuple[T, list[Fingerprint]]:
-        """What `run` gives, and what every module was given and gave in it, in the order in which they ended."""
+        """What `run` gives, and the calls of all modules in it, in the order in which they ended."""
         found: list[Fingerprint] = []
         with ExitStack() as stack:
             for name, module in self._loop.model.named_modules():
@@ -454,7 +455,7 @@ def _is_near(value: Tensor, other: Tensor) -> bool:
 
 
 def _differing(run: Sequence[Fingerprint], other: Sequence[Fingerprint]) -> str | None:
-    """The first module that gave something else for the same."""
+    """The first module that gave something else for the same input in two runs; None where there is none."""
     for (name, given, gave), (_, also_given, also_gave) in zip(run, other, strict=False):
         same = given.shape == also_given.shape and _is_near(given, also_given)
         if same and (gave.shape != also_gave.shape or not _is_near(gave, also_gave)):
@@ -463,6 +464,6 @@ def _differing(run: Sequence[Fingerprint], other: Sequence[Fingerprint]) -> str 
 
 
 def _sums(tree: Any) -> Tensor:
-    """The sum of each tensor, shape [number of tensors]."""
+    """The sum of each tensor in a tree, shape [number of tensors]."""
     leaves = [constant(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     return torch.stack([torch.zeros((), dtype=torch.float64), *(leaf.double().sum().cpu() for leaf in leaves)])

@@ -58,43 +58,43 @@ _MEMORY = 0.5  # weight of earlier measurements of noise
 _FAILURES = 3  # rounds in a row without any outcome, after which the search ends
 
 _MEASURE, _CHECK, _TRIAL, _END = "measure", "check", "trial", "end"
-"""What a round is: differentiated runs at the place; plain ones there, with new seeds; a trial; none any more."""
+"""Kinds of rounds: differentiated runs at the place; plain runs there, with new seeds; a trial; no round any more."""
 
 
 @dataclass
 class _Place:
-    """Hyperparameters that were accepted, and what is known of them."""
+    """A place that the search has accepted: hyperparameters, and what is known of them."""
 
     point: Tensor
-    """Internal values in first step sizes, shape [P]."""
+    """Internal values at the place in units of the first step sizes, shape [P], P elements in all."""
     outer_step: int
     gradients: list[Tensor] = field(default_factory=list)
-    """By the point, one for each run that was differentiated, each of shape [P]."""
+    """Hypergradients by the point, one of shape [P] for each run that was differentiated."""
     losses: dict[int, float] = field(default_factory=dict)
-    """By seed: those that trials have as well."""
+    """Validation losses at the place by seed, of the seeds that trials have as well."""
     accepted_loss: float = nan
-    """Mean of the trial by which it was accepted."""
+    """Mean validation loss of the trial by which the place was accepted."""
 
     @property
     def val_loss(self) -> float:
-        """Mean over the seeds that did not choose it."""
+        """Mean validation loss at the place over the seeds that did not choose it."""
         return fmean(self.losses.values())
 
 
 @dataclass
 class _Noise:
-    """Variance between seeds, over measurements of which earlier ones count less and less."""
+    """Variance of losses between seeds, over measurements of which earlier ones count less and less."""
 
     squares: float = 0.0
     freedom: float = 0.0
 
     def measure(self, squares: float, freedom: int) -> None:
-        """Add a sum of squared deviations with its degrees of freedom."""
+        """Add a measurement: a sum of squared deviations with its degrees of freedom."""
         self.squares = _MEMORY * self.squares + squares
         self.freedom = _MEMORY * self.freedom + freedom
 
     def error(self, runs: int) -> float:
-        """Standard error of a mean over as many runs; 0 before anything was measured."""
+        """Standard error of a mean over `runs` runs; 0 before anything was measured."""
         return sqrt(self.squares / self.freedom / runs) if self.freedom else 0.0
 
 
@@ -103,8 +103,8 @@ class LineSearch(OuterSearch):
 
     A step that is accepted costs a differentiated run and a plain one for each seed; a trial that is rejected costs a
     plain one for each, but for those of several seeds that are better by themselves, and by forward mode, which cannot
-    stop early. The search also ends where no step that moves any element by a
-    hundredth of its first step size is accepted with eight seeds.
+    stop early. The search also ends where no step that moves any element by a hundredth of its first step size is
+    accepted with eight seeds.
 
     Args:
         ranges: what is tuned, by name; moved on the scale of `natural_range`, but for those with a step size.
@@ -184,7 +184,7 @@ class LineSearch(OuterSearch):
             self._take_measurement(told)
 
     def _take_measurement(self, told: Mapping[int, Outcome]) -> None:
-        """More runs at the place: they make its loss and its hypergradient more accurate."""
+        """Take the outcomes of more runs at the place, which make its loss and its hypergradient more accurate."""
         place, first = self._place, self.incumbent is None
         losses = {seed: outcome.val_loss for seed, outcome in told.items()}
         has_diverged = not all(map(isfinite, losses.values()))
@@ -224,7 +224,7 @@ class LineSearch(OuterSearch):
             self._choose()
 
     def _accept(self, told: Mapping[int, Outcome], *, is_easy: bool) -> None:
-        """Go to the trial; where the step was `is_easy`, with half as many seeds."""
+        """Go to the place of the trial; where the step was `is_easy`, with half as many seeds."""
         direction, error = self._direction()
         if is_easy and sqrt(2) * error <= (1 - _ETA) * float(direction.norm()):
             self.ensemble = max(self._least, self.ensemble // 2)
@@ -242,7 +242,7 @@ class LineSearch(OuterSearch):
         self._choose()
 
     def _take_back(self, *, has_diverged: bool) -> None:
-        """Seeds that had no part in a step say that it was none: go back, and shorten it."""
+        """Go back from a step that seeds which had no part in it do not confirm, and shorten it."""
         if has_diverged and self.incumbent is not None and self.incumbent.outer_step == self._place.outer_step:
             self.incumbent = replace(self.incumbent, val_loss=inf)
         self.rejected += 1
@@ -291,7 +291,7 @@ class LineSearch(OuterSearch):
         return before + max(_WORSE * gain, 2 * self._change_noise.error(runs))
 
     def _choose(self) -> None:
-        """What comes next at a place whose loss is known: more seeds, a trial, or the end."""
+        """Choose what comes next at a place whose loss is known: more seeds, a trial, or the end."""
         direction, error = self._direction()
         size = float(direction.abs().max())
         if self.outer_steps is not None and self.outer_step >= self.outer_steps:
@@ -313,8 +313,8 @@ class LineSearch(OuterSearch):
             self._phase = _END
 
     def _raise_accuracy(self, phase: str = _MEASURE) -> bool:
-        """Ask for as many seeds more at the same place, plain runs where it is losses that have to be more accurate;
-        False where there may be no more of them."""
+        """Ask for twice as many seeds at the same place, up to the most that there may be: plain runs where losses
+        have to be more accurate. False where there may be no more of them."""
         more = min(2 * self.ensemble, self._most) - self.ensemble
         per_run = self._differentiated_cost if phase == _MEASURE else self._plain_cost
         if more == 0 or not self._leaves(more * per_run + self._trial_cost(self.ensemble + more)):
@@ -349,7 +349,7 @@ class LineSearch(OuterSearch):
         return self.trainings is None or self.spent + cost <= self.trainings
 
     def _trial_cost(self, runs: int) -> float:
-        """Of a trial that is accepted, in trainings."""
+        """Cost of a trial with so many runs that is accepted, in plain trainings."""
         return runs * (self._differentiated_cost + self.new_seeds * self._plain_cost)
 
     def _direction(self) -> tuple[Tensor, float]:
@@ -362,13 +362,14 @@ class LineSearch(OuterSearch):
         return torch.where(ahead == place.point, 0.0, mean), self._gradient_noise.error(len(place.gradients))
 
     def _bound(self) -> float:
-        """What a trial's loss must change by at the most: -eta alpha |z|^2 where no range ends."""
+        """The most by which a trial's loss may change, its error added, to be accepted: -eta alpha |z|^2 where no
+        range ends."""
         direction, _ = self._direction()
         return -_ETA * float(direction @ (self._place.point - self._trial))
 
     def _limits(self) -> dict[int, float]:
-        """By seed: the loss above which a trial's run is not differentiated. Of an accepted trial's runs, the best
-        is below."""
+        """Losses by seed above which a trial's run is not differentiated; of an accepted trial's runs, the best is
+        below."""
         losses = self._place.losses
         bound = self._bound() - (self._change_noise.error(1) if len(losses) == 1 else 0.0)
         return {seed: loss + bound for seed, loss in losses.items()}

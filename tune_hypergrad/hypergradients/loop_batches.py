@@ -56,7 +56,7 @@ class LoopBatches:
             yield
 
     def share(self, other: LoopBatches) -> None:
-        """Read what another run reads, of the same problem, by its workers."""
+        """Let this run read what another run of the same problem reads, by that run's workers."""
         self.train, self.val, self.test, self._readers = other.train, other.val, other.test, other._readers
         self._begin_reading()
 
@@ -82,24 +82,25 @@ class LoopBatches:
         self._training_data.expect([self.draw(step, number) for step in steps for number in range(batches_in(step))])
 
     def forget(self) -> None:
-        """Let go of training batches that were to be asked for again."""
+        """Let go of training batches that were kept to be asked for again."""
         self._training_data.forget()
 
     def tasks(self, draw: int) -> Sequence[Task]:
-        """What to read of a data set for the batch with this draw."""
+        """The tasks of reading a data set for the training batch with this draw."""
         step, number = divmod(draw, self.problem.accumulate)
         seed = fold_seed(self._seed, _AUGMENTATION, draw)
         return [Task(seed, self.split("train").positions(self.indices(step, number)))]
 
     def indices(self, step: int, number: int = 0) -> Tensor | slice:
-        """Which training examples batch `number` of `step` has, shape [batch size], or all of them."""
+        """Indices of the training examples in batch `number` of `step`, shape [batch size], or a slice of all of
+        them."""
         if self.problem.sampler is None and self.problem.batch_size == len(self.split("train")):
             return slice(None)
         epoch, chosen = self.problem.place(step, number)
         return self._epoch_order("train", epoch)[chosen]
 
     def draw(self, step: int, number: int) -> int:
-        """What seeds the draws of batch `number` of `step`: no two batches of a run have the same."""
+        """The number that seeds the draws of batch `number` of a step: no two batches of a run have the same."""
         return step * self.problem.accumulate + number
 
     def of_validation(self, number: int, size: int) -> Batch:
@@ -160,7 +161,7 @@ class LoopBatches:
         return known[1]
 
     def sample(self, which: str, draw: int, examples: int | None) -> Tensor | None:
-        """So many examples of a split, drawn from (seed, `draw`): their positions; None where these are all."""
+        """Positions of `examples` examples of a split, drawn from (seed, `draw`); None where these would be all."""
         split = self.split(which)
         if examples is None or examples >= len(split):
             return None
@@ -169,7 +170,7 @@ class LoopBatches:
 
 
 def _alive(own: ReferenceType[LoopBatches]) -> LoopBatches:
-    """What is being asked for a batch."""
+    """The batches that a weak reference is to, which live as long as they are asked for one."""
     batches = own()
     assert batches is not None
     return batches

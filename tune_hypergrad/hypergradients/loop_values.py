@@ -27,7 +27,7 @@ from tune_hypergrad.problem import Problem
 from tune_hypergrad.space import flat_values
 
 EMA = "ema"
-"""The hyperparameter that is the decay of the weights' average."""
+"""Name of the hyperparameter that is the decay of the weights' average."""
 
 
 def check_strength(problem: Problem, name: str, values: Iterable[float]) -> None:
@@ -75,7 +75,8 @@ class LoopValues:
         self.problem, self.optimizer, self.groups = problem, optimizer, groups
         self.device, self.dtype = device, dtype
         self.of_update: dict[str, float] = {**optimizer.hyperparameters, **({} if ema is None else {EMA: ema})}
-        """The optimizer's hyperparameters, and the decay of the average where there is one, with their defaults."""
+        """Default values of the optimizer's hyperparameters, and of the average's decay where there is an average, by
+        name."""
         self._steps, self._given_fixed = steps, fixed
         self._fixed = flat_values(fixed)
         self._given, self._fixed_parts = _whole_and_parts(self._fixed)
@@ -187,8 +188,8 @@ class LoopValues:
         return {name: {**windows, **values}[name] for name in base_names(hyperparameters)}
 
     def placed(self, name: str, values: Tensor) -> Tensor:
-        """A tuned tensor where training needs it: windows on its device and in its type, a curve's numbers in float64
-        on the CPU, where curves are computed."""
+        """A tuned tensor where training needs it: windows on the run's device and in its type, a curve's numbers in
+        float64 on the CPU, where curves are computed."""
         if split_name(name)[1]:
             return values.detach().to(device="cpu", dtype=torch.float64)
         return values.detach().to(device=self.device, dtype=self.dtype)
@@ -216,8 +217,8 @@ class LoopValues:
         return list(self._fixed_values)
 
     def fixed_beside(self, tuned: Iterable[str]) -> dict[str, Any]:
-        """What is fixed while hyperparameters, or numbers of curves, are tuned: the settings' `fixed`, and what the
-        problem's groups have brought along, as entries by name."""
+        """Everything that is fixed while hyperparameters, or numbers of curves, are tuned: the settings' `fixed`, and
+        what the problem's groups have brought along, as entries by name."""
         bases = {*base_names(tuned), *base_names(self._fixed)}
         of_groups = {name: value for name, value in self.groups.values.items() if name not in bases}
         return {**of_groups, **self._given_fixed}
@@ -226,7 +227,8 @@ class LoopValues:
 def _whole_and_parts(
     fixed: Mapping[str, tuple[float, ...]],
 ) -> tuple[dict[str, tuple[float, ...] | Curve], dict[str, tuple[float, ...]]]:
-    """Of numbers by flat name, the windows and curves that are complete by hyperparameter, and the parts of others."""
+    """Numbers by flat name, parted: windows and complete curves by hyperparameter, and the numbers of incomplete
+    curves."""
     incomplete = {
         name
         for name, forms in forms_of(fixed).items()

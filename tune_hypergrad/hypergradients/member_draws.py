@@ -15,7 +15,7 @@ from tune_hypergrad.hypergradients.lasting import LastingMode
 from tune_hypergrad.hypergradients.substitution import replayable_dropout
 
 _MADE = ("empty", "empty_like", "new_empty")
-"""Functions that make what random numbers are often written to."""
+"""Names of functions that make the tensors which random numbers are often written to."""
 _DRAWN = (
     "rand",
     "rand_like",
@@ -30,7 +30,7 @@ _DRAWN = (
     "poisson",
     "_standard_gamma",
 )
-"""Functions that give random numbers."""
+"""Names of functions that give random numbers."""
 _IN_PLACE = (
     "bernoulli_",
     "uniform_",
@@ -41,7 +41,7 @@ _IN_PLACE = (
     "log_normal_",
     "random_",
 )
-"""Methods that write random numbers to their tensor."""
+"""Names of methods that write random numbers to their tensor."""
 _FEATURE_DROPOUTS: dict[Any, int] = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}
 """Dropout of whole channels, and the number of dimensions of a batch that has them."""
 
@@ -114,7 +114,7 @@ class MemberDraws(LastingMode):
         return _Drawn.apply(self._index, function, generators, names, *args, *values)  # type: ignore[no-any-return, no-untyped-call]
 
     def _feature_dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """Whole channels of the input become zero: what torch does, with its draws in its order."""
+        """Dropout of the input's whole channels: what torch does, with its draws in its order."""
         if not training or p == 0:
             return input
         shape = [*input.shape[:2], *[1] * (input.ndim - 2)]
@@ -126,7 +126,7 @@ class MemberDraws(LastingMode):
 
 
 class _Drawn(Function):
-    """What a function draws for every member; it has no derivatives."""
+    """A draw for every member of a `vmap`: what a function draws, without derivatives."""
 
     @staticmethod
     def forward(index: Tensor, function: Any, generators: Any, names: Any, *args: Any) -> Tensor:

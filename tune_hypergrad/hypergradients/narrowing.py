@@ -29,7 +29,7 @@ class _Operation(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the operations on tensors that require a gradient, each place's once."""
+    """Keeps the operations on tensors that require a gradient, one for each place in the program."""
 
     def __init__(self, where: Callable[[], str]) -> None:
         super().__init__()

@@ -27,9 +27,9 @@ _RATES, _MOMENTA = ("lr", "weight_decay"), ("momentum", "beta1", "beta2")
 
 
 def natural_range(name: str, limits: Range) -> Range:
-    """The range with the scale on which a hyperparameter of the optimizer is searched: the logarithm of learning rate
-    and weight decay, from a ten-thousandth of the upper bound where the range begins at 0, and that of 1 - momentum.
-    Others stay on the scale of their domain."""
+    """A hyperparameter's range with the scale on which it is searched: for the optimizer's learning rate and weight
+    decay their logarithm, from a ten-thousandth of the upper bound where the range begins at 0, and for momentum that
+    of 1 - momentum. Other hyperparameters stay on the scale of their domain."""
     base, suffix = split_name(name)
     has_values = suffix in ("", "knots") or suffix.endswith("/peak")
     if limits.scale != "linear" or not has_values or suffix.startswith("one_minus"):
@@ -43,8 +43,9 @@ def natural_range(name: str, limits: Range) -> Range:
 
 
 def natural_start(name: str, limits: Range) -> Tensor:
-    """Where a search begins that knows nothing: low enough to be calm, high enough to train. Logarithms in the middle,
-    1 - momentum low in its range (about 0.5), the rest at 0 or the nearest value in range. Shape [windows]."""
+    """Where a search begins for a hyperparameter of which nothing is known, shape [windows]: low enough to be calm,
+    high enough to train. Logarithms begin in the middle, 1 - momentum low in its range (about 0.5), the rest at 0 or
+    the nearest value in range."""
     if limits.scale == "complement":
         bounds = limits.to_internal(torch.tensor([limits.lower, limits.upper], dtype=torch.float64))
         return limits.project(limits.from_internal(bounds[0] + _START * (bounds[1] - bounds[0])).expand(limits.windows))
@@ -55,13 +56,13 @@ class Beginning(NamedTuple):
     """What a search on natural scales begins with, by name."""
 
     ranges: dict[str, Range]
-    """On the scales that are searched."""
+    """What is tuned, on the scales that are searched."""
     values: Hyperparameters
-    """The first values, each of shape [N]."""
+    """First values of what is tuned, each of shape [N]."""
     internal: Hyperparameters
-    """The nearest ones within these ranges, on the internal scales."""
+    """The values within `ranges` that are nearest to the first ones, on the internal scales."""
     first_steps: dict[str, float]
-    """First step sizes on the internal scales."""
+    """First step size of each hyperparameter on its internal scale."""
 
 
 def beginning(

@@ -59,7 +59,7 @@ class OnlineRun:
             raise InputError(f"online descent needs forward mode: {refusal}")
         self.run = ForwardRun(loop, descent.values, horizon=horizon, val_examples=val_examples)
         self.history: dict[str, list[float]] = {name: [] for name in descent.values}
-        """The value that every inner step so far was taken with."""
+        """The value of each hyperparameter that every inner step so far was taken with."""
         self.last_hypergradients: Hyperparameters = dict(self.run.hypergradients)
 
     def advance(self, steps: int) -> int:
@@ -82,7 +82,7 @@ class OnlineRun:
             self.run.hyperparameters[name] = self.descent.values[name].to(gradient)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue, of tensors and plain Python values."""
+        """Everything needed to continue the run, of tensors and plain Python values."""
         return {
             "run": self.run.state_dict(),
             "descent": self.descent.state_dict(),

@@ -33,7 +33,7 @@ class Optimizer(NamedTuple):
     hyperparameters: Mapping[str, float]
     """Every tunable hyperparameter with its default (that of `torch.optim`, or of the paper)."""
     from_weights: tuple[str, ...] = ()
-    """Those slots that start at the initial weights instead."""
+    """Names of the slots that start at the initial weights instead of zero."""
     validated: str | None = None
     """The slot that holds the weights which validation judges, such as an average; None: the weights themselves."""
     by_parameter: bool = False
@@ -201,7 +201,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def is_built_in(optimizer: Optimizer) -> bool:
-    """Whether it is one of `OPTIMIZERS`, or a copy that another process has unpickled."""
+    """Whether an optimizer is one of `OPTIMIZERS`, or a copy of one that another process has unpickled."""
     return optimizer == OPTIMIZERS.get(optimizer.name)
 
 

@@ -17,7 +17,7 @@ from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.space import Range
 
 UpdateState = dict[str, Tensor]
-"""One hyperparameter's state: at least `step_size`, every tensor of shape [N]."""
+"""State of one hyperparameter's update: at least `step_size`, every tensor of shape [N]."""
 
 OuterUpdate = Callable[[Tensor, UpdateState], tuple[Tensor, UpdateState]]
 
@@ -30,7 +30,7 @@ def sign(gradient: Tensor, state: UpdateState) -> tuple[Tensor, UpdateState]:
 
 
 def sgd(gradient: Tensor, state: UpdateState) -> tuple[Tensor, UpdateState]:
-    """Plain gradient descent."""
+    """Plain gradient descent: step by the gradient times the step size."""
     return -state["step_size"] * gradient, state
 
 
@@ -108,7 +108,7 @@ class Descent:
             self.values[name] = moved
 
     def state_dict(self) -> dict[str, Any]:
-        """Values and update states."""
+        """The values and update states, by name, as tensors and plain Python values."""
         states = {name: dict(state) for name, state in self.states.items()}
         return {"values": dict(self.values), "states": states, "largest_step": self.largest_step}
 
@@ -119,60 +119,63 @@ class Descent:
 
 
 class Proposal(NamedTuple):
-    """A run that an outer search asks for."""
+    """A training run that an outer search asks for."""
 
     values: Hyperparameters
-    """What to train with: float64 on the CPU, each of shape [N]."""
+    """Hyperparameters to train with: float64 on the CPU, each of shape [N]."""
     seed: int
-    """Which of the search's seeds to train with, counted from 0."""
+    """Number, from 0, of the search's seed to train with."""
     reject_above: float = inf
-    """A run whose validation loss is above this, or not finite, need not be differentiated; -inf: none of this kind."""
+    """Validation loss above which, or where it is not finite, the run need not be differentiated; -inf: it never need
+    be."""
     confirmed: tuple[float, ...] | None = None
-    """Where the values are being confirmed: the validation losses that they have had with other seeds so far."""
+    """Validation losses that the values have had with other seeds so far, where the run is to confirm them; else
+    None."""
     steps: int | None = None
     """Inner steps of the run; None: as many as all runs have."""
     fall_above: float = inf
-    """Of a confirmation: the validation loss above which, or where it is not finite, the values are given up."""
+    """Validation loss above which, or where it is not finite, a run that confirms speaks against its values."""
 
 
 class Outcome(NamedTuple):
-    """What a run gave."""
+    """What a run that an outer search asked for gave."""
 
     val_loss: float
-    """Its validation loss."""
+    """Validation loss of the weights that the run has trained."""
     untrained_loss: float
-    """That of the weights it began with."""
+    """Validation loss of the weights that the run began with."""
     hypergradients: Hyperparameters | None
-    """Its hypergradients, shaped like the values; None where it was not differentiated."""
+    """The run's hypergradients, shaped like the values; None where it was not differentiated."""
     cost: float = 1.0
-    """In plain trainings."""
+    """What the run cost, in plain trainings."""
     score: float | None = None
     """What incumbents are chosen by, the lower the better; None: the validation loss."""
 
     @property
     def judged(self) -> float:
-        """The score, inf where it is NaN."""
+        """What the run is judged by, the lower the better: its score, or its validation loss; inf where that is NaN."""
         return _judged(self.val_loss, self.score)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Hyperparameters, and what runs with them gave."""
+    """Hyperparameters of an outer search, and what runs with them gave."""
 
     values: Hyperparameters
-    """Each of shape [N]."""
+    """The hyperparameters' values, each of shape [N]."""
     val_loss: float
     """Mean validation loss over the runs."""
     outer_step: int
-    """In which outer step they were first run, from 0; below 0 where that was before them."""
+    """Outer step in which the hyperparameters were first run, from 0; below 0 where that was before all outer steps."""
     runs: int = 1
-    """How many there were, each with a seed of its own."""
+    """Number of the runs, each with a seed of its own."""
     score: float | None = None
-    """What it was chosen by, the mean over the runs; None: the validation loss."""
+    """Mean over the runs of what incumbents are chosen by, the lower the better; None: the validation loss."""
 
     @property
     def judged(self) -> float:
-        """The score, inf where it is NaN."""
+        """What the hyperparameters are judged by, the lower the better: score or validation loss; inf where that is
+        NaN."""
         return _judged(self.val_loss, self.score)
 
 
@@ -182,12 +185,13 @@ def _judged(val_loss: float, score: float | None) -> float:
 
 
 def length_of(outer_step: int, lengths: Sequence[int] | None) -> int | None:
-    """Inner steps of an outer step's runs: of the last length, where there are no more; None where all are the same."""
+    """Inner steps of the runs of an outer step: of the last length, where there are no more; None where all are the
+    same."""
     return None if not lengths else lengths[min(outer_step, len(lengths) - 1)]
 
 
 class OuterSearch(ABC):
-    """A search by hypergradients: asks for runs, is told what they gave.
+    """A search by hypergradients: asks for training runs, and is told what they gave.
 
     A *round* is a number of runs that do not depend on one another. After a round that was differentiated the search
     takes an outer step.
@@ -196,11 +200,11 @@ class OuterSearch(ABC):
     incumbent: Evaluated | None
     """The best hyperparameters so far: the outcome of the search."""
     outer_step: int
-    """Outer steps begun and told, from 0."""
+    """Number of the outer steps that have been begun and told of."""
 
     @abstractmethod
     def round(self) -> tuple[Proposal, ...]:
-        """The runs to make next; the same until it is told of them. Empty when the search has ended."""
+        """The runs to make next, the same until the search is told of them; none when the search has ended."""
 
     @abstractmethod
     def tell(self, outcomes: Sequence[Outcome | None]) -> None:
@@ -228,7 +232,7 @@ class OuterSearch(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue, of tensors and plain Python values."""
+        """Everything needed to continue the search, of tensors and plain Python values."""
 
     @abstractmethod
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -321,8 +325,8 @@ def _finite_mean(gradients: list[Tensor]) -> Tensor:
 
 
 def initial_values(name: str, limits: Range, values: Tensor | None) -> Tensor:
-    """What a hyperparameter begins with: what is given, if it fits, else the middle of a logarithmic range, else 0 or
-    the nearest value in range.
+    """Values that a hyperparameter begins with: those given, if they fit, else the middle of a logarithmic range, else
+    0 or the nearest value in range.
 
     Raises:
         InputError: the values given do not fit.

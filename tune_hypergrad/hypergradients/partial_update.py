@@ -16,12 +16,12 @@ from tune_hypergrad.hypergradients.optimizers import Slots
 
 
 class Block(NamedTuple):
-    """Parameters that take a step together."""
+    """Parameters that take an optimizer step together."""
 
     taken: int
-    """Steps that each has taken before."""
+    """Number of optimizer steps that each of the parameters has taken before."""
     members: tuple[int, ...]
-    """Their positions."""
+    """Positions of the parameters among all that are trained."""
 
 
 Update = Callable[[Tensor, Tensor, Slots, Block], tuple[Tensor, Slots]]
@@ -29,7 +29,8 @@ Update = Callable[[Tensor, Tensor, Slots, Block], tuple[Tensor, Slots]]
 
 
 def step_blocks(counts: Sequence[int], without_gradient: Set[int]) -> list[Block]:
-    """The parameters that step, by how many steps they have taken; those without a gradient are in none."""
+    """Blocks of the parameters that step, by the number of steps that they have taken; those without a gradient are in
+    none."""
     members: dict[int, list[int]] = {}
     for position, count in enumerate(counts):
         if position not in without_gradient:
@@ -38,7 +39,7 @@ def step_blocks(counts: Sequence[int], without_gradient: Set[int]) -> list[Block
 
 
 def counted(counts: Sequence[int], without_gradient: Set[int]) -> tuple[int, ...]:
-    """The counts after the step."""
+    """Numbers of steps that parameters have taken, after one more of those with a gradient."""
     return tuple(count + (position not in without_gradient) for position, count in enumerate(counts))
 
 

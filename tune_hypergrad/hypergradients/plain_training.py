@@ -34,7 +34,7 @@ TORCH_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adafactor": torch.optim.Adafactor,
 }
-"""torch's own, by the names of the engine's."""
+"""Optimizers of `torch.optim`, by the names of the engine's."""
 
 
 class ByEquation(torch.optim.Optimizer):
@@ -51,7 +51,7 @@ class ByEquation(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """A step of those that have a gradient."""
+        """Take a step of the parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -64,7 +64,7 @@ class ByEquation(torch.optim.Optimizer):
                     state.update(slots=slots, count=count + 1)
 
     def judged(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parameters with what validation takes in their place."""
+        """Pairs of each parameter and the tensor that validation takes in its place."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 judged = self._optimizer.validated
@@ -167,7 +167,7 @@ def _param_groups(trained: nn.Module, loop: InnerLoop) -> list[dict[str, Any]]:
 
 
 def _set(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
-    """Give an optimizer's groups those values that they know."""
+    """Give the param groups of an optimizer the values that they have a place for."""
     for group in optimizer.param_groups:
         own = in_group(values, group["name"])
         if own.get("dampening") and own["momentum"] == 0:

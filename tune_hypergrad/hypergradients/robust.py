@@ -132,7 +132,8 @@ class RobustSearch(OuterSearch):
         self._falls = 0  # times that nothing was left of what was to be confirmed
         self._since_best = 0  # outer steps
         self._run_cost = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
-        """The largest cost of a run that was differentiated, in trainings; before there is one, reverse mode's."""
+        """Largest cost of a run that was differentiated, in plain trainings; before there is one, that of reverse
+        mode."""
         self._candidates: list[Place] = []  # being confirmed
         self._ended = False
         if trainings is not None and not trainings >= self._expected_cost:
@@ -198,7 +199,8 @@ class RobustSearch(OuterSearch):
             self._begin_confirmation()
 
     def _rungs(self, ladder: int) -> list[Hyperparameters]:
-        """The start with other learning rates, those within the range that differ."""
+        """The start with the learning rates of a ladder: a place for each rung within the range that differs from the
+        others."""
         rungs: dict[tuple[float, ...], Hyperparameters] = {}
         for steps in _LADDERS[ladder]:
             rung = self._calmer(self._start, -steps, _is_rate)
@@ -206,7 +208,7 @@ class RobustSearch(OuterSearch):
         return list(rungs.values())
 
     def _next_ladder(self, ladder: int) -> int | None:
-        """This ladder, if there is one and it has rungs that differ."""
+        """The number of this ladder, if there is one and it has rungs that differ; else None."""
         exists = ladder < len(_LADDERS) and any(_is_rate(n) and r.scale == "log" for n, r in self.ranges.items())
         return ladder if exists and len(self._rungs(ladder)) > 1 else None
 
@@ -326,7 +328,8 @@ class RobustSearch(OuterSearch):
         return not any(bool(w.any()) for w in wild.values())
 
     def _share(self, means: Hyperparameters, members: Hyperparameters) -> dict[str, Sharing]:
-        """Tie windows that are better off together, in everything that is known of them; returns which these are."""
+        """Tie windows that are better off together, in everything that is known of them; returns their sharing by
+        hyperparameter."""
         shared = {}
         for name, own in members.items():
             if split_name(name)[1] or own.shape[1] < _LEAST_SHARED:
@@ -337,7 +340,7 @@ class RobustSearch(OuterSearch):
         return shared
 
     def _retreat(self) -> None:
-        """After a run that came to nothing: nearer to where the search came from, then to its calm side."""
+        """Go, after a run that came to nothing, nearer to where the search came from, then to its calm side."""
         self._rejections += 1
         self.rejected += 1
         before, places = dict(self._internal), self._differentiated
@@ -385,7 +388,8 @@ class RobustSearch(OuterSearch):
 
     @property
     def _usual_confirmations(self) -> int:
-        """As many as are usual, or as a small budget has a share for; none where it pays for an outer step alone."""
+        """Number of confirmations of each candidate: as many as are usual, or as a small budget has a share for; none
+        where it pays for an outer step alone."""
         trainings = inf if self.trainings is None else self.trainings
         many = max(n for n in range(1, _CONFIRMATIONS + 1) if n == 1 or n * _CANDIDATES <= _CONFIRMING * trainings)
         affordable = (trainings - self._expected_cost) / (_CANDIDATES + self.polish)
@@ -393,17 +397,17 @@ class RobustSearch(OuterSearch):
 
     @property
     def _expected_cost(self) -> float:
-        """Of an outer step that is not rejected, in trainings."""
+        """Expected cost of an outer step that is not rejected, in plain trainings."""
         return self.ensemble * self._run_cost + (len(_LADDERS[0]) if self._ladder is not None else 0)
 
     @property
     def _confirmation_cost(self) -> float:
-        """Of the end of the search, in trainings."""
+        """Cost of the confirmations at the end of the search, in plain trainings."""
         return float(self.confirmations * (_CANDIDATES + self.polish))
 
     @property
     def _left(self) -> float:
-        """Trainings that may still be spent."""
+        """Plain trainings that may still be spent; inf where there is no limit."""
         return inf if self.trainings is None else self.trainings - self.spent
 
     def _begin_confirmation(self) -> None:
@@ -424,7 +428,8 @@ class RobustSearch(OuterSearch):
 
     @property
     def _start_to_confirm(self) -> list[Place]:
-        """Where the search began, as one of the longest runs, however it was run; none where it has fallen."""
+        """The place where the search began, as one of the longest runs, however it was run; none where it has
+        fallen."""
         starts = [place for place in self._places.tried if self._is_start(place.internal)]
         if any(place.fallen for place in starts):
             return []
@@ -436,7 +441,7 @@ class RobustSearch(OuterSearch):
 
     @property
     def _lacking(self) -> list[Place]:
-        """Candidates that have been confirmed least often: a trial that failed keeps its candidate back."""
+        """Candidates that have been confirmed least often: a trial that failed keeps its candidate among them."""
         least = min((len(c.confirmed) for c in self._candidates), default=0)
         return [c for c in self._candidates if len(c.confirmed) == least]
 
@@ -500,7 +505,8 @@ class RobustSearch(OuterSearch):
         self._candidates = [c for c in self._candidates if c.outer_step not in by_step]
 
     def _go_on(self) -> None:
-        """Where all that was to be confirmed has fallen: on from the best of it, with what calms training lowered."""
+        """Go on, where all that was to be confirmed has fallen, from the best of it, with what calms training
+        lowered."""
         self._falls += 1
         fallen = [place for place in self._places.fallen if place.steps == self._steps_of_runs]
         if not fallen or self._falls >= _REJECTIONS:
@@ -534,7 +540,7 @@ class RobustSearch(OuterSearch):
 
     @property
     def _steps_of_runs(self) -> int | None:
-        """Inner steps of the next outer step's runs."""
+        """Inner steps of the next outer step's runs; None where all runs have as many."""
         return length_of(self.outer_step, self.lengths)
 
     @property
@@ -548,7 +554,8 @@ class RobustSearch(OuterSearch):
         return self._places.limit(self._steps_of_runs)
 
     def _values(self, internal: Hyperparameters) -> Hyperparameters:
-        """Those within the ranges; what has not moved is, to the bit, what the search began with."""
+        """Hyperparameters' values from internal ones, within the ranges; what has not moved is, to the bit, what the
+        search began with."""
         return {
             name: torch.where(x == self._start[name], self._start_values[name], self._within(name, x))
             for name, x in internal.items()
@@ -564,7 +571,7 @@ class RobustSearch(OuterSearch):
         return self.ranges[name].to_internal(self._within(name, internal))
 
     def _by_internal(self, hypergradients: Hyperparameters) -> Hyperparameters:
-        """Derivatives by the internal values: float64 on the CPU."""
+        """Hypergradients by the internal values: float64 on the CPU."""
         return {
             name: hypergradients[name].to(device="cpu", dtype=torch.float64)
             * self.ranges[name].slope(self._within(name, x))
@@ -609,8 +616,8 @@ _SCALARS = (
 
 
 def _smoothed(direction: Tensor) -> Tensor:
-    """Half of an element's own direction and half of its neighbours': what they disagree about is mostly noise. At the
-    ends an element is its own neighbour. Shape [N]."""
+    """A direction, shape [N], each element half its own and half its neighbours': what they disagree about is mostly
+    noise. At the ends an element is its own neighbour."""
     beside = torch.cat([direction[:1], direction, direction[-1:]])
     return 0.5 * direction + 0.25 * (beside[:-2] + beside[2:])
 
@@ -620,17 +627,17 @@ def _are_same(place: Hyperparameters, other: Hyperparameters) -> bool:
 
 
 def _is_followable(hypergradients: Hyperparameters) -> bool:
-    """Whether any element says a way: those of a dead network are all zero."""
+    """Whether any element of hypergradients says a way: those of a dead network are all zero."""
     return any(bool((g.isfinite() & (g != 0)).any()) for g in hypergradients.values())
 
 
 def _is_calming(name: str, bases: Sequence[str] = ("lr", "momentum")) -> bool:
-    """Whether lowering it calms training: values of learning rates and momentum."""
+    """Whether lowering a hyperparameter calms training: values of learning rates and momentum do."""
     base, suffix = split_name(name)
     base = split_group(base)[0]
     return base in bases and (suffix in ("", "knots") or suffix.endswith("/peak")) and "one_minus" not in suffix
 
 
 def _is_rate(name: str) -> bool:
-    """Whether these are values of the learning rate."""
+    """Whether a flat name is that of values of the learning rate."""
     return _is_calming(name, ("lr",))

@@ -21,30 +21,32 @@ from tune_hypergrad.hypergradients.state import Hyperparameters, State
 
 @dataclass(frozen=True)
 class HypergradientResult:
-    """What an inner run gave."""
+    """What `hypergradient` gives: the hypergradients of an inner run or an ensemble of runs, and what the training came
+    to."""
 
     hypergradients: dict[str, Any]
     """Derivative of the validation loss by every element of every hyperparameter, of the structure and shapes of the
     values passed. May hold NaN or infinite values where the run diverged; the outer updates take those for 0."""
     val_loss: float
-    """Mean validation loss of the trained weights over the whole split."""
+    """Mean validation loss of the trained weights over the whole split; of an ensemble, the mean over its seeds."""
     metrics: dict[str, float]
-    """The problem's metrics over the validation split."""
+    """The problem's metrics over the whole validation split, by name; of an ensemble, their means over its seeds."""
     params: dict[str, Tensor]
     """The trained parameters by name, averaged ones where the run averages them; those of a loss that is a module are
-    called `loss.<name>`."""
+    called `loss.<name>`. Of an ensemble, the first seed's."""
     buffers: dict[str, Tensor]
-    """The model's buffers by name, and those of its frozen parameters that training has changed."""
+    """The model's buffers by name, and those of its frozen parameters that training has changed. Of an ensemble, the
+    first seed's."""
     differentiation: str
     """The mode that was taken: "forward", "reverse" or "checkpointed_reverse"."""
     reason: str
     """Why this mode was taken."""
     cost: Cost
-    """What the run spent (its seconds are for the caller to measure)."""
+    """What the run spent (see `Cost`), seconds aside, which are for the caller to measure."""
     members: tuple[HypergradientResult, ...] = ()
-    """Of an ensemble, the results of its seeds, in their order: the hypergradients, losses and metrics above are their
-    means, with the standard deviation of the losses as metric `loss_std`, and the parameters and buffers are those of
-    the first. A seed's cost is its share."""
+    """The results of an ensemble's seeds, in their order; empty for a single run. Hypergradients, losses and metrics of
+    the ensemble are their means, with the standard deviation of the losses as metric `loss_std`. A seed's cost is its
+    share."""
 
 
 def check_values(loop: InnerLoop, hyperparameters: Mapping[str, Any]) -> None:
@@ -137,7 +139,7 @@ class HypergradientRun(ABC):
             for name, values in self.hyperparameters.items()
         }
         self.curves = loop.values.curves(self.hyperparameters)
-        """Those of the hyperparameters that are curves."""
+        """The tuned hyperparameters that are curves, by name."""
         self.state = loop.initial_state()
         self.position = 0
         self.cost = Cost()
@@ -151,7 +153,7 @@ class HypergradientRun(ABC):
 
     @abstractmethod
     def _advance_one(self) -> None:
-        """Do unit `position`."""
+        """Do the unit of work at `position`."""
 
     def advance(self, units: int) -> int:
         """Do up to `units` of work; returns how many were done. Enter `loop.running()` around it."""
@@ -184,7 +186,7 @@ class HypergradientRun(ABC):
         self._forget_hypergradients()
 
     def _forget_hypergradients(self) -> None:
-        """Nobody wants to know a rejected run's, and one that diverged has none."""
+        """Make all hypergradients NaN: nobody wants a rejected run's, and a run that diverged has none."""
         self.hypergradients = {name: torch.full_like(v, nan) for name, v in self.hypergradients.items()}
 
     def result(self) -> HypergradientResult:
@@ -202,7 +204,7 @@ class HypergradientRun(ABC):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here, of tensors and plain Python values."""
+        """Everything needed to continue the run from here, of tensors and plain Python values."""
         return {
             "differentiation": self.differentiation,
             "position": self.position,
@@ -225,8 +227,8 @@ class HypergradientRun(ABC):
         self.final = None if saved["final"] is None else Evaluation(*saved["final"])
 
     def _jacobians(self) -> dict[str, Tensor]:
-        """Derivative of each step's value by the tuned numbers of curves, by flat name: float64 on the CPU, shape
-        [T, numbers]."""
+        """Derivative of each step's value by the tuned numbers of curves, by flat name: float64 on the CPU, shape [T,
+        numbers]."""
         found: dict[str, Tensor] = {}
         for name, curve in self.curves.items():
             of_curve = {f"{name}/{suffix}": rows for suffix, rows in curve.jacobian(self.loop.steps).items()}
@@ -246,7 +248,7 @@ class HypergradientRun(ABC):
         return self.loop.evaluate(state, gradient=True, examples=self.val_examples, draw=end)
 
     def _evaluate_whole(self, state: State) -> Evaluation:
-        """The whole validation split, without gradients."""
+        """The loss and metrics of the whole validation split, without gradients."""
         return self.loop.evaluate(state)
 
     def _evaluate_final(self, state: State, evaluation: Evaluation) -> None:

@@ -20,7 +20,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "line-search": {"trainings": None},
     "paper": {"lengths": None, "update": "sign", "default_step": 0.1, "tolerance": 1e-3},
 }
-"""By rule, the settings that not all rules have, with their defaults."""
+"""Settings that not all rules have, with their defaults, by rule."""
 
 RULES = tuple(_OWN)
 """Rules of outer searches, the default first: `RobustSearch`, `LineSearch` and `PaperSearch`."""

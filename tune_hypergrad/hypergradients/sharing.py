@@ -22,15 +22,15 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.space import Range
 
 _NEARBY, _SLOW = 20, 8
-"""Steps within one of so many parts of a run are nearby, for variance and drift; and what one seed's hypergradients do
-within one of so many parts is error."""
+"""Numbers of parts of a run. Steps within one of 20 are nearby, for variance and drift; what one seed's hypergradients
+do within one of 8 is error."""
 _PRICE = 3.0
-"""Of a window: so many times the noise in its mean over all seeds."""
+"""Price of a window, as a multiple of the noise in its mean over all seeds."""
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which contiguous steps share a value: windows that need not be of one length.
+    """Which contiguous inner steps share a value: windows that need not be of one length.
 
     The steps are an inner run's own, or the equal windows of a `Schedule`: a fine grid of which neighbours are tied.
 
@@ -68,12 +68,12 @@ class Sharing:
 
     @property
     def steps(self) -> int:
-        """How many steps there are, T."""
+        """Number of inner steps that the windows make up, T."""
         return self.boundaries[-1]
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How many steps each window has."""
+        """Number of inner steps in each window."""
         return tuple(b - a for a, b in zip(self.boundaries, self.boundaries[1:], strict=False))
 
     def pool(self, by_step: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Sharing:
         return sums.index_add_(-1, self._window_of_step(by_step), by_step)
 
     def average(self, by_step: Tensor) -> Tensor:
-        """For every step the mean over its window, so that tied steps move together: shape [..., T], as `by_step`.
+        """The mean over its window for every step, so that tied steps move together: shape [..., T], as `by_step`.
 
         Raises:
             InputError: it has another number of steps.
@@ -169,7 +169,7 @@ class Sharing:
 
 @dataclass(frozen=True)
 class NoiseAndDrift:
-    """What Theorem 4.1 needs to know of a run's hypergradients, or of a region's."""
+    """What Theorem 4.1 needs to know of the hypergradients of a run, or of a region of it."""
 
     variance: float
     """MSE_1: the mean variance of a step's own hypergradient."""
@@ -181,7 +181,7 @@ class NoiseAndDrift:
     steps."""
 
     def bound(self, window: int) -> float:
-        """The bound on the mean squared error in equal windows of so many steps, at most T (Theorem 4.1)."""
+        """The bound on the mean squared error in equal windows of `window` steps, at most T (Theorem 4.1)."""
         noise = self.variance * (1 + float(self.correlation[window - 1]) * (window - 1)) / window
         return noise + self.drift**2 * (window**2 - 1) / 12
 
@@ -257,7 +257,8 @@ def error_covariance(by_step: Tensor) -> Tensor:
 
 
 def _correlation(covariance: Tensor) -> Tensor:
-    """Of steps 0, 1, ..., T - 1 apart: shape [T]. Where nothing varies, nothing is correlated."""
+    """Correlation of the errors of steps 0, 1, ..., T - 1 apart, shape [T]; where nothing varies, nothing is
+    correlated."""
     by_lag = torch.stack([covariance.diagonal(lag).mean() for lag in range(len(covariance))])
     if by_lag[0] > 0:
         return by_lag / by_lag[0]

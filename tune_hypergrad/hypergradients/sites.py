@@ -41,7 +41,8 @@ class Sites:
             self._running.clear()
 
     def here(self) -> str:
-        """Such as `module 'encoder.norm' (Norm, net.py:12: "x / x.norm().item()")`."""
+        """The place of the program that runs now, such as `module 'encoder.norm' (Norm, net.py:12: "x /
+        x.norm().item()")`."""
         parts = []
         running = next((module for module in reversed(self._running) if module in self._names), None)
         if running is not None:
@@ -55,7 +56,7 @@ class Sites:
 
 
 def called(name: str, module: nn.Module) -> str:
-    """A module in a message."""
+    """A module's name and class, as a message has them."""
     kind = type(module).__name__
     return f"module {name!r} ({kind})" if name else f"the model ({kind})"
 
@@ -77,7 +78,8 @@ def _line() -> str:
 
 
 def line_of(error: BaseException) -> str:
-    """The innermost line of the program that an exception came through, or nothing: backward passes have none."""
+    """The innermost line of the program that an exception came through; empty where there is none, as in backward
+    passes."""
     entries = traceback.extract_tb(error.__traceback__)
     own = [entry for entry in entries if _is_of_program(entry.filename)]
     return _shown(own[-1].filename, own[-1].lineno or 0) if own else ""

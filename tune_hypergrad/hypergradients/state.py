@@ -15,7 +15,7 @@ Buffers = dict[str, Tensor]
 
 
 class State(NamedTuple):
-    """Everything an inner step reads and writes."""
+    """The state of an inner loop: everything an inner step reads and writes."""
 
     params: Tensor
     """The trainable parameters, flattened: shape [P]."""
@@ -25,4 +25,4 @@ class State(NamedTuple):
     """The model's buffers and frozen parameters. Floating ones that training changes, such as running statistics, are
     differentiated like weights."""
     counts: tuple[int, ...] = ()
-    """Optimizer steps that every parameter has taken: fewer than the run where it had no gradient in some."""
+    """Number of optimizer steps that every parameter has taken: fewer than the run where it had no gradient in some."""

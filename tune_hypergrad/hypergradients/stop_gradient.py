@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
 
 DETACHING: tuple[Any, ...] = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
-"""Functions of one tensor that give it without its history."""
+"""Functions of one tensor that give the tensor without its history."""
 _DETACHING_IN_PLACE: tuple[Any, ...] = (Tensor.detach_, torch.detach_)
 _CONVERSIONS: tuple[Any, ...] = (
     Tensor.item,
@@ -55,10 +55,10 @@ def constant(tensor: Tensor) -> Tensor:
 
 
 class _Sweep:
-    """Which backward pass is at work; of the process, since a GPU's backward pass has threads of its own."""
+    """Which backward pass is at work: of the whole process, since a GPU's backward pass has threads of its own."""
 
     to_gradient = True
-    """Whether it is the one from the loss to the training gradient."""
+    """Whether the backward pass at work is the one from the loss to the training gradient."""
 
 
 @contextmanager
@@ -81,7 +81,7 @@ class Conversions:
     """
 
     present: Conversions | None = None
-    """Those that are noted now."""
+    """The conversions that are noted now; None where none are."""
 
     def __init__(self, where: Callable[[], str], moved: Container[int] = ()) -> None:
         self._where, self._moved = where, moved
@@ -97,13 +97,13 @@ class Conversions:
             Conversions.present = None
 
     def note(self, result: Any) -> Any:
-        """What a conversion gives."""
+        """Note a conversion; returns its result, a little off where it is one of those to be moved."""
         self.places.append(self._where())
         return _moved(result) if len(self.places) - 1 in self._moved else result
 
 
 class StopGradient(Function):
-    """The identity, at which a backward pass to the training gradient ends."""
+    """The identity, at which the backward pass from the loss to the training gradient ends."""
 
     generate_vmap_rule = True
 
@@ -245,7 +245,7 @@ def writes(function: Callable[..., Any]) -> bool:
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
-    """What an assignment to `.data` does to the values."""
+    """Write a value to a tensor, as an assignment to `.data` does."""
     if tensor.shape != value.shape or tensor.dtype != value.dtype:
         raise RuntimeError("an assignment to .data that changes a tensor's shape or type has no derivative")
     tensor.copy_(value)
@@ -256,13 +256,14 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _enable_gradients(enabled: bool) -> None:
-    """In place of what turns recording on or off: it only goes on."""
+    """Take the place of what turns recording on or off: recording only goes on."""
     if enabled:
         _SET_GRAD_ENABLED(True)
 
 
 def _require_gradient(tensor: Tensor, required: bool) -> None:
-    """What was detached for this may still have a history, and require a gradient already."""
+    """Set whether a tensor requires a gradient, unless it does already: what was detached for that may still have a
+    history."""
     if not (required and tensor.requires_grad):
         _SET_REQUIRES_GRAD(tensor, required)
 
@@ -296,7 +297,7 @@ def _rebuilding(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _moved(result: Any) -> Any:
-    """A number, or numbers, a little off."""
+    """A number, or numbers, changed by a little; what is not floating stays as it is."""
     if isinstance(result, list):
         return [_moved(each) for each in result]
     floating = isinstance(result, float | complex) or (hasattr(result, "dtype") and "float" in str(result.dtype))
@@ -307,7 +308,7 @@ NOTED: Substitutes = {
     **{function: _of_constant(function) for function in _CONVERSIONS},
     **{function: _rebuilding(function) for function in _REBUILDING},
 }
-"""Conversions to numbers, of tensors that the modes keep the history of."""
+"""Substitutes that note conversions to numbers, of tensors that the modes keep the history of."""
 
 
 def _hook_of_first_pass(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:

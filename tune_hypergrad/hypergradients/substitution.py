@@ -13,7 +13,7 @@ from torch import Tensor
 from tune_hypergrad.hypergradients.lasting import LastingMode
 
 Substitutes = Mapping[Any, Callable[..., Any]]
-"""What to call, with the same arguments, by the torch function that a program calls."""
+"""Functions to call in place of torch's, with the same arguments, by the torch function that a program calls."""
 
 
 class Substituting(LastingMode):
@@ -71,7 +71,7 @@ class DataWrites:
     """Tells which of some tensors are overwritten by way of `.data`, which leaves no trace in a tensor's version."""
 
     present: DataWrites | None = None
-    """Those that are noted now."""
+    """The writes that are noted now; None where none are."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = {id(tensor): tensor for tensor in tensors}
@@ -87,12 +87,12 @@ class DataWrites:
             DataWrites.present = None
 
     def note(self, tensor: Tensor) -> None:
-        """A tensor's `.data` is about to be used."""
+        """Note that a tensor's `.data` is about to be used."""
         if id(tensor) in self._tensors and id(tensor) not in self._before:
             self._before[id(tensor)] = tensor.clone()
 
     def have_changed(self, tensor: Tensor) -> bool:
-        """Whether a tensor is no more what it was when its `.data` was used first."""
+        """Whether a tensor is no longer what it was when its `.data` was used first."""
         before = self._before.get(id(tensor))
         return before is not None and not torch.equal(before, tensor)
 
@@ -111,7 +111,7 @@ REPLAYABLE: Substitutes = {
     F.cross_entropy: cross_entropy,
     **{access: _noted(access) for access in (Tensor.data.__get__, Tensor.data.__set__)},  # type: ignore[attr-defined]
 }
-"""What every training step and every evaluation runs with."""
+"""The substitutes that every training step and every evaluation runs with."""
 
 
 def mse_loss(
@@ -155,7 +155,7 @@ FORWARD_DIFFERENTIABLE: Substitutes = {
     F.huber_loss: huber_loss,
     F.soft_margin_loss: soft_margin_loss,
 }
-"""Losses of which torch lacks the forward-mode derivative of the gradient."""
+"""Substitutes for losses of which torch lacks the forward-mode derivative of the gradient."""
 
 
 def _reduced(values: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:

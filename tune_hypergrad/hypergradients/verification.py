@@ -19,7 +19,7 @@ from tune_hypergrad.space import flat_values
 T = TypeVar("T")
 
 EXAMPLES = 8
-"""Training examples in a step of a check that runs by itself."""
+"""Number of training examples in a step of a check that runs by itself."""
 
 
 def refusal_of(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str, *, check: bool) -> str | None:
@@ -44,7 +44,7 @@ def refusal_of(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str
 
 
 def check_training(loop: InnerLoop) -> None:
-    """Refuse a problem that plain training gets wrong, for whatever is searched.
+    """Refuse a problem that plain training gets wrong, whatever is searched.
 
     Raises:
         InputError: it does.
@@ -56,14 +56,14 @@ def check_training(loop: InnerLoop) -> None:
 
 
 def remember(loop: InnerLoop, hyperparameters: Iterable[str], mode: str, refusal: str) -> None:
-    """Refuse a mode from now on, after what a run has found out."""
+    """Refuse a mode from now on, after what a run has found out of it."""
     _findings(loop)[(mode, *_key(loop, hyperparameters))] = _Finding(refusal, checked=True)
 
 
 def recall(
     loop: InnerLoop, hyperparameters: Iterable[str], subject: str, find: Callable[[], T], *, anew: bool = False
 ) -> T:
-    """What is known of a problem and of how it is trained; found out at the first time, or `anew`."""
+    """What `find` tells of a problem and of how it is trained, remembered: it is called the first time, or `anew`."""
     findings, key = _findings(loop), (subject, *_key(loop, hyperparameters))
     if anew or key not in findings:
         findings[key] = find()
@@ -112,7 +112,8 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
 
 
 def _of_few_groups(values: Mapping[str, T]) -> dict[str, T]:
-    """Values without those of groups beyond the first few that a hyperparameter has: they are computed alike."""
+    """Values without those of groups beyond the first few that a hyperparameter has, since all groups are computed
+    alike."""
     few: dict[str, list[str]] = {}
     for name in values:
         few.setdefault(split_group(name)[0], []).append(name)
@@ -121,7 +122,8 @@ def _of_few_groups(values: Mapping[str, T]) -> dict[str, T]:
 
 
 def _findings(loop: InnerLoop) -> dict[Any, Any]:
-    """Where to remember: with the problem, or with the loop, whose optimizer may be like no other."""
+    """The dict in which findings are remembered: with the problem, or with the loop, whose optimizer may be like no
+    other."""
     return loop.source.findings if is_built_in(loop.optimizer) else loop.findings
 
 

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from tune_hypergrad.errors import InputError
 
 CLASSES = 10
-"""How many classes every built-in problem has."""
+"""Number of classes of every built-in problem of images."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """One split as it was read.
+    """The labelled images of one split, as they were read.
 
     Args:
         images: uint8, shape [n, channels, height, width].

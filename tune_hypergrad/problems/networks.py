@@ -149,14 +149,15 @@ def lstm_language_model(vocabulary: int, embedding: int = 650, hidden: int = 650
 
 
 def require_whole(least: int = 1, **sizes: int) -> None:
-    """Raise `InputError` unless each of the named sizes is a whole number of at least `least`."""
+    """Raise `InputError` unless each of the sizes, passed by name, is a whole number of at least `least`."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < least:
             raise InputError(f"{name} is {size!r}: it must be a whole number of at least {least}")
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm, and a way past them: [b, channels, h, w] to [b, width, h / stride, ...]."""
+    """A residual block, two 3x3 convolutions with BatchNorm and a way past them: [b, channels, h, w] to [b, width, h /
+    stride, ...]."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -170,13 +171,13 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(width))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The block's output, after ReLU."""
+        """The block's output for inputs [b, channels, h, w], after ReLU."""
         residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(inputs)))))
         return F.relu(residual + self.shortcut(inputs))
 
 
 class LstmLanguageModel(nn.Module):
-    """Words of shape [b, t] (int64) to logits of the words after them, [b, vocabulary, t].
+    """A language model by LSTMs: words of shape [b, t] (int64) to logits of the words after them, [b, vocabulary, t].
 
     The state begins at zero in every window, so that windows are examples like any others. The last layer's weight is
     the embedding's (Press and Wolf, "Using the Output Embedding to Improve Language Models", 2017). Dropout modules
@@ -199,7 +200,7 @@ class LstmLanguageModel(nn.Module):
         self.decoder.weight = self.encoder.weight
 
     def forward(self, words: Tensor) -> Tensor:
-        """Logits for every position of every window."""
+        """Logits [b, vocabulary, t] for every position of every window of words [b, t]."""
         features = self.input_dropout(self.encoder(words))
         for number, lstm in enumerate(self.lstms):
             if number > 0:
@@ -227,7 +228,7 @@ def _linear(number: int, features: int, width: int) -> Named:
 
 
 def _classifier(features: int, hidden: int) -> Named:
-    """Two hidden layers, each with dropout, and the logits."""
+    """A classifier of features: two hidden layers, each with dropout, and the layer of the logits."""
     return [
         ("flatten", nn.Flatten()),
         *_linear(1, features, hidden),

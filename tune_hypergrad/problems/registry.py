@@ -41,7 +41,7 @@ from tune_hypergrad.regularisers import (
 
 @dataclass(frozen=True)
 class Scale:
-    """How pixels become inputs: `(pixel / white - mean) / std`, by channel, of the training images."""
+    """How pixels become a network's inputs: `(pixel / white - mean) / std`, by channel, of the training images."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -53,7 +53,7 @@ class Entry:
     """One built-in problem: a line of the table, and how it is made."""
 
     name: str
-    """What `get` calls it."""
+    """Name of the problem, by which `get` makes it."""
 
     model: str
     """The network, in words."""
@@ -62,10 +62,10 @@ class Entry:
     """Training examples; None where the user's own data decide."""
 
     val: int | None
-    """Validation examples, of images taken from the training set; None likewise."""
+    """Validation examples, of images taken from the training set; None where the user's own data decide."""
 
     test: int | None
-    """Test examples; None likewise."""
+    """Test examples; None where the user's own data decide."""
 
     batch_size: int
     """Training examples in an inner step, unless `get` is told otherwise."""
@@ -80,7 +80,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class ImageEntry(Entry):
-    """A classification of images."""
+    """A built-in problem that is a classification of images."""
 
     train: int
     val: int
@@ -90,7 +90,7 @@ class ImageEntry(Entry):
     """Channels, height and width of an image."""
 
     scale: Scale = field(repr=False)
-    """How pixels become inputs."""
+    """How pixels become the network's inputs."""
 
     make_model: Callable[[], nn.Module] = field(repr=False)
     """Makes a freshly initialised network."""
@@ -99,7 +99,7 @@ class ImageEntry(Entry):
     """Reads the images to train and validate on, and those to test on."""
 
     regularisers: tuple[Regulariser, ...] = field(repr=False)
-    """What can regularise training."""
+    """Regularisers that the training can have."""
 
     def make(self, storage: Storage, seed: int, batch_size: int) -> Problem:
         images, test = self.load(storage)
@@ -121,7 +121,8 @@ class ImageEntry(Entry):
 
 
 class TextEntry(Entry):
-    """The language model of `text_problem`; the data directory is the text's folder or file."""
+    """The built-in problem that is the language model of `text_problem`; the data directory is the text's folder or
+    file."""
 
     def make(self, storage: Storage, seed: int, batch_size: int) -> Problem:
         return text_problem(storage.root, batch_size=batch_size, seed=seed, name=self.name)
@@ -183,7 +184,7 @@ def _load_digits(_: Storage) -> tuple[LabelledImages, LabelledImages]:
 
 
 def _dropouts(*modules: str) -> tuple[Regulariser, ...]:
-    """A rate for each of these dropout modules, of the module's name."""
+    """Regularisers of these dropout modules: for each a rate, called as the module is."""
     return tuple(Dropout(module, module) for module in modules)
 
 
@@ -192,7 +193,7 @@ def _numbered(name: str, count: int) -> tuple[str, ...]:
 
 
 def _augmentation(scale: Scale) -> tuple[Regulariser, ...]:
-    """Ten strengths for images in colour."""
+    """Regularisers that augment images in colour, with ten strengths."""
     colours = (of_colour(scale.mean, scale.std) for of_colour in (Brightness, Contrast, Saturation, Hue))
     return (Cutout(), *colours, Affine("rotation", "translation", "scale", "shear"))
 

@@ -40,7 +40,8 @@ def stratified_split(
 
 
 def with_val(problem: Problem) -> Problem:
-    """The problem with its validation examples among those of training; what is reported of them then means little."""
+    """A problem with its validation examples among those of training too; what is reported of them then means
+    little."""
     if problem.sampler is not None:
         raise InputError(
             f"the problem's sampler, a {type(problem.sampler).__name__}, orders the examples of its training split and "
@@ -69,7 +70,7 @@ class _Examples(Dataset[Any]):
 
 
 def split_anew(problem: Problem, seed: int) -> Problem:
-    """The problem with other examples to validate on: as many, drawn from both splits, each class in its share where
+    """A problem with other examples to validate on: as many, drawn from both splits, each class in its share where
     targets are classes, int64 of shape [n].
 
     Args:

@@ -11,11 +11,11 @@ from pathlib import Path
 from tune_hypergrad.errors import InputError
 
 DATA_ENV = "TUNE_HYPERGRAD_DATA"
-"""Environment variable that names the data directory when no argument does."""
+"""Name of the environment variable that names the data directory when no argument does."""
 
 
 class MissingFileError(InputError):
-    """A data set's file is not there, and may not be fetched."""
+    """Raised where a file of a data set is not there, and may not be fetched."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,21 @@ class DataFile:
     """A file of a data set."""
 
     path: str
-    """Where it belongs, relative to the data directory; a download goes there."""
+    """Where the file belongs, relative to the data directory; a download goes there."""
 
     url: str
-    """The official source."""
+    """URL of the file at its official source."""
 
     md5: str
-    """Checksum of the official file, which downloads are held to."""
+    """MD5 checksum of the official file, which downloads are held to."""
 
     others: Sequence[str] = ()
-    """Other relative paths that serve as well, looked at first."""
+    """Other relative paths at which the file may be, looked at first."""
 
 
 class Storage:
-    """The data directory: `data_dir`, else the environment variable, else a per-user cache."""
+    """The data directory, from which missing files can be fetched: `data_dir`, else the environment variable, else a
+    per-user cache."""
 
     def __init__(self, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> None:
         self._data_dir = data_dir

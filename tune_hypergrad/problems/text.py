@@ -37,7 +37,7 @@ LAYOUTS = (
     ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"),
     ("train.txt", "valid.txt", "test.txt"),
 )
-"""Names of the training, validation and test text in a folder, the first found layout counting."""
+"""Names of the training, validation and test text in a folder, by layout; the first layout that is found counts."""
 
 HELD_OUT_SHARE = 0.05
 """Share of a single file's words to validate on, and as much to test on: its last parts."""
@@ -132,7 +132,8 @@ def word_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
 
 def bits_per_word(output: Tensor, target: Tensor) -> Tensor:
-    """`word_cross_entropy` in bits."""
+    """Mean of the words' cross entropies in bits: `word_cross_entropy`, in nats, of the same arguments, divided by log
+    2."""
     return word_cross_entropy(output, target) / math.log(2)
 
 

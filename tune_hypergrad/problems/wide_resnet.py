@@ -37,7 +37,8 @@ class WideResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions, each after BatchNorm and ReLU; a 1x1 convolution on the way past when the shape changes."""
+    """A residual block, two 3x3 convolutions, each after BatchNorm and ReLU; a 1x1 convolution on the way past them
+    where the shape changes."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()

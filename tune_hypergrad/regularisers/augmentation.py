@@ -90,7 +90,7 @@ class Flip(Regulariser):
     """Images mirrored left to right."""
 
     probability: str = "flip"
-    """Name of the hyperparameter: the probability of it, for each image."""
+    """Name of the hyperparameter: the probability that an image is mirrored, drawn for each."""
 
     @property
     def hyperparameters(self) -> dict[str, Strength]:
@@ -144,7 +144,8 @@ class Cutout(Regulariser):
         return with_first_input(batch, x.masked_fill(cut, 0))
 
     def _covered(self, size: int, length: Tensor, device: torch.device) -> Tensor:
-        """Which of an axis's pixels random holes of sides [examples] cover: shape [examples, max_holes, size]."""
+        """Whether random holes of sides [examples] cover each of an axis's pixels: shape [examples, max_holes,
+        size]."""
         centres = torch.randint(size, (len(length), self.max_holes), device=device)
         first = (centres - length[:, None] // 2)[:, :, None]
         pixels = torch.arange(size, device=device)
@@ -161,7 +162,7 @@ def _require_different_names(regulariser: Regulariser, *names: str | None) -> No
 
 
 def images(x: Any, regulariser: Regulariser) -> Tensor:
-    """`x`, once it is known to be floating and of shape [examples, channels, height, width].
+    """A batch of images as it is, once it is known to be floating and of shape [examples, channels, height, width].
 
     Raises:
         InputError: it is not.
@@ -176,7 +177,8 @@ def images(x: Any, regulariser: Regulariser) -> Tensor:
 
 
 def precision(x: Tensor) -> torch.dtype:
-    """The type to draw and compute in: `x`'s own, but at least single: bfloat16 has whole numbers only to 256."""
+    """The type to draw and compute in for a batch of images: its own, but at least single, since bfloat16 has whole
+    numbers only to 256."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -186,7 +188,8 @@ def strengths(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Pixel [i, j] of each image comes from [i + down, j + right], else is 0; shifts are whole, of shape [examples]."""
+    """Images moved by whole pixels: pixel [i, j] of each comes from [i + down, j + right], else is 0; shifts are of
+    shape [examples]."""
     height, width = x.shape[2:]
     rows = down[:, None] + torch.arange(height, device=x.device)
     columns = right[:, None] + torch.arange(width, device=x.device)
@@ -197,7 +200,7 @@ def _shifted(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def _sampling_maps(rotation: Tensor, shift: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
-    """From where in the image each pixel comes: shape [examples, 2, 3], in pixels from the centre, (x, y).
+    """Maps of where in its image each pixel comes from: shape [examples, 2, 3], in pixels from the centre, (x, y).
 
     Args:
         rotation: angles in degrees, shape [examples].

@@ -24,17 +24,17 @@ class Strength(NamedTuple):
     """What one hyperparameter of a regulariser can be."""
 
     neutral: float
-    """The value at which it does nothing."""
+    """Value of the hyperparameter at which the regulariser does nothing."""
     lower: float
-    """Smallest value with a meaning."""
+    """Smallest value of the hyperparameter that has a meaning."""
     upper: float
-    """Largest value with a meaning."""
+    """Largest value of the hyperparameter that has a meaning."""
     usual: tuple[float, float]
-    """What is searched where nothing else is said: least and largest."""
+    """Least and largest value that are searched where nothing else is said."""
     log: bool = False
-    """Whether it is searched on a log scale."""
+    """Whether the hyperparameter is searched on a log scale."""
     whole: bool = False
-    """Whether it is a whole number; others are rounded."""
+    """Whether the hyperparameter is a whole number; other values of it are rounded."""
 
 
 class Context:
@@ -46,9 +46,9 @@ class Context:
 
     def __init__(self) -> None:
         self.values: Values = {}
-        """Hyperparameters' values in force."""
+        """Values of the hyperparameters that are in force, by name."""
         self.activations: dict[str, Tensor] = {}
-        """What modules left for penalties, by a key of their own."""
+        """Activations that modules left for penalties, by a key of their own."""
 
     @contextmanager
     def set_to(self, values: Values) -> Iterator[dict[str, Tensor]]:
@@ -72,13 +72,14 @@ class Regulariser:
     """
 
     per_example: ClassVar[bool] = True
-    """Whether every example of a batch can have a value of its own; else values are of shape []."""
+    """Whether every example of a batch can have a value of the hyperparameters of its own; else values are of shape
+    []."""
     differentiable: ClassVar[bool] = False
-    """Whether the training loss can be differentiated by the hyperparameters."""
+    """Whether the training loss can be differentiated by the regulariser's hyperparameters."""
 
     @property
     def hyperparameters(self) -> dict[str, Strength]:
-        """What it can be told, by name."""
+        """The regulariser's hyperparameters by name, with what each can be."""
         raise NotImplementedError
 
     def attach(self, model: nn.Module, context: Context) -> None:
@@ -93,13 +94,13 @@ class Regulariser:
         return batch
 
     def weight_factors(self, parameters: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
-        """What to multiply parameters with in the forward pass, by name, of the parameters' shapes."""
+        """Factors of parameters in the forward pass, by name, of the parameters' shapes."""
         return {}
 
     def penalty(
         self, parameters: Mapping[str, Tensor], activations: Mapping[str, Tensor], values: Values
     ) -> Tensor | None:
-        """A term of the training loss, shape []."""
+        """The regulariser's term of the training loss, shape []; None where it has none."""
         return None
 
 
@@ -137,12 +138,12 @@ def require_time(output: Tensor, regulariser: str) -> None:
 
 
 def trainable(model: nn.Module) -> list[str]:
-    """Names of the parameters that are trained."""
+    """Names of the parameters of a model that are trained."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def matching(names: list[str], pattern: str, what: str) -> list[str]:
-    """Those names that a shell-style pattern matches, such as "*" or "features.*".
+    """The names that a shell-style pattern matches, such as "*" or "features.*".
 
     Raises:
         InputError: none does.

@@ -20,26 +20,28 @@ from tune_hypergrad.regularisers.augmentation import images, strengths
 from tune_hypergrad.regularisers.base import Regulariser, Strength, Values
 
 LUMA = (0.299, 0.587, 0.114)
-"""What red, green and blue contribute to grey (ITU-R BT.601)."""
+"""Shares of red, green and blue in grey (ITU-R BT.601)."""
 
 _HALF_RANGE = Strength(neutral=0.0, lower=0.0, upper=inf, usual=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class _Colour(Regulariser):
-    """Base: how colours change is each one's own; an image whose strength is 0 stays exactly as it is."""
+    """Base of the regularisers of colour, each of which says how colours change; an image whose strength is 0 stays
+    exactly as it is."""
 
     needs_rgb: ClassVar[bool] = False
     """Whether images need three channels: red, green, blue."""
     bounds: ClassVar[Strength] = _HALF_RANGE
-    """What the strength can be."""
+    """What the strength, the regulariser's hyperparameter, can be."""
 
     mean: float | tuple[float, ...]
-    """What was subtracted from each channel of pixels in [0, 1], or from all: 0.0 for images as they were."""
+    """Mean that was subtracted from each channel of pixels in [0, 1], or from all of them: 0.0 for images as they
+    were."""
     std: float | tuple[float, ...]
-    """What each channel, or all, was divided by then: 1.0 for images as they were."""
+    """Deviation that each channel, or all of them, was divided by after that: 1.0 for images as they were."""
     strength: str
-    """Name of the hyperparameter."""
+    """Name of the hyperparameter: how strongly the colours change."""
 
     def __post_init__(self) -> None:
         means, stds = self._statistics
@@ -69,7 +71,7 @@ class _Colour(Regulariser):
         return mean, std
 
     def _changed(self, pixels: Tensor, strength: Tensor, draws: Tensor) -> Tensor:
-        """New pixels for those in [0, 1]; strengths and draws, uniform in [0, 1), are of shape [examples, 1, 1, 1]."""
+        """New pixels for pixels in [0, 1], by strengths and draws, uniform in [0, 1), of shape [examples, 1, 1, 1]."""
         raise NotImplementedError
 
     def _check_channels(self, channels: int) -> None:
@@ -144,7 +146,7 @@ def _factor(strength: Tensor, draws: Tensor) -> Tensor:
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """Shape [examples, 1, height, width]."""
+    """The grey of pixels [examples, channels, height, width]: shape [examples, 1, height, width]."""
     if pixels.shape[1] != 3:
         return pixels.mean(1, keepdim=True)
     return (pixels * pixels.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)

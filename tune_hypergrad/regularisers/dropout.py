@@ -24,7 +24,7 @@ from tune_hypergrad.regularisers.base import (
 
 
 class _AtRate(Regulariser):
-    """A regulariser with one hyperparameter, the share of something that becomes zero."""
+    """Base of the regularisers by dropout: one hyperparameter, the share of something that becomes zero."""
 
     rate: str
 
@@ -47,7 +47,7 @@ class Dropout(_AtRate):
     rate: str = "dropout"
     """Name of the hyperparameter: the share of elements or channels that become zero, below 1."""
     modules: str = "*"
-    """Which dropout modules: their names, or a pattern such as "features.*"."""
+    """Dropout modules that the rate is of: their names, or a pattern such as "features.*"."""
 
     def attach(self, model: nn.Module, context: Context) -> None:
         plain = {name: layer for name, layer in model.named_modules() if type(layer) in DROPOUTS}
@@ -63,7 +63,8 @@ class VariationalDropout(_AtRate):
     """
 
     rate: str = "dropout"
-    """Name of the hyperparameter: the share of features that become zero, below 1."""
+    """Modules whose outputs are dropped: their names, or a pattern; plain dropout modules among them act no more by
+    themselves."""
     modules: str = "*dropout"
     """At which modules' outputs: their names, or a pattern; plain dropout modules act no more by themselves."""
 
@@ -84,9 +85,9 @@ class EmbeddingDropout(_AtRate):
     """
 
     rate: str = "embedding_dropout"
-    """Name of the hyperparameter: the share of words, below 1."""
+    """Name of the hyperparameter: the share of words that become zero vectors, below 1."""
     modules: str = "*"
-    """Which `nn.Embedding` modules: their names, or a pattern."""
+    """`nn.Embedding` modules whose words are dropped: their names, or a pattern."""
 
     def attach(self, model: nn.Module, context: Context) -> None:
         embeddings = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Embedding)}
@@ -105,9 +106,9 @@ class DropConnect(_AtRate):
     per_example: ClassVar[bool] = False
 
     rate: str = "weight_drop"
-    """Name of the hyperparameter: the share of elements, below 1."""
+    """Name of the hyperparameter: the share of elements that become zero, below 1."""
     parameters: str = "*weight_hh*"
-    """Which parameters: their names, or a pattern; by default the recurrent weights."""
+    """Parameters whose elements are dropped: their names, or a pattern; by default the recurrent weights."""
 
     def attach(self, model: nn.Module, context: Context) -> None:
         matching(trainable(model), self.parameters, "trainable parameter")
@@ -118,17 +119,18 @@ class DropConnect(_AtRate):
 
 
 class TunedDropout(nn.Module):
-    """What a plain dropout module becomes: its rate is the one that a context gives, else the module's own."""
+    """Mixin that a plain dropout module gets: its rate is the one that a context gives, else the module's own."""
 
     hyperparameter: str
-    """Name of the rate."""
+    """Name of the hyperparameter that is the module's rate."""
     context: Context
-    """Where the rate is found, of shape [] or [examples]."""
+    """Where the rate in force is found, of shape [] or [examples]."""
     mask_shape: Callable[[Tensor], Sequence[int]]
     """Shape of the mask for some inputs: ones stand for dimensions over which it is the same."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Inputs of shape [examples, ...]; as they are in evaluation."""
+        """Dropout of inputs of shape [examples, ...] at the rate in force; in evaluation mode, the inputs as they
+        are."""
         rate = self.context.values.get(self.hyperparameter) if self.training else None
         if rate is None:
             return cast(Tensor, super().forward(input))
@@ -170,7 +172,7 @@ DROPOUTS: dict[type[nn.Module], tuple[type[TunedDropout], Callable[[Tensor], Seq
     nn.Dropout2d: (_TunedDropout2d, _one_for_each_channel),
     nn.Dropout3d: (_TunedDropout3d, _one_for_each_channel),
 }
-"""Plain dropout modules, what they become, and the shapes of their masks."""
+"""Plain dropout modules by class, with what they become and the shapes of their masks."""
 
 
 def _tune(
@@ -202,7 +204,8 @@ class _DropOutput:
 
 
 class _DropWords:
-    """Forward hook of an embedding: in each example, all occurrences of a word share their fate."""
+    """Forward hook of an embedding: dropout of words, where in each example all occurrences of a word share their
+    fate."""
 
     def __init__(self, hyperparameter: str, context: Context) -> None:
         self.hyperparameter, self.context = hyperparameter, context
@@ -219,7 +222,7 @@ class _DropWords:
 
 
 def _mask(rate: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros at this rate, shape [] or [examples], else 1 / (1 - rate): shape `shape`, in `like`'s dtype.
+    """A mask for dropout at a rate of shape [] or [examples]: zeros, else 1 / (1 - rate), in `like`'s dtype.
 
     Where the shape has one entry for all examples, and they have a rate each, the mask has one for each of them.
     """

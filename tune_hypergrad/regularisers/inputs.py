@@ -16,7 +16,7 @@ from tune_hypergrad.regularisers.base import Regulariser, Strength, Values, as_f
 
 
 class _OfDeviation(Regulariser):
-    """A regulariser with one hyperparameter, the standard deviation of something."""
+    """Base of the regularisers with one hyperparameter, the standard deviation of something."""
 
     differentiable: ClassVar[bool] = True
 

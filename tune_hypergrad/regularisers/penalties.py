@@ -28,15 +28,15 @@ _ON_ACTIVATIONS = Strength(neutral=0.0, lower=0.0, upper=inf, usual=(1e-3, 10.0)
 
 @dataclass(frozen=True)
 class _OfParameters(Regulariser):
-    """Base: a weight times the sum of some parameters' sizes."""
+    """Base of the penalties on weights: the hyperparameter times the sum of some parameters' sizes."""
 
     per_example: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
 
     weight: str
-    """Name of the hyperparameter."""
+    """Name of the hyperparameter: the weight of the penalty."""
     parameters: str = "*weight*"
-    """Which parameters: their names, or a pattern such as "classifier.*"."""
+    """Parameters that are penalised: their names, or a pattern such as "classifier.*"."""
 
     @property
     def hyperparameters(self) -> dict[str, Strength]:
@@ -53,7 +53,7 @@ class _OfParameters(Regulariser):
         return values[self.weight].to(size.dtype) * size
 
     def _size(self, parameter: Tensor) -> Tensor:
-        """Shape []."""
+        """The size of one parameter that is penalised, shape []."""
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class WeightDecay(_OfParameters):
     """Half the weight times the sum of squares of some parameters: its gradient is the weight times them."""
 
     weight: str = "l2"
-    """Name of the hyperparameter."""
+    """Name of the hyperparameter: the weight of the penalty."""
 
     def _size(self, parameter: Tensor) -> Tensor:
         return parameter.square().sum() / 2
@@ -73,7 +73,7 @@ class L1(_OfParameters):
     """The weight times the sum of absolute values of some parameters."""
 
     weight: str = "l1"
-    """Name of the hyperparameter."""
+    """Name of the hyperparameter: the weight of the penalty."""
 
     def _size(self, parameter: Tensor) -> Tensor:
         return parameter.abs().sum()
@@ -81,7 +81,8 @@ class L1(_OfParameters):
 
 @dataclass(frozen=True)
 class _OfOutputs(Regulariser):
-    """Base: each example's weight times the mean of a size of its activations, averaged over examples.
+    """Base of the penalties on activations: each example's weight times the mean size of its own, averaged over
+    examples.
 
     Sizes of several modules add up; a module that is called several times counts with its last output.
     """
@@ -89,9 +90,9 @@ class _OfOutputs(Regulariser):
     differentiable: ClassVar[bool] = True
 
     module: str
-    """At which modules' outputs: their names, or a pattern."""
+    """Modules whose outputs are penalised: their names, or a pattern."""
     weight: str
-    """Name of the hyperparameter."""
+    """Name of the hyperparameter: the weight of the penalty."""
 
     @property
     def hyperparameters(self) -> dict[str, Strength]:
@@ -116,11 +117,12 @@ class _OfOutputs(Regulariser):
 
     @property
     def _prefix(self) -> str:
-        """Of keys of activations; others may have left the same module's output before or after dropout."""
+        """What this regulariser's keys of activations begin with: others may have left the same module's output before
+        or after dropout."""
         return f"{self!r}: "
 
     def _size(self, output: Tensor) -> Tensor:
-        """Shape [examples, ...]."""
+        """The sizes of a module's output that are penalised, shape [examples, ...]."""
         raise NotImplementedError
 
 
@@ -132,7 +134,7 @@ class ActivationRegularisation(_OfOutputs):
     """
 
     weight: str = "ar"
-    """Name of the hyperparameter."""
+    """Name of the hyperparameter: the weight of the penalty."""
 
     def _size(self, output: Tensor) -> Tensor:
         return output.square()
@@ -148,7 +150,7 @@ class TemporalActivationRegularisation(_OfOutputs):
     """
 
     weight: str = "tar"
-    """Name of the hyperparameter."""
+    """Name of the hyperparameter: the weight of the penalty."""
 
     def _size(self, output: Tensor) -> Tensor:
         require_time(output, type(self).__name__)

@@ -28,17 +28,17 @@ class ModelOptions:
     """HpBandSter's options of BOHB's model."""
 
     min_points_in_model: int | None = None
-    """Results at one budget before it has a model; None, and fewer, is one more than hyperparameters."""
+    """Number of results at one budget before that has a model; None, and fewer, is one more than hyperparameters."""
     top_n_percent: int = 15
-    """How many of a budget's results count as good."""
+    """Percentage of a budget's results that count as good."""
     num_samples: int = 64
-    """Candidates among which the model picks."""
+    """Number of candidates among which the model picks."""
     random_fraction: float = 1 / 3
     """Share of configurations that are drawn without the model."""
     bandwidth_factor: float = 3
-    """Widens the kernels from which candidates are drawn."""
+    """Factor that widens the kernels from which candidates are drawn."""
     min_bandwidth: float = 1e-3
-    """Smallest bandwidth, in the unit cube."""
+    """Smallest bandwidth of a kernel, in the unit cube."""
 
     def __post_init__(self) -> None:
         for name, value, fits, words in (
@@ -57,7 +57,7 @@ class ModelOptions:
 
 
 class BOHBGenerator(BOHB):  # type: ignore[misc]
-    """Suggests what HpBandSter's generator suggests, at a fraction of its cost (Falkner et al. 2018, algorithm 2).
+    """BOHB's generator of configurations, at a fraction of the cost of HpBandSter's (Falkner et al. 2018, algorithm 2).
 
     The same data, the same split into good and bad, the same densities, the same draws in the same order. What differs:
     the draws come from a generator of its own in place of NumPy's global one, candidates are made and judged as arrays,
@@ -128,7 +128,7 @@ class BOHBGenerator(BOHB):  # type: ignore[misc]
         return dict(self.configspace.sample_configuration()), {"model_based_pick": False}
 
     def _split(self, count: int) -> tuple[int, int]:
-        """How many of `count` configurations are good and how many are bad."""
+        """Numbers of good and of bad ones among `count` configurations."""
         good = min(count, max(self.min_points_in_model, self.top_n_percent * count // 100))
         return good, min(count - good, max(self.min_points_in_model, (100 - self.top_n_percent) * count // 100))
 
@@ -151,7 +151,8 @@ class BOHBGenerator(BOHB):  # type: ignore[misc]
         return Density(data, np.clip(bandwidths, self.min_bandwidth, None), self.vartypes > 0)
 
     def _best_candidate(self, good: Density, bad: Density) -> Array | None:
-        """Of candidates drawn around good configurations the one most typical of good against bad, shape [d]."""
+        """The candidate, drawn around good configurations, that is most typical of good against bad, shape [d]; None
+        where there is none."""
         candidates = self._candidates(good)
         best, smallest = None, math.inf
         for index, (l, g) in enumerate(zip(good.pdf(candidates), bad.pdf(candidates), strict=True)):  # noqa: E741
@@ -184,9 +185,9 @@ class Density(NamedTuple):
     data: Array
     """The observations, shape [n, d]."""
     bandwidths: Array
-    """One for each dimension, shape [d]."""
+    """The kernels' bandwidths, one for each dimension, shape [d]."""
     categorical: NDArray[np.bool_]
-    """Which dimensions hold indices of categories, shape [d]; the others lie in [0, 1]."""
+    """Whether each dimension holds indices of categories, shape [d]; the others lie in [0, 1]."""
 
     def pdf(self, points: Array) -> Array:
         """The density at points of shape [m, d], shape [m].

@@ -17,12 +17,12 @@ from tune_hypergrad.errors import InputError
 
 @dataclass(frozen=True)
 class Bracket:
-    """One run of successive halving."""
+    """One run of successive halving: how many configurations each rung has, and with which budget."""
 
     num_configs: tuple[int, ...]
     """Configurations on each rung, the lowest first."""
     budgets: tuple[float, ...]
-    """The budget of each rung; whole numbers are ints."""
+    """The budget of each rung, the lowest first; whole numbers are ints."""
 
 
 def rungs(min_budget: float, max_budget: float, eta: float) -> tuple[float, ...]:

@@ -41,27 +41,27 @@ Path = tuple[Any, ...]
 """The keys that lead to an entry of a nested dict."""
 
 _ATTEMPTS = 200
-"""How often missing values are drawn before a configuration counts as forbidden."""
+"""Number of draws of missing values before a configuration counts as forbidden."""
 
 
 @dataclass
 class Translation:
-    """A ConfigSpace, and what its configurations mean to a trainable.
+    """A ConfigSpace made of a search space, and what its configurations mean to a trainable.
 
     A *configuration* is flat, from hyperparameter to value as ConfigSpace has it. A *trial config* is what a trainable
     gets: nested as the search space is, with its constants, of plain Python values.
     """
 
     configspace: ConfigurationSpace
-    """What is searched."""
+    """What is searched, as HpBandSter takes it."""
     paths: dict[str, Path]
-    """Where each hyperparameter stands in a trial config."""
+    """Where each hyperparameter stands in a trial config: the keys that lead there, by its name."""
     constants: dict[Path, Any]
-    """The rest of a trial config."""
+    """Entries of a trial config that are not searched, by the keys that lead there."""
     categories: dict[str, list[Any]]
-    """What each categorical hyperparameter's choices stand for, in their order."""
+    """Values that each categorical hyperparameter's choices stand for, in their order."""
     steps: dict[str, float]
-    """What the values of a quantised hyperparameter are multiples of."""
+    """What the values of each quantised hyperparameter are multiples of."""
 
     def to_trial(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
         """The trial config that a configuration stands for; what is inactive is left out."""
@@ -109,7 +109,7 @@ class Translation:
         return configuration
 
     def is_same(self, other: Translation) -> bool:
-        """Whether both stand for the same search space."""
+        """Whether this translation and another are of the same search space."""
         return self.configspace == other.configspace and all(
             is_same(vars(self)[name], vars(other)[name]) for name in ("paths", "constants", "categories", "steps")
         )
@@ -177,7 +177,7 @@ class Translation:
         return same[:1] or [choice for choice, category in known if may_be(category, value)]
 
     def _legal_values(self, name: str, value: Any) -> list[Any]:
-        """A value as the space has it; none where it lies outside."""
+        """The values of the space that a given value of a hyperparameter may be; none where it lies outside."""
         hyperparameter = self.configspace[name]
         if isinstance(hyperparameter, FloatHyperparameter) and isinstance(value, float | np.floating):
             value = round(float(value), ROUND_PLACES)  # as ConfigSpace rounds bounds: 1/3 would be above a bound of 1/3
@@ -229,7 +229,7 @@ def translate(space: Mapping[str, Any] | ConfigurationSpace, seed: int) -> Trans
 
 
 def refuse_ordinal(configspace: ConfigurationSpace, who: str) -> None:
-    """Raise `InputError` where a model of densities cannot be made."""
+    """Raise `InputError` where a space has an ordinal hyperparameter, of which no model of densities can be made."""
     for name, hyperparameter in configspace.items():
         if isinstance(hyperparameter, OrdinalHyperparameter):
             raise InputError(
@@ -271,7 +271,7 @@ def _hyperparameter(name: str, found: Numbers | Choices, translation: Translatio
 
 
 def _convertible(name: str, leaf: Any) -> Numbers | Choices | Constant:
-    """What stands in a place, of which a hyperparameter can be made; what has one value only is a constant.
+    """A place's content, if a hyperparameter can be made of it; what has one value only is a constant.
 
     Raises:
         InputError: none can be made.
@@ -317,7 +317,7 @@ def _refuse_bounds(which: str, domain: Any, found: Numbers) -> None:
 
 
 def _choices(categories: list[Any]) -> list[Any]:
-    """What ConfigSpace takes for categories: themselves if it can tell them apart, else their texts, numbered."""
+    """Categories as ConfigSpace takes them: themselves if it can tell them apart, else their texts, numbered."""
     simple = all(isinstance(category, str | int | float) for category in categories)
     # in the array that ConfigSpace makes of them 1 beside "a" is "1", True beside 2 is 1, 2**53 + 1 beside 0.5 is 2**53
     simple = simple and all(map(is_same, categories, np.asarray(categories).tolist()))
@@ -349,7 +349,7 @@ def _of_kind(hyperparameter: Hyperparameter[Any, Any], value: Any) -> Any:
 
 
 def _listed(hyperparameter: Any) -> list[Any]:
-    """What can be chosen, where that is a list."""
+    """The choices of a hyperparameter that has a list of them; none of others."""
     values: Any = getattr(hyperparameter, "choices", None) or getattr(hyperparameter, "sequence", ())
     return [plain(value) for value in values]
 

@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two constants are the same: identical, or equal of a kind that can tell."""
+    """Whether two constants of a space are the same: identical, or equal of a kind that can tell."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(is_same(value, b[name]) for name, value in a.items())
     try:
@@ -28,7 +28,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def check_constant(constant: Any, value: Any, what: str) -> None:
-    """Raise `InputError` where a point has another value for a constant."""
+    """Raise `InputError` where a point has another value for one of the space's constants."""
     if not (is_same(constant, value) or may_be(constant, value)):
         remedy = "remove it, or give it that value" if shown(constant) is constant else "remove it"
         raise InputError(
@@ -38,7 +38,7 @@ def check_constant(constant: Any, value: Any, what: str) -> None:
 
 
 def warn_of_an_object(known: Any, value: Any, what: str) -> None:
-    """Say so where an object may not be the one that the space has."""
+    """Warn where an object in a point may not be the one that the space has."""
     if shown(known) is not known and may_be(known, value) and not is_same(known, value):
         text = without_breaks(repr(value))
         _logger.warning("%s = %s: trials get the object in the search space, which may be another one", what, text)
@@ -58,7 +58,7 @@ _UNSEEN = {_RefResolver.TOKEN: _Unseen("<object>"), _FunctionResolver.TOKEN: _Un
 
 
 def _placeholder(value: Any) -> str | None:
-    """Which kind of placeholder a value is, if it is one."""
+    """The kind of placeholder that a value is; None where it is none."""
     is_one = type(value) is tuple and len(value) == 2 and isinstance(value[0], str) and value[0] in _UNSEEN
     return str(value[0]) if is_one else None
 

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _ModelBased(HpBandSterSearch):
-    """Configurations come from BOHB's model."""
+    """Base of the searchers whose configurations come from BOHB's model."""
 
     _model_options: ModelOptions
 

@@ -68,7 +68,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
         if brackets is not None and (isinstance(brackets, bool) or not isinstance(brackets, int) or brackets < 1):
             raise InputError(f"brackets is {brackets!r}: it must be a whole number of at least 1, or None for no end")
         self.seed = _checked_seed(seed)
-        """What all draws come from."""
+        """The seed that all draws of the search come from."""
         if budget_key is not None and (not isinstance(budget_key, str) or "/" in budget_key):
             raise InputError(f"budget_key is {budget_key!r}: it must be the name of an entry at the config's top level")
         self._budgets, self._budget_key, self._time_attr = budgets, budget_key, time_attr
@@ -82,7 +82,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
         self._shorter_trials: dict[ConfigId, str] = {}
 
     def _make_generator(self, configspace: ConfigurationSpace) -> Generator:
-        """Where configurations come from: random draws, unless a subclass has a model."""
+        """The generator of configurations: random draws, unless a subclass has a model."""
         return RandomSampling(configspace)  # type: ignore[no-any-return]
 
     @abstractmethod
@@ -96,14 +96,15 @@ class HpBandSterSearch(RestorableSearch[Job]):
 
     @property
     def stopper(self) -> Stopper:
-        """Ends trials that do not heed their budget: `RunConfig(stop=search.stopper)`."""
+        """A stopper for trials that do not heed their budget: `RunConfig(stop=search.stopper)`. An `InputError` where
+        the search gives trials none."""
         if self._budget_key is None:
             raise InputError(f"{type(self).__name__} gives trials no budget: pass it max_budget")
         return StopAtBudget(self._budget_key, self._time_attr)
 
     @property
     def configspace(self) -> ConfigurationSpace:
-        """What is searched, as HpBandSter has it; its analysis may change what it is given, so give it a copy."""
+        """The search space as HpBandSter has it; its analysis may change what it is given, so give it a copy."""
         self._require_space()
         assert self._translation is not None
         return self._translation.configspace
@@ -142,7 +143,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
         master.sampler.generator.new_result(_evaluated(point, budget, None if error else self._sign * value))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Remember a trial's latest result: a trial that is stopped while it is paused ends without one."""
+        """Remember a trial's latest result, since a trial that is stopped while it is paused ends without one."""
         if trial_id in self._running:
             self._latest[trial_id] = self._what_counts(flat(result))
 
@@ -165,7 +166,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
         return self._require_space().next_job()
 
     def _prefer(self, config: Mapping[str, Any]) -> None:
-        """Let the next configuration that a bracket takes in be this one."""
+        """Let the next configuration that a bracket takes in be that of this config."""
         master, translation = self._require_space(), self._translation
         assert translation is not None
         tuned = {path[0] for path in translation.paths.values()}
@@ -207,7 +208,7 @@ class HpBandSterSearch(RestorableSearch[Job]):
 
     @property
     def _sign(self) -> int:
-        """What the metric is multiplied by to be minimised."""
+        """Factor by which less of the metric is better: 1, or -1 where it is maximised."""
         return 1 if self._mode == "min" else -1
 
     def _what_counts(self, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,7 +306,7 @@ class StopAtBudget(Stopper):
         self.budget_key, self.time_attr = budget_key, time_attr
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether the trial has to stop."""
+        """Whether a trial has to stop, since its time attribute has reached the budget in its config."""
         reported = flatten_dict({key: value for key, value in result.items() if key != "config"})
         if self.time_attr not in reported:
             if result.get("done"):  # it has returned, and may not have reported anything
@@ -317,12 +318,12 @@ class StopAtBudget(Stopper):
         return bool(reported[self.time_attr] >= result["config"][self.budget_key])
 
     def stop_all(self) -> bool:
-        """Never."""
+        """Whether all trials have to stop at once: never."""
         return False
 
 
 def _evaluated(config: dict[str, Any], budget: float, loss: float | None) -> Job:
-    """A job of another search, with its loss; None is a failure."""
+    """A finished job of another search, with its loss; None stands for a failure."""
     job = Job((-1, 0, 0), config=config, budget=budget)
     job.result = None if loss is None else {"loss": loss, "info": None}
     return job
@@ -347,7 +348,7 @@ def _checked_rewards(rewards: Any, points: int) -> list[float]:
 
 
 def _as_number(value: Any) -> float | None:
-    """A result as a float; None where it is none."""
+    """An entry of a result as a float; None where it is no number."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -34,15 +34,15 @@ from tune_hypergrad.searchers.restorable import RestorableSearch
 from tune_hypergrad.space import flat_values, gradient_ranges, in_form_of, is_hyperparameter, tuned_values
 
 OURS = ("seed", "split_seed", "steps", "tuned", "reject_above", "confirmed", "fall_above", TRIAL_INDEX)
-"""What this searcher, and wrappers, put into configs beside the space's."""
+"""Names of what this searcher, and wrappers of it, put into configs beside the space's own."""
 
 
 @dataclass(eq=False)
 class _Member:
-    """A trial's part in a round."""
+    """The part that a trial has in a round of the outer search."""
 
     index: int
-    """Which of the round's proposals it runs, from 0."""
+    """Number, from 0, of the round's proposal that the trial runs."""
 
 
 class HypergradientSearch(RestorableSearch[_Member]):
@@ -61,10 +61,9 @@ class HypergradientSearch(RestorableSearch[_Member]):
     differentiated. Each outer step runs `ensemble` trials that differ in their seed only, and follows the average of
     their hypergradients (Micaelli & Storkey 2021 average over seeds to reduce their variance). Trials of the robust
     rule that are not worth it are not differentiated (their config has `reject_above`), and before the search ends the
-    best
-    schedules are confirmed by trials with other seeds (their config has `confirmed` and, where a loss can speak against
-    a schedule, `fall_above`). A trial that fails is left out of the average; where all trials of an outer step failed,
-    the robust rule runs others, and the paper's search ends. One that fails to confirm is run again.
+    best schedules are confirmed by trials with other seeds (their config has `confirmed` and, where a loss can speak
+    against a schedule, `fall_above`). A trial that fails is left out of the average; where all trials of an outer step
+    failed, the robust rule runs others, and the paper's search ends. A trial that fails to confirm is run again.
 
     Args:
         space: Ray domains by name; None takes `param_space`. Continuous domains are tuned, constants passed on.
@@ -72,9 +71,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
             follows `val_loss`, whose derivative it is given.
         mode: "min" or "max", for `metric`.
         points_to_evaluate: configs to run first; the descent begins from the best of them, and by the robust rule its
-            outcome is not worse, by validation, than this. Points for which `trainings` do not suffice are left
-            out. What a point leaves out begins where the rule does. None
-            begins from there in everything.
+            outcome is not worse, by validation, than this. Points for which `trainings` do not suffice are left out.
+            What a point leaves out begins where the rule does. None begins there in everything.
         seed: the trials' seeds are drawn from it.
         **settings: fields of `SearchSettings`: `rule`, `ensemble`, `outer_steps`, `trainings` and others.
 
@@ -148,7 +146,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
 
     @property
     def _current(self) -> OuterSearch:
-        """Whose round is run: the next point's to evaluate, or the search's."""
+        """The outer search whose round is run: that of the next point to evaluate, or the search proper."""
         assert self._outer is not None
         return self._starts[0] if self._starts else self._outer
 
@@ -221,7 +219,7 @@ class HypergradientSearch(RestorableSearch[_Member]):
         return outcome._replace(cost=outcome.cost * share)
 
     def _score_of(self, result: Mapping[str, Any]) -> float | None:
-        """What incumbents are chosen by, the lower the better; None where that is the loss."""
+        """What an incumbent is chosen by, from a trial's result, the lower the better; None where that is the loss."""
         is_loss = self.metric == OBJECTIVE and self.mode != "max" and result.get(OBJECTIVE) == result[VAL_LOSS]
         if is_loss or self.metric in (None, VAL_LOSS):
             return None
@@ -290,7 +288,8 @@ def _listed_points(points: Any) -> list[Mapping[str, Any]]:
 
 
 def _loss_of_start(started: tuple[OuterSearch, list[Outcome | None]]) -> float:
-    """What a point's runs gave: the mean over seeds, or the least of plain trainings over the learning rate."""
+    """Loss that the runs of a point to evaluate came to: the mean over seeds, or the least of plain trainings over the
+    learning rate."""
     outer, outcomes = started
     losses = [mean_outcome(outcomes).val_loss]
     if outer.round()[0].reject_above == -math.inf:

@@ -20,7 +20,7 @@ from tune_hypergrad.searchers.brackets import Bracket
 from tune_hypergrad.searchers.results import ExperimentResult
 
 ConfigId = tuple[int, int, int]
-"""Bracket, the rung on which the configuration began, and its index there."""
+"""Identity of a configuration: its bracket, the rung on which it began, and its index there."""
 
 
 class Generator(Protocol):
@@ -39,7 +39,7 @@ class Sampler:
 
     generator: Generator
     canonical: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """Gives a configuration the plain values with which it is trained."""
+    """Gives a configuration in the plain values with which it is trained."""
     queue: deque[dict[str, Any]]
 
     def __call__(self, budget: float) -> tuple[dict[str, Any], dict[str, Any]]:

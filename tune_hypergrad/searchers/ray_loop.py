@@ -25,27 +25,27 @@ Kind = TypeVar("Kind")
 
 @dataclass
 class RayLoop:
-    """The loop that calls."""
+    """The loop of Ray's within which a searcher is called."""
 
     controller: TuneController
-    """Ray's, which has the trials."""
+    """Ray's controller, which has the trials and runs them."""
     generator: SearchGenerator
-    """What makes trials of suggestions."""
+    """Ray's search generator, which makes trials of suggestions."""
     searchers: list[Searcher]
-    """From the outermost wrapper in to the searcher that decides."""
+    """The searchers that are asked, from the outermost wrapper in to the one that decides."""
 
     @property
     def scheduler(self) -> TrialScheduler:
-        """The trials'."""
+        """The scheduler of the loop's trials."""
         scheduler: TrialScheduler = self.controller.scheduler_alg
         return scheduler
 
     def trials(self) -> dict[str, Trial]:
-        """All that there are, by id."""
+        """All trials of the loop, by id."""
         return {trial.trial_id: trial for trial in self.controller.get_trials()}
 
     def live(self) -> dict[str, Trial]:
-        """Those that have not ended, by id.
+        """The trials of the loop that have not ended, by id.
 
         A trial's status is final between the loop's events, when it asks for trials, takes a snapshot or begins a step,
         and may not be while it tells of a result.
@@ -53,18 +53,19 @@ class RayLoop:
         return {trial.trial_id: trial for trial in self.controller.get_live_trials() if not trial.is_finished()}
 
     def count_trials(self) -> None:
-        """Let the generator continue from the trials that there are."""
+        """Let the search generator continue from the trials that there are."""
         self.generator.set_state({**self.generator.get_state(), "counter": len(self.controller.get_trials())})
 
     def add_callback(self, kind: type[Callback]) -> None:
-        """Add a callback to the controller's, where it has none of the kind."""
+        """Add a callback of a kind to the controller, where it has none of that kind."""
         callbacks = self.controller._callbacks._callbacks
         if not any(isinstance(callback, kind) for callback in callbacks):
             callbacks.append(kind())
 
 
 def calling_loop() -> RayLoop | None:
-    """The loop within which this is called; None outside of one, or where Ray draws configurations itself."""
+    """The loop of Ray's within which this function is called; None outside of one, or where Ray draws configurations
+    itself."""
     found = _frame_of(TuneController)
     if found is None or not isinstance(found[1].search_alg, SearchGenerator):
         return None
@@ -73,13 +74,14 @@ def calling_loop() -> RayLoop | None:
 
 
 def calling_searchers() -> list[Searcher]:
-    """The searchers of the search generator within which this is called, the outermost first; none outside of one."""
+    """The searchers of the search generator within which this function is called, the outermost first; none outside of
+    one."""
     found = _frame_of(SearchGenerator)
     return [] if found is None else searchers_of(found[1])
 
 
 def continue_counting(trials: int) -> None:
-    """From within `SearchGenerator.restore_from_dir`: let it continue from as many trials, and ask for more.
+    """Let a search generator, from within its `restore_from_dir`, continue from as many trials, and ask for more.
 
     Its own file says how many there were, and whether that was all, at a moment that may not be that of the trials'
     file. It has read it already, and takes it over when the searcher is restored.
@@ -91,14 +93,15 @@ def continue_counting(trials: int) -> None:
 
 
 def searchers_of(outer: SearchGenerator | Searcher) -> list[Searcher]:
-    """What is wrapped in `outer`, from the outside in; `outer` itself is the first if it is a searcher."""
+    """The searchers that are wrapped in `outer`, from the outside in; `outer` itself is the first if it is a
+    searcher."""
     searchers = [outer] if isinstance(outer, Searcher) else []
     inner = getattr(outer, "searcher", None)
     return [*searchers, *searchers_of(inner)] if isinstance(inner, Searcher) else searchers
 
 
 def _frame_of(kind: type[Kind]) -> tuple[FrameType, Kind] | None:
-    """The innermost call of a method of such an object, and the object."""
+    """The innermost call of a method of an object of some kind, and the object; None where there is no such call."""
     file = sys.modules[kind.__module__].__file__
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -33,7 +33,7 @@ from tune_hypergrad.searchers.constants import plain, shown
 from tune_hypergrad.searchers.ray_loop import RayLoop, calling_loop, calling_searchers, continue_counting, searchers_of
 
 STATE_KEY = "tune_hypergrad_search"
-"""In a searcher's file: its state."""
+"""Key in the file of a searcher: its state."""
 
 _WRAPPERS = "wrappers"  # in its file, too: the states of what it was wrapped in
 _TRIALS = "trials"  # and which trials there were
@@ -46,18 +46,18 @@ Work = TypeVar("Work")
 
 @dataclass
 class _Session:
-    """What is known of the Ray loop that calls, and is not saved."""
+    """What a search knows of the Ray loop that calls it, and does not save."""
 
     seen: ReferenceType[TuneController] | None = None
-    """The controller whose trials the search has looked at already."""
+    """The controller whose trials the search has looked at already; None: it has looked at none."""
     restored: bool = False
-    """Whether it goes on with an experiment, and its trials."""
+    """Whether the search goes on with an experiment, and the experiment's trials."""
     tags: dict[str, str] = field(default_factory=dict)
-    """Of the trials that were waited for when the search was restored: Ray's tag by id."""
+    """Ray's tags, by id, of the trials that were waited for when the search was restored."""
     replaying: bool = False
-    """Whether what is called now has happened before."""
+    """Whether the search is called now for what has happened before."""
     paused_since: float | None = None
-    """Since when all trials have been paused."""
+    """Time, in seconds of `time.monotonic`, since which all trials have been paused; None where they are not."""
 
 
 class RestorableSearch(Searcher, Generic[Work]):
@@ -85,11 +85,11 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     @abstractmethod
     def _take_space(self, config: Mapping[str, Any]) -> bool:
-        """Make the Tuner's `param_space` the search space; whether it is."""
+        """Make the Tuner's `param_space` the search space; returns whether it is."""
 
     @abstractmethod
     def _next_work(self) -> Work | None:
-        """The next piece of work; None while it depends on what runs, or when there is none."""
+        """The next piece of work; None while that depends on trials that run, or when there is none."""
 
     @abstractmethod
     def _config_of(self, work: Work) -> dict[str, Any]:
@@ -109,7 +109,8 @@ class RestorableSearch(Searcher, Generic[Work]):
         """Whether there is no more work, and will be none."""
 
     def _prefer(self, config: Mapping[str, Any]) -> None:
-        """Let the next piece of work be this trial's, where it is a choice that the search is free in."""
+        """Let the next piece of work be that of a trial with this config, where it is a choice that the search is free
+        in."""
 
     def _check_ready(self) -> None:
         """Raise `InputError` where nothing can be suggested as things are."""
@@ -130,8 +131,8 @@ class RestorableSearch(Searcher, Generic[Work]):
 
     @property
     def callback(self) -> Callback:
-        """Lets the search look, at every step of Ray's loop, for trials that it waits for in vain: also where wrappers
-        do not ask it for any. It is added by itself as soon as the search is asked for a trial."""
+        """A callback that lets the search look, at every step of Ray's loop, for trials that it waits for in vain: also
+        where wrappers do not ask it for any. It is added by itself as soon as the search is asked for a trial."""
         return LooksAround()
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -190,7 +191,7 @@ class RestorableSearch(Searcher, Generic[Work]):
     # What it is saved as
 
     def get_state(self) -> dict[str, Any]:
-        """Everything that later suggestions depend on."""
+        """The search's state: everything that later suggestions depend on."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_session", "_refusal")}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -222,7 +223,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         self._again.extend(self._running.values())
 
     def load(self, checkpoint_path: str) -> None:
-        """Continue from a file that `save` wrote, where all that ran then still runs, or `replay` follows."""
+        """Continue from a file that `save` wrote, where all trials that ran then still run, or `replay` follows."""
         self.__setstate__(pickle.loads(Path(checkpoint_path).read_bytes())[STATE_KEY])
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
@@ -321,13 +322,14 @@ class RestorableSearch(Searcher, Generic[Work]):
         return loop
 
     def look_around(self) -> None:
-        """Look for trials that are waited for in vain; called at every step of Ray's loop."""
+        """Look for trials that are waited for in vain, as is done at every step of Ray's loop."""
         loop = self.look()
         if loop is not None:
             self._take_unheard_ends(loop)
 
     def _take_unheard_ends(self, loop: RayLoop) -> bool:
-        """Take the ends of trials that Ray does not run any more without having said so; whether there are any."""
+        """Take the ends of trials that Ray does not run any more without having said so; returns whether there were
+        any."""
         live = loop.live()
         self._refuse_to_wait_for_paused(live, loop)
         unheard = [trial_id for trial_id in self._waited_for(loop.searchers) if trial_id not in live]
@@ -353,7 +355,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         return self._is_of_use(work, result)
 
     def _lose(self, lost: Collection[str], searchers: Sequence[Searcher]) -> None:
-        """Suggest again what these trials were to do; of repeated ones only where none of them counts."""
+        """Suggest the work of lost trials again; of repeated ones only where none of the repeats counts."""
         told = wrappers.forget(searchers, lost)
         for trial_id in [running for running in self._running if running in lost and running not in told]:
             work = self._running.pop(trial_id)
@@ -387,7 +389,8 @@ class RestorableSearch(Searcher, Generic[Work]):
             )
 
     def _is_over(self) -> bool:
-        """Whether there is no more to come: the end, or, said in a line, that nothing can follow any more."""
+        """Whether the search has no more to suggest: it has come to its end, or, as the log then says, nothing can
+        follow."""
         if self._again:
             return False
         if self._has_finished:
@@ -398,7 +401,8 @@ class RestorableSearch(Searcher, Generic[Work]):
         return True
 
     def _is_not_asked(self, loop: RayLoop | None) -> bool:
-        """Whether wrappers want another repeat or nothing instead, now that the search has looked around."""
+        """Whether wrappers want another repeat, or nothing, in place of a suggestion, now that the search has looked
+        around."""
         if loop is None or len(loop.searchers) == 1:
             return False
         wrappers.reopen(loop.searchers)
@@ -408,7 +412,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         return self._again.popleft() if self._again else self._next_work()
 
     def _among(self, searchers: Sequence[Searcher]) -> list[Searcher]:
-        """The searchers that call, if this is the innermost; else it stands alone."""
+        """The searchers that call this one, if it is their innermost; else this one alone."""
         return list(searchers) if searchers and searchers[-1] is self else [self]
 
     def _waited_for(self, searchers: Sequence[Searcher]) -> list[str]:
@@ -417,8 +421,8 @@ class RestorableSearch(Searcher, Generic[Work]):
     # How it replays
 
     def _can_begin_without_state(self, folder: str) -> bool:
-        """Whether the trials alone tell where to go on; if not, `suggest` will say so: Ray passes over what is raised
-        in a restore, and begins the experiment again."""
+        """Whether the trials of an experiment tell by themselves where to go on; if not, `suggest` will say so: Ray
+        passes over what is raised in a restore, and begins the experiment again."""
         try:
             self._check_ready()
         except InputError:
@@ -476,7 +480,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         searchers: Sequence[Searcher],
         prefer: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> dict[str, Any] | None:
-        """The next suggestion if it is this config; else all is as if none had been asked for, and there is none."""
+        """The next suggestion if it is this config; else None, and the search is as if it had not been asked."""
         before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
         self._again = deque(sorted(self._again, key=lambda work: not _agree(self._config_of(work), config)))
         if prefer is not None:
@@ -491,7 +495,7 @@ class RestorableSearch(Searcher, Generic[Work]):
     def _take_next_end(
         self, searchers: Sequence[Searcher], trials: Mapping[str, SavedTrial], *, certain: bool = True
     ) -> bool:
-        """Take the end that came first of those that have not been heard of; whether there was one."""
+        """Take the end that came first of those that the search has not heard of; returns whether there was one."""
         unheard = [id for id in self._waited_for(searchers) if id in trials and trials[id].ended]
         results = {id: flat(trials[id].last_result) for id in unheard}
         counted = [id for id in unheard if trials[id].status != Trial.ERROR and self._counts(id, results[id])]
@@ -602,24 +606,26 @@ def suggest_again(
 
 
 def _saver_of(outer: Searcher) -> Searcher:
-    """What saves a searcher's state: the innermost, as Ray does it, where all that it is wrapped in is Ray's."""
+    """The searcher that saves the state of all: the innermost, as Ray does it, where all that it is wrapped in is
+    Ray's."""
     searchers = searchers_of(outer)
     return searchers[-1] if wrappers.are_rays(searchers) else outer
 
 
 def _around(searcher: Searcher, outer: Searcher) -> list[Searcher]:
-    """The searchers from the outermost in to this one."""
+    """The searchers from the outermost wrapper in to `searcher`."""
     searchers = searchers_of(outer)
     return searchers[: searchers.index(searcher) + 1]
 
 
 def _tell_end(searchers: Sequence[Searcher], trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
-    """Tell of a trial's end as Ray does: those that have failed have no result."""
+    """Tell a searcher, through its wrappers, of a trial's end as Ray does: trials that have failed have no result."""
     searchers[0].on_trial_complete(trial_id, result=None if error or not result else dict(result), error=error)
 
 
 def _agree(suggested: Any, given: Any) -> bool:
-    """Whether a trial's config is the one suggested, or has it among other entries; what is an object may be any."""
+    """Whether a trial's config is the one that was suggested, or has it among other entries; an object may be any
+    object."""
     suggested, given = plain(suggested), plain(given)
     if shown(suggested) is not suggested:  # which Ray has put objects in the place of since
         return True

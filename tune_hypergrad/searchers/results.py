@@ -123,21 +123,21 @@ class _Place:
 
     filesystem: FileSystem
     path: str
-    """On the file system."""
+    """Path of the folder on its file system."""
     name: str
-    """What a person calls it."""
+    """What a person calls the folder."""
 
     def __str__(self) -> str:
         return self.name
 
     def file_names(self) -> list[str]:
-        """The files right in it; none where there is no such folder."""
+        """Names of the files right in the folder; none where there is no such folder."""
         with self._troubles_in_one_line():
             found = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
         return [info.base_name for info in found if info.type != FileType.Directory]
 
     def read(self, name: str) -> bytes:
-        """A file's content."""
+        """Content of a file in the folder."""
         with self._troubles_in_one_line(), self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
             return bytes(stream.read())
 

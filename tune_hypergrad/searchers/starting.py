@@ -23,7 +23,8 @@ from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 _OF_SEARCHERS = (PROMOTED_FROM, *OURS)  # in configs, but no hyperparameters unless the space has them
 
 Source: TypeAlias = "tune.ResultGrid | str | PathLike[str] | Any"
-"""What `Tuner.fit` returned, the local folder of a Ray experiment, or an Optuna study."""
+"""Where finished trials are read from: what `Tuner.fit` returned, the local folder of a Ray experiment, or an Optuna
+study."""
 
 
 class _Trial(NamedTuple):
@@ -37,14 +38,15 @@ class StartingPoints:
     """Finished trials as points of a search space, the best first."""
 
     points: tuple[dict[str, Any], ...]
-    """Configurations in the form of the space."""
+    """Configurations of the trials in the form of the space, the best first."""
     rewards: tuple[float, ...]
-    """The metric of each."""
+    """The metric of each point, in the order of `points`."""
     passed_over: Mapping[str, str]
-    """Trials that do not fit the space or were not finished, by name, and why."""
+    """Names of trials that do not fit the space or were not finished, each with the reason."""
 
     def best(self, count: int) -> list[dict[str, Any]]:
-        """The best so many points: `points_to_evaluate` of any searcher; one may be the `start` of a comparison."""
+        """The best `count` points, or all if they are fewer: `points_to_evaluate` of any searcher; one may be the
+        `start` of a comparison."""
         return list(self.points[:count])
 
     def evaluated(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def _renamed(
 
 
 def _read(source: Any) -> tuple[list[_Trial], dict[str, str]]:
-    """Trials that have ended, and others with the reason why they do not count."""
+    """The trials of a source that have ended, and, by name, why others do not count."""
     if isinstance(source, tune.ResultGrid):
         results = [(str(number), source[number]) for number in range(len(source))]
         failed = {name: "it failed" for name, result in results if result.error is not None}
@@ -178,7 +180,7 @@ def _read(source: Any) -> tuple[list[_Trial], dict[str, str]]:
 
 
 def _is_study(source: Any) -> bool:
-    """Whether it is an Optuna study, which need not be installed to ask."""
+    """Whether a source is an Optuna study; Optuna need not be installed to ask."""
     return all(hasattr(source, name) for name in ("trials", "directions", "best_trials"))
 
 

@@ -73,7 +73,7 @@ def forget(searchers: Sequence[Searcher], lost: Collection[str]) -> list[str]:
 
 
 def beside(searchers: Sequence[Searcher], trial_ids: Collection[str]) -> list[str]:
-    """The other trials that repeat the same as these."""
+    """The other trials that repeat the same configs as these."""
     groups = [repeater._trial_id_to_group.get(id) for repeater in _repeaters(searchers) for id in trial_ids]
     members = dict.fromkeys(member for group in groups if group is not None for member in group._trials)
     return [member for member in members if member not in trial_ids]
@@ -93,7 +93,7 @@ def set_states(searchers: Sequence[Searcher], states: Sequence[tuple[str, dict[s
 
 
 def begin_anew(searchers: Sequence[Searcher]) -> None:
-    """Let wrappers forget all trials."""
+    """Let wrappers forget all trials, as if none had been suggested."""
     for wrapper in searchers[:-1]:
         if isinstance(wrapper, ConcurrencyLimiter):
             wrapper.live_trials, wrapper.cached_results, wrapper.num_unfinished_live_trials = set(), {}, 0
@@ -110,7 +110,7 @@ def lift_limits(searchers: Sequence[Searcher]) -> None:
 
 
 def put_limits_back(searchers: Sequence[Searcher]) -> None:
-    """Undo `lift_limits`."""
+    """Put the limits back that `lift_limits` has lifted."""
     for limiter in _limiters(searchers):
         limiter.max_concurrent = vars(limiter).pop(_LIFTED, limiter.max_concurrent)
 
@@ -140,7 +140,7 @@ def pass_over(searchers: Sequence[Searcher], strangers: Iterable[str]) -> None:
 
 
 def _limiters(searchers: Sequence[Searcher]) -> list[ConcurrencyLimiter]:
-    """Those that limit how many trials run."""
+    """The wrappers that limit how many trials run."""
     return [wrapper for wrapper in searchers if isinstance(wrapper, ConcurrencyLimiter) and wrapper._limit_concurrency]
 
 
@@ -149,7 +149,7 @@ def _repeaters(searchers: Sequence[Searcher]) -> list[Repeater]:
 
 
 def _forget_members(repeater: Repeater, lost: Collection[str]) -> list[str]:
-    """Take lost trials out of their groups; those with which that cannot be.
+    """Take lost trials out of their groups; returns those that cannot be taken out.
 
     A group that has lost all is forgotten. One that has lost its last members gets others with the same indices.
     """

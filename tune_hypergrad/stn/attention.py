@@ -34,7 +34,7 @@ class SelfTuningMultiheadAttention(OfProducts, nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """What torch's layer has as an attribute, and false while perturbed.
+        """Whether queries, keys and values have one dimension, as torch's layer has it; False while perturbed.
 
         torch's transformer layers ask it before they run kernels of their own on the plain weights.
         """
@@ -81,7 +81,7 @@ class SelfTuningMultiheadAttention(OfProducts, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output and weights of the attention, both as torch's layer gives them, of the same arguments."""
+        """Output and weights of the attention, both as torch's layer gives them for the same arguments."""
         self._check(query, key, value)
         if is_causal and attn_mask is None:
             raise InputError(f"{type(self).__name__} has is_causal=True without attn_mask: pass the causal mask, too")
@@ -124,12 +124,12 @@ class SelfTuningMultiheadAttention(OfProducts, nn.MultiheadAttention):
 
 
 def _weight(product: str) -> str:
-    """The own parameter that a product's weight is."""
+    """Name of the layer's own parameter that is the weight of a product."""
     return "out_proj.weight" if product == "out_proj" else f"{product}_weight"
 
 
 def _sum_of_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """What to add to the products of queries and keys, broadcastable to [examples, heads, queries, keys].
+    """The sum of both masks, to add to products of queries and keys: broadcasts to [examples, heads, queries, keys].
 
     Args:
         attn_mask: shape [queries, keys] or [examples * heads, queries, keys], True or minus infinity: left out.

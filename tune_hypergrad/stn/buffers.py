@@ -22,7 +22,7 @@ def copied_buffers(model: nn.Module) -> Buffers:
 
 
 def put_buffers(buffers: Buffers) -> None:
-    """Make these the buffers of the model that they are of."""
+    """Make these buffers, as `copied_buffers` gives them, the buffers of their model."""
     for module, own in buffers:
         module._buffers.clear()
         module._buffers.update(own)

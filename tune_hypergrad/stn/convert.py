@@ -23,7 +23,7 @@ class SelfTuningNetwork(nn.Module):
         super().__init__()
         self.model = model
         self.perturbation = perturbation
-        """What the layers see of the hyperparameters."""
+        """What the network's layers see of the hyperparameters at present."""
         self.without_rule = without_rule
         """Names of the modules whose own parameters do not respond."""
         self._always_evaluating = tuple(m for m in model.modules() if model.training and not m.training)
@@ -35,7 +35,7 @@ class SelfTuningNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The responses' type, which their inputs need."""
+        """The type of the responses' parameters, which the inputs of responses need."""
         return next(p.dtype for name, p in self.model.named_parameters() if name in self._of_responses)
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class SelfTuningNetwork(nn.Module):
         return self
 
     def call(self, predict: Callable[[nn.Module], Any], factors: Mapping[str, Tensor]) -> Any:
-        """The model's output with some weights, and their responses, multiplied by factors of their shapes.
+        """The model's output with some weights, and their responses, multiplied by factors of the weights' shapes.
 
         Args:
             predict: gives the output of the model that it is handed.
@@ -66,7 +66,7 @@ class SelfTuningNetwork(nn.Module):
 
     @contextmanager
     def multiplied(self, factors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run the body with these factors, as `call` does.
+        """Run the body with some weights, and the responses of these, multiplied by factors, as `call` does.
 
         Taking gradients is such a body: checkpointed parts of a model run again for them.
 
@@ -84,23 +84,23 @@ class SelfTuningNetwork(nn.Module):
             yield
 
     def _responses(self) -> Iterator[tuple[str, list[str]]]:
-        """Names of parameters and of those with which they respond."""
+        """Names of the parameters that respond, each with the names of the parameters of its response."""
         for path, layer in self._layers():
             yield from ((path + own, [path + name for name in names]) for own, names in layer.responses.items())
 
     def _layers(self, remove_duplicate: bool = True) -> Iterator[tuple[str, SelfTuningLayer]]:
-        """What the names of each responding layer's parameters begin with, and the layer."""
+        """The responding layers, each with what the names of its parameters begin with."""
         for name, layer in self.model.named_modules(remove_duplicate=remove_duplicate):
             if isinstance(layer, SelfTuningLayer):
                 yield f"{name}." if name else "", layer
 
     def general_parameters(self) -> dict[str, nn.Parameter]:
-        """The plain model's trainable parameters, by its names."""
+        """The plain model's trainable parameters, by the plain model's names."""
         named = self.model.named_parameters()
         return {name: p for name, p in named if p.requires_grad and name not in self._of_responses}
 
     def response_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the responses."""
+        """The parameters of all responses, by name."""
         return {name: p for name, p in self.model.named_parameters() if name in self._of_responses}
 
     def parameters_at(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -201,7 +201,7 @@ class _Shared(NamedTuple):
 
 
 def _named(name: str, module: nn.Module) -> str:
-    """What to call a module: the model itself has an empty name."""
+    """The name of a module for messages; the model itself has an empty one."""
     return name or type(module).__name__
 
 
@@ -218,7 +218,7 @@ def _nothing_responds(known: Collection[str]) -> str:
 
 
 def _share_responses(name: str, layer: SelfTuningLayer, shared: dict[tuple[int, int], _Shared]) -> None:
-    """Parameters that are shared respond with the response of the first layer that has them.
+    """Let the parameters of a layer that are shared respond with the response of the first layer that has them.
 
     Args:
         name: the layer's.
@@ -255,7 +255,8 @@ def _refuse_half_responding(without_rule: Mapping[str, nn.Module], shared: Mappi
 
 @contextmanager
 def _replaced(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
-    """Run the body with tensors in place of parameters, by these' identities, wherever the model has them."""
+    """Run the body with tensors in place of parameters, given by the parameters' identities, wherever the model has
+    them."""
     places: list[tuple[dict[str, Any], str, nn.Parameter | None]] = [
         (module._parameters, name, p)
         for module in model.modules()

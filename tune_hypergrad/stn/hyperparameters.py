@@ -21,22 +21,22 @@ from tune_hypergrad.errors import InputError, did_you_mean
 
 @dataclass(frozen=True)
 class TunedHyperparameter:
-    """One hyperparameter: where its values lie and how it is perturbed.
+    """One hyperparameter that a self-tuning network tunes: where its values lie and how it is perturbed.
 
     Raises:
         InputError: bounds that leave no room.
     """
 
     name: str
-    """Its name in the search space."""
+    """Name of the hyperparameter in the search space."""
     lower: float
-    """No value lies below it; -inf is no bound."""
+    """Lower bound of the hyperparameter's values; -inf is no bound."""
     upper: float
-    """No value lies above it; inf is no bound."""
+    """Upper bound of the hyperparameter's values; inf is no bound."""
     log: bool = False
-    """The logarithm is what the bounds' interval is stretched over."""
+    """Whether the bounds' interval is stretched by its logarithm."""
     whole: bool = False
-    """Values are rounded down to whole numbers; no gradient passes, and none is needed."""
+    """Whether values are rounded down to whole numbers; then no gradient passes, and none is needed."""
     per_example: bool = True
     """Whether every example of a batch has a perturbation of its own."""
 
@@ -49,11 +49,11 @@ class TunedHyperparameter:
 
     @property
     def largest(self) -> float:
-        """The largest value there can be."""
+        """The largest value that the hyperparameter can have."""
         return self.upper - 1 if self.whole else self.upper
 
     def value(self, u: Tensor) -> Tensor:
-        """Values from the unconstrained scale, elementwise.
+        """Values of the hyperparameter from the unconstrained scale, elementwise.
 
         Between two bounds by a stretched sigmoid, above one or below one by softplus, else as it is.
         """
@@ -69,7 +69,7 @@ class TunedHyperparameter:
         return value.floor().clamp(max=self.largest) if self.whole else value
 
     def unconstrained(self, value: float) -> float:
-        """The u that gives `value`.
+        """The u on the unconstrained scale that gives `value`.
 
         Raises:
             InputError: it is not strictly between the bounds.
@@ -130,9 +130,9 @@ class TunedHyperparameters:
         if not (scale > 0 and math.isfinite(scale) and torch.tensor(scale, dtype=dtype) > 0):
             raise InputError(f"the perturbation scale is {scale!r}: it must be finite and above 0, also in {dtype}")
         self.unconstrained = torch.tensor(start, **options).requires_grad_()
-        """Shape [n]."""
+        """The hyperparameters on the unconstrained scale, shape [n]."""
         self.log_scales = torch.full((len(start),), math.log(scale), **options).requires_grad_()
-        """Logarithms of the perturbations' standard deviations, shape [n]."""
+        """Logarithms of the standard deviations of the perturbations, shape [n]."""
         per_example = [d.per_example for d in self.definitions.values()]
         self._per_example = torch.tensor(per_example, device=device)
 
@@ -140,7 +140,8 @@ class TunedHyperparameters:
         return len(self.definitions)
 
     def perturbations(self, examples: int, generator: torch.Generator) -> Tensor:
-        """Draws of shape [examples, n], differentiable by the scales; one draw serves all examples where told so."""
+        """Perturbations of shape [examples, n], differentiable by the scales; of a hyperparameter that is not
+        `per_example`, one draw serves all examples."""
         shape = (examples, len(self))
         noise = torch.randn(shape, generator=generator, dtype=self.log_scales.dtype, device=generator.device)
         noise = noise.to(self.log_scales.device)
@@ -152,15 +153,16 @@ class TunedHyperparameters:
         return not any(d.per_example for d in self.definitions.values())
 
     def of_layers(self, perturbations: Tensor) -> Tensor:
-        """What layers respond to: shape [examples, n], or [n] where one serves all examples."""
+        """Perturbations as layers respond to them: shape [examples, n], or [n] where one serves all examples."""
         return perturbations[0] if self.one_for_all else perturbations
 
     def shared(self, perturbations: Tensor) -> Tensor:
-        """The perturbation of what one draw serves, zero for the rest: shape [n] from [examples, n]."""
+        """Perturbations of the hyperparameters of which one draw serves all examples, zero for the rest: shape [n] from
+        [examples, n]."""
         return torch.where(self._per_example, torch.zeros_like(perturbations[0]), perturbations[0])
 
     def values(self, perturbations: Tensor | None = None) -> dict[str, Tensor]:
-        """Values by name: of shape [] without perturbations, else [examples], or [] where one draw serves them all.
+        """Values by name: of shape [] without perturbations, else [examples], or [] where one draw serves all examples.
 
         Args:
             perturbations: shape [examples, n], on the unconstrained scale.

@@ -19,20 +19,20 @@ from tune_hypergrad.stn.response import Perturbation, Response, primal, with_res
 
 
 class NoExamplesError(InputError):
-    """A layer's input has not the examples of the perturbation."""
+    """Raised where the input of a layer has not the examples of the perturbation."""
 
 
 class SelfTuningLayer(nn.Module):
     """Mixin of a layer class: what its response is, and the parameters at one setting of the hyperparameters."""
 
     response: nn.Module
-    """The parameters of the response: a `Response`, or a module that holds one for each weight."""
+    """The parameters of the layer's response: a `Response`, or a module that holds one for each weight."""
     perturbation: Perturbation
-    """What to respond to; shared by the layers of a network."""
+    """What the layer responds to; shared by the layers of a network."""
     children_within: tuple[str, ...] = ()
-    """Names of children whose parameters the layer's own forward uses, and which respond as part of the layer."""
+    """Names of child modules whose parameters the layer's own forward uses, and which respond as part of the layer."""
     output_dim: int = 0
-    """Along which dimension of a weight its outputs lie."""
+    """Dimension of a weight along which its outputs lie."""
 
     @classmethod
     def applies_to(cls, layer: nn.Module) -> bool:
@@ -40,16 +40,16 @@ class SelfTuningLayer(nn.Module):
         return layer._parameters.get("weight") is not None
 
     def begin_responding(self, response: nn.Module, perturbation: Perturbation) -> None:
-        """Called once, when the layer has been converted."""
+        """Take over response and perturbation; called once, when the layer has been converted."""
         self.response, self.perturbation = response, perturbation
 
     def make_response(self, hyperparameters: int) -> nn.Module:
-        """The response's parameters for this layer's shape."""
+        """The parameters of the response for this layer's shape, to a number of hyperparameters."""
         raise NotImplementedError
 
     @property
     def responses(self) -> dict[str, tuple[str, ...]]:
-        """Name of each parameter that responds to those of its response, both within the layer.
+        """The names of the response's parameters by the name of the layer's parameter that responds with them.
 
         There is one, or one for each of as many equal parts of the parameter's first dimension; beside each is its
         `<name>_scale`.
@@ -79,17 +79,18 @@ class SelfTuningLayer(nn.Module):
 
 
 class _Affine(SelfTuningLayer):
-    """A layer that is a product with a weight, plus a bias."""
+    """Base of the layers that are a product with a weight, plus a bias."""
 
     response: Response
     weight: Any
     bias: Any
 
     channel_dim: int
-    """Which dimension of the output the bias stands for."""
+    """Dimension of the output along which the bias lies."""
 
     def product(self, x: Tensor, weight: Tensor, *further: Any) -> Tensor:
-        """The layer's output with another weight and without bias; `further` are arguments of `forward`."""
+        """The layer's output for an input with another weight and without bias; `further` are arguments of
+        `forward`."""
         raise NotImplementedError
 
     @property
@@ -120,7 +121,7 @@ class _Affine(SelfTuningLayer):
         return found
 
     def _by_row(self, scale: Tensor) -> Tensor:
-        """One number for each output, shaped so that it multiplies the weight."""
+        """Numbers, one for each output, shaped so that they multiply the weight."""
         return scale.reshape(-1, *[1] * (self.weight.ndim - 1))
 
     def _by_channel(self, scale: Tensor, output: Tensor) -> Tensor:
@@ -296,7 +297,7 @@ class SelfTuningPReLU(SelfTuningLayer, nn.PReLU):
 
 
 class _Normalisation(SelfTuningLayer):
-    """A normalisation with an affine part, which is what responds."""
+    """Base of the normalisations with an affine part, which is what responds."""
 
     response: Response
     weight: Any
@@ -350,7 +351,8 @@ class _ChannelNormalisation(_Normalisation):
 
 
 class _BatchNorm(_ChannelNormalisation):
-    """Running statistics follow the batches of unperturbed and of jointly perturbed steps, not of linearised ones."""
+    """Base of the batch normalisations. Running statistics follow the batches of unperturbed and of jointly perturbed
+    steps, not of linearised ones."""
 
     def normalise(self, x: Tensor) -> Tensor:
         layer = cast(nn.BatchNorm1d, self)
@@ -380,7 +382,7 @@ class SelfTuningBatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 
 
 class _InstanceNorm(_ChannelNormalisation):
-    """On batches; running statistics follow steps as those of `_BatchNorm` do."""
+    """Base of the instance normalisations of batches; running statistics follow steps as those of `_BatchNorm` do."""
 
     def normalise(self, x: Tensor) -> Tensor:
         layer = cast(nn.InstanceNorm1d, self)
@@ -417,7 +419,7 @@ class SelfTuningGroupNorm(_ChannelNormalisation, nn.GroupNorm):
 
 
 class _TrailingNormalisation(_Normalisation):
-    """Inputs of shape [examples, ..., *normalized_shape]."""
+    """Base of the normalisations over trailing dimensions, of inputs of shape [examples, ..., *normalized_shape]."""
 
     def by_channel(self, parameter: Tensor, output: Tensor) -> Tensor:
         if parameter.shape == self.weight.shape:
@@ -468,14 +470,14 @@ RULES: dict[type[nn.Module], type[SelfTuningLayer]] = {
     nn.RMSNorm: SelfTuningRMSNorm,
     nn.PReLU: SelfTuningPReLU,
 }
-"""Which class a layer of this class becomes."""
+"""Which class a layer becomes, by its own class."""
 
 _OF_OTHER_PACKAGES = {"transformers.pytorch_utils.Conv1D": _InputsFirst}
-"""Mixins by the full name of a class that is not imported here."""
+"""Mixins of layers of other packages, by the full name of a class that is not imported here."""
 
 
 def rule_of(kind: type[nn.Module]) -> type[SelfTuningLayer] | None:
-    """Which class a layer of exactly this class becomes; None: it does not respond.
+    """The class that a layer of exactly this class becomes; None: it does not respond.
 
     A program's own subclass of a class with a rule has the rule, unless it has a forward of its own. Those of torch
     have not: their weights are used by others' forward, or made by parametrizations.

@@ -14,20 +14,20 @@ from tune_hypergrad.stn.response import Response, primal, with_response
 
 
 class Product(NamedTuple):
-    """`W x + b` of x with shape [..., examples, features], with its response to the perturbation."""
+    """A product `W x + b` of x with shape [..., examples, features], with its response to the perturbation."""
 
     weight: Tensor
-    """Shape [outputs, features]."""
+    """W, shape [outputs, features]."""
     bias: Tensor | None
-    """Shape [outputs]."""
+    """b, shape [outputs]; None: 0."""
     response_weight: Tensor
-    """Shape [outputs, features]."""
+    """Weight of the product's response, shape [outputs, features]."""
     scale: Tensor | None
-    """What the product with `response_weight` is multiplied by, shape [outputs] or [examples, outputs]; None: 0."""
+    """Factor of the product with `response_weight`, shape [outputs] or [examples, outputs]; None: 0."""
     shift: Tensor | None
-    """The bias's response, of the same shape."""
+    """Response of the bias, of the same shape as `scale`; None: 0."""
     linearised: bool
-    """Whether the response is a tangent."""
+    """Whether the response is a tangent of the output in place of a term of it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         output = F.linear(x, self.weight, self.bias)
@@ -37,7 +37,7 @@ class Product(NamedTuple):
         return with_response(output, change if self.shift is None else change + self.shift, self.linearised)
 
     def split(self, count: int) -> list[Product]:
-        """One for each of `count` equal parts of the outputs."""
+        """This product in `count` equal parts of its outputs."""
         nothing = (None,) * count
         parts = zip(
             self.weight.chunk(count),
@@ -51,7 +51,7 @@ class Product(NamedTuple):
 
 
 def has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode derivatives are being taken by any of them."""
+    """Whether forward-mode derivatives are being taken by any of the tensors."""
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
@@ -93,7 +93,7 @@ class OfProducts(SelfTuningLayer):
         return self.perturbation.inputs is None and not has_tangent(*tensors, *self.parameters())
 
     def check_batch(self, x: Tensor, dims: int, examples_dim: int) -> None:
-        """Refuse what has not `dims` dimensions, or not the perturbation's examples along one of them."""
+        """Refuse an input that has not `dims` dimensions, or not the perturbation's examples along one of them."""
         if x.ndim != dims:
             raise InputError(
                 f"{type(self).__name__} takes a batch, a tensor with {dims} dimensions, not one of shape "

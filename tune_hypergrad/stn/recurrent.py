@@ -19,19 +19,19 @@ from tune_hypergrad.stn.layers import NoExamplesError, register
 from tune_hypergrad.stn.products import OfProducts, Product
 
 State = tuple[Tensor, ...]
-"""What a recurrence hands on, output first."""
+"""The state that a recurrence hands on from time step to time step, the output first."""
 
 _WEIGHT, _BIAS = "weight_", "bias_"
 
 
 class _Recurrence(OfProducts):
-    """A layer with own parameters `weight_<product>` and `bias_<product>`."""
+    """Base of the recurrent layers, whose own parameters are `weight_<product>` and `bias_<product>`."""
 
     states: int
-    """How many tensors the state has; the first one is the output."""
+    """Number of tensors in the state; the first one is the output."""
 
     def step(self, gates: Tensor, state: State, products: Mapping[str, Product], suffix: str) -> State:
-        """One time step.
+        """One time step of the recurrence.
 
         Args:
             gates: what the input contributes to them, shape [examples, gates].
@@ -103,15 +103,16 @@ class _RNNStep(_Recurrence):
 
 
 class _Layers(_Recurrence):
-    """Layers of recurrences, in one or both directions, over batches of padded sequences; over packed ones, whose
-    examples do not stand along a dimension, where there is one perturbation for all."""
+    """Base of the layers of recurrences, in one or both directions, over batches of padded sequences; over packed ones,
+    whose examples do not stand along a dimension, where there is one perturbation for all."""
 
     def state_shapes(self, x: Tensor, sizes: Tensor | None = None) -> tuple[tuple[int, ...], ...]:
-        """Of each tensor of the state, for the layer's input; `sizes` are a packed one's examples by time."""
+        """Shape of each tensor of the state, for an input of the layer; `sizes` are a packed input's examples by
+        time."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """Output and final state, both as torch's layer gives them, of the same arguments."""
+        """Output and final state, both as torch's layer gives them for the same arguments."""
         self._check(input)
         given = () if hx is None else self._unpacked(hx)
         packed = input if isinstance(input, PackedSequence) else None
@@ -216,10 +217,10 @@ class SelfTuningRNN(_RNNStep, _Layers, nn.RNN):  # type: ignore[misc]  # likewis
 
 
 class _Cell(_Recurrence):
-    """One time step as a layer of its own."""
+    """Base of the layers that are one time step of a recurrence."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """The state after the step, as torch's cell gives it, of the same arguments."""
+        """The state after the time step, as torch's cell gives it for the same arguments."""
         self.check_batch(input, 2, 0)
         given = () if hx is None else self._unpacked(hx)
         if self.runs_plain(input, *given):

@@ -26,7 +26,7 @@ class Perturbation:
 
     @contextmanager
     def set_to(self, inputs: Tensor, *, linearised: bool = False) -> Iterator[None]:
-        """For the body, this is what the layers see."""
+        """For the body, layers see these inputs of responses, and whether responses are linearised."""
         before = self.inputs, self.linearised
         self.inputs, self.linearised = inputs, linearised
         try:

@@ -47,9 +47,10 @@ class SelfTuningSettings:
     """How a self-tuning network is trained; defaults are those of Delta-STN's published runs."""
 
     variant: str = "delta-stn"
-    """The method: "stn", "centered-stn" or "delta-stn"."""
+    """The method that trains the network: "stn", "centered-stn" or "delta-stn"."""
     initial: Mapping[str, float] = field(default_factory=dict)
-    """Values to begin with; those missing begin in the middle of the unconstrained scale."""
+    """Values of hyperparameters to begin with, by name; those missing begin in the middle of the unconstrained
+    scale."""
     scale: float = 1.0
     """Standard deviation of the perturbations to begin with, on the unconstrained scale."""
     train_steps: int = 5
@@ -59,11 +60,11 @@ class SelfTuningSettings:
     warm_up: float = 5
     """Epochs before the first validation step."""
     hyper_optimizer: str = "rmsprop"
-    """What moves hyperparameters and scales: one of the inner optimizers, with torch's defaults."""
+    """Optimizer of hyperparameters and perturbation scales: one of the inner optimizers, with torch's defaults."""
     hyper_lr: float = 1e-2
-    """Its learning rate."""
+    """Learning rate of `hyper_optimizer`, which moves hyperparameters and perturbation scales."""
     entropy_weight: float = 1e-3
-    """How much a wide perturbation is worth."""
+    """Weight of the perturbations' entropy in validation steps: how much a wide perturbation is worth."""
     linearised_validation: bool = False
     """Whether validation steps linearise the prediction in the response, too."""
     val_batch_size: int | None = None
@@ -94,18 +95,18 @@ class SelfTuningSettings:
 
 
 class Incumbent(NamedTuple):
-    """The best weights so far, and the hyperparameters that belong to them."""
+    """The best weights that a run has had so far, and the hyperparameters that belong to them."""
 
     step: int
-    """Training steps that led to them."""
+    """Number of training steps that led to the weights."""
     val_loss: float
-    """Over the whole validation split."""
+    """Mean validation loss of the weights over the whole validation split."""
     values: dict[str, float]
-    """The hyperparameters."""
+    """Values of the hyperparameters that belong to the weights, by name."""
     weights: dict[str, Any]
-    """A state dict of the plain model."""
+    """The weights, as a state dict of the plain model."""
     score: float
-    """What they are chosen by, the problem's objective turned so that less is better."""
+    """What the weights were chosen by: the problem's objective, turned so that less is better."""
 
 
 def check_tuned(loop: InnerLoop, tuned: Collection[TunedHyperparameter]) -> None:
@@ -206,9 +207,9 @@ class SelfTuningRun:
         self._hyper_slots = initial_slots(self._hyper_optimizer, unconstrained)
         self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.values.fixed_names), dtype=torch.float64)
         self.position = 0
-        """Training steps taken."""
+        """Number of training steps taken."""
         self.val_steps = 0
-        """Validation steps taken."""
+        """Number of validation steps taken."""
         self.incumbent: Incumbent | None = None
         self.cost = Cost()
 
@@ -254,19 +255,20 @@ class SelfTuningRun:
 
     @property
     def values(self) -> dict[str, float]:
-        """The hyperparameters at present."""
+        """Values of the hyperparameters at present, by name."""
         values = self.tuned.values()
         # together, since each number asked of a GPU waits for it
         return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     @property
     def scales(self) -> dict[str, float]:
-        """The standard deviations of their perturbations at present, on the unconstrained scale."""
+        """Standard deviations of the hyperparameters' perturbations at present, by name, on the unconstrained scale."""
         return dict(zip(self.tuned.definitions, self.tuned.log_scales.detach().exp().tolist(), strict=True))
 
     @property
     def history(self) -> dict[str, tuple[float, ...]]:
-        """The values at every training step so far, fixed ones too: what a plain training run replays."""
+        """Values of all hyperparameters, fixed ones too, at every training step so far: what a plain training run
+        replays."""
         taken = self._path[: self.position].T.tolist()
         names = (*self.tuned.definitions, *self.loop.values.fixed_names)
         return {name: tuple(values) for name, values in zip(names, taken, strict=True)}
@@ -319,7 +321,7 @@ class SelfTuningRun:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
+        """Continue from a `state_dict` of the same run."""
         self.position, self.val_steps = saved["position"], saved["val_steps"]
         with torch.no_grad():
             for flat, value in zip(self._weights, saved["weights"], strict=True):
@@ -373,7 +375,8 @@ class SelfTuningRun:
         )
 
     def _training_gradients(self, fixed: Mapping[str, float], step: int, number: int) -> tuple[_ByName, _ByName]:
-        """Of a step's batch, by general and by response parameters; the network's buffers go on."""
+        """Gradients of the training loss of one of a step's batches, by general and by response parameters; the
+        network's buffers go on."""
         loop = self.loop
         batch, drawn = loop.batches.of_step(step, number), loop.batches.draw(step, number)
         perturbations = self._perturbations(_TRAINING_PERTURBATION, drawn, loop.problem.batch_length(step, number))
@@ -440,7 +443,8 @@ _ByName = dict[str, Tensor]
 
 
 def _mean_gradients(batches: Sequence[tuple[_ByName, _ByName]]) -> list[_ByName]:
-    """The mean over a step's batches, of each kind of parameters; of those that have one in some batch."""
+    """Mean of the gradients over a step's batches, for each kind of parameters; parameters without one in any batch are
+    left out."""
     means: list[_ByName] = []
     for found in zip(*batches, strict=True):
         total: _ByName = {}
@@ -460,7 +464,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _as_views(parameters: Collection[torch.nn.Parameter]) -> Tensor:
-    """One vector that the parameters become views of, so that an optimizer writes to all of them at once."""
+    """One vector that parameters become views of, so that an optimizer writes to all of them at once."""
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
     for p, chunk in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.data = chunk.view(p.shape)

@@ -31,12 +31,14 @@ from tune_hypergrad.stn.response import Perturbation
 
 @dataclass(frozen=True)
 class Variant:
-    """What the three methods differ in."""
+    """What STN, centred STN and Delta-STN differ in."""
 
     centred: bool
-    """Responses are linear in the perturbation, and vanish without it; else in the perturbed hyperparameters."""
+    """Whether responses are linear in the perturbation, and vanish without it; else they are linear in the perturbed
+    hyperparameters."""
     linearised: bool
-    """General weights learn from unperturbed predictions, responses from the prediction linearised in the response."""
+    """Whether general weights learn from unperturbed predictions, and responses from the prediction linearised in the
+    response."""
 
 
 VARIANTS = {
@@ -44,7 +46,7 @@ VARIANTS = {
     "centered-stn": Variant(centred=True, linearised=False),
     "delta-stn": Variant(centred=True, linearised=True),
 }
-"""The methods by name."""
+"""The methods of self-tuning networks by name."""
 
 OTHER_VARIANTS = "choose the variant stn or centered-stn, and linearised_validation=False"
 
@@ -52,7 +54,7 @@ OTHER_VARIANTS = "choose the variant stn or centered-stn, and linearised_validat
 def response_inputs(
     network: SelfTuningNetwork, tuned: TunedHyperparameters, variant: Variant, perturbations: Tensor
 ) -> Tensor:
-    """What responses are linear in, of the perturbations' shape, differentiable by the hyperparameters.
+    """The inputs that responses are linear in, of the perturbations' shape, differentiable by the hyperparameters.
 
     A centred response has the value of the perturbation, and the derivative of the perturbed hyperparameters.
     """
@@ -228,7 +230,7 @@ def linearising(network: SelfTuningNetwork, inputs: Tensor) -> Iterator[None]:
 
 
 def no_forward_mode(error: Exception, model: nn.Module) -> str:
-    """What to say of an exception in forward-mode differentiation of a model."""
+    """The text, for a message, of an exception in forward-mode differentiation of a model."""
     names = {id(module): name for name, module in model.named_modules()}
     methods_of = (id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__))
     innermost = [names[caller] for caller in methods_of if caller in names][-1:]

@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 _WITHOUT_VALUES = (bool, int, str, type(None), type, torch.dtype, torch.device, torch.layout, torch.memory_format)
-"""Types of results that tell no more of a tensor than its shape and kind."""
+"""Types of results of torch functions that tell no more of a tensor than its shape and kind."""
 
 _LIKE_ANOTHER = ("to", "type", "type_as", "view_as", "expand_as", "reshape_as")
-"""Methods of which further arguments tell no more than a shape and a kind."""
+"""Names of methods whose further arguments tell no more than a shape and a kind."""
 
 _READ_OR_WRITE = ("data_ptr", "__set__", "__setitem__")
-"""Functions that read or write elements, whatever their result is."""
+"""Names of functions that read or write a tensor's elements, whatever their result is."""
 
 
 def used_elsewhere(
@@ -28,8 +28,8 @@ def used_elsewhere(
     """Names of the layers of which the model uses a parameter elsewhere than in the layer's own forward.
 
     Of parameters that layers share, one use elsewhere counts for all of them. Shapes and kinds of tensors are no uses.
-    A copy of the model predicts, in training and in evaluation mode; random numbers are drawn from the
-    global generators.
+    A copy of the model predicts, in training and in evaluation mode; random numbers are drawn from the global
+    generators.
 
     Args:
         model: any module; modules in evaluation mode stay there if the model itself is in training mode.
@@ -63,7 +63,7 @@ class _UsesElsewhere(TorchFunctionMode):
         self._watched = watched
         self._running: list[set[int]] = []
         self.found: set[int] = set()
-        """Identities of those that were."""
+        """Identities of the watched parameters that have been used elsewhere."""
 
     def within(self, own: set[int], forward: Callable[..., Any]) -> Callable[..., Any]:
         """A layer's forward, in which its own parameters may be used."""

@@ -25,7 +25,7 @@ Evaluate = Callable[[nn.Module], Any]
 """Gives a pytree with tensors from a model, or from a network as from a model."""
 
 _DEVIATION = 0.1
-"""Of the responses' random parameters: weights keep their order of magnitude."""
+"""Standard deviation of the responses' random parameters: weights keep their order of magnitude."""
 
 
 def why_one_for_all(network: SelfTuningNetwork, evaluate: Evaluate, inputs: Tensor) -> str | None:
@@ -157,7 +157,7 @@ def _by_backpropagation(network: SelfTuningNetwork, evaluate: Evaluate, inputs: 
 
 
 def _in_forward_mode(network: SelfTuningNetwork, evaluate: Evaluate, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The change of the same projection along the inputs, shape [], and its gradient by them.
+    """The change of the outputs' projection along the inputs, shape [], and its gradient by them, in forward mode.
 
     Raises:
         InputError: this fails; backpropagation is known to work.
@@ -188,7 +188,7 @@ def _refuse_unless(agrees: Callable[[SelfTuningNetwork], bool], network: SelfTun
 
 
 def _responding_only(network: SelfTuningNetwork, layer: str) -> SelfTuningNetwork:
-    """A copy of which one layer responds."""
+    """A copy of a network in which one layer alone responds."""
     network = copy.deepcopy(network)
     kept = {id(p) for p in network.model.get_submodule(layer).get_submodule("response").parameters()}
     with torch.no_grad():
@@ -198,7 +198,7 @@ def _responding_only(network: SelfTuningNetwork, layer: str) -> SelfTuningNetwor
 
 
 def _outputs(evaluate: Evaluate, model: nn.Module) -> list[Tensor]:
-    """What the model gives in floating tensors, always from the same random draws."""
+    """What a model gives in floating tensors, always from the same random draws."""
     seed_everything(0)
     with torch.enable_grad():  # without it, torch's transformers run kernels of another result at padded places
         leaves = tree_leaves(evaluate(model))
@@ -225,13 +225,13 @@ def _tangent(x: Tensor) -> Tensor:
 
 
 def _projection(outputs: Sequence[Tensor]) -> Tensor:
-    """The inner product with random tensors, always the same for outputs of the same shapes: shape []."""
+    """The inner product of outputs with random tensors, always the same for outputs of the same shapes: shape []."""
     seed_everything(0)
     return sum(((torch.randn_like(output) * output).sum() for output in outputs), torch.zeros(()))
 
 
 def _gradient(value: Tensor, by: Tensor) -> Tensor:
-    """The gradient by a tensor, zero where there is none."""
+    """The gradient of a value by a tensor, zero where there is none."""
     if not value.requires_grad:
         return torch.zeros_like(by)
     (gradient,) = gradients([value], [by])
@@ -257,7 +257,7 @@ class _Coarsest(TorchFunctionMode):
 
     @property
     def tolerance(self) -> float:
-        """How far what is equal may be apart, relative to its size."""
+        """How far apart equal outputs may be, relative to their size, by the coarsest type that was found."""
         return 2 * sqrt(self._eps)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

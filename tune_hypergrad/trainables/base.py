@@ -36,12 +36,12 @@ _STATE_FILE = "state.pt"
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """Settings of every trainable; a trial's config may override each by its name."""
+    """Settings that every trainable of this package has; a trial's config may override each by its name."""
 
     steps: int
     """Inner steps in one training run."""
     optimizer: str | Optimizer = "sgd"
-    """Name of an inner optimizer (`OPTIMIZERS` lists them), or an `Optimizer` of one's own."""
+    """Inner optimizer, by name (`OPTIMIZERS` lists them) or an `Optimizer` of one's own; "sgd" by default."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Hyperparameters that are not tuned (numbers, or windows of numbers); the rest take the defaults of `torch.optim`
     and of the train loss."""
@@ -49,14 +49,14 @@ class TrialSettings:
     """Seeds the initial weights, the order of examples, augmentation and dropout; under Ray's `Repeater`, a trial's
     index is folded in, so that repeats differ."""
     clip_gradient: float | None = None
-    """Clamp every element of the training gradient to +- this value."""
+    """Value that every element of the training gradient is clamped to, +-; None does not clamp."""
     clip_norm: float | None = None
-    """Scale the training gradient down to this norm over all weights."""
+    """Norm over all weights that a longer training gradient is scaled down to; None does not scale."""
     ema: float | None = None
-    """Judge an exponential moving average of the weights, of this decay; a trial's config may have it as a
-    hyperparameter."""
+    """Decay of an exponential moving average of the weights, which is then judged in their place; None judges the
+    weights. A trial's config may have it as a hyperparameter."""
     autocast: str | None = None
-    """"bfloat16" for the model's forward pass under `torch.autocast`."""
+    """"bfloat16" for the model's forward pass under `torch.autocast`; None is the model's own type."""
     reports: int = 10
     """Results in one training run; each evaluates the validation and test splits where that makes sense."""
 
@@ -71,11 +71,11 @@ class TrialSettings:
             raise InputError(f"reports is {self.reports!r}: a run makes a whole number of at least 1")
 
     def constants(self) -> Mapping[str, Any]:
-        """What every trial's config holds that does not say otherwise."""
+        """Entries that every trial's config has unless it says otherwise itself."""
         return {}
 
     def training(self, **changes: Any) -> TrainingSettings:
-        """The inner loop's settings."""
+        """The settings of an inner loop that follow from these; `changes` go before them."""
         shared = {f.name: getattr(self, f.name) for f in fields(TrainingSettings) if hasattr(self, f.name)}
         return TrainingSettings(**{**shared, **changes})
 
@@ -113,7 +113,7 @@ _STORED: WeakValueDictionary[int, Stored] = WeakValueDictionary()  # by the prob
 
 
 def stored(problem: Problem) -> Stored:
-    """The one `Stored` of a problem."""
+    """The one `Stored` of a problem, made when it is first asked for."""
     return _STORED.setdefault(id(problem), Stored(problem))
 
 
@@ -181,7 +181,7 @@ class ProblemTrainable(tune.Trainable):
     @property
     @abstractmethod
     def spent(self) -> Cost:
-        """What the trial has spent so far, seconds aside."""
+        """What the trial has spent so far (see `Cost`), seconds aside."""
 
     @property
     @abstractmethod

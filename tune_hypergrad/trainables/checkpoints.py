@@ -28,7 +28,7 @@ def checkpoints_in(filesystem: FileSystem, folder: str) -> list[tune.Checkpoint]
 
 
 def checkpoint_number(checkpoint: tune.Checkpoint) -> int:
-    """What Ray counts a trial's checkpoints by."""
+    """The number of a checkpoint, by which Ray counts those of a trial."""
     return int(checkpoint.path.rpartition("_")[2])
 
 
@@ -51,7 +51,8 @@ def write_result(checkpoint: Any, result: dict[str, Any]) -> None:
 
 
 def read_result(checkpoint: Any) -> dict[str, Any] | None:
-    """What `write_result` has put there; None where a process or a machine has died before it was."""
+    """The result that `write_result` has put into a checkpoint; None where a process or a machine has died before it
+    was."""
     path = f"{checkpoint.path}/{_RESULT_FILE}"
     if checkpoint.filesystem.get_file_info(path).type == FileType.NotFound:
         return None

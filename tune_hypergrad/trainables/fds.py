@@ -42,17 +42,17 @@ class SpaceSettings:
     """What is searched by gradients, and where a search begins."""
 
     space: Mapping[str, Any] = field(default_factory=dict)
-    """Ray domains by name, as for any searcher: continuous ones are tuned, constants are fixed."""
+    """The search space: Ray domains by name, as for any searcher; continuous ones are tuned, constants are fixed."""
     initial: Mapping[str, Any] | Schedule = field(default_factory=dict)
     """Values to begin with: a `Schedule`, or numbers, windows, or what the space's schedules have, with numbers. Those
     missing begin where the search does that knows nothing."""
 
     def ranges(self) -> dict[str, Range]:
-        """What is tuned."""
+        """The ranges of what is tuned, by flat name."""
         return gradient_ranges(self.space)[0]
 
     def constants(self) -> dict[str, Any]:
-        """The space's constants."""
+        """The search space's constants, by name."""
         return gradient_ranges(self.space)[1]
 
     def start(self, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ class SpaceSettings:
         return tuned_values(self.space, begin)
 
     def with_fixed(self, fixed: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-        """What is fixed: `fixed`, and what a trial's config has besides tuned hyperparameters."""
+        """Hyperparameters that are not tuned, by name: `fixed`, and what a trial's config has besides tuned ones."""
         ranges, tuned = self.ranges(), base_names(self.ranges())
         own = {name: value for name, value in config.items() if name not in ranges and name not in tuned}
         return {**fixed, **own}
@@ -83,11 +83,11 @@ class DescentSettings(SpaceSettings):
     """How hyperparameters move by gradients from step to step."""
 
     step_sizes: Mapping[str, float] = field(default_factory=dict)
-    """Step sizes by name; those missing are `default_step` of the range."""
+    """Step sizes by hyperparameter; those missing are `default_step` of the range."""
     default_step: float = 0.1
-    """Step size as a share of the range."""
+    """Step size as a share of the range, for hyperparameters without one in `step_sizes`; 0.1 by default."""
     update: str = "sign"
-    """"sign", "sgd" or "adam"."""
+    """How hyperparameters move: "sign" (the default), "sgd" or "adam"."""
 
     def __post_init__(self) -> None:
         self.descent()
@@ -104,7 +104,7 @@ class DescentSettings(SpaceSettings):
 
 
 _OF_INNER_RUNS = ("reject_above", "confirmed", "fall_above", "split_seed", "tuned")
-"""Settings of `InnerRun` that a search gives a value for every run."""
+"""Names of the settings of `InnerRun` that a search gives a value for every run."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class FDSSettings(SpaceSettings, SearchSettings, InnerRunSettings):
     """Settings of `FDS`."""
 
     reports: int = 1
-    """Results in one inner run."""
+    """Results in one inner run; 1 by default."""
 
     def __post_init__(self) -> None:
         InnerRunSettings.__post_init__(self)
@@ -139,9 +139,12 @@ class FDS(ProblemTrainable):
     `hypergradient/...` (NaN of a run that was not differentiated); `best_val_loss`, `best_test_...` and
     `best_schedule/...` are the incumbent's, which is the outcome of the search. With an `objective` of the problem's
     other than the loss it is chosen by that among what the search, which follows the loss, has trained and confirmed
-    (a line search's is the last place that lowered the loss). `gain` is by how much its validation loss is below that
-    of where the search began. Where a trial's config gives a tuned hyperparameter a value, the search begins there;
-    others it gives are fixed.
+    (a line search's is the last place that lowered the loss). `gain` is by how much the incumbent's validation loss is
+    below that of where the search began. Where a trial's config gives a tuned hyperparameter a value, the search begins
+    there; others it gives are fixed.
+
+    Source: Micaelli and Storkey, "Gradient-based Hyperparameter Optimization Over Long Horizons", NeurIPS 2021; the
+    paper's own search is the setting `rule="paper"`.
     """
 
     Settings: ClassVar[type[TrialSettings]] = FDSSettings
@@ -182,7 +185,7 @@ class FDS(ProblemTrainable):
 
     @property
     def proposal(self) -> Proposal:
-        """What is run now."""
+        """The proposal of the search that is run now."""
         return self._round[min(len(self._outcomes), len(self._round) - 1)]
 
     def work(self) -> dict[str, Any]:
@@ -312,5 +315,5 @@ def _key(values: Hyperparameters) -> tuple[float, ...]:
 
 
 def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over runs, by name."""
+    """Mean of runs' figures, by name."""
     return {name: fmean(of_one[name] for of_one in figures) for name in figures[0]}

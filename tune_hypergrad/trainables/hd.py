@@ -19,20 +19,21 @@ class HDSettings(DescentSettings, TrialSettings):
     """Settings of `HD`."""
 
     horizon: int = 1
-    """Inner steps between two moves of the hyperparameters."""
+    """Inner steps between two moves of the hyperparameters; 1 by default."""
     val_examples: int | None = 500
     """Validation examples for each move, drawn anew; None is the whole split."""
     default_step: float = 0.01
-    """Step size of one move as a share of the range."""
+    """Step size of one move as a share of the range, for hyperparameters without one in `step_sizes`; 0.01 by
+    default."""
     update: str = "adam"
-    """How hyperparameters move: "adam", "sgd" or "sign"."""
+    """How hyperparameters move: "adam" (the default), "sgd" or "sign"."""
 
     def __post_init__(self) -> None:
         TrialSettings.__post_init__(self)
         DescentSettings.__post_init__(self)
 
     def make_run(self, loop: InnerLoop, config: dict[str, Any], *, check: bool = False) -> OnlineRun:
-        """An online run of these settings; with `check`, compared with plain training first."""
+        """An online run of these settings; with `check`, the engine is compared with plain training first."""
         descent = self.descent(config)
         return OnlineRun(loop, descent, horizon=self.horizon, val_examples=self.val_examples, check=check)
 
@@ -40,9 +41,12 @@ class HDSettings(DescentSettings, TrialSettings):
 class HD(ProblemTrainable):
     """One training run whose hyperparameters descend the one-step validation hypergradient as it goes.
 
-    Results hold the current values as `schedule/<name>`; a checkpoint's `schedule.json` holds the values of every
-    inner step so far, to be replayed. Where a trial's config gives a tuned hyperparameter a
-    value, it begins there; others it gives are fixed.
+    Results hold the current values as `schedule/<name>`; a checkpoint's `schedule.json` holds the values of every inner
+    step so far, to be replayed. Where a trial's config gives a tuned hyperparameter a value, it begins there; others it
+    gives are fixed.
+
+    Source: Baydin et al., "Online Learning Rate Adaptation with Hypergradient Descent", ICLR 2018; there the training
+    loss is descended, here the validation loss.
     """
 
     Settings: ClassVar[type[TrialSettings]] = HDSettings

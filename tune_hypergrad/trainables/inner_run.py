@@ -40,16 +40,19 @@ class InnerRunSettings(TrialSettings):
     """Settings of `InnerRun`."""
 
     horizon: int | None = None
-    """Inner steps a hypergradient looks through: None exact, 1 greedy, in between truncated."""
+    """Inner steps that a hypergradient looks through: None is all of them, exact; 1 is greedy; in between,
+    truncated."""
     differentiation: str = AUTO
-    """"forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits memory."""
+    """Mode of differentiation: "forward", "reverse", "checkpointed_reverse", or "auto" for the cheapest that fits
+    memory."""
     clip_hessian_product: float | None = None
-    """Clamp the Hessian products' elements to +- this value (forward mode only; no longer exact)."""
+    """Value that the elements of Hessian products are clamped to, +- (forward mode only; no longer exact); None does
+    not clamp."""
     val_examples: int | None = None
-    """Validation examples per segment's gradient; None is the whole split."""
+    """Validation examples per segment's gradient, drawn anew for each; None is the whole split."""
     max_memory: float | str | None = None
-    """What one trial may keep for its derivatives: bytes, or such as "500MB" or "2GiB" (see `hypergradient`); None is a
-    quarter of what is free when a run begins."""
+    """Memory that one trial may use for its derivatives: bytes, or such as "500MB" or "2GiB" (see `hypergradient`);
+    None is a quarter of what is free when a run begins."""
     ensemble: int = 1
     """Seeds that one trial trains with, at once where that pays: it reports their mean hypergradient and mean figures,
     with the standard deviation of the losses as `val_loss_std`, and is charged for all of them. The first seed is the
@@ -58,14 +61,16 @@ class InnerRunSettings(TrialSettings):
     """Hyperparameters of a trial's config, or parts of curves by flat name, to differentiate by; None is all of
     them."""
     reject_above: float = inf
-    """A run whose validation loss, of an ensemble the mean, is above this is not differentiated and costs one training;
-    -inf: none is."""
+    """Validation loss above which, of an ensemble by the mean, a run is not differentiated and costs one training; inf
+    rejects only what is not finite, -inf everything."""
     split_seed: int | None = None
     """Draws training and validation examples anew from both, by class; None leaves them as the problem has them."""
     confirmed: tuple[float, ...] | None = None
-    """Where a run confirms a schedule: the validation losses that others had, with which `val_loss` is averaged."""
+    """Validation losses that other runs had, with which `val_loss` is averaged, where this run confirms a schedule;
+    else None."""
     fall_above: float = inf
-    """Where a run confirms a schedule: the validation loss of its own above which it speaks against it."""
+    """Validation loss of its own above which a run that confirms a schedule speaks against it; inf: only one that is
+    not finite does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +81,7 @@ class InnerRunSettings(TrialSettings):
             raise InputError(f"ensemble is {self.ensemble!r}: a trial has a whole number of seeds of at least 1")
 
     def make_loop(self, problem: Problem, **changes: Any) -> InnerLoop:
-        """The inner loop, or that of an ensemble; `changes` are of its settings."""
+        """The inner loop of a run, or that of an ensemble; `changes` are of the loop's settings."""
         training = self.training(**changes)
         if self.split_seed is not None:
             problem = split_anew(problem, self.split_seed)
@@ -95,7 +100,7 @@ class InnerRunSettings(TrialSettings):
         check: bool = False,
         together: bool | None = None,
     ) -> HypergradientRun:
-        """A hypergradient run of these settings; with `check`, compared with plain training first."""
+        """A hypergradient run of these settings; with `check`, the engine is compared with plain training first."""
         return hypergradient_run(
             loop,
             values,
@@ -187,7 +192,8 @@ class InnerRun(ProblemTrainable):
 
     @property
     def _confirmation(self) -> Confirmation:
-        """A schedule falls by a validation loss that is not finite or above `fall_above`."""
+        """What this run, where it confirms a schedule, says of it: it falls by a validation loss that is not finite or
+        above `fall_above`."""
         confirmed, final = self.settings.confirmed, self.run.final
         if confirmed is None:
             return Confirmation()

@@ -99,7 +99,7 @@ def continuing(trainable: Callable[..., Any] | type[tune.Trainable]) -> type[tun
 
 
 def _class_of(function: Callable[..., Any]) -> type[tune.Trainable]:
-    """A function as a class, to which `tune.with_parameters` may give the function's further arguments."""
+    """A function as a trainable class, to which `tune.with_parameters` may give the function's further arguments."""
     further = list(inspect.signature(function).parameters.values())[1:]
     needed = [p.name for p in further if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     of_config = update_wrapper(partial(function, **dict.fromkeys(needed)), function)  # with its resources
@@ -124,7 +124,7 @@ def _class_of(function: Callable[..., Any]) -> type[tune.Trainable]:
 
 
 def _note_folder(storage: Any, trial_id: str) -> None:
-    """Let longer trials find the folder of this one, where its name does not tell."""
+    """Note in a trial's folder which trial it is of, so that longer ones find it where its name does not tell."""
     if not _is_named_after(trial_id, storage.trial_dir_name):
         with storage.storage_filesystem.open_output_stream(_note_path(storage, trial_id)) as stream:
             stream.write(storage.trial_dir_name.encode())

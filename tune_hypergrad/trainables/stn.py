@@ -25,7 +25,7 @@ from tune_hypergrad.trainables.base import ProblemTrainable, TrialSettings
 _logger = logging.getLogger(__name__)
 
 BEST_WEIGHTS_FILE = "best_weights.pt"
-"""Beside a checkpoint's state: the plain model's state dict where the problem's objective was the best."""
+"""File name beside a checkpoint's state: the plain model's state dict where the problem's objective was the best."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,15 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
     """Settings of `STN`, `CenteredSTN` and `DeltaSTN`."""
 
     space: Mapping[str, Any] = field(default_factory=dict)
-    """Ray domains by name, as for any searcher; constants are fixed."""
+    """The search space: Ray domains by name, as for any searcher; constants are fixed."""
     reports: int | None = None  # type: ignore[assignment]
     """Results in the training run; None is one for every epoch."""
     per_minibatch: tuple[str, ...] = ()
     """Hyperparameters of which one draw serves a minibatch; the rest have one for every example where that works. All
     of them: the weights respond once for the whole batch, whatever its layers' first dimensions are."""
     patience: int | None = None
-    """The run ends after so many results in a row without a better objective of the problem; None goes on."""
+    """Number of results in a row without a better objective of the problem after which the run ends; None: it goes
+    on."""
 
     def __post_init__(self) -> None:
         TrialSettings.__post_init__(self)
@@ -58,7 +59,7 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
         return problem.steps_per_epoch if self.reports is None else -(-self.steps // self.reports)
 
     def make_run(self, problem: Problem, config: Mapping[str, Any], device: str | None = None) -> SelfTuningRun:
-        """A run of these settings; values in a trial's config go before `initial` and `fixed`.
+        """A self-tuning run of these settings; values in a trial's config go before `initial` and `fixed`.
 
         Raises:
             InputError: something cannot be tuned, or begins outside its range.
@@ -75,13 +76,12 @@ class SelfTuningTrialSettings(SelfTuningSettings, TrialSettings):
 class DeltaSTN(ProblemTrainable):
     """One training run of a Delta-STN: its regularisation is tuned while it trains.
 
-    A result holds the present weights' `val_loss` and metrics, the present hyperparameters as `schedule/<name>` and
-    the standard deviations of their perturbations as `scale/<name>`. `best_val_loss`, `best_test_...` and
-    `best_schedule/<name>` are those of the weights with the best objective (the lowest validation loss, if
-    the problem says nothing else), which a checkpoint holds as
-    `best_weights.pt`. A checkpoint's `schedule.json` holds the values of every training step, for `FixedSchedule` to
-    replay on the plain network. Where a trial's config gives a tuned hyperparameter a value, it begins there;
-    others it gives are fixed.
+    A result holds the present weights' `val_loss` and metrics, the present hyperparameters as `schedule/<name>` and the
+    standard deviations of their perturbations as `scale/<name>`. `best_val_loss`, `best_test_...` and
+    `best_schedule/<name>` are those of the weights with the best objective (the lowest validation loss, if the problem
+    says nothing else), which a checkpoint holds as `best_weights.pt`. A checkpoint's `schedule.json` holds the values
+    of every training step, for `FixedSchedule` to replay on the plain network. Where a trial's config gives a tuned
+    hyperparameter a value, it begins there; others it gives are fixed.
 
     Layers whose weights the model uses elsewhere than in their own forward do not respond; a warning names them.
     Predictions are linearised by forward-mode differentiation: a model that it does not see through (one that returns
@@ -167,7 +167,7 @@ class DeltaSTN(ProblemTrainable):
 
 
 def _try_out(run: SelfTuningRun) -> None:
-    """Verify the network, and take a training and a validation step, of a run that has no further use.
+    """Verify a network, and take a training and a validation step, in a run that has no further use.
 
     Raises:
         InputError: a step fails.
@@ -186,7 +186,7 @@ class STNSettings(SelfTuningTrialSettings):
     """Settings of `STN`."""
 
     variant: str = "stn"
-    """The method."""
+    """The method that trains the network."""
 
 
 class STN(DeltaSTN):
@@ -204,10 +204,14 @@ class CenteredSTNSettings(SelfTuningTrialSettings):
     """Settings of `CenteredSTN`."""
 
     variant: str = "centered-stn"
-    """The method."""
+    """The method that trains the network."""
 
 
 class CenteredSTN(DeltaSTN):
-    """One training run of an STN whose responses are centred on the present hyperparameters: Delta-STN's ablation."""
+    """One training run of an STN whose responses are centred on the present hyperparameters: Delta-STN's ablation.
+
+    Source: Bae and Grosse, "Delta-STN: Efficient Bilevel Optimization for Neural Networks using Structured Response
+    Jacobians", NeurIPS 2020.
+    """
 
     Settings: ClassVar[type[TrialSettings]] = CenteredSTNSettings

@@ -36,11 +36,11 @@ _LONGEST = 400  # characters of a message
 _MOST_SEEDS = 10_000
 
 Check = Callable[[str, Any], Any]
-"""Takes an argument's name and value; gives the value in plain Python, or raises an `InputError`."""
+"""A check of an argument: takes its name and value; gives the value in plain Python, or raises an `InputError`."""
 
 
 def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `compare` as it works with them: numbers are Python's, addresses and paths are absolute.
+    """The arguments of `compare` as it works with them: numbers are Python's, addresses and paths are absolute.
 
     Raises:
         InputError: there is no argument of a name, or its value is of a wrong kind or out of bounds.
@@ -55,7 +55,7 @@ def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(message: str) -> str:
-    """A message on one line, without the middle of what long value it shows."""
+    """A message on one line, shortened in the middle where it shows a long value."""
     line = re.sub(r"\s*\n\s*", " ", message)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
@@ -111,7 +111,7 @@ def _fixed(name: str, value: Any) -> dict[str, Any]:
 
 
 def _held(argument: str, name: str, entry: Any) -> Any:
-    """A number, or windows of numbers."""
+    """A fixed hyperparameter's value, checked: a number, or windows of numbers."""
     if isinstance(entry, np.ndarray):
         return _held(argument, name, entry.tolist())
     if isinstance(entry, Mapping):
@@ -206,7 +206,7 @@ def _storage(name: str, value: Any) -> str:
 
 
 def _path_in(value: Any) -> str:
-    """A path or an address as text; empty where it is neither."""
+    """A path or an address as text; empty where a value is neither."""
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
     return path if isinstance(path, str) else ""
 
@@ -332,4 +332,4 @@ CHECKS: dict[str, Check] = {
     "autocast": _or_none(_autocast),
     "max_memory": _or_none(_memory),
 }
-"""Of every argument, fields of `Task` among them."""
+"""The check of every argument of `compare`, by the argument's name; fields of `Task` are among them."""

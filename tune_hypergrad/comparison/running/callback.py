@@ -12,7 +12,8 @@ from tune_hypergrad.comparison.telling.progress import Display, Status
 from tune_hypergrad.ray_internals import forget_statistics
 
 DISPLAYS: dict[str, Display] = {}
-"""Those that are shown, by the portfolio's key: a callback, which Ray saves with the experiment, has only that."""
+"""Displays that are shown, by the portfolio's key, which is all that a callback has of them: Ray saves it with the
+experiment."""
 
 
 class ComparisonCallback(Callback):
@@ -47,16 +48,16 @@ class ComparisonCallback(Callback):
         forget_statistics(trial)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Show how all stand, a few times a second."""
+        """Show how all accounts stand, a few times a second."""
         if time.monotonic() - self._shown >= 0.25:
             self.show()
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Show how all stand in the end."""
+        """Show how all accounts stand in the end."""
         self.show(finished=portfolio_of(self.key).finished)
 
     def show(self, finished: bool = False) -> None:
-        """Show how all stand."""
+        """Show how all accounts stand at present."""
         self._shown = time.monotonic()
         portfolio = portfolio_of(self.key)
         best = portfolio.best

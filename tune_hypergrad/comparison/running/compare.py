@@ -71,7 +71,7 @@ from tune_hypergrad.ray_internals import put_snapshot_back, run_config_of, saved
 from tune_hypergrad.schedules import Schedule
 
 COMMAND_FILE = "command.json"
-"""In a comparison's folder, where the command line made it: its options, for resuming."""
+"""File name in a comparison's folder: the options of the command line that began it, for resuming."""
 
 _TRIALS_FOLDER = "trials"
 _OF_DRIVER: Phases = {
@@ -81,7 +81,7 @@ _OF_DRIVER: Phases = {
     "snapshots": ((PortfolioSearch, "save"),),
     "progress": ((ComparisonCallback, "show"),),
 }
-"""What the driver's time is told apart by; the rest is Ray's, most of it waiting for trials."""
+"""Phases that the driver's time is told apart by; the rest is Ray's, most of it waiting for trials."""
 _BEFORE = (COMMAND_FILE, "settings.tmp")  # what a folder may have before anything has begun there
 _BESIDE_LEDGER = (SETTINGS_FILE, PROFILE_FILE, "settings.tmp", SNAPSHOT_FILE, "snapshot.tmp", _TRIALS_FOLDER)
 _OF_RUNS = ("out", "resume", "max_failures", "storage", "address", "progress", "callbacks", "profile")
@@ -89,7 +89,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """A person stopped the comparison; it can be resumed."""
+    """Raised where a person has stopped a comparison, which can be resumed."""
 
 
 def compare(
@@ -194,7 +194,7 @@ def _plan(
     max_concurrent: int | None,
     **of_task: Any,
 ) -> Plan:
-    """What `compare` is to do, of its arguments one by one checked."""
+    """The plan of a comparison, made of the arguments of `compare` when each has been checked."""
     problem.check()
     steps = round(epochs * problem.steps_per_epoch)
     if steps < 1:
@@ -298,7 +298,7 @@ def _run(
     callbacks: Sequence[Callback],
     profile: bool,
 ) -> bool:
-    """Run or go on, with Ray's files in the folder `trials`; whether it came to its end."""
+    """Run a plan, or go on with it, with Ray's files in the folder `trials`; returns whether it came to its end."""
     dispatching = tune.with_parameters(
         Dispatching,
         trainables=dict(trainables),

@@ -45,11 +45,11 @@ from tune_hypergrad.trainables.checkpoints import (
 )
 
 LONG = 50
-"""Windows beyond which a schedule is not recorded as scalars."""
+"""Number of windows beyond which a schedule is not recorded as scalars."""
 
 
 class Dispatching(tune.Trainable):
-    """Pass everything on to the trainable of the trial's method, which its config names.
+    """A trainable that passes everything on to the one of the trial's method, which the trial's config names.
 
     Ray reuses actors for trials of equal resources, whatever their class: hence one class for all methods.
 
@@ -159,7 +159,7 @@ class Dispatching(tune.Trainable):
         self._seconds_before = seconds_of(self._inner)  # of a shorter trial that this one continues
 
     def _restore_newest(self) -> dict[str, Any] | None:
-        """Go on from the newest whole checkpoint, if there is one; the result that belongs to it.
+        """Go on from the newest whole checkpoint, if there is one; returns the result that belongs to it, else None.
 
         Not as the trial begins: Ray does not try again what fails before the first result is asked for.
         """
@@ -177,13 +177,13 @@ class Dispatching(tune.Trainable):
         return None
 
     def _own(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The config that the method's searcher suggested, and what Ray tells trials of themselves."""
+        """The config that the method's own searcher suggested, with what Ray tells trials of themselves."""
         own = {name: value for name, value in config.items() if name != PORTFOLIO}
         return {**own, TRIAL_INFO: trial_info_of(self)}
 
     def _with_long_schedule(self, result: dict[str, Any]) -> dict[str, Any]:
-        """The schedule whole instead of scalar by scalar where it is long, and only with what may be an incumbent, or
-        speaks against what may be one. Hypergradients stay: a searcher may need them."""
+        """A result with a long schedule in one piece instead of scalar by scalar, and only if the schedule may be an
+        incumbent, or the result speaks against one that may be. Hypergradients stay: a searcher may need them."""
         found: Schedule | None = getattr(self._inner, "found", None)
         if found is None:
             return result

@@ -23,12 +23,12 @@ _WHOLE = 1 - 1e-9  # what all of a budget is at least, where shares of it have b
 
 
 class Live(NamedTuple):
-    """A trial that runs."""
+    """A running trial, as far as its account's budget depends on it."""
 
     length: float
-    """Epochs of its training run; 1 where its config does not say."""
+    """Epochs of the trial's training run; 1 where its config does not say."""
     last: float | None = None
-    """What its last result has cost, as a share of the budget; None before the first."""
+    """Cost of the trial's last result, as a share of the account's budget; None before the first."""
 
 
 @dataclass
@@ -36,34 +36,38 @@ class Claim:
     """What one account may spend, and what is known of what its trials cost."""
 
     budget: Budget | None
-    """What they may spend together; None is no limit, and such accounts come after all others."""
+    """Budget that the account's trials may spend together; None is no limit, and accounts without one come after all
+    others."""
     concurrent: int | None = None
-    """How many may run at once; None is no limit."""
+    """Number of the account's trials that may run at once; None is no limit."""
     resources: str = ""
-    """What each asks of the cluster, as a name: of each kind, `WAITING` trials wait for their place at a time."""
+    """Name of the kind of resources that each of the account's trials asks for; of each kind, `WAITING` trials wait for
+    their place at a time."""
     largest: float = 0.0
-    """The most that a result has cost, as a share of the budget, for each epoch of its trial's training run where its
-    config says how many they are."""
+    """Largest cost of a result of the account's trials, as a share of the budget and for each epoch of the trial's
+    training run, where its config says how many those are."""
     longest: float = 0.0
-    """Epochs of the longest training run so far."""
+    """Epochs of the longest training run of the account's trials so far."""
     live: dict[str, Live] = field(default_factory=dict)
-    """Trials that run, by id."""
+    """The account's running trials, by Ray's id."""
 
     def share(self, spent: Cost) -> float:
-        """The part of the budget that a cost is; 0 where there is none."""
+        """The share of the account's budget that a cost is; 0 where the account has none."""
         return 0.0 if self.budget is None else self.budget.spent_by(spent)
 
     def trial(self, length: float, last: Cost | None = None) -> Live:
-        """One of the account's trials, of whose last result the cost is given."""
+        """A running trial of this account, by the epochs of its run and the cost of its last result; None: it has had
+        none."""
         return Live(length) if last is None or self.budget is None else Live(length, max(0.0, self.share(last)))
 
     @property
     def committed(self) -> float:
-        """Share of the budget that the results on their way are thought to cost."""
+        """Share of the budget that the results of running trials, still to come, are expected to cost."""
         return sum(map(self._expected, self.live.values()))
 
     def committed_before_last(self, *further: Live) -> float:
-        """The most of that, with further trials', that can be spent when all results but one have come."""
+        """The most of `committed`, with that of further trials, that can be spent when all results but one have
+        come."""
         expected = list(map(self._expected, (*self.live.values(), *further)))
         return sum(expected) - min(expected, default=0.0)
 
@@ -74,7 +78,7 @@ class Claim:
 
 
 class Turn(Enum):
-    """What becomes of an account when the next trial is looked for."""
+    """What becomes of an account while the next trial is looked for."""
 
     START = "it may start a trial"
     WAIT = "it may start none as things are"
@@ -95,14 +99,14 @@ class FairShare:
     def __init__(self, claims: Mapping[Account, Claim], max_concurrent: int | None = None) -> None:
         self.claims, self.max_concurrent = dict(claims), max_concurrent
         self.trials = _owners(self.claims)
-        """Trials that run, by id, and whose they are."""
+        """The account of every running trial, by Ray's id of the trial."""
         self._waiting: dict[str, str] = {}  # trial to the kind of resources that it waits for
 
     # What it says
 
     @property
     def is_full(self) -> bool:
-        """Whether as many trials run as may."""
+        """Whether as many trials run as may, by `max_concurrent`."""
         return self.max_concurrent is not None and len(self.trials) >= self.max_concurrent
 
     def turns(self, spent: Callable[[Account], Cost], ended: Collection[Account]) -> dict[Account, Turn]:
@@ -133,25 +137,25 @@ class FairShare:
     # What it is told
 
     def start(self, account: Account, trial_id: str, length: float) -> None:
-        """An account has a trial more, which waits for its place."""
+        """Note that an account has one more trial, which waits for its place."""
         claim = self.claims[account]
         claim.live[trial_id], self.trials[trial_id] = claim.trial(length), account
         claim.longest = max(claim.longest, length)
         self._waiting[trial_id] = claim.resources
 
     def place(self, trial_id: str) -> None:
-        """A trial has its place."""
+        """Note that a waiting trial has got its place."""
         self._waiting.pop(trial_id, None)
 
     def report(self, account: Account, trial_id: str, trial: Live) -> None:
-        """A trial has had a result, of which `trial` tells the cost."""
+        """Note that a trial of an account has had a result; `trial` tells what that cost."""
         claim = self.claims[account]
         claim.largest = max(claim.largest, (trial.last or 0.0) / trial.length)
         if trial_id in claim.live:  # not one that runs again although it had ended
             claim.live[trial_id] = trial
 
     def end(self, trial_id: str) -> Account | None:
-        """A trial runs no longer; whose it was, None where it did not run."""
+        """Note that a trial runs no longer; returns the account that it was of, None where it did not run."""
         account = self.trials.pop(trial_id, None)
         if account is not None:
             del self.claims[account].live[trial_id]
@@ -159,7 +163,7 @@ class FairShare:
         return account
 
     def resume(self, live: Mapping[Account, Mapping[str, Live]]) -> None:
-        """These run, all in their places, and no others do."""
+        """Take these for the running trials, by account and id, all of them in their places; no others run."""
         for account, claim in self.claims.items():
             claim.live = dict(live.get(account, {}))
         self.trials = _owners(self.claims)
@@ -167,12 +171,12 @@ class FairShare:
 
 
 def _owners(claims: Mapping[Account, Claim]) -> dict[str, Account]:
-    """Whose the trials are that run."""
+    """The account of every running trial, by Ray's id of the trial."""
     return {trial_id: account for account, claim in claims.items() for trial_id in claim.live}
 
 
 def _priority(claim: Claim, share: float) -> tuple[bool, float, int]:
-    """Less comes first."""
+    """Key by which accounts are ordered: whose trial is next has the least."""
     expected = share + (claim.committed if claim.budget is not None else 0.0)
     return claim.budget is None, expected, len(claim.live)
 

@@ -18,7 +18,7 @@ _MARKER = ".tune_hypergrad"
 
 
 def contents(folder: Path) -> list[Path]:
-    """What is in a folder; nothing where there is none.
+    """The files and folders in a folder; none where there is no such folder.
 
     Raises:
         InputError: it is a file, or cannot be read.

@@ -23,47 +23,48 @@ _GROWS = ("budget", "methods", "seeds", "left_out")
 
 @dataclass(frozen=True)
 class Growth:
-    """By what a comparison grows."""
+    """What a comparison grows by."""
 
     budget: Budget | None = None
-    """What it was before; None where it stays."""
+    """The budget that every method had before; None where it stays."""
     methods: tuple[str, ...] = ()
-    """Added."""
+    """Names of the methods that are added."""
     seeds: tuple[int, ...] = ()
-    """Added."""
+    """Seeds that are added."""
 
     def __bool__(self) -> bool:
         return bool(self.budget or self.methods or self.seeds)
 
     def said(self) -> dict[str, Any]:
-        """It in JSON."""
+        """The growth as `settings.json` has it, in JSON's types."""
         before = None if self.budget is None else [self.budget.amount, self.budget.unit]
         return {"budget_before": before, "methods": list(self.methods), "seeds": list(self.seeds)}
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """How an extension goes on from what there is."""
+    """How an extension of a comparison goes on from what there is."""
 
     number: int
-    """Of the extension, from 1."""
+    """Number of the extension, counted from 1."""
     known: frozenset[Account] = frozenset()
-    """Accounts that have worked before."""
+    """Accounts that had worked before the extension."""
     anew: frozenset[Account] = frozenset()
-    """Those of them whose search begins again."""
+    """Accounts in `known` whose search begins again."""
     starts: Mapping[Account, Mapping[str, Any]] = field(default_factory=dict)
-    """Of the latter, the point of the search space that their incumbent is."""
+    """Where the search of each account in `anew` begins: at its incumbent, as a point of the search space."""
     trainings: Mapping[Account, float] = field(default_factory=dict)
-    """Of those, what they may still spend, in plain training runs, where the budget is in gradients."""
+    """What accounts in `anew` may still spend, in plain training runs, where the budget is in gradient evaluations;
+    else empty."""
 
     @property
     def waiting(self) -> frozenset[Account]:
-        """Those to whom too little is left to begin with, and who stay as they are."""
+        """Accounts in `anew` that have too little left to begin with, and stay as they are."""
         return frozenset(account for account, left in self.trainings.items() if left < LEAST_TRAININGS)
 
 
 def growth_of(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> Growth:
-    """By what settings of a comparison have grown.
+    """What a comparison grows by, told from its settings before and now.
 
     Args:
         saved: what `settings.json` holds.
@@ -108,7 +109,7 @@ def growth_of(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path)
 def continuation_of(
     folder: Path, number: int, methods: Mapping[str, Method], task: Task, budget: Budget, known: frozenset[Account]
 ) -> Continuation:
-    """How an extension of a comparison goes on.
+    """How an extension of a comparison goes on from what the comparison's folder holds.
 
     Args:
         folder: the comparison's.

@@ -85,7 +85,7 @@ def _pieces(name: str, amount: float) -> tuple[int, ...]:
 
 
 def _without(node: _Node, bundle: _Bundle) -> Iterator[_Node]:
-    """What can be left of a node beside a bundle: it may be one of several pieces that a part is taken of."""
+    """What can be left of a node beside a bundle; a part of a resource may be taken of one of several pieces."""
     if not bundle:
         yield node
         return
@@ -96,7 +96,7 @@ def _without(node: _Node, bundle: _Bundle) -> Iterator[_Node]:
 
 
 def _taken(pieces: tuple[int, ...], amount: int, by_piece: bool) -> Iterator[tuple[int, ...]]:
-    """What can be left of a resource's pieces, sorted."""
+    """What can be left of a resource's pieces, sorted, when an amount is taken of them."""
     whole, part = divmod(amount, _GRAIN) if by_piece else (0, amount)
     if pieces.count(_GRAIN) < whole and whole:
         return

@@ -51,7 +51,7 @@ OF_TASKS = (
     *("min_epochs", "max_epochs", "eta", "fixed", "self_tuning_epochs", "check"),
     *("clip_gradient", "clip_norm", "ema", "autocast", "max_memory"),
 )
-"""Fields of `Task` that `compare` takes as they are."""
+"""Names of the fields of `Task` that `compare` takes as they are."""
 
 _VERSION = 1
 _STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -59,34 +59,34 @@ _STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, checked."""
+    """What a comparison compares, checked before anything runs."""
 
     problem: Problem
-    """What incumbents are trained on again."""
+    """The problem that incumbents are trained on again."""
     task: Task
-    """What methods work on."""
+    """The task that methods work on."""
     methods: tuple[Method, ...]
-    """Who takes part."""
+    """The methods that take part."""
     budget: Budget
-    """Of each of them with each seed."""
+    """Budget of each method with each seed."""
     seeds: tuple[int, ...]
-    """Of methods and their trials."""
+    """Seeds of the methods and their trials."""
     resources: Mapping[str, float] | PlacementGroupFactory
-    """What a trial gets whose method does not say."""
+    """Resources of a trial whose method does not say otherwise."""
     retraining: Retraining = field(default_factory=Retraining)
     """How incumbents are trained again."""
     reference: float | str = "best"
     """What regret is measured from: a value, "best", or "grid:N" for N trainings."""
     max_concurrent: int | None = None
-    """Trials at once."""
+    """Number of trials that may run at once; None leaves it to the cluster."""
     start: Mapping[str, Any] | None = None
     """The settings that methods begin from, as they were given and complete; `task` has them in the space's form."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Methods that do not take part since they cannot work on the task, by name, and the reason of each."""
     continuation: Continuation | None = None
-    """What an extension begins with, if this is one."""
+    """What an extension of a comparison begins with; None where this is no extension."""
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What trials run, by method, as far as it has been made: trying a problem out takes time."""
+    """The trainables that have been made so far, by method: they are kept, since trying a problem out takes time."""
 
     def __post_init__(self) -> None:
         self.grid  # noqa: B018, what cannot work is found here
@@ -97,7 +97,7 @@ class Plan:
 
     @property
     def grid(self) -> list[dict[str, Any]]:
-        """The configurations of the grid search, if there is one."""
+        """The configurations of the grid search; none where the reference is another one."""
         if not isinstance(self.reference, str) or self.reference == "best":
             return []
         return grid_points(self.task.space, int(self.reference.removeprefix(f"{GRID}:")))
@@ -127,7 +127,7 @@ class Plan:
         return replace(self, methods=left, left_out={**self.left_out, **reasons})
 
     def trainables(self) -> dict[str, Any]:
-        """What each method's trials run.
+        """The trainable that each method's trials run, by method.
 
         Raises:
             InputError: a method cannot work on the task.
@@ -156,18 +156,18 @@ class Plan:
         return made
 
     def factories(self) -> dict[str, PlacementGroupFactory]:
-        """What each method's trials ask of the cluster."""
+        """What each method's trials ask of the cluster, by method."""
         asked = {m.name: self.resources if m.resources is None else m.resources for m in self.methods}
         asked |= dict.fromkeys((RETRAINING, GRID, START), self.resources)
         return {name: factory_of(name, resources) for name, resources in asked.items()}
 
     @property
     def kinds(self) -> int:
-        """How many kinds of resources are asked for."""
+        """Number of kinds of resources that trials ask for."""
         return len(set(map(_kind, self.factories().values())))
 
     def searchers(self) -> dict[Account, Searcher]:
-        """Every method's searcher for every seed.
+        """The searchers of all methods, one for every method and seed.
 
         Raises:
             InputError: a method cannot work on the task.
@@ -247,7 +247,7 @@ class Plan:
                 )
 
     def settings(self) -> dict[str, Any]:
-        """What `settings.json` says of all this."""
+        """What `settings.json` says of this plan."""
         tunable = {method.name: _tunable(method, self.task) for method in self.methods}
         optimizer = get_optimizer(self.task.optimizer)
         return {
@@ -328,7 +328,7 @@ def default_space(
 
 
 def is_black_box(method: Method) -> bool:
-    """Whether it trains plainly with what its searcher suggests, and searches something."""
+    """Whether a method trains plainly with what its searcher suggests, and searches something."""
     return method.trainable is plain_training and method.name != FLOOR
 
 
@@ -417,7 +417,7 @@ def _is_nothing(amount: Any) -> bool:
 
 
 def _is_bundle(bundle: Mapping[str, float]) -> bool:
-    """Whether it is amounts by name, and not of nothing."""
+    """Whether a bundle is amounts of resources by name, and not of nothing."""
     named = all(isinstance(name, str) for name in bundle)
     return named and all(is_number(n) and 0 <= n < inf for n in bundle.values()) and any(bundle.values())
 
@@ -431,7 +431,7 @@ def _kind(factory: PlacementGroupFactory) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """A number, windows of numbers or a text; of a choice between objects, its text."""
+    """A value in JSON's types: a number, windows of numbers or a text; of a choice between objects, its text."""
     return value if isinstance(value, int | float | str | Mapping) else str(value)
 
 

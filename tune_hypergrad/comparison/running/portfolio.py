@@ -28,7 +28,7 @@ from tune_hypergrad.ray_internals import SavedTrial, folder_of, keep_snapshot, s
 from tune_hypergrad.searchers.restorable import restore_among, state_of, suggest_again
 
 SNAPSHOT_FILE = "snapshot.pkl"
-"""In the portfolio's folder: what Ray's last snapshot had, complete."""
+"""File name in the portfolio's folder: a complete copy of Ray's last snapshot."""
 
 _FAILURES_IN_A_ROW = 3
 
@@ -37,24 +37,24 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Contender:
-    """One account's searcher, and where it stands."""
+    """One account's searcher, what it may spend, and how far it has come."""
 
     account: Account
-    """Whose trials these are."""
+    """The account whose trials the searcher suggests."""
     searcher: Searcher
-    """What suggests their configs."""
+    """Suggests the configs of the account's trials."""
     claim: Claim
-    """What they may spend together, and what is known of what they cost."""
+    """What the account's trials may spend together, and what is known of what they cost."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What every trial's config has that its suggestion does not say."""
+    """Entries of every trial's config that its suggestion does not have."""
     suggested: int = 0
-    """Trials so far."""
+    """Number of trials that have been suggested for the account so far."""
     failures: int = 0
-    """Trials in a row that failed before their first result."""
+    """Number of the account's last trials, in a row, that failed before their first result."""
     lost: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Configs of trials that an interruption has lost and that are to begin again, by Ray's id."""
     failed: str = ""
-    """Why it has stopped for good, if it or its trials have failed."""
+    """Why the account has stopped for good, if its searcher or its trials have failed; else empty."""
 
 
 class PortfolioSearch(Searcher):
@@ -92,16 +92,16 @@ class PortfolioSearch(Searcher):
         self.contenders = {contender.account: contender for contender in contenders}
         self.key, self._folder = key, folder
         self.finished = False
-        """Whether nothing will be suggested any more."""
+        """Whether no trial will be suggested any more."""
         self.fair_share = FairShare({account: c.claim for account, c in self.contenders.items()}, max_concurrent)
-        """What says whose turn it is."""
+        """Says whose turn it is to have the next trial."""
         self._recorder, self._sweeper = Recorder(folder, judged_by), Sweeper()
         self._strangers: set[str] = set()  # trials that their searchers do not know, being restored to before them
         _PORTFOLIOS[key] = self
 
     @property
     def ledger(self) -> Ledger:
-        """What has happened."""
+        """The ledger of what has happened to the comparison's trials."""
         return self._recorder.ledger
 
     # What Ray asks a searcher
@@ -214,8 +214,8 @@ class PortfolioSearch(Searcher):
     # What the stopper and the callback tell
 
     def charge(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Take a result into the ledger; whether its trial has to stop since the budget is spent, or will be by the
-        results on their way."""
+        """Take a result into the ledger; returns whether its trial has to stop since the budget is spent, or will be by
+        the results on their way."""
         account = account_of(result["config"])
         self._recorder.reported(trial_id, result)
         self.fair_share.report(account, trial_id, self._live(account, trial_id, result["config"]))
@@ -225,12 +225,12 @@ class PortfolioSearch(Searcher):
         return True
 
     def started(self, trial: Trial) -> None:
-        """A trial's process has begun, or begun again."""
+        """Note that a trial's process has begun, or begun again."""
         self.fair_share.place(trial.trial_id)
         self._recorder.started(trial)
 
     def ended(self, trial: Trial) -> None:
-        """A trial has come to its end."""
+        """Note that a trial has come to its end."""
         contender, folder = self.contenders[account_of(trial.config)], folder_of(trial)
         contender.failures = 0
         self._recorder.ended(trial)
@@ -238,7 +238,7 @@ class PortfolioSearch(Searcher):
             self._sweeper.add(folder)
 
     def retried(self, trial: Trial) -> None:
-        """A trial's process has failed and will be started again.
+        """Note that a trial's process has failed and will be started again.
 
         Raises:
             OSError: the disk is full: that is not the trial's fault, and everything has to stop.
@@ -246,7 +246,7 @@ class PortfolioSearch(Searcher):
         self._recorder.retried(trial)
 
     def failed(self, trial: Trial) -> None:
-        """A trial has failed for good.
+        """Note that a trial has failed for good.
 
         Raises:
             OSError: since the disk is full.
@@ -266,7 +266,7 @@ class PortfolioSearch(Searcher):
         return {account: score for account, score in scores.items() if math.isfinite(score)}
 
     def ended_accounts(self) -> list[Account]:
-        """Those that suggest nothing more and of which no trial runs."""
+        """Accounts that suggest nothing more and of which no trial runs."""
         return [a for a, contender in self.contenders.items() if a in self.ledger.stopped and not contender.claim.live]
 
     # What it asks its contenders' searchers
@@ -289,7 +289,7 @@ class PortfolioSearch(Searcher):
         return self.contenders[account].claim.trial(length_of(config), last)
 
     def _call(self, contender: Contender, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """A call of a method's searcher, which is the end of that method if it raises."""
+        """Call a method's searcher; if that raises, it is the end of the method."""
         try:
             return function(*arguments, **named)
         except Exception as error:
@@ -316,11 +316,12 @@ class PortfolioStopper(Stopper):
         self.key = key
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether the trial has to stop."""
+        """Take a trial's result into the ledger; returns whether the trial has to stop."""
         return portfolio_of(self.key).charge(trial_id, result)
 
     def stop_all(self) -> bool:
-        """Never: it would skip `on_trial_complete` and the last checkpoint."""
+        """Whether all trials have to stop at once: never, since that would skip `on_trial_complete` and the last
+        checkpoint."""
         return False
 
 
@@ -333,8 +334,8 @@ def portfolio_of(key: str) -> PortfolioSearch:
 
 
 def _resumes_promoted(searcher: Any) -> bool:
-    """Whether trials go on from the checkpoints of shorter ones; wrappers such as Ray's `ConcurrencyLimiter` hold the
-    searcher that knows."""
+    """Whether trials of a searcher go on from the checkpoints of shorter ones; wrappers such as Ray's
+    `ConcurrencyLimiter` hold the searcher that knows."""
     while searcher is not None:
         if getattr(searcher, "resume_promoted", False):
             return True
@@ -356,7 +357,7 @@ def _suggestion(contender: Contender, trial_id: str) -> tuple[dict[str, Any] | s
 def _restored(
     contender: Contender, saved: bytes | None, live: Sequence[str], trials: Mapping[str, SavedTrial]
 ) -> set[str]:
-    """Continue a contender's searcher; the trials that it knows.
+    """Continue a contender's searcher; returns the trials that the searcher knows.
 
     Args:
         contender: with as many suggestions as it had made when it was saved.

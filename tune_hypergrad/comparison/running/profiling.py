@@ -19,7 +19,7 @@ from tune_hypergrad.stn.self_tuning_run import SelfTuningRun
 from tune_hypergrad.trainables.base import ProblemTrainable
 
 Phases = Mapping[str, tuple[tuple[type, str], ...]]
-"""The methods that make up each phase, and what each calls that is of no other."""
+"""Phases of work by name: the methods that make up each, with all they call that is of no other phase."""
 
 OF_TRIALS: Phases = {
     "setting up": ((ProblemTrainable, "reset_config"),),
@@ -30,13 +30,14 @@ OF_TRIALS: Phases = {
     "evaluation": ((InnerLoop, "evaluate"), (SelfTuningRun, "judge")),
     "checkpoints": ((ProblemTrainable, "save_checkpoint"), (ProblemTrainable, "load_checkpoint")),
 }
-"""What a trial's time is told apart by. Forward mode's training is among its derivatives."""
+"""Phases that a trial's time is told apart by; forward mode's training is among the derivatives."""
 OTHER, WAITING = "other", "waiting"
-"""What is none of these, and the time between two results, in which Ray and the driver are at work."""
+"""Names of the rest of a trial's time: what is of no phase, and the time between two results, in which Ray and the
+driver are at work."""
 
 
 class Stopwatch:
-    """Seconds by phase, each without the phases within it.
+    """Measures seconds by phase; a phase's time does not include the phases within it.
 
     Args:
         clock: gives seconds.
@@ -49,7 +50,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, label: str) -> Iterator[None]:
-        """What happens meanwhile is of this phase."""
+        """For the body, count time for the phase of this name."""
         self._turn()
         self._open.append(label)
         try:
@@ -61,19 +62,20 @@ class Stopwatch:
             self._open.pop()
 
     def turn_to(self, label: str) -> None:
-        """From now on what is of no phase is of this one."""
+        """From now on, count time that is of no phase for this one."""
         self._turn()
         self._open = [label]
 
     def taken(self) -> dict[str, float]:
-        """Seconds by phase since this was asked for the last time."""
+        """Seconds by phase since this method was called the last time."""
         self._turn()
         seconds, self._seconds = self._seconds, {}
         return {label: each for label, each in seconds.items() if each}
 
     @contextmanager
     def watching(self, phases: Phases) -> Iterator[None]:
-        """Note, meanwhile, what these methods take, those of subclasses that override them included."""
+        """For the body, count the time that the phases' methods take, those of subclasses that override them
+        included."""
         places = [
             (each, name, label)
             for label, methods in phases.items()
@@ -106,7 +108,7 @@ class Stopwatch:
 
 
 class TrialStopwatch(Stopwatch):
-    """That of a process that runs trials, one at a time, which it watches until it is closed."""
+    """The stopwatch of a process that runs trials, one at a time; it watches their methods until it is closed."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__(clock)
@@ -114,12 +116,12 @@ class TrialStopwatch(Stopwatch):
         self._watch.__enter__()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Watch the trials' methods no longer."""
         self._watch.__exit__(None, None, None)
 
     @contextmanager
     def result(self) -> Iterator[None]:
-        """One result is made meanwhile."""
+        """For the body, which makes one result of a trial, count time as work; afterwards as waiting."""
         self.turn_to(OTHER)
         yield
         self.turn_to(WAITING)

@@ -20,7 +20,7 @@ class QueueSearch(RestorableSearch[Mapping[str, Any]]):
     def __init__(self, configs: Iterable[Mapping[str, Any]]) -> None:
         super().__init__(metric="val_loss", mode="min")
         self.queue: deque[Mapping[str, Any]] = deque(configs)
-        """What is still to be run."""
+        """Configurations that are still to be run."""
 
     def _take_space(self, config: Mapping[str, Any]) -> bool:
         return True  # the configs are complete

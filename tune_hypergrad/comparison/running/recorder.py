@@ -34,7 +34,7 @@ _LEDGERS_OWN = {"event", "time", "method", "seed", "trial", "id", "iteration"}  
 
 
 class Recorder:
-    """Makes one event of everything that happens.
+    """Writes one event of everything that happens to a comparison's trials into the ledger.
 
     Args:
         folder: the comparison's; it gets the ledger, and schedules that are too long for it.
@@ -44,12 +44,13 @@ class Recorder:
     def __init__(self, folder: Path, criterion: Criterion) -> None:
         self._folder, self._criterion = folder, criterion
         self.ledger = Ledger(folder / LEDGER_FILE, criterion)
-        """As the file is, and what follows from it."""
+        """The ledger of the comparison: its file as it is, and what follows from that."""
         self.cut: set[str] = set()
         """Trials that have been told to stop since the budget is spent, until they have ended."""
 
     def resumed(self, known: Collection[str]) -> None:
-        """Everything goes on after an interruption, from the ledger's file as it is now; Ray knows these trials."""
+        """Note that everything goes on after an interruption, from the ledger's file as it is now; Ray knows these
+        trials."""
         self.ledger = Ledger(self._folder / LEDGER_FILE, self._criterion)
         self.ledger.write("resume", known=list(known))
 
@@ -69,7 +70,7 @@ class Recorder:
         return lost
 
     def started(self, trial: Trial) -> None:
-        """A trial's process has begun, or begun again."""
+        """Note that a trial's process has begun, or begun again."""
         suggestion = {
             key: value.name if isinstance(value, Optimizer) else value
             for key, value in trial.config.items()
@@ -80,7 +81,7 @@ class Recorder:
         self.ledger.write("start", **named, **said, config=suggestion, resources=resources_of(trial))
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> None:
-        """A trial has had a result, perhaps one that is in the ledger already. `WHOLE_SCHEDULE` is taken out of it."""
+        """Note a trial's result, perhaps one that is in the ledger already; `WHOLE_SCHEDULE` is taken out of it."""
         config, found, cost = result["config"], result.pop(WHOLE_SCHEDULE, None), Cost.from_result(result)
         iteration = int(result["training_iteration"])
         if self.ledger.repeats(trial_id, iteration, cost):
@@ -92,13 +93,13 @@ class Recorder:
         self.ledger.write("result", **_named(config, trial_id), iteration=iteration, **{**row, **cost.as_result()})
 
     def ended(self, trial: Trial) -> None:
-        """A trial has come to its end."""
+        """Note that a trial has come to its end."""
         status = "budget" if trial.trial_id in self.cut else "completed"
         self.cut.discard(trial.trial_id)
         self.ledger.write("end", **_named(trial.config, trial.trial_id), status=status)
 
     def retried(self, trial: Trial) -> None:
-        """A trial's process has failed and will be started again.
+        """Note that a trial's process has failed and will be started again.
 
         Raises:
             OSError: the disk is full: that is not the trial's fault, and everything has to stop.
@@ -108,7 +109,7 @@ class Recorder:
         raise_if_full(error)
 
     def failed(self, trial: Trial) -> str:
-        """A trial has failed for good; why, in a line.
+        """Note that a trial has failed for good; returns why, in a line.
 
         Raises:
             OSError: since the disk is full.
@@ -119,12 +120,13 @@ class Recorder:
         return error
 
     def stopped(self, account: Account, reason: str) -> None:
-        """An account suggests nothing more; the first reason is the one that stays."""
+        """Note that an account suggests nothing more; the first reason is the one that stays."""
         if account not in self.ledger.stopped:
             self.ledger.write("stop", **account._asdict(), reason=reason)
 
     def _keep(self, found: Schedule) -> str:
-        """Save a schedule; its file's name, by which it is told from others, and so follows from what it holds."""
+        """Save a schedule; returns the name of its file, which follows from the values, so that it tells schedules
+        apart."""
         folder = self._folder / SCHEDULES_FOLDER
         folder.mkdir(exist_ok=True)
         content = json.dumps(found.entries(), sort_keys=True)
@@ -134,7 +136,7 @@ class Recorder:
 
 
 def _named(config: Mapping[str, Any], trial_id: str) -> dict[str, Any]:
-    """How events name a trial."""
+    """The entries by which events name a trial: its account, its name, and Ray's id."""
     return {**account_of(config)._asdict(), "trial": trial_name(config), "id": trial_id}
 
 

@@ -36,7 +36,7 @@ def grid_points(space: Mapping[str, Any], trainings: int) -> list[dict[str, Any]
 
 
 def _at(space: Mapping[str, Any], places: Sequence[Place], point: Mapping[str, Any]) -> dict[str, Any]:
-    """The space with a point's values in the places of domains."""
+    """A space with a point's values in the places of its domains."""
     config = {name: entry for name, entry in space.items() if name not in {place.path[0] for place in places}}
     for place in places:
         put(config, place.path, point.get(place.name, place.leaf))

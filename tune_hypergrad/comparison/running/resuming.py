@@ -49,7 +49,7 @@ def as_begun(plan: Plan, folder: Path) -> Plan:
 
 
 def growth_in(folder: Path, plan: Plan, storage: str | None) -> Growth:
-    """By what a plan extends the comparison in a folder.
+    """What a plan extends the comparison in a folder by.
 
     Raises:
         InputError: there is none, it had another plan, or it is not finished and so cannot be extended.
@@ -81,7 +81,8 @@ def _refuse_unreadable(folder: Path) -> None:
 
 
 def continued(plan: Plan, folder: Path, growth: Growth) -> Plan:
-    """A plan with what its extension, if it is one, begins with, and in the order in which things were added."""
+    """A plan with what its extension, if it is one, begins with; methods and seeds are in the order in which they were
+    added."""
     saved = json.loads((folder / SETTINGS_FILE).read_text())
     number = len(saved.get(EXTENSIONS, ())) + bool(growth)
     names, own = [method["name"] for method in saved["methods"]], {method.name: method for method in plan.methods}
@@ -124,5 +125,5 @@ def write_extension(folder: Path, plan: Plan) -> None:
 
 
 def key_of(folder: Path) -> str:
-    """The key of the portfolio to go on with."""
+    """The key of the portfolio of the comparison in a folder."""
     return str(json.loads((folder / SETTINGS_FILE).read_text())["key"])

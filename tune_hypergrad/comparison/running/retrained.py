@@ -16,13 +16,13 @@ class RetrainedSettings(TrialSettings):
     """Settings of `Retrained`."""
 
     until: int | None = None
-    """The step at which the run ends, since the incumbent was judged there; None is `steps`."""
+    """Inner step at which the run ends, since the incumbent was judged there; None is `steps`."""
     own_optimizers: Mapping[str, Optimizer] = field(default_factory=dict)
-    """Those that are not built in, by the name that an incumbent's records have."""
+    """Inner optimizers that are not built in, by the name that an incumbent's records have."""
 
 
 class Retrained(FixedSchedule):
-    """A training run that may end before its schedule does."""
+    """Plain training that may end before its schedule does, at the step at which an incumbent was judged."""
 
     Settings: ClassVar[type[TrialSettings]] = RetrainedSettings
 

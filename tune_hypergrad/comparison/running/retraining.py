@@ -33,17 +33,20 @@ _KEPT = ("batch_size", "optimizer", "clip_gradient", "clip_norm", "autocast")
 
 @dataclass(frozen=True)
 class Retraining:
-    """How incumbents are trained again."""
+    """How a comparison trains incumbents again, from scratch, for the test."""
 
     seeds: int = 3
-    """Trainings of each, with seeds that no search has used."""
+    """Number of trainings of each incumbent, with seeds that no search has used; 3 by default, 0 leaves retraining
+    out."""
     shares: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
-    """The incumbents after these shares of the budget are trained; what is the incumbent twice is trained once."""
+    """Shares of the budget, above 0 and up to 1, after which the incumbents are trained; what is the incumbent twice is
+    trained once."""
     data: str = "train"
-    """"train", or "train+val": what the test split is then predicted from has more examples."""
+    """What incumbents are trained on: "train", or "train+val", so that the test split is predicted from more
+    examples."""
     same_training: bool = False
-    """Whether all are trained for the steps of a plain training run, their schedules stretched or pressed to it; else
-    each as it was found, for as many steps as the run that found it."""
+    """Whether all incumbents are trained for the inner steps of a plain training run, their schedules stretched or
+    pressed to it; else (by default) each as it was found, for as many steps as the run that found it."""
 
     def __post_init__(self) -> None:
         if not is_whole(self.seeds) or self.seeds < 0:
@@ -59,7 +62,7 @@ class Retraining:
         object.__setattr__(self, "shares", tuple(map(float, shares)))
 
     def trainable(self, task: Task) -> type[tune.Trainable]:
-        """What retrainings run."""
+        """The Ray trainable that the retrainings on a task run."""
         problem = task.problem if self.data == "train" else with_val(task.problem)
         own = {optimizer.name: optimizer for optimizer in optimizers_of(task) if not is_built_in(optimizer)}
         return Retrained.from_problem(problem, **task.training, reports=training_reports(task), own_optimizers=own)
@@ -96,7 +99,7 @@ class RetrainingSearch(QueueSearch):
         return None if suggestion == Searcher.FINISHED and not others <= self._seen else suggestion
 
     def get_state(self) -> dict[str, Any]:
-        """What `save` writes."""
+        """The search's state, which `save` writes."""
         return {**super().get_state(), "_seen": self._seen}
 
     def _jobs(self, account: Account) -> list[dict[str, Any]]:
@@ -146,7 +149,7 @@ class RetrainingSearch(QueueSearch):
 
 
 def _is_done(trained: pd.DataFrame, account: Account, spent: float, unit: str) -> bool:
-    """Whether an account's incumbent of a cost was trained again before the comparison was extended."""
+    """Whether an account's incumbent at a cost was trained again before the comparison was extended."""
     own = (trained["method"] == account.method) & (trained["seed"] == account.seed)
     return bool((own & (trained[f"spent/{unit}"] == spent)).any())
 

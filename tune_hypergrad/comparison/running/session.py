@@ -71,7 +71,7 @@ def cluster_session(address: str | None = None, pending: int = 1) -> Iterator[No
 
 
 def refuse_client(what: str, address: str) -> None:
-    """See that an address is none of Ray Client.
+    """Refuse an address that is one of Ray Client.
 
     Raises:
         InputError: it is.
@@ -128,7 +128,7 @@ def _is_same(address: str, session: str) -> bool:
 
 
 def _ip(host: str) -> str:
-    """A host's, by which other machines know it; the text itself where it has none."""
+    """The address of a host by which other machines know it; the text itself where there is none."""
     try:
         found = socket.gethostbyname(host)
     except OSError:

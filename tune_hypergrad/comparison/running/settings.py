@@ -19,8 +19,9 @@ _PACKAGES = ("tune_hypergrad", "torch", "ray", "hpbandster", "ConfigSpace", "num
 
 
 def write_settings(folder: Path, plan: Plan, key: str, storage: str | None, growth: Growth) -> None:
-    """Write what is compared, how, with what versions and on which machine; where it was begun already, only the
-    latter anew, what it has grown by, and what was left out beside what has been."""
+    """Write `settings.json`: what is compared, how, with what versions and on which machine. Where it was written
+    before, only versions and machine are written anew, what the comparison has grown by, and what was left out beside
+    what has been."""
     file = folder / SETTINGS_FILE
     resources = ray.cluster_resources()
     machine = {
@@ -49,7 +50,7 @@ def write_settings(folder: Path, plan: Plan, key: str, storage: str | None, grow
 
 
 def _processor() -> str:
-    """This node's, by its name where the system tells."""
+    """The processor of this node, by its name where the system tells."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -23,13 +23,13 @@ _ROUNDING = 1e-9  # by how much of a bound a value may be outside, since 1 - 0.9
 
 @dataclass(frozen=True)
 class Start:
-    """Settings to begin with, complete."""
+    """A person's settings to begin with, completed for the whole search space."""
 
     exact: Mapping[str, Any]
-    """As they were given, beside the space's constants: what is trained to see what they are worth."""
+    """The settings as they were given, beside the space's constants: what is trained to see what they are worth."""
     point: Mapping[str, Any]
-    """In the form of the search space: what methods begin from. Of a schedule with other windows than the space's,
-    every window has the mean over its part of the training run."""
+    """The settings in the form of the search space: what methods begin from. Of a schedule with other windows than the
+    space's, every window has the mean over its part of the training run."""
 
 
 def read_start(path: str | PathLike[str]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _unknown(name: str, task: Task, tuned: Sequence[str]) -> str:
 
 
 def _as_config(name: str, value: Any, places: Sequence[Place], entry: Any) -> Any:
-    """A value that was given, as a config has it: in its own windows, else as the point's entry has it."""
+    """A value that was given, in the form of a config: in its own windows, else as the point's entry has it."""
     in_windows = is_hyperparameter(value) and all(place.name == name for place in places)
     own = isinstance(entry, float | Mapping) and in_windows  # no choice, and no whole number
     return Schedule({name: value}).to_config()[name] if own else entry
@@ -126,7 +126,7 @@ def _of_curve(name: str, found: Mapping[str, tuple[float, ...]], places: Sequenc
 
 
 def _checked(name: str, value: Any, place: Place) -> Any:
-    """What stands in a place for a value, which its domain has."""
+    """A value, checked, as it stands in a place: its domain has it."""
     leaf, domain = 1 - value if place.complement else value, place.leaf
     if not is_domain(domain):
         if leaf != domain:

@@ -23,15 +23,15 @@ class Sweeper:
 
     @property
     def folders(self) -> list[Folder]:
-        """Those that are still to be swept."""
+        """Folders of trials that have ended and whose checkpoints are still to be swept."""
         return [*self._known, *self._ended]
 
     def add(self, folder: Folder) -> None:
-        """The trial of this folder has ended."""
+        """Note that the trial of this folder has ended."""
         self._ended.append(folder)
 
     def sweep(self) -> None:
-        """Another snapshot has been taken."""
+        """Delete checkpoints, now that another snapshot has been taken."""
         for filesystem, folder in self._known:
             delete_checkpoints(filesystem, folder)
         self._known, self._ended = self._ended, []
