@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -119,6 +120,11 @@ class Comparison:
     def settings(self) -> dict[str, Any]:
         """What `settings.json` holds: problem, methods, budget, seeds, space, versions."""
         return dict(json.loads((self.folder / SETTINGS_FILE).read_text()))
+
+    @property
+    def retraining(self) -> dict[str, Any]:
+        """What the settings say of how incumbents are trained again; empty where they are not."""
+        return self.settings.get("retraining") or {}
 
     @property
     def criterion(self) -> Criterion:
@@ -363,8 +369,7 @@ class Comparison:
     def finished(self) -> bool:
         """Whether every method has stopped with every seed, and incumbents are retrained."""
         running = not self.trials.empty and bool((self.trials["status"] == "running").any())
-        retrains = bool((self.settings.get("retraining") or {}).get("seeds"))
-        waits_for = [*self._accounts(), *([Account(RETRAINING, 0)] if retrains else [])]
+        waits_for = [*self._accounts(), *([Account(RETRAINING, 0)] if self.retraining.get("seeds") else [])]
         return not running and all(account in self.ledger.stopped for account in waits_for)
 
     @property
@@ -410,7 +415,7 @@ class Comparison:
         later = rows.loc[rows[unit] > job[unit], unit]
         if later.empty:
             return {**job, "share": 1.0}
-        planned = [share for share in self.settings["retraining"]["shares"] if share < 1]
+        planned = [share for share in self.retraining["shares"] if share < 1]
         lasting = [s for s in planned if job[unit] <= s * self.budget.amount < float(later.min())]
         return {**job, "share": max(lasting, default=job["share"] * scale)}
 
@@ -557,12 +562,18 @@ class Comparison:
     def of_other_lengths(self) -> dict[str, tuple[int, int]]:
         """Methods whose last incumbents were not trained again for about the comparison's own number of steps, a tenth
         more or less, and for how many: the fewest and the most."""
-        found, steps = {}, self.settings.get("steps", 0)
-        for method in self.methods if steps else ():
-            trained = self.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
-            if len(trained) and ((trained - steps).abs() > 0.1 * steps).any():
-                found[method] = (round(trained.min()), round(trained.max()))
-        return found
+        steps = self.settings.get("steps", math.inf)  # what is not known differs from nothing
+        found = {method: self.steps_tested(method) for method in self.methods}
+        return {
+            method: lengths
+            for method, lengths in found.items()
+            if lengths is not None and any(abs(length - steps) > 0.1 * steps for length in lengths)
+        }
+
+    def steps_tested(self, method: str) -> tuple[int, int] | None:
+        """For how many steps a method's last incumbents were trained again: the fewest and the most."""
+        trained = self.final_figures(method).get("run/step", pd.Series(dtype=float)).dropna()
+        return (round(trained.min()), round(trained.max())) if len(trained) else None
 
     @property
     def black_box(self) -> list[str]:
