@@ -164,14 +164,6 @@ def best_schedules(comparison: Comparison) -> dict[str, Schedule]:
     return found
 
 
-def reference_text(comparison: Comparison) -> str:
-    """What regret is measured from."""
-    measure = comparison.yardstick
-    if not math.isfinite(measure.reference):
-        return "nothing to measure regret by yet"
-    return f"0 is {measure.origin}: {measure.label} {measure.shown}"
-
-
 def look_of(comparison: Comparison) -> Look:
     """Its methods' colours."""
     return Look(comparison.methods, len(comparison.settings["seeds"]))
@@ -189,9 +181,11 @@ def _regrets(comparison: Comparison, units: Sequence[str], width: float) -> Figu
     measure = comparison.yardstick
     for axes in panels[::columns]:
         axes.set_ylabel(measure.heading)
-    text = f"{reference_text(comparison)}; {_seeds_text(comparison)}"
     if len(units) == 1:
-        drawing.heading(panels[0], text, width)
+        zero = "nothing to measure regret by yet"
+        if math.isfinite(measure.reference):
+            zero = f"0 is {measure.origin}: {measure.label} {measure.shown}"
+        drawing.heading(panels[0], f"{zero}; {_seeds_text(comparison)}", width)
     look_of(comparison).legend_of_curves(figure, found)
     return figure
 

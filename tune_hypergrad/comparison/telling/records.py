@@ -126,6 +126,11 @@ class Comparison:
         return dict(json.loads((self.folder / SETTINGS_FILE).read_text()))
 
     @property
+    def retraining(self) -> dict[str, Any]:
+        """What the settings say of how incumbents are trained again; empty where they are not."""
+        return self.settings.get("retraining") or {}
+
+    @property
     def criterion(self) -> Criterion:
         """What incumbents are chosen by, the problem's objective."""
         said = self.settings.get("objective")
@@ -373,8 +378,7 @@ class Comparison:
     def finished(self) -> bool:
         """Whether every method has stopped with every seed, and incumbents are retrained."""
         running = not self.trials.empty and bool((self.trials["status"] == "running").any())
-        retrains = bool((self.settings.get("retraining") or {}).get("seeds"))
-        waits_for = [*self._accounts(), *([Account(RETRAINING, 0)] if retrains else [])]
+        waits_for = [*self._accounts(), *([Account(RETRAINING, 0)] if self.retraining.get("seeds") else [])]
         return not running and all(account in self.ledger.stopped for account in waits_for)
 
     @property
@@ -420,7 +424,7 @@ class Comparison:
         later = rows.loc[rows[unit] > job[unit], unit]
         if later.empty:
             return {**job, "share": 1.0}
-        planned = [share for share in self.settings["retraining"]["shares"] if share < 1]
+        planned = [share for share in self.retraining["shares"] if share < 1]
         lasting = [s for s in planned if job[unit] <= s * self.budget.amount < float(later.min())]
         return {**job, "share": max(lasting, default=job["share"] * scale)}
 
@@ -440,10 +444,12 @@ class Comparison:
         own = frame[frame["method"] == method]
         return own[own["share"] == 1].groupby("seed").mean(numeric_only=True).reset_index()
 
-    def trained_steps(self, method: str) -> list[float]:
-        """For how many inner steps a method's last incumbents were trained again, as far as that is known."""
+    def steps_tested(self, method: str) -> tuple[int, int] | None:
+        """For how many steps a method's last incumbents were trained again: the fewest and the most; None where that is
+        not known."""
         positions = [Position.from_result(row) for _, row in self.final_figures(method).iterrows()]
-        return [position.step for position in positions if math.isfinite(position.step)]
+        trained = [position.step for position in positions if math.isfinite(position.step)]
+        return (round(min(trained)), round(max(trained))) if trained else None
 
     def incumbents(self, account: Account) -> pd.DataFrame:
         """The results at which an account's incumbent became another one, within its budget, if it has one: the best
@@ -592,12 +598,13 @@ class Comparison:
     def of_other_lengths(self) -> dict[str, tuple[int, int]]:
         """Methods whose last incumbents were not trained again for about the comparison's own number of steps, a tenth
         more or less, and for how many: the fewest and the most."""
-        found, steps = {}, self.settings.get("steps", 0)
-        for method in self.methods if steps else ():
-            trained = self.trained_steps(method)
-            if any(abs(each - steps) > 0.1 * steps for each in trained):
-                found[method] = (round(min(trained)), round(max(trained)))
-        return found
+        steps = self.settings.get("steps", math.inf)  # what is not known differs from nothing
+        found = {method: self.steps_tested(method) for method in self.methods}
+        return {
+            method: lengths
+            for method, lengths in found.items()
+            if lengths is not None and any(abs(length - steps) > 0.1 * steps for length in lengths)
+        }
 
     @property
     def black_box(self) -> list[str]:

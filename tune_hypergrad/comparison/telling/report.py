@@ -132,7 +132,7 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
     losses = "; ".join(f"{method} {_mean(values)}" for method, values in own)
     judged = measure_label(comparison.criterion.column)
     regret = f"{measure.heading.capitalize()} of the incumbents against"
-    which = tables.parts_of_budget((comparison.settings.get("retraining") or {}).get("shares", (1.0,)))
+    which = tables.parts_of_budget(comparison.retraining.get("shares", (1.0,)))
     where = f"as tested after retraining those after {which}" if measure.tested else "by validation"
 
     def of(units: list[str]) -> str:

@@ -73,7 +73,7 @@ def facts(comparison: Comparison) -> dict[str, str]:
         "Budget": f"{number(budget.amount)} {COST_LABELS[budget.unit]} for every method with every seed",
         "Objective": "" if comparison.criterion.is_loss else str(comparison.criterion),
         "Seeds": ", ".join(map(str, settings["seeds"])),
-        "Retraining": _retraining(settings.get("retraining") or {}),
+        "Retraining": _retraining(comparison.retraining),
         "Start": _start(comparison),
         "Regret": reference(comparison),
         "Started": _moment(datetime.fromisoformat(settings["started"])) if settings.get("started") else "",
@@ -112,7 +112,8 @@ def results(comparison: Comparison) -> TextTable:
             cell = spread(tested[name], share=in_percent(name), mark=mark)
             row[Column(measure_label(name), key=name == tests[0])] = cell
         if others:
-            row[Column("steps of the tested training")] = _steps_tested(comparison, method)
+            lengths = comparison.steps_tested(method)
+            row[Column("steps of the tested training")] = "none" if lengths is None else _range(*lengths)
         shown = not tests or measure.source == "best"
         if not criterion.is_loss:
             row[Column(judged, key=shown)] = spread(own[OBJECTIVE], share=in_percent(criterion.metric))
@@ -144,11 +145,6 @@ def results(comparison: Comparison) -> TextTable:
         rows.append({**row, Column("trouble", number=False, remark=True): trouble})
     columns = [column for column in rows[0] if not column.remark or any(row[column] for row in rows)]
     return TextTable(columns, [[row[column] for column in columns] for row in rows])
-
-
-def _steps_tested(comparison: Comparison, method: str) -> str:
-    trained = comparison.trained_steps(method)
-    return _range(round(min(trained)), round(max(trained))) if trained else "none"
 
 
 def profile(comparison: Comparison) -> TextTable:
@@ -297,7 +293,7 @@ def _about_columns(comparison: Comparison) -> list[str]:
         )
         if len(comparison.start_results) < len(comparison.settings["seeds"]) and comparison.finished:
             found.append("The start's own training did not end with a finite validation loss with every seed.")
-    if (comparison.settings.get("retraining") or {}).get("same_training"):
+    if comparison.retraining.get("same_training"):
         steps = comparison.settings["steps"]
         found.append(f"Every incumbent was trained again for {steps} steps, however long the run was that found it.")
     return found
