@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -87,8 +88,9 @@ def defining(module: str, name: str) -> str:
     return f"{module}.{name}" if is_module else module
 
 
-def imports_of(module: str) -> Iterator[str]:
-    yield from imports(SOURCES[module].read_text(encoding="utf-8"), module.rpartition(".")[0])
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    return frozenset(imports(SOURCES[module].read_text(encoding="utf-8"), module.rpartition(".")[0]))
 
 
 @pytest.mark.parametrize(

@@ -213,13 +213,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_whatever_has_happened_a_report_can_be_written(case, tmp_path):
     comparison = CASES[case](tmp_path)
-    for found in all_pictures(comparison).values():
-        for picture in found:
-            for figure in (picture.draw(), picture.draw(width=NARROW)):
-                assert isinstance(figure, Figure)
-                figure.draw_without_rendering()
-    if case in ("nothing", "only lost", "no results", "twelve"):
+    if case in ("nothing", "only lost", "no results", "twelve"):  # which draws all pictures, in both widths
         assert write_report(comparison).stat().st_size < 3e6
+    else:
+        for found in all_pictures(comparison).values():
+            for picture in found:
+                for figure in (picture.draw(), picture.draw(width=NARROW)):
+                    assert isinstance(figure, Figure)
+                    figure.draw_without_rendering()
     Console(width=200, quiet=True).print(summary_table(comparison))
 
 

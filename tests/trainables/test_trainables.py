@@ -41,8 +41,12 @@ CASES = {
 }
 
 
-def make(trainable, config=None, problem=None, **settings):
-    made = trainable.from_problem(problem or tiny_problem(), **{"steps": STEPS, **settings})
+PROBLEM = tiny_problem()
+"""For trials that need none of their own: what is once compared with plain training need not be again."""
+
+
+def make(trainable, config=None, problem=PROBLEM, **settings):
+    made = trainable.from_problem(problem, **{"steps": STEPS, **settings})
     return made(config=config or {})
 
 
