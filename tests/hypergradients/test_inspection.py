@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from torch_loops import SGD, assert_exact
 
 from tune_hypergrad import InputError, hypergradient
-from tune_hypergrad.hypergradients import Descent, OnlineRun, Optimizer, hypergradient_run, verification
+from tune_hypergrad.hypergradients import Descent, OnlineRun, Optimizer, graph_size, hypergradient_run, verification
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.reverse import NotReplayedError
 from tune_hypergrad.losses import smoothed_cross_entropy
@@ -438,6 +438,16 @@ def noisy_later(net: Any, h: Tensor) -> Tensor:
 
 class TestLaterSteps:
     """The first step is as it should be, and a later one is not."""
+
+    @pytest.fixture(autouse=True)
+    def without_graphs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Steps are run again: nothing has to be, where graphs are kept."""
+        monkeypatch.setattr(graph_size, "allocated", lambda device: None)
+
+    def test_with_graphs_no_step_is_run_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        found = hypergradient(self.problem(), MANY, steps=5, differentiation="reverse", check=False)
+        assert all(gradient.isfinite().all() for gradient in found.hypergradients.values())
 
     @staticmethod
     def problem() -> Problem:

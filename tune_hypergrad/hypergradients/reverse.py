@@ -190,22 +190,23 @@ class ReverseRun(HypergradientRun):
 
     def _pull_back(self, step: int) -> Pulled:
         """Go back through a step, by its graph if it was kept."""
-        loop = self.loop
-        if step not in self._graphs:
+        lean = self._is_lean(step)
+        if not lean and step not in self._graphs:
             self._train_again(step + 1)
-        self.cost += loop.costs.adjoint_step(kept=step in self._graphs and step not in self._again)
+        kept = step in self._graphs and step not in self._again
+        self.cost += self.loop.costs.adjoint_step(kept=kept)
         graph = self._graphs.pop(step, None)
-        if graph is None:
-            state = self._kept[step]
-            pulled = adjoint_step(
-                loop, state, self._leaves(step), step, self._adjoint, self._buffer_adjoint, mode=self._mode
-            )
-            self._replayed.append((step, self._losses[step], pulled.loss))
-            return pulled
         self._again.discard(step)
+        if graph is not None:
+            state, pulled = graph.state, pull_back(self.loop, graph, step, self._adjoint, self._buffer_adjoint)
+        else:
+            state = self._kept[step] if step in self._kept else self._train_again(step + 1, short=True)
+            h = self._leaves(step)
+            pulled = adjoint_step(self.loop, state, h, step, self._adjoint, self._buffer_adjoint, mode=self._mode)
+            self._replayed.append((step, self._losses[step], pulled.loss))
         if step % self.horizon == 0:  # the next segment's end
-            self._kept[step] = graph.state
-        return pull_back(loop, graph, step, self._adjoint, self._buffer_adjoint)
+            self._kept[step] = state
+        return pulled
 
     def _add(self, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
         """Add what a step gives the hyperparameters."""
@@ -248,14 +249,15 @@ class ReverseRun(HypergradientRun):
             return self.state
         return self._kept[step] if step in self._kept else self._train_again(step)
 
-    def _train_again(self, end: int) -> State:
+    def _train_again(self, end: int, *, short: bool = False) -> State:
         """Train up to `end` from the last state that was kept, and keep graphs of the last steps; gives the state
-        there."""
+        there. `short`: without the last step, which is not kept."""
         begin = max((kept for kept in self._kept if kept < end), default=0)
         state = self._kept[begin] if begin in self._kept else self.loop.initial_state()
         stretch = plan_stretch(end - begin, self._room, held=sum(0 < kept < end for kept in self._kept))
-        self.loop.batches.expect(range(begin, end))
-        for step in range(begin, end):
+        steps = range(begin, end - short)
+        self.loop.batches.expect(steps)
+        for step in steps:
             state, loss = self._train(state, step, stretch, step - begin)
             if step in self._graphs:
                 self._again.add(step)
