@@ -21,6 +21,7 @@ from tune_hypergrad.comparison.running.plan import Plan
 from tune_hypergrad.comparison.running.queue import QueueSearch
 from tune_hypergrad.comparison.running.retraining import RetrainingSearch
 from tune_hypergrad.comparison.running.start import complete_start, stretched
+from tune_hypergrad.comparison.telling import pictures
 from tune_hypergrad.comparison.telling.report import summary_text
 from tune_hypergrad.comparison.telling.tables import results
 from tune_hypergrad.searchers.brackets import rungs
@@ -302,6 +303,15 @@ def test_no_incumbent_is_worse_than_the_start(tmp_path):
     assert comparison.accounts.set_index("method")["val_loss"].to_dict() == {"fds": 0.4, "rs": 0.5}
     assert comparison.schedule("rs") == Schedule({"lr": (0.1,)}) and comparison.methods == ["fds", "rs"]
     assert comparison.incumbents(Account(START, 0))["val_loss"].tolist() == [0.5], "only its end counts"
+
+
+def test_the_start_is_a_part_of_the_methods_curves(tmp_path):
+    comparison = with_start(tmp_path).comparison
+    lines = {line.get_label(): line for line in pictures.validation(comparison).axes[0].lines}
+    assert {"fds", "rs"} <= set(lines) and START not in lines
+    assert [list(data) for data in lines["fds"].get_data()] == [[100, 600], [0.5, 0.4]]
+    assert [list(data) for data in lines["rs"].get_data()] == [[90, 100, 900], [0.8, 0.5, 0.5]]
+    assert comparison.final_regret("rs").tolist() == pytest.approx([0.1])
 
 
 def test_a_method_whose_trials_all_fail_has_the_start(tmp_path):

@@ -339,7 +339,9 @@ class Comparison:
         """The `incumbents` of all accounts, each account's in order: columns method, seed, `spent/<unit>`, val_loss,
         objective."""
         columns = ["method", "seed", *(f"spent/{unit}" for unit in UNITS), "val_loss", OBJECTIVE]
-        frames = [self.incumbents(account).reindex(columns=columns) for account in self._accounts()]
+        # the start, where it is an incumbent, is the account's own
+        every = ((account.method, self.incumbents(account)) for account in self._accounts())
+        frames = [found.assign(method=method).reindex(columns=columns) for method, found in every]
         return pd.concat([own for own in frames if len(own)] or frames[:1], ignore_index=True)
 
     @cached_property
