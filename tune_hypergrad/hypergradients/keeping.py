@@ -94,7 +94,7 @@ def least_memory(steps: int, state: int) -> int:
 def memory_for_one(steps: int, state: int, graph: float) -> int:
     """Bytes with which no step of a run is trained again more than once, counted for stretches of equal length."""
     stretches = range(1, steps + 1) if not isinf(graph) else range(steps, steps + 1)
-    return int(min((count - 1) * state + (0 if count == steps else -(-steps // count) * graph) for count in stretches))
+    return int(min(count * state + (0 if count == steps else -(-steps // count) * graph) for count in stretches))
 
 
 def _reach(steps: int, room: Room, held: int) -> list[list[int]]:
