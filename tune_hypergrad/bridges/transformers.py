@@ -223,11 +223,10 @@ def _divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        once, twice = (
-            _by_name(model(**batch, num_items_in_batch=times * _count(batch))).get("loss") for times in (1, 2)
-        )
+        outputs = [_by_name(model(**batch, num_items_in_batch=times * _count(batch))) for times in (1, 2)]
     model.train(was_training)
-    return once is not None and bool(torch.allclose(once, 2 * twice, rtol=1e-4))
+    once, twice = (output.get("loss", torch.tensor(torch.nan)) for output in outputs)
+    return bool(torch.allclose(once, 2 * twice, rtol=1e-4))
 
 
 def _count(batch: Mapping[str, Any]) -> Tensor:
