@@ -381,10 +381,31 @@ class HeadOnly(Classifier):
         return torch.optim.SGD(self.net[2].parameters(), lr=0.1)
 
 
+class Lossless(Plain):
+    def training_step(self, batch, batch_idx):
+        self.log("train_loss", self.loss(self(batch[0]), batch[1]))
+
+
+class Untrained(lightning.LightningModule):
+    """Has a network and no training."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3).double()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("module", "words"),
     [
         (Adversarial, "manual optimization"),
+        (Lossless, "training_step returns no loss: let it return a tensor"),
+        (Untrained, "Untrained has no training_step: give it one"),
         (TwoOptimizers, "2 optimizers"),
         (ByEpoch, "current_epoch"),
         (Clipping, "configure_gradient_clipping"),
@@ -397,6 +418,16 @@ def test_modules_that_cannot_be_repeated_are_refused_in_one_line(module, words):
     with pytest.raises(InputError, match=words) as caught:
         taken(module)
     assert "\n" not in str(caught.value)
+
+
+class TwoLoaders(Points):
+    def val_dataloader(self):
+        return [super(TwoLoaders, self).val_dataloader() for _ in range(2)]
+
+
+def test_several_loaders_of_a_split_are_refused():
+    with pytest.raises(InputError, match="val_dataloader gives a list: let it give one DataLoader"):
+        Problem.from_lightning(Classifier, TwoLoaders(), trainer=trainer(), val_loss="val_loss")
 
 
 class Noted(Classifier):
@@ -460,6 +491,11 @@ def test_a_schedule_is_replayed_by_a_callback_also_after_a_checkpoint(tmp_path):
     resuming.fit(Classifier(), Points(), ckpt_path=str(checkpoint), weights_only=False)
     expected = [FOUND.at_step(step, 9) for step in range(4, 9)]
     assert noted.steps == [{name: [value] for name, value in values.items()} for values in expected]
+
+
+def test_a_schedule_is_not_replayed_in_a_training_without_an_end():
+    with pytest.raises(InputError, match="a schedule needs an end of training: give the Trainer max_epochs or"):
+        trainer(max_epochs=-1, callbacks=[ScheduleCallback(FOUND)]).fit(Classifier(), Points())
 
 
 def test_a_schedule_by_param_group_is_replayed():

@@ -124,6 +124,20 @@ def own_loss():
     return OwnLoss(classifier().config).double()
 
 
+class Lossless(transformers.BertForSequenceClassification):
+    """Does nothing with labels."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        return {"logits": super().forward(input_ids).logits}
+
+
+def tuples():
+    """Gives its outputs without names."""
+    model = classifier()
+    model.config.return_dict = False
+    return model
+
+
 HALVES = {"gradient_accumulation_steps": 2}
 CASES = {
     "classifier": (classifier, Texts, {"weight_decay": 0.0, "warmup_steps": 2, "adam_beta1": 0.8}),
@@ -134,6 +148,8 @@ CASES = {
         {"label_smoothing_factor": 0.2, "optim": "sgd", "dataloader_drop_last": True},
     ),
     "smoothed language model": (language_model, Sentences, {"label_smoothing_factor": 0.1, "optim": "adamw_torch"}),
+    "tuples": (tuples, Texts, {"optim": "sgd", "remove_unused_columns": False}),
+    "checkpointed activations": (classifier, Texts, {"gradient_checkpointing": True, "optim": "sgd"}),
     "clipping and decay": (classifier, Texts, {"max_grad_norm": 0.3, "weight_decay": 0.3}),
     "accumulated sums": (language_model, Sentences, {**HALVES, "max_grad_norm": 0.3}),
     "accumulated means": (own_loss, Texts, {**HALVES, "optim": "sgd", "max_grad_norm": 0.3}),
@@ -249,6 +265,15 @@ def test_arguments_that_cannot_be_repeated_are_refused(tmp_path):
     ]:
         with pytest.raises(InputError, match=words):
             Problem.from_transformers(classifier, arguments(tmp_path, **changes), *data)
+    for evaluation in (None, {"one": data[1], "two": data[1]}):
+        with pytest.raises(InputError, match="eval_dataset is the split"):
+            Problem.from_transformers(classifier, arguments(tmp_path), data[0], evaluation)
+    unlabelled = [{"input_ids": torch.arange(1, 8)}] * 8
+    for changes, words in [({"label_smoothing_factor": 0.1}, "needs labels in the batches"), ({}, "gives no loss")]:
+        with pytest.raises(InputError, match=words):
+            Problem.from_transformers(classifier, arguments(tmp_path, **changes), unlabelled, unlabelled).check()
+    with pytest.raises(InputError, match="the model gives no loss, but logits"):
+        Problem.from_transformers(lambda: Lossless(classifier().config), arguments(tmp_path), *data).check()
     with pytest.raises(InputError, match=r"compute_metrics fails: .*no_such"):
         Problem.from_transformers(classifier, arguments(tmp_path), *data, compute_metrics=lambda p: p.no_such)
 

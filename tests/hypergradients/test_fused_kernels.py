@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_problem import tiny_problem
 from torch import Tensor, nn
 
@@ -30,10 +31,22 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x.unflatten(1, (2, 2)))[0][:, -1])
 
 
-class Attending(nn.Module):
-    def __init__(self, dropout: float) -> None:
+class Direct(nn.Module):
+    """Calls the attention itself."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, batch_first: bool) -> None:
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(2, 2, 4, dropout, batch_first=True)
+        self.qkv, self.dropout = nn.Linear(width, 3 * width), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), None, dropout)
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout: float, layer: type[nn.Module] = nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        self.layer = layer(2, 2, 4, dropout, batch_first=True)
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,8 +70,9 @@ def trained(model: Callable[[], nn.Module], plain: bool) -> tuple[float, Tensor,
         lambda: Recurrent(nn.LSTM, dropout=0.5, num_layers=2),
         lambda: Attending(0.0),
         lambda: Attending(0.5),
+        lambda: Attending(0.5, Direct),
     ],
-    ids=["lstm", "gru", "dropping lstm", "attention", "dropping attention"],
+    ids=["lstm", "gru", "dropping lstm", "attention", "dropping attention", "dropping attention by itself"],
 )
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout")
 def test_the_same_numbers(model: Callable[[], nn.Module]) -> None:
@@ -75,6 +89,22 @@ def test_recurrent_layers_are_fused_where_they_draw_nothing() -> None:
     ):
         *_, used = trained(model, plain)
         assert isinstance(used, Recurrent) and used.seen == {fused}
+
+
+def test_attention_within_layers_is_fused_where_it_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = F.scaled_dot_product_attention
+
+    def noting(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, *further: Any) -> Tensor:
+        seen.add((dropout > 0, torch.backends.cuda.flash_sdp_enabled()))
+        return theirs(q, k, v, mask, dropout, *further)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    for plain in (True, False):
+        for dropout in (0.0, 0.5):
+            seen: set[tuple[bool, bool]] = set()
+            trained(lambda: Attending(dropout), plain)  # noqa: B023
+            assert (dropout > 0, plain and dropout == 0) in seen
+            assert seen <= {(True, False), (False, plain)}
 
 
 def test_a_run_that_is_differentiated_is_not_plain() -> None:

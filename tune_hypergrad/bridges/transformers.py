@@ -200,10 +200,15 @@ class _Forward:
         inputs = {name: value for name, value in batch.items() if not (self.smoothed and name == "labels")}
         if self.counts:
             inputs["num_items_in_batch"] = _count(batch)
-        outputs = model(**inputs)
-        if not isinstance(outputs, Mapping):
-            outputs = {("loss", "logits")[place] if place < 2 else str(place): v for place, v in enumerate(outputs)}
+        outputs = _by_name(model(**inputs))
         return {name: value for name, value in outputs.items() if name not in self.ignored and value is not None}
+
+
+def _by_name(outputs: Any) -> Mapping[str, Any]:
+    """A model's outputs, of which a tuple has the loss and the logits first."""
+    if isinstance(outputs, Mapping):
+        return outputs
+    return {("loss", "logits")[place] if place < 2 else str(place): value for place, value in enumerate(outputs)}
 
 
 def _is_told_count(model: nn.Module) -> bool:
@@ -218,8 +223,9 @@ def _divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        once, twice = (model(**batch, num_items_in_batch=times * _count(batch))["loss"] for times in (1, 2))
+        outputs = [_by_name(model(**batch, num_items_in_batch=times * _count(batch))) for times in (1, 2)]
     model.train(was_training)
+    once, twice = (output.get("loss", torch.tensor(torch.nan)) for output in outputs)
     return bool(torch.allclose(once, 2 * twice, rtol=1e-4))
 
 

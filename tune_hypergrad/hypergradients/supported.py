@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.substitution import REPLAYABLE, Substituting
+from tune_hypergrad.hypergradients.substitution import REPLAYABLE, Substitutes, Substituting
+
+_DROPOUT_OF_LAYER = list(inspect.signature(F.multi_head_attention_forward).parameters).index("dropout_p")
 
 
 def refuse_unsupported(model: nn.Module) -> None:
@@ -80,8 +83,12 @@ def once_differentiable(model: nn.Module) -> Iterator[None]:
     """Run the body with torch's fused kernels, which draw what those of `twice_differentiable` do: the same numbers, to
     rounding. Where a kernel draws itself, for dropout of attention weights or between recurrent layers, it is theirs.
     """
+    attention: Substitutes = {
+        F.scaled_dot_product_attention: _attention_that_replays,
+        F.multi_head_attention_forward: _layer_that_replays,
+    }
     with (
-        Substituting({**REPLAYABLE, F.scaled_dot_product_attention: _attention_that_replays}),
+        Substituting({**REPLAYABLE, **attention}),
         _without_fused_recurrence(model, lambda layer: layer.dropout > 0 and layer.num_layers > 1),
     ):
         yield
@@ -107,5 +114,15 @@ def _attention_that_replays(
     **kwargs: Any,
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, by the math kernel where it drops weights."""
-    with sdpa_kernel(SDPBackend.MATH) if dropout_p > 0 else nullcontext():
+    with _math_where(dropout_p > 0):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
+
+
+def _layer_that_replays(*args: Any, **kwargs: Any) -> Any:
+    """`F.multi_head_attention_forward` likewise: it leaves modes before it calls the attention."""
+    with _math_where(kwargs.get("training", True) and args[_DROPOUT_OF_LAYER] > 0):
+        return F.multi_head_attention_forward(*args, **kwargs)
+
+
+def _math_where(drops: bool) -> AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.MATH) if drops else nullcontext()
