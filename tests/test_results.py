@@ -4,6 +4,7 @@ import ast
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -97,3 +98,14 @@ def test_no_other_module_knows_what_entries_are_called():
             t.value for t in texts if isinstance(t.value, str) and t.value.partition("/")[0] in KINDS and "/" in t.value
         ]
         assert not known, f"{file} has {known}"
+
+
+def test_names_of_ones_own_entries_are_left_alone():
+    assert schedule_identity({"top/²": 1.0, "schedule/lr/²": 0.1}) == schedule_identity({"schedule/lr/²": 0.1})
+
+
+def test_whatever_says_true_speaks_against_a_schedule():
+    for said in (True, 1, np.True_):
+        assert Confirmation.from_result({"run/fallen": said}).has_fallen
+    for said in (False, 0, None, math.nan):
+        assert not Confirmation.from_result({"run/fallen": said}).has_fallen

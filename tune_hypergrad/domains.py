@@ -143,6 +143,11 @@ def is_grid(value: Any) -> bool:
     return is_domain(value) and bool(value.is_grid())
 
 
+def grid_values(grid: Any) -> tuple[Any, ...]:
+    """The values of a grid search, in either of Ray's forms."""
+    return tuple(grid["grid_search"] if isinstance(grid, Mapping) else grid.categories)
+
+
 def is_logarithmic(value: Any) -> bool:
     """Whether a value is a domain of numbers whose logarithm is drawn, each as likely as any other."""
     found = read(value)

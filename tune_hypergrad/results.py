@@ -97,7 +97,7 @@ class Confirmation(NamedTuple):
     def from_result(cls, result: Mapping[str, Any]) -> Confirmation:
         """The confirmation that a result tells of."""
         trainings = number(result, _CONFIRMATIONS)
-        return cls(int(trainings) if trainings > 0 else 0, result.get(_FALLEN) is True)
+        return cls(int(trainings) if trainings > 0 else 0, bool(result.get(_FALLEN) == 1))
 
 
 def evaluation_results(split: str, evaluation: Figures) -> dict[str, float]:
@@ -194,4 +194,4 @@ def _split(key: Any) -> tuple[str, str, int]:
     """An entry's kind, the flat name of its hyperparameter, and its window, -1 where it has none."""
     kind, _, rest = str(key).partition("/")
     name, _, window = rest.rpartition("/")
-    return (kind, name, int(window)) if window.isdigit() else (kind, rest, -1)
+    return (kind, name, int(window)) if window.isdecimal() else (kind, rest, -1)

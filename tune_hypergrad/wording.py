@@ -20,7 +20,7 @@ def number(value: float) -> str:
 
 
 def percent(share: float, decimals: int = 0) -> str:
-    """A share in per cent, such as 63 %."""
+    """A share in per cent with so many decimals, such as 63 %."""
     return f"{100 * share:.{decimals}f} %"
 
 
@@ -36,12 +36,12 @@ def with_range(values: Sequence[float], form: str, middle: Callable[[Sequence[fl
 
 
 def shortened(text: str, most: int) -> str:
-    """At most so many letters."""
+    """The text, or its beginning and "…" where it has more than so many letters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def markdown_row(cells: Iterable[str]) -> str:
-    """A line of a table in Markdown, whatever is in its cells."""
+    """A line of a table in Markdown, of cells without line breaks."""
     escaped = (cell.replace("|", r"\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
 

@@ -81,7 +81,7 @@ def test_the_result_that_goes_over_the_budget_counts_and_later_ones_do_not(tmp_p
 def test_of_one_account_the_same_is_read_as_among_others(tmp_path):
     made = HandMade(tmp_path, ["fds", "rs"]).start(FDS).start(RS, 1)
     made.result(RS, 0.3, 20, number=1).result(FDS, 0.9, 60, 1).result(RS, 0.2, 40, 2, number=1).result(FDS, 0.5, 90, 2)
-    alone = Comparison(made.folder, frozenset([FDS]))
+    alone = Comparison(made.folder, only=frozenset([FDS]))
     for mine, whole in zip(alone.incumbents(FDS).items(), made.comparison.incumbents(FDS).items(), strict=True):
         assert mine[0] == whole[0] and list(mine[1]) == list(whole[1])
     assert set(alone.results["method"]) == {"fds"} and set(made.comparison.results["method"]) == {"fds", "rs"}

@@ -29,7 +29,7 @@ from tune_hypergrad.comparison.ledger import (
 from tune_hypergrad.comparison.running import fair_share
 from tune_hypergrad.comparison.running import portfolio as portfolio_module
 from tune_hypergrad.comparison.running.fair_share import Claim
-from tune_hypergrad.comparison.running.labels import AGAIN, PORTFOLIO, RETRAINS, account_of, trial_name
+from tune_hypergrad.comparison.running.labels import AGAIN, INSTEAD, PORTFOLIO, RETRAINS, account_of, trial_name
 from tune_hypergrad.comparison.running.portfolio import (
     SNAPSHOT_FILE,
     Contender,
@@ -1074,6 +1074,98 @@ def test_lost_trials_are_begun_again_once_over_several_interruptions(tmp_path):
     assert [config["x"] for config, of in new_configs(third, loop) if of is not None] == lost
     xs = [trial.config["x"] for trial in third.trials.values()]
     assert len(set(xs)) == len(xs)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (3, 0, 1, 2), (3, 2, 1, 0)])
+def test_lost_trials_that_started_out_of_order_are_trained_once(tmp_path, order):
+    def searchers():
+        return {"m": RandomSearch({"x": tune.uniform(0, 1)}, "val_loss", "min", seed=1)}
+
+    loop = Loop(make(tmp_path, searchers(), amount=10_000), slots=4)
+    folder = loop.save()
+    suggested = []
+    for _ in range(4):
+        suggested.append(loop.ask())
+        loop.portfolio.fair_share.place(suggested[-1].trial_id)  # its actor is on its way
+    for number in order:
+        loop.portfolio.started(suggested[number])
+    again = restored(loop, searchers(), folder, amount=10_000)
+    again.run()
+    begun = new_configs(again, loop)
+    assert [(config["x"], of) for config, of in begun[:4]] == [(t.config["x"], t.trial_id) for t in suggested]
+    assert len({config["x"] for config, _ in begun}) == len(begun)
+
+
+def test_a_trial_that_was_suggested_but_lost_unstarted_comes_in_its_turn(tmp_path):
+    def searchers():
+        return {"m": RandomSearch({"x": tune.uniform(0, 1)}, "val_loss", "min", seed=1)}
+
+    loop = Loop(make(tmp_path, searchers()), slots=2)
+    folder = loop.save()
+    unstarted, started = loop.ask(), loop.ask()
+    loop.portfolio.started(started)
+    again = restored(loop, searchers(), folder)
+    again.run()
+    begun = [(config["x"], of) for config, of in new_configs(again, loop)]
+    assert begun[:2] == [(unstarted.config["x"], None), (started.config["x"], started.trial_id)]
+    assert len({x for x, _ in begun}) == len(begun)
+
+
+def test_what_is_to_begin_in_a_lost_trials_place_is_enough(tmp_path):
+    def searchers():
+        return {"m": RandomSearch({"x": tune.uniform(0, 1)}, "val_loss", "min", seed=1)}
+
+    loop = Loop(make(tmp_path, searchers()), slots=1)
+    folder = loop.save()
+    loop.fill()
+    (lost,) = loop.running
+    second = restored(loop, searchers(), folder)
+    pending = second.ask()  # Ray has it, and a place for it there is not yet
+    assert pending.config[PORTFOLIO][AGAIN] == lost.trial_id
+    third = restored(second, searchers())
+    third.run()
+    xs = [trial.config["x"] for trial in third.trials.values()]
+    assert xs[0] == lost.config["x"] and len(set(xs)) == len(xs)
+
+
+def test_a_lost_config_that_is_given_up_is_so_for_good(tmp_path):
+    loop = Loop(make(tmp_path, {"m": Says(*({"x": n} for n in range(9)))}), slots=1)
+    folder = loop.save()
+    loop.fill()
+    (lost,) = loop.running
+    others = {"m": Says(*({"x": -n} for n in range(1, 9)))}
+    second = restored(loop, others, folder)
+    second.fill()
+    assert second.running[0].config[PORTFOLIO][INSTEAD] == lost.trial_id
+    assert of(second.portfolio, "m").lost == {}
+    third = restored(second, {"m": Says(*({"x": n} for n in range(9)))})
+    assert of(third.portfolio, "m").lost == {}
+
+
+def test_a_search_that_waits_is_not_probed_at_every_look(tmp_path, monkeypatch):
+    def searchers():
+        bracket = {"max_budget": 3, "brackets": 1}
+        return {"m": BOHBSearch({"x": tune.uniform(0, 1)}, "val_loss", "min", seed=1, **bracket)}
+
+    loop = Loop(make(tmp_path, searchers(), amount=10_000), slots=3)
+    loop.fill()
+    folder = loop.save()
+    for trial in list(loop.running):
+        loop.report(trial, value=trial.config["x"])
+    loop.fill()
+    assert loop.running[0].config["budget"] == 3
+    again = restored(loop, searchers(), folder, amount=10_000)
+    again.fill()
+    probes = []
+    probe = portfolio_module.suggest_again
+    monkeypatch.setattr(portfolio_module, "suggest_again", lambda *given: probes.append(1) or probe(*given))
+    for _ in range(5):
+        assert again.ask() is None
+    assert len(probes) <= 1
+    for trial in list(again.running):
+        again.report(trial, value=trial.config["x"])
+    again.fill()
+    assert again.running[0].config["budget"] == 3 and of(again.portfolio, "m").lost == {}
 
 
 def test_a_lost_promotion_that_is_none_any_more_is_given_up(tmp_path):

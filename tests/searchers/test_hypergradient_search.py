@@ -800,3 +800,19 @@ def test_a_wrong_trainable_is_named_under_a_tuner(ray_session, tmp_path):
     )
     with pytest.raises(Exception, match="HypergradientSearch needs a trainable that reports hypergradients"):
         tuner.fit()
+
+
+@pytest.mark.parametrize("reports_steps", [True, False])
+def test_trainings_are_counted_by_the_length_that_was_asked_for(reports_steps):
+    """A trainable of one's own need not say how long it has trained."""
+    search = HypergradientSearch({"lr": tune.loguniform(1e-3, 1)}, trainings=12, lengths=[50, 100], seed=0)
+    suggested = 0
+    while isinstance(config := search.suggest(f"trial {suggested}"), dict):
+        rate = config["lr"] if isinstance(config["lr"], float) else config["lr"][0]
+        result = {"val_loss": 1 / (1 + rate), "hypergradient/lr/0": -0.1, "untrained_val_loss": 2.0, "done": True}
+        steps = {"run/step": config["steps"], "run/steps": config["steps"]} if reports_steps else {}
+        search.on_trial_complete(f"trial {suggested}", {**result, **steps})
+        suggested += 1
+        assert suggested < 100
+    assert suggested == 11
+    assert search._current.spent == 9

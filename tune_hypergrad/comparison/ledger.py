@@ -98,7 +98,7 @@ class Ledger:
     such as "fds-0-1") and `id` (Ray's):
 
     - `start`: a trial's process begins or begins again; `config`, `resources`, and `again`, the id of a lost trial in
-      whose place this one is begun.
+      whose place this one is begun, or `instead_of`, where it has another config.
     - `result`: `iteration`, the trial's cumulative `cost/...`, `val_loss` and whatever else it reported, such as
       `run/step`, `run/steps` and `run/completed`.
     - `end`: `status` ("completed", "budget", "failed"), `error`.

@@ -16,7 +16,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.search import Searcher
 
 from tune_hypergrad.curves import split_group
-from tune_hypergrad.domains import Choices, Constant, Formless, Numbers, is_logarithmic, read
+from tune_hypergrad.domains import Choices, Constant, Formless, Numbers, grid_values, is_grid, is_logarithmic, read
 from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import Groups
 from tune_hypergrad.hypergradients import (
@@ -227,7 +227,8 @@ def optimizers_of(task: Task) -> list[Optimizer]:
     Raises:
         InputError: two of them have the same name, by which a trial's records tell them.
     """
-    entry = read(task.space.get("optimizer", task.optimizer))
+    given = task.space.get("optimizer", task.optimizer)
+    entry = Choices(grid_values(given)) if is_grid(given) else read(given)
     if isinstance(entry, Formless):  # it may draw any
         return list(OPTIMIZERS.values())
     choices = entry.values if isinstance(entry, Choices) else (entry.value if isinstance(entry, Constant) else entry,)

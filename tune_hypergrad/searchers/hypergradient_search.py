@@ -215,7 +215,8 @@ class HypergradientSearch(RestorableSearch[_Member]):
         outcome = outcome._replace(score=self._score_of(result))
         if not self._settings.lengths:
             return outcome
-        share = Position.from_result(result).steps / max(self._settings.lengths)  # of a training of full length
+        steps = self._current.round()[work.index].steps or 0
+        share = steps / max(self._settings.lengths)  # of a training of full length
         return outcome._replace(cost=outcome.cost * share)
 
     def _score_of(self, result: Mapping[str, Any]) -> float | None:
@@ -321,5 +322,5 @@ def _read_outcome(result: Mapping[str, Any], proposal: Proposal) -> Outcome | No
         loss = trainings * loss - sum(proposal.confirmed)
     is_charged = cost_key("gradients") in result and position.steps > 0
     cost = Cost.from_result(result).gradients / position.steps if is_charged else 1.0
-    untrained = number(result, UNTRAINED_VAL_LOSS)
-    return Outcome(loss, math.inf if math.isnan(untrained) else untrained, gradients if differentiated else None, cost)
+    untrained = number(result, UNTRAINED_VAL_LOSS) if UNTRAINED_VAL_LOSS in result else math.inf
+    return Outcome(loss, untrained, gradients if differentiated else None, cost)

@@ -443,7 +443,7 @@ class RestorableSearch(Searcher, Generic[Work]):
     ) -> None:
         while True:
             wrappers.reopen(searchers)
-            if self._suggested(trial_id, config, searchers) is not None:
+            if self._suggested(trial_id, [config], searchers) is not None:
                 return
             if not self._take_next_end(searchers, trials):
                 _logger.warning(
@@ -455,38 +455,48 @@ class RestorableSearch(Searcher, Generic[Work]):
                 return
 
     def suggest_again(
-        self, searchers: Sequence[Searcher], trial_id: str, config: Mapping[str, Any]
-    ) -> tuple[dict[str, Any] | str | None, bool]:
-        """A suggestion that is this config, if the search can still come to it: by itself, or where the choice is free.
+        self,
+        searchers: Sequence[Searcher],
+        trial_id: str,
+        due: Mapping[str, Any],
+        configs: Collection[Mapping[str, Any]],
+    ) -> dict[str, Any] | str | None:
+        """A suggestion for a trial that is lost with what was known of it: by itself, or where the choice is free.
 
         Args:
             searchers: what this search is wrapped in, from the outside in, and the search itself.
             trial_id: of the trial that gets it.
-            config: of a trial that this search has suggested, and that has been lost with what the search knew of it.
+            due: the lost trial's config, which this search has suggested.
+            configs: those of all lost trials, of which any will do.
 
         Returns:
-            What `suggest` gives, and whether it is this config.
+            What `suggest` gives: one of the configs, or what the search chooses now.
         """
-        for prefer in (None, self._prefer):
-            suggestion = self._suggested(trial_id, config, searchers, prefer)
-            if suggestion is not None:
-                return suggestion, True
-        return searchers[0].suggest(trial_id), False
+        by_itself = self._suggested(trial_id, configs, searchers)
+        if by_itself is None:
+            by_itself = self._suggested(trial_id, [due], searchers, self._prefer)
+        return searchers[0].suggest(trial_id) if by_itself is None else by_itself
 
     def _suggested(
         self,
         trial_id: str,
-        config: Mapping[str, Any],
+        configs: Collection[Mapping[str, Any]],
         searchers: Sequence[Searcher],
         prefer: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> dict[str, Any] | None:
-        """The next suggestion if it is this config; else None, and the search is as if it had not been asked."""
+        """The next suggestion if it is one of these configs; else all is as if none had been asked for, and there is
+        none."""
+
+        def is_one(suggestion: Mapping[str, Any]) -> bool:
+            return any(agree(suggestion, config) for config in configs)
+
         before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
-        self._again = deque(sorted(self._again, key=lambda work: not _agree(self._config_of(work), config)))
+        self._again = deque(sorted(self._again, key=lambda work: not is_one(self._config_of(work))))
         if prefer is not None:
-            prefer(config)
+            for config in configs:
+                prefer(config)
         suggestion = searchers[0].suggest(trial_id)
-        if isinstance(suggestion, dict) and _agree(suggestion, config):
+        if isinstance(suggestion, dict) and is_one(suggestion):
             return suggestion
         self.__dict__.update(before[0])
         wrappers.set_states(searchers, before[1])
@@ -583,26 +593,27 @@ def restore_among(
 
 
 def suggest_again(
-    outer: Searcher, trial_id: str, config: Mapping[str, Any]
-) -> tuple[dict[str, Any] | str | None, bool]:
+    outer: Searcher, trial_id: str, due: Mapping[str, Any], configs: Collection[Mapping[str, Any]]
+) -> dict[str, Any] | str | None:
     """Ask a searcher of any kind for a suggestion that it had made to a trial that has been lost since.
 
     One of ours comes to it even where it would choose another now, since other results have come; unless that choice
     follows from results, as a promotion does.
 
     Args:
-        outer: the outermost wrapper, or the searcher itself; it knows nothing of the lost trial.
+        outer: the outermost wrapper, or the searcher itself; it knows nothing of the lost trials.
         trial_id: of the trial that gets it.
-        config: the lost trial's.
+        due: the config of the lost trial whose turn it is.
+        configs: those of all lost trials, of which any will do.
 
     Returns:
-        What its `suggest` gives, and whether it is this config.
+        What its `suggest` gives.
     """
     saver = _saver_of(outer)
     if isinstance(saver, RestorableSearch):
-        return saver.suggest_again(_around(saver, outer), trial_id, config)
+        return saver.suggest_again(_around(saver, outer), trial_id, due, configs)
     suggestion: dict[str, Any] | str | None = outer.suggest(trial_id)
-    return suggestion, isinstance(suggestion, dict) and _agree(suggestion, config)
+    return suggestion
 
 
 def _saver_of(outer: Searcher) -> Searcher:
@@ -623,7 +634,7 @@ def _tell_end(searchers: Sequence[Searcher], trial_id: str, result: Mapping[str,
     searchers[0].on_trial_complete(trial_id, result=None if error or not result else dict(result), error=error)
 
 
-def _agree(suggested: Any, given: Any) -> bool:
+def agree(suggested: Any, given: Any) -> bool:
     """Whether a trial's config is the one that was suggested, or has it among other entries; an object may be any
     object."""
     suggested, given = plain(suggested), plain(given)
@@ -631,11 +642,11 @@ def _agree(suggested: Any, given: Any) -> bool:
         return True
     if isinstance(suggested, Mapping):
         return isinstance(given, Mapping) and all(
-            name in given and _agree(value, given[name]) for name, value in suggested.items()
+            name in given and agree(value, given[name]) for name, value in suggested.items()
         )
     if isinstance(suggested, list | tuple):
         same_kind = isinstance(given, list | tuple) and len(given) == len(suggested)
-        return same_kind and all(map(_agree, suggested, given))
+        return same_kind and all(map(agree, suggested, given))
     return not isinstance(suggested, bool | int | float | str | None) or bool(suggested == given)
 
 

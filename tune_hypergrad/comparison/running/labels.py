@@ -15,6 +15,8 @@ RETRAINS = "retrains"
 AGAIN = "again"
 """Key within `PORTFOLIO`, of trials that are begun in the place of one that an interruption has lost: the lost one's
 id."""
+INSTEAD = "instead_of"
+"""Key within `PORTFOLIO`, of trials that are begun in the place of a lost one with another config: its id."""
 LENGTH = "budget"
 """Key in a trial's config, of searchers that say so: the length of the trial's training run, in epochs."""
 

@@ -19,13 +19,21 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.comparison.ledger import BUDGET_SPENT, SEARCH_ENDED, Account, Ledger
 from tune_hypergrad.comparison.running.fair_share import Claim, FairShare, Live, Turn
 from tune_hypergrad.comparison.running.folders import raise_if_full
-from tune_hypergrad.comparison.running.labels import AGAIN, PORTFOLIO, account_of, length_of, number_in, number_of
-from tune_hypergrad.comparison.running.recorder import Recorder
+from tune_hypergrad.comparison.running.labels import (
+    AGAIN,
+    INSTEAD,
+    PORTFOLIO,
+    account_of,
+    length_of,
+    number_in,
+    number_of,
+)
+from tune_hypergrad.comparison.running.recorder import LostTrial, Recorder
 from tune_hypergrad.comparison.running.sweeping import Sweeper
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.ray_internals import SavedTrial, folder_of, keep_snapshot, saved_trials, searcher_files
-from tune_hypergrad.searchers.restorable import restore_among, state_of, suggest_again
+from tune_hypergrad.searchers.restorable import agree, restore_among, state_of, suggest_again
 
 SNAPSHOT_FILE = "snapshot.pkl"
 """File name in the portfolio's folder: a complete copy of Ray's last snapshot."""
@@ -51,8 +59,10 @@ class Contender:
     """Number of trials that have been suggested for the account so far."""
     failures: int = 0
     """Number of the account's last trials, in a row, that failed before their first result."""
-    lost: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Configs of trials that an interruption has lost and that are to begin again, by Ray's id."""
+    lost: dict[str, LostTrial] = field(default_factory=dict)
+    """Trials that an interruption has lost and that are to begin again, by Ray's id, in the order of their numbers."""
+    waits: bool = False
+    """Whether the searcher had nothing to suggest when a lost trial was due, and no trial has ended since."""
     failed: str = ""
     """Why the account has stopped for good, if its searcher or its trials have failed; else empty."""
 
@@ -139,6 +149,8 @@ class PortfolioSearch(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Pass a trial's end on to its searcher."""
         account = self.fair_share.end(trial_id)
+        if account is not None:
+            self.contenders[account].waits = False
         if account is not None and trial_id not in self._strangers:
             contender = self.contenders[account]
             self._call(contender, contender.searcher.on_trial_complete, trial_id, result=result, error=error)
@@ -173,7 +185,8 @@ class PortfolioSearch(Searcher):
         self._recorder.cut, self._sweeper = set(state["cut"]), Sweeper(state["ended"])
         known: set[str] = set()
         live: dict[Account, dict[str, Live]] = {}
-        lost = self._recorder.lost()
+        labels = [trial.config[PORTFOLIO] for trial in trials.values()]
+        lost = self._recorder.lost({label[key] for label in labels for key in (AGAIN, INSTEAD) if key in label})
         for account, contender in self.contenders.items():
             contender.lost = lost.get(account, {})
             contender.suggested, contender.failures, contender.failed, *lengths = state["counts"][account]
@@ -344,14 +357,26 @@ def _resumes_promoted(searcher: Any) -> bool:
 
 
 def _suggestion(contender: Contender, trial_id: str) -> tuple[dict[str, Any] | str | None, dict[str, str]]:
-    """What a contender's searcher suggests, lost trials' configs first, and what the trial's label says of that."""
-    if not contender.lost:
-        return contender.searcher.suggest(trial_id), {}
-    lost_id, config = next(iter(contender.lost.items()))
-    suggestion, is_again = suggest_again(contender.searcher, trial_id, config)
-    if isinstance(suggestion, dict):  # one that the searcher does not come to any more is given up
-        del contender.lost[lost_id]
-    return suggestion, {AGAIN: lost_id} if is_again else {}
+    """What a contender's searcher suggests next, and what the trial's label says of lost trials.
+
+    A lost trial is due when as many have been suggested as there were before it: by then the searcher, which has gone
+    back to an earlier state, has suggested anew what it had suggested then.
+    """
+    configs = {lost_id: lost.config for lost_id, lost in contender.lost.items()}
+    due = next((lost_id for lost_id, lost in contender.lost.items() if lost.number <= contender.suggested + 1), None)
+    suggestion: dict[str, Any] | str | None
+    if due is None or contender.waits:
+        suggestion = contender.searcher.suggest(trial_id)
+    else:
+        suggestion = suggest_again(contender.searcher, trial_id, configs[due], configs.values())
+        contender.waits = suggestion is None
+    if not isinstance(suggestion, dict) or not configs:
+        return suggestion, {}
+    again = next((lost_id for lost_id, config in configs.items() if agree(suggestion, config)), None)
+    if again is None and due is None:
+        return suggestion, {}
+    del contender.lost[again or str(due)]  # what the searcher does not come to any more is given up
+    return suggestion, {INSTEAD: str(due)} if again is None else {AGAIN: again}
 
 
 def _restored(

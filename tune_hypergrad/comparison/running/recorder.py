@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.tune.experiment import Trial
 from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS
@@ -22,7 +22,16 @@ from tune_hypergrad.comparison.ledger import (
 )
 from tune_hypergrad.comparison.running.dispatching import LONG
 from tune_hypergrad.comparison.running.folders import raise_if_full
-from tune_hypergrad.comparison.running.labels import AGAIN, LENGTH, PORTFOLIO, RETRAINS, account_of, trial_name
+from tune_hypergrad.comparison.running.labels import (
+    AGAIN,
+    INSTEAD,
+    LENGTH,
+    PORTFOLIO,
+    RETRAINS,
+    account_of,
+    number_in,
+    trial_name,
+)
 from tune_hypergrad.criterion import Criterion
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.ray_internals import last_failure_of, resources_of
@@ -31,6 +40,15 @@ from tune_hypergrad.schedules import Schedule
 
 _NOT_RECORDED = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, "config", "trial_id", "experiment_tag", "checkpoint_dir_name"}
 _LEDGERS_OWN = {"event", "time", "method", "seed", "trial", "id", "iteration"}  # results of these names give way
+
+
+class LostTrial(NamedTuple):
+    """A trial that an interruption has lost, to be begun again."""
+
+    number: int
+    """Which of its account's suggestions it was, from 1."""
+    config: dict[str, Any]
+    """What was suggested, in plain JSON."""
 
 
 class Recorder:
@@ -54,19 +72,31 @@ class Recorder:
         self.ledger = Ledger(self._folder / LEDGER_FILE, self._criterion)
         self.ledger.write("resume", known=list(known))
 
-    def lost(self) -> dict[Account, dict[str, dict[str, Any]]]:
-        """The configs of trials that interruptions have lost and that no other trial has been begun in the place of, by
-        Ray's id, in the order in which they had begun first."""
-        first: dict[str, str] = {}  # of a trial: the one that began with its config
+    def lost(self, replaced: Collection[str]) -> dict[Account, dict[str, LostTrial]]:
+        """Trials since the last extension that interruptions have lost and in whose place none has begun, by Ray's id,
+        in the order in which they had been suggested.
+
+        Args:
+            replaced: ids of lost trials in whose place some are to begin.
+        """
+        first: dict[str, str] = {}  # of a trial: the one that was suggested with its config
         latest: dict[str, dict[str, Any]] = {}
+        numbers: dict[str, int] = {}
         for event in read_events(self._folder / LEDGER_FILE):
-            if event["event"] == "start":
-                began = first.setdefault(event["id"], first.get(event.get(AGAIN, ""), event["id"]))
-                latest[began] = event
-        lost: dict[Account, dict[str, dict[str, Any]]] = {}
-        for event in latest.values():
-            if self.ledger.trials[event["id"]].status == "forgotten":
-                lost.setdefault(Account(event["method"], event["seed"]), {})[event["id"]] = event["config"]
+            if event["event"] == "extend":
+                first, latest = {}, {}
+            if event["event"] != "start":
+                continue
+            began = first.setdefault(event["id"], first.get(event.get(AGAIN, ""), event["id"]))
+            latest[began] = event
+            numbers.setdefault(began, number_in(event["trial"]))
+            latest.pop(first.get(event.get(INSTEAD, ""), ""), None)
+        lost: dict[Account, dict[str, LostTrial]] = {}
+        for began in sorted(latest, key=numbers.__getitem__):
+            event = latest[began]
+            if self.ledger.trials[event["id"]].status == "forgotten" and event["id"] not in replaced:
+                account = Account(event["method"], event["seed"])
+                lost.setdefault(account, {})[event["id"]] = LostTrial(numbers[began], event["config"])
         return lost
 
     def started(self, trial: Trial) -> None:
@@ -76,7 +106,7 @@ class Recorder:
             for key, value in trial.config.items()
             if key != PORTFOLIO
         }
-        said = {key: value for key, value in trial.config[PORTFOLIO].items() if key in (RETRAINS, AGAIN)}
+        said = {key: value for key, value in trial.config[PORTFOLIO].items() if key in (RETRAINS, AGAIN, INSTEAD)}
         named = _named(trial.config, trial.trial_id)
         self.ledger.write("start", **named, **said, config=suggestion, resources=resources_of(trial))
 

@@ -104,7 +104,7 @@ class RetrainingSearch(QueueSearch):
 
     def _jobs(self, account: Account) -> list[dict[str, Any]]:
         """Configs of an account's retrainings."""
-        comparison = Comparison(self._folder, frozenset([account]))
+        comparison = Comparison(self._folder, only=frozenset([account]))
         once = account.method != START or account.seed == comparison.settings["seeds"][0]
         if not self._retraining.seeds or not once:
             return []

@@ -112,8 +112,9 @@ class Comparison:
 
     folder: Path
     """Where `compare` wrote."""
-    of: frozenset[Account] | None = None
-    """Whose trials are read, beside those of the start and retrainings; None: everybody's."""
+    only: frozenset[Account] | None = None
+    """Accounts whose trials are read, beside those of the start and retrainings, so that all that is told is of them
+    alone; None reads everybody's."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -158,9 +159,9 @@ class Comparison:
         return [event for event in read_events(self.folder / LEDGER_FILE) if self._is_read(event)]
 
     def _is_read(self, event: Mapping[str, Any]) -> bool:
-        if self.of is None or "seed" not in event or event["method"] in (START, RETRAINING):
+        if self.only is None or "seed" not in event or event["method"] in (START, RETRAINING):
             return True
-        return Account(event["method"], event["seed"]) in self.of
+        return Account(event["method"], event["seed"]) in self.only
 
     @cached_property
     def results(self) -> pd.DataFrame:
