@@ -9,12 +9,12 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.rcsetup import cycler
 
 from tune_hypergrad.comparison.ledger import GRID, START
 from tune_hypergrad.comparison.telling.series import Curve
