@@ -28,7 +28,9 @@ ONLINE_SPACE = {"lr": tune.uniform(0, 1), "momentum": 0.5}
 
 EVALUATION = 24 / 8 * GRADIENTS_PER["evaluation"]
 VAL_GRADIENT = 24 / 8 * GRADIENTS_PER["val_gradient"]
-RUN = STEPS * (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) + VAL_GRADIENT
+RUN = STEPS * (GRADIENTS_PER["step"] + GRADIENTS_PER["kept_adjoint_step"]) + VAL_GRADIENT  # all graphs fit
+ANEW = GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"] - GRADIENTS_PER["kept_adjoint_step"]
+"""The most that a step costs more whose state and graph are lost."""
 """Gradients of a reverse-mode run."""
 
 CASES = {
@@ -127,7 +129,7 @@ def test_restoring_at_any_report_ends_with_the_same_numbers(case, tmp_path):
         # work that is done twice is counted twice: reverse mode trains again what a checkpoint leaves out
         again = later[-1]["cost/gradients"] - results[-1]["cost/gradients"]
         assert (
-            0 <= again <= STEPS * settings.get("ensemble", 1)
+            0 <= again <= STEPS * ANEW * settings.get("ensemble", 1)
             if "reverse" in settings.get("differentiation", "")
             else again == 0
         )
