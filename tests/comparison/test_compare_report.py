@@ -401,6 +401,17 @@ def test_notes_tell_what_some_methods_results_have_that_others_have_not(tmp_path
     assert "too small for more than a few results, which say little, of: fds 1." in text
 
 
+def test_retrainings_that_diverge_are_counted_and_left_out_of_means(tmp_path):
+    made, rs = HandMade(tmp_path, ("rs",)), Account("rs", 0)
+    made.start(rs).result(rs, 0.5, 100).end(rs)
+    for number, loss in enumerate((0.25, float("nan"), 0.75)):
+        made.retraining("rs", 0, 1.0, 100, number, number, test_loss=loss)
+    text = summary_text(made.comparison)
+    assert "1 of 3 retrainings ended without a finite test loss; means of the test loss leave them out." in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| rs")][:1]
+    assert dict(zip(headings_of(text), cells_of(row), strict=True))["test loss"].startswith("0.5")
+
+
 def test_there_are_no_such_notes_where_there_is_nothing_to_tell(tmp_path):
     made, rs = HandMade(tmp_path, ("rs",)), Account("rs", 0)
     for number in range(3):

@@ -117,6 +117,16 @@ def test_complements_and_curves_are_filled_with_customary_values():
     assert start.point["momentum"] == {"one_minus": {"0": 0.05, "1": 0.05}}, "the nearest within the range"
 
 
+def test_parts_of_a_curve_that_the_space_holds_need_not_be_given():
+    space = {"lr": schedule(tune.loguniform(1e-3, 1), shape="cosine", floor=0.25)}
+    whole = {"cosine": {"peak": 0.5, "warm_up": 0.0, "floor": 0.25}}
+    for parts in ({"peak": 0.5}, {"peak": 0.5, "floor": 0.25}):
+        start = complete_start({"lr": {"cosine": parts}}, task(space=space))
+        assert start.exact["lr"] == start.point["lr"] == whole
+    refused = refusal({"lr": {"cosine": {"peak": 0.5, "floor": 0.1}}}, task(space=space))
+    assert refused == "start has 'lr' at 0.1, which the search space fixes to 0.25: leave it out"
+
+
 def test_a_bound_of_a_complement_is_inside():
     space = {"momentum": complement(tune.uniform(0.05, 0.3))}
     for momentum, leaf in ((0.95, 0.05), (0.7, 0.3)):

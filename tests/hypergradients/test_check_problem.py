@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from engine_problems import FEATURES, TOKENS, Transformer, data, double, make_problem
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tune_hypergrad.hypergradients import OPTIMIZERS, check_problem
+from tune_hypergrad.hypergradients import OPTIMIZERS, check_problem, hypergradient
+from tune_hypergrad.problem import Problem
 
 
 class HalfTanh(torch.autograd.Function):
@@ -147,6 +150,56 @@ def test_one_mode_is_enough() -> None:
 def test_weight_norm() -> None:
     problem = make_problem(lambda: parametrizations.weight_norm(nn.Linear(4, 3)))
     assert_not_ok(problem, "uses weight_norm, whose second derivative is silently wrong in torch")
+
+
+def single(examples: int, seed: int) -> tuple[Tensor, Tensor]:
+    features, labels = data(examples=examples, seed=seed)
+    return features.float(), labels
+
+
+class SingleOnly(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise TypeError("this is for float32")
+        return super().forward(x)
+
+
+def test_what_has_no_double_precision_is_not_compared_and_that_is_said() -> None:
+    def problem() -> Problem:
+        splits = {"train": single(12, 0), "val": single(6, 1)}
+        return make_problem(lambda: SingleOnly(4, 3), dtype=torch.float32, **splits)
+
+    words = "not compared with finite differences, since it does not train in float64 (TypeError: this is for float32)"
+    check = check_problem(problem())
+    assert check.ok and not check.errors and check.message == words
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        found = hypergradient(problem(), {"lr": torch.tensor([0.1])}, steps=3)
+    assert torch.isfinite(found.hypergradients["lr"]).all()
+
+
+def test_runs_that_diverge_are_not_compared_and_that_is_said() -> None:
+    def numbers(examples: int, seed: int) -> tuple[Tensor, Tensor]:
+        features, labels = data(examples=examples, seed=seed)
+        return features, F.one_hot(labels, 3).double()
+
+    problem = make_problem(train=numbers(12, 0), val=numbers(6, 1), loss=F.mse_loss)
+    check = check_problem(problem, {"lr": double(1e200)})
+    assert check.ok and not check.errors
+    assert check.message == "not compared with finite differences: the run diverges in its first steps"
+
+
+class Unrepeatable(nn.Linear):
+    """Draws, in training, from what no seed reaches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + 1e-3 * random.SystemRandom().random() if self.training else 1)
+
+
+def test_trainings_that_are_never_the_same_are_not_gone_back_through() -> None:
+    check = check_problem(make_problem(lambda: Unrepeatable(4, 3)))
+    assert not check.errors and set(check.refusals) == {"reverse"}
+    assert check.message.startswith("not compared with finite differences: no two trainings are the same; ")
+    assert "no training step can be run again: draw from torch's" in check.refusals["reverse"]
 
 
 def failing_later() -> nn.Module:

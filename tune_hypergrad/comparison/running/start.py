@@ -115,14 +115,16 @@ def _given(name: str, value: Any, places: Sequence[Place]) -> list[Any]:
 
 
 def _of_curve(name: str, found: Mapping[str, tuple[float, ...]], places: Sequence[Place]) -> tuple[float, ...]:
-    """A curve's numbers in the order of the places; parts of a peak's curve that were not given are 0."""
+    """A curve's numbers in the order of the places; parts of a peak's curve that were not given are what the space
+    holds them at, and else 0."""
     names = [place.name for place in places]
     fits = all(flat in names and len(values) == names.count(flat) for flat, values in found.items())
     if not fits:
         form = ", ".join(dict.fromkeys(names))
         raise InputError(f"start has {name!r} in another form than the search space, which has {form}: give it that")
     left = {flat: list(values) for flat, values in found.items()}
-    return tuple(left[flat].pop(0) if flat in left else 0.0 for flat in names)
+    others = {place.name: 0.0 if is_domain(place.leaf) else place.leaf for place in places}
+    return tuple(left[flat].pop(0) if flat in left else others[flat] for flat in names)
 
 
 def _checked(name: str, value: Any, place: Place) -> Any:
