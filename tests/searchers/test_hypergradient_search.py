@@ -814,5 +814,5 @@ def test_trainings_are_counted_by_the_length_that_was_asked_for(reports_steps):
         search.on_trial_complete(f"trial {suggested}", {**result, **steps})
         suggested += 1
         assert suggested < 100
-    assert suggested == 11
-    assert search._current.spent == 9
+    assert suggested == 13
+    assert search._current.spent == 11

@@ -131,9 +131,7 @@ class RobustSearch(OuterSearch):
         self._ladder: int | None = None  # whose rungs are run; None: there is none (left)
         self._falls = 0  # times that nothing was left of what was to be confirmed
         self._since_best = 0  # outer steps
-        self._run_cost = (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
-        """Largest cost of a run that was differentiated, in plain trainings; before there is one, that of reverse
-        mode."""
+        self._dearest = 0.0  # of the runs that were differentiated, in trainings
         self._candidates: list[Place] = []  # being confirmed
         self._ended = False
         if trainings is not None and not trainings >= self._expected_cost:
@@ -287,7 +285,7 @@ class RobustSearch(OuterSearch):
             p for p in self._places.tried if p.outer_step >= 0 or not _are_same(p.internal, place.internal)
         ]
         self._places.tried.append(place)
-        self._rejections, self._run_cost = 0, max(self._run_cost, mean.cost / len(ended))
+        self._rejections, self._dearest = 0, max(self._dearest, mean.cost / len(ended))
         self._since_best = 0 if improved else self._since_best + 1
         if self.incumbent is None or min(self._places.comparable(self._steps_of_runs), key=self._places.merit) is place:
             self.incumbent = self._evaluated(place)
@@ -385,6 +383,12 @@ class RobustSearch(OuterSearch):
         """
         expected = self.ensemble * max(self._run_cost, run_cost)
         return self.trainings is None or expected + self._confirmation_cost <= self.trainings - spent
+
+    @property
+    def _run_cost(self) -> float:
+        """What a run that is differentiated may cost, in trainings: the most that one has; before there is one, reverse
+        mode's cost where nothing is kept."""
+        return self._dearest or (GRADIENTS_PER["step"] + GRADIENTS_PER["adjoint_step"]) / GRADIENTS_PER["step"]
 
     @property
     def _usual_confirmations(self) -> int:
@@ -610,7 +614,7 @@ _SCALARS = (
     "_ladder",
     "_falls",
     "_since_best",
-    "_run_cost",
+    "_dearest",
     "_ended",
 )
 
