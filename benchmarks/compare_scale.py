@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from tune_hypergrad import BOHBSearch, Budget, Method, RandomSearch, Retraining,
 from tune_hypergrad.comparison.running.callback import ComparisonCallback
 from tune_hypergrad.comparison.running.fair_share import FairShare
 from tune_hypergrad.comparison.running.portfolio import SNAPSHOT_FILE, PortfolioSearch
+from tune_hypergrad.comparison.running.profiling import Phases, Stopwatch
 from tune_hypergrad.comparison.telling.records import Comparison
 from tune_hypergrad.comparison.telling.report import write_report
+from tune_hypergrad.wording import markdown_table
 
 SPACE = {"x": tune.uniform(0, 1), "y": tune.loguniform(1e-4, 1), "z": tune.uniform(0, 1)}
 REPORTS = 10
@@ -38,17 +41,30 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "rs": lambda task: RandomSearch(SPACE, "val_loss", "min", seed=task.seed),
     "bohb": lambda task: BOHBSearch(SPACE, "val_loss", "min", seed=task.seed, max_budget=9),
 }
-OURS = {
-    "suggestions": (PortfolioSearch, "suggest"),
-    "results to searchers": (PortfolioSearch, "on_trial_result"),
-    "ends to searchers": (PortfolioSearch, "on_trial_complete"),
-    "results to the ledger": (PortfolioSearch, "charge"),
-    "ends to the ledger": (PortfolioSearch, "ended"),
-    "beginnings to the ledger": (PortfolioSearch, "started"),
-    "snapshots": (PortfolioSearch, "save"),
-    "progress": (ComparisonCallback, "show"),
-    "decisions": (FairShare, "turns"),
+OURS: Phases = {
+    "suggestions": ((PortfolioSearch, "suggest"),),
+    "results to searchers": ((PortfolioSearch, "on_trial_result"),),
+    "ends to searchers": ((PortfolioSearch, "on_trial_complete"),),
+    "results to the ledger": ((PortfolioSearch, "charge"),),
+    "beginnings and ends to the ledger": ((PortfolioSearch, "started"), (PortfolioSearch, "ended")),
+    "snapshots": ((PortfolioSearch, "save"),),
+    "progress": ((ComparisonCallback, "show"),),
+    "decisions": ((FairShare, "turns"),),
 }
+
+
+class Counting(Stopwatch):
+    """Counts phases, too."""
+
+    def __init__(self) -> None:
+        super().__init__(time.thread_time)
+        self.calls: Counter[str] = Counter()
+
+    @contextmanager
+    def phase(self, label: str) -> Iterator[None]:
+        self.calls[label] += 1
+        with super().phase(label):
+            yield
 
 
 class Nothing(tune.Trainable):
@@ -73,21 +89,6 @@ class Nothing(tune.Trainable):
         self.reports = int((Path(checkpoint) / "reports").read_text())
 
 
-def timed(cls: type, name: str, seconds: Counter[str], calls: Counter[str], label: str) -> None:
-    """Let a method note what it takes."""
-    method = getattr(cls, name)
-
-    def wrapper(*arguments: Any, **named: Any) -> Any:
-        begun = time.thread_time()
-        try:
-            return method(*arguments, **named)
-        finally:
-            seconds[label] += time.thread_time() - begun
-            calls[label] += 1
-
-    setattr(cls, name, wrapper)
-
-
 def megabytes() -> float:
     """This process's largest memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -95,38 +96,37 @@ def megabytes() -> float:
 
 def measure(results: int, accounts: int) -> dict[str, Any]:
     """One comparison."""
-    seconds: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for label, (cls, name) in OURS.items():
-        timed(cls, name, seconds, calls, label)
+    stopwatch = Counting()
     seeds = accounts // len(METHODS)
     methods = [Method(name, searcher, lambda task: Nothing) for name, searcher in METHODS.items()]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         before, begun, by_clock = megabytes(), time.thread_time(), time.perf_counter()
-        comparison = compare(
-            problems.get("digits_mlp"),
-            methods,
-            budget=Budget(results // accounts),
-            space=SPACE,
-            seeds=seeds,
-            retraining=Retraining(seeds=0),
-            out=out,
-            resources={"cpu": 0.25},
-            progress="quiet",
-            check=False,
-        )
+        with stopwatch.watching(OURS):
+            comparison = compare(
+                problems.get("digits_mlp"),
+                methods,
+                budget=Budget(results // accounts),
+                space=SPACE,
+                seeds=seeds,
+                retraining=Retraining(seeds=0),
+                out=out,
+                resources={"cpu": 0.25},
+                progress="quiet",
+                check=False,
+            )
         driver, clock, grown = time.thread_time() - begun, time.perf_counter() - by_clock, megabytes() - before
         report_begun = time.thread_time()
         write_report(Comparison(comparison.folder))
         report = time.thread_time() - report_begun
+        seconds, calls = stopwatch.taken(), stopwatch.calls
         found = int(comparison.accounts["results"].sum())
         return {
             "results": found,
             "trials": int(comparison.accounts["trials"].sum()),
             "accounts": accounts,
-            "a result, ours (ms)": 1e3 * sum(s for label, s in seconds.items() if label != "decisions") / found,
+            "a result, ours (ms)": 1e3 * sum(seconds.values()) / found,
             "a result, the driver (ms)": 1e3 * (driver - report) / found,
             "a result, by the clock (ms)": 1e3 * clock / found,
             "a decision (ms)": 1e3 * seconds["decisions"] / calls["decisions"],
@@ -135,7 +135,7 @@ def measure(results: int, accounts: int) -> dict[str, Any]:
             "ledger (MB)": (out / "ledger.jsonl").stat().st_size / 1e6,
             "memory of the driver (MB)": grown,
             "report (s)": report,
-            "seconds": dict(seconds),
+            "seconds": seconds,
             "calls": dict(calls),
         }
 
@@ -156,10 +156,8 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     names = [name for name in rows[0] if name not in ("seconds", "calls")]
-    print("| " + " | ".join(["", *(f"{row['results']:,} results" for row in rows)]) + " |")
-    print("| --- " * (len(rows) + 1) + "|")
-    for name in names[1:]:
-        print("| " + " | ".join([name, *(f"{row[name]:.3g}" for row in rows)]) + " |")
+    headings = ["", *(f"{row['results']:,} results" for row in rows)]
+    print(markdown_table(headings, ([name, *(f"{row[name]:.3g}" for row in rows)] for name in names[1:])))
     for row in rows:
         print(f"{row['results']:,} results, seconds (calls): ", end="")
         print(", ".join(f"{label} {s:.2f} ({row['calls'][label]:,})" for label, s in row["seconds"].items()))

@@ -50,7 +50,6 @@ _LETTERS = 12.5  # to an inch
 _FEW = 4  # curves whose bands, one over the other, can still be told apart
 _STYLE: Any = {
     "font.size": 9,
-    "font.sans-serif": ["DejaVu Sans"],
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,

@@ -197,7 +197,8 @@ def all_pictures(comparison: Comparison) -> dict[str, list[Picture]]:
 def inline_svg(figure: Figure, prefix: str, alt: str) -> Markup:
     """A figure as an SVG element of a page: text is text in the page's colour, names are its own, nothing is linked."""
     buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+    # of the families that matplotlib would list with every text, the one that it has laid out
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.sans-serif": ["DejaVu Sans"]}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = ElementTree.fromstring(buffer.getvalue())
     for element in svg.iter():
