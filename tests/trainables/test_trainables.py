@@ -510,7 +510,7 @@ def test_where_all_that_fds_confirms_falls_the_best_is_an_earlier_place(restored
                 trial.restore(str(tmp_path))
             trial.search._fall_above = lambda candidate: 0.0
         results.append(trial.train())
-    assert trial.search.outer_step == 4 and sum(place.fallen for place in trial.search._places) >= 2
+    assert trial.search.outer_step == 4 and sum(place.fallen for place in trial.search._places.tried) >= 2
     step = trial.search.incumbent.outer_step
     own = next(r for r in results if r["outer_step"] == step + 1)
     assert results[-1]["best_schedule/momentum"] == own["schedule/momentum"]
