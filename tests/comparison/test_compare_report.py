@@ -15,9 +15,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from tune_hypergrad.budget import UNITS
 from tune_hypergrad.comparison.ledger import RETRAINING, Account
 from tune_hypergrad.comparison.telling import pictures, tables
-from tune_hypergrad.comparison.telling.drawing import NARROW, Look
+from tune_hypergrad.comparison.telling.drawing import COST_LABELS, NARROW, Look
 from tune_hypergrad.comparison.telling.records import Comparison
 from tune_hypergrad.comparison.telling.report import all_pictures, inline_svg, summary_table, summary_text, write_report
 from tune_hypergrad.comparison.telling.series import Granted, curves, distinct_units, spending_parts
@@ -418,3 +419,7 @@ def test_there_are_no_such_notes_where_there_is_nothing_to_tell(tmp_path):
         made.start(rs, number).result(rs, 0.5, 100, number=number)
     text = summary_text(made.comparison)
     assert not any(words in text for words in ("without a finite validation", "another length", "too small"))
+
+
+def test_every_unit_has_a_label():
+    assert set(COST_LABELS) == set(UNITS)

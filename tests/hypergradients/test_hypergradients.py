@@ -454,6 +454,18 @@ class TestChoiceOfMode:
         choice = cheapest(work, free)
         assert choice.mode is BY_NAME[mode] and said in choice.reason
 
+    def test_what_is_not_the_derivative_is_not_taken_however_cheap(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Estimate(type(BY_NAME["reverse"])):
+            name, exact = "estimate", False
+
+            def gradients(self, work: Work) -> float:
+                return 0.1
+
+        monkeypatch.setitem(BY_NAME, "estimate", Estimate())
+        assert cheapest(Work((7, 1, 1), 100, 1000), 10**6).mode.name == "reverse"
+        monkeypatch.setattr(Estimate, "exact", True)
+        assert cheapest(Work((7, 1, 1), 100, 1000), 10**6).mode.name == "estimate"
+
     @pytest.mark.parametrize(
         ("lacking", "free", "mode"),
         [("reverse", 1, "forward"), ("forward", 10**9, "reverse"), ("forward", 1, "checkpointed_reverse")],

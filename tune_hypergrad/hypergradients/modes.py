@@ -75,6 +75,8 @@ class Mode(ABC):
     name: ClassVar[str]
     derivatives: ClassVar[str]
     """Which derivatives of a step it is made of, "forward" or "reverse": a problem may lack either."""
+    exact: ClassVar[bool] = True
+    """Whether it gives the derivative itself, to rounding; "auto" takes no other mode, however cheap."""
     rejects_early: ClassVar[bool]
     """Whether a rejected run costs no more than its training."""
 
@@ -183,7 +185,7 @@ def cheapest(work: Work, free_bytes: float = inf, refusals: Mapping[str, str] | 
         refusals: why forward or reverse derivatives cannot be taken; not both.
     """
     refusals = refusals or {}
-    able = [mode for mode in MODES.values() if mode.derivatives not in refusals]
+    able = [mode for mode in MODES.values() if mode.exact and mode.derivatives not in refusals]
     early = [mode for mode in able if mode.rejects_early] if work.may_be_rejected else []
     candidates = early or able
     fitting = [mode for mode in candidates if mode.kept_bytes(work) <= free_bytes]
