@@ -33,7 +33,7 @@ from tune_hypergrad.hypergradients.keeping import (
     steps_again,
 )
 from tune_hypergrad.hypergradients.memory import allocated, as_bytes
-from tune_hypergrad.hypergradients.modes import Work, cheapest, state_bytes
+from tune_hypergrad.hypergradients.modes import MODES, Work, cheapest, state_bytes
 from tune_hypergrad.hypergradients.normalisation import _Normalised
 from tune_hypergrad.hypergradients.plain_training import differences, plain_val_loss
 from tune_hypergrad.hypergradients.reverse import ReverseRun
@@ -112,6 +112,12 @@ class TestPlan:
             room = Room(memory_for_one(steps, 1, graph), 1, graph)
             assert steps_again(steps, room) < steps
         assert memory_for_one(400, 1, 10) < 130 < memory_for_one(400, 1, inf) == 400
+
+    def test_of_endless_memory_all(self) -> None:
+        assert plan_stretch(9, Room(inf, STATE, GRAPH)) == Stretch((), 0)
+        assert plan_stretch(4, Room(inf, STATE)) == Stretch((1, 2, 3), 3)
+        work = Work(windows=(1,), steps=100, state_bytes=1000, graph_bytes=10**4)
+        assert MODES["reverse"].gradients(work) == pytest.approx(2.5)
 
     def test_the_least_grows_with_the_root(self) -> None:
         assert [least_memory(steps, 3) for steps in (1, 100, 10_000)] == [0, 39, 420]
