@@ -370,6 +370,28 @@ class TestKeptGraphs:
         run = hypergradient_run(loop, values, differentiation="reverse")
         assert run._by_graph  # type: ignore[attr-defined]
 
+    def test_also_behind_a_last_layer_of_zeros(self) -> None:
+        """Whose first gradient is 0 with a graph and without."""
+
+        def zero_last() -> nn.Module:
+            model = nn.Sequential(nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 3))
+            for parameter in model[-1].parameters():
+                nn.init.zeros_(parameter)
+            return model
+
+        problem, values = make_problem(zero_last, dtype=torch.float32), {"lr": torch.tensor([1.0])}
+        loop = make_loop(problem, 60)
+        assert (
+            graph_size(loop, values).same == graph_size(make_loop(make_problem(silu, dtype=torch.float32)), values).same
+        )
+        size = state_bytes(loop) + graph_size(loop, values).size
+        found = [
+            differentiate(make_loop(problem, 60), values, "reverse", max_memory=int(memory))
+            for memory in (120 * size, 15 * size, 60 * state_bytes(loop))
+        ]
+        for other in found[1:]:
+            assert torch.equal(other.hypergradients["lr"], found[0].hypergradients["lr"])
+
 
 class TestGraphSize:
     def test_what_a_graph_holds(self) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.findings import recall
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Training, TrainingSettings
 from tune_hypergrad.hypergradients.lasting import LastingMode
 from tune_hypergrad.hypergradients.memory import allocated
 from tune_hypergrad.hypergradients.state import Hyperparameters, State
@@ -93,11 +93,12 @@ class _Trial:
             graph = step_graph(loop, state, self._leaves(0), 0, mode=self._mode)
             after = allocated(loop.device)
         training, held = graph.training, _attributes(loop.modules)
-        same = torch.equal(plain.loss, training.loss) and torch.equal(plain.gradient, training.gradient)
+        elsewhere = self._elsewhere(state)
+        # gradients that are 0 at the initial weights, behind a last layer of zeros, are the same either way
+        same = _is_same(plain, training) and _is_same(*elsewhere)
         same = same or loop.device.type != "cpu"
         if before is None or after is None:
             return GraphSize(inf, same, moving)
-        self._pass_on(state)
         cotangents = [self._drawn(tensor) for tensor in (state.params, *state.slots)]
         of_buffers = {name: self._drawn(buffer) for name, buffer in graph.batches[-1].moved.items()}
         with self._deferred.noted():
@@ -108,12 +109,14 @@ class _Trial:
         size = float(max(after - before, training.gradient.nbytes))
         return GraphSize(size if _agree(kept, anew, loop.device) else inf, same, moving)
 
-    def _pass_on(self, state: State) -> None:
-        """Another training step, from other weights, and an evaluation."""
+    def _elsewhere(self, state: State) -> tuple[Training, Training]:
+        """Another training step, from other weights, without a graph and with one; and an evaluation."""
         loop = self._loop
         moved = state._replace(params=state.params + _MOVED * self._drawn(state.params))
-        loop.training(moved, self._leaves(1), 1)
+        plain = loop.training(moved, self._leaves(1), 1)
+        training = step_graph(loop, moved, self._leaves(1), 1).training
         loop.evaluate(moved, gradient=True, examples=loop.problem.eval_batch_size)
+        return plain, training
 
     def _leaves(self, step: int) -> dict[str, Tensor]:
         of_step = self._loop.scalars(self._values, step)
@@ -150,6 +153,10 @@ class _Deferred(LastingMode):
         if self._notes and torch._C._current_graph_task_id() >= 0:
             self.seen = True
         return function(*args, **kwargs)
+
+
+def _is_same(plain: Training, training: Training) -> bool:
+    return torch.equal(plain.loss, training.loss) and torch.equal(plain.gradient, training.gradient)
 
 
 def _attributes(modules: Iterable[nn.Module]) -> dict[tuple[int, str], list[tuple[Any, int]]]:
