@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import lru_cache
 from math import inf
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from tune_hypergrad.hypergradients import InnerLoop, hypergradient, hypergradien
 from tune_hypergrad.hypergradients import graph_size as graph_size_module
 from tune_hypergrad.hypergradients.check import check_problem, finite_differences
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun
-from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
+from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop, members_differentiable
 from tune_hypergrad.hypergradients.graph_size import graph_size
 from tune_hypergrad.hypergradients.inner_loop import TrainingSettings
 from tune_hypergrad.hypergradients.keeping import (
@@ -37,6 +39,8 @@ from tune_hypergrad.hypergradients.modes import MODES, Work, cheapest, state_byt
 from tune_hypergrad.hypergradients.normalisation import _Normalised
 from tune_hypergrad.hypergradients.plain_training import differences, plain_val_loss
 from tune_hypergrad.hypergradients.reverse import ReverseRun
+from tune_hypergrad.hypergradients.step_graph import differentiable, step_graph
+from tune_hypergrad.hypergradients.stop_gradient import ForwardStops
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.trainables.inner_run import InnerRunSettings
 
@@ -347,6 +351,28 @@ class TestKeptGraphs:
         assert found.cost.gradients > whole.cost.gradients
         for name, value in whole.hypergradients.items():
             assert torch.equal(found.hypergradients[name], value)
+
+    def test_what_is_not_kept_does_not_wait_for_garbage_collection(self) -> None:
+        """A graph with moving statistics refers to the state that its step was made to overwrite."""
+        loop = make_loop(make_problem("batch_norm"), 9)
+        state, h = loop.initial_state(), {name: value[0].requires_grad_() for name, value in VALUES.items()}
+        with loop.running():
+            loop.training(state, {name: value.detach() for name, value in h.items()}, 0)
+            gc.collect()
+            gc.disable()
+            try:
+                for mode in (differentiable, members_differentiable):
+                    graph = step_graph(loop, state, h, 0, mode=mode)
+                    alive = ref(graph.batches[0].after["1.running_mean"])
+                    assert alive() is not None
+                    del graph
+                    assert alive() is None
+                stops = ForwardStops([state.params.clone()], {})
+                entered = ref(stops)
+                del stops
+                assert entered() is None
+            finally:
+                gc.enable()
 
     def test_a_rejected_run_lets_go_of_them(self) -> None:
         run = hypergradient_run(make_loop(), VALUES, differentiation="reverse", reject_above=0.0)
