@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import lru_cache
 from math import inf
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -19,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient, hypergradient_run
 from tune_hypergrad.hypergradients import graph_size as graph_size_module
-from tune_hypergrad.hypergradients.check import finite_differences
+from tune_hypergrad.hypergradients.check import check_problem, finite_differences
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun
-from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
+from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop, members_differentiable
 from tune_hypergrad.hypergradients.graph_size import graph_size
 from tune_hypergrad.hypergradients.inner_loop import TrainingSettings
 from tune_hypergrad.hypergradients.keeping import (
@@ -33,10 +35,12 @@ from tune_hypergrad.hypergradients.keeping import (
     steps_again,
 )
 from tune_hypergrad.hypergradients.memory import allocated, as_bytes
-from tune_hypergrad.hypergradients.modes import Work, cheapest, state_bytes
+from tune_hypergrad.hypergradients.modes import MODES, Work, cheapest, state_bytes
 from tune_hypergrad.hypergradients.normalisation import _Normalised
 from tune_hypergrad.hypergradients.plain_training import differences, plain_val_loss
 from tune_hypergrad.hypergradients.reverse import ReverseRun
+from tune_hypergrad.hypergradients.step_graph import differentiable, step_graph
+from tune_hypergrad.hypergradients.stop_gradient import ForwardStops
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.trainables.inner_run import InnerRunSettings
 
@@ -112,6 +116,12 @@ class TestPlan:
             room = Room(memory_for_one(steps, 1, graph), 1, graph)
             assert steps_again(steps, room) < steps
         assert memory_for_one(400, 1, 10) < 130 < memory_for_one(400, 1, inf) == 400
+
+    def test_of_endless_memory_all(self) -> None:
+        assert plan_stretch(9, Room(inf, STATE, GRAPH)) == Stretch((), 0)
+        assert plan_stretch(4, Room(inf, STATE)) == Stretch((1, 2, 3), 3)
+        work = Work(windows=(1,), steps=100, state_bytes=1000, graph_bytes=10**4)
+        assert MODES["reverse"].gradients(work) == pytest.approx(2.5)
 
     def test_the_least_grows_with_the_root(self) -> None:
         assert [least_memory(steps, 3) for steps in (1, 100, 10_000)] == [0, 39, 420]
@@ -308,7 +318,7 @@ class TestKeptGraphs:
             loop.training(loop.initial_state(), {}, 0)  # what moves is known
             self.Counting.calls = 0
             run.advance(run.length)
-        assert self.Counting.calls == (9 if memory == "1GiB" else 9 + 8)
+        assert self.Counting.calls == (9 if memory == "1GiB" else 9 + 9)
 
     def test_no_more_than_there_is_room_for(self) -> None:
         problem = make_problem(lambda: nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 3)), batch_size=12)
@@ -342,6 +352,28 @@ class TestKeptGraphs:
         for name, value in whole.hypergradients.items():
             assert torch.equal(found.hypergradients[name], value)
 
+    def test_what_is_not_kept_does_not_wait_for_garbage_collection(self) -> None:
+        """A graph with moving statistics refers to the state that its step was made to overwrite."""
+        loop = make_loop(make_problem("batch_norm"), 9)
+        state, h = loop.initial_state(), {name: value[0].requires_grad_() for name, value in VALUES.items()}
+        with loop.running():
+            loop.training(state, {name: value.detach() for name, value in h.items()}, 0)
+            gc.collect()
+            gc.disable()
+            try:
+                for mode in (differentiable, members_differentiable):
+                    graph = step_graph(loop, state, h, 0, mode=mode)
+                    alive = ref(graph.batches[0].after["1.running_mean"])
+                    assert alive() is not None
+                    del graph
+                    assert alive() is None
+                stops = ForwardStops([state.params.clone()], {})
+                entered = ref(stops)
+                del stops
+                assert entered() is None
+            finally:
+                gc.enable()
+
     def test_a_rejected_run_lets_go_of_them(self) -> None:
         run = hypergradient_run(make_loop(), VALUES, differentiation="reverse", reject_above=0.0)
         with run.loop.running():
@@ -363,6 +395,28 @@ class TestKeptGraphs:
             pytest.skip("this version of torch computes the same either way")
         run = hypergradient_run(loop, values, differentiation="reverse")
         assert run._by_graph  # type: ignore[attr-defined]
+
+    def test_also_behind_a_last_layer_of_zeros(self) -> None:
+        """Whose first gradient is 0 with a graph and without."""
+
+        def zero_last() -> nn.Module:
+            model = nn.Sequential(nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 3))
+            for parameter in model[-1].parameters():
+                nn.init.zeros_(parameter)
+            return model
+
+        problem, values = make_problem(zero_last, dtype=torch.float32), {"lr": torch.tensor([1.0])}
+        loop = make_loop(problem, 60)
+        assert (
+            graph_size(loop, values).same == graph_size(make_loop(make_problem(silu, dtype=torch.float32)), values).same
+        )
+        size = state_bytes(loop) + graph_size(loop, values).size
+        found = [
+            differentiate(make_loop(problem, 60), values, "reverse", max_memory=int(memory))
+            for memory in (120 * size, 15 * size, 60 * state_bytes(loop))
+        ]
+        for other in found[1:]:
+            assert torch.equal(other.hypergradients["lr"], found[0].hypergradients["lr"])
 
 
 class TestGraphSize:
@@ -390,8 +444,112 @@ class TestGraphSize:
         run = hypergradient_run(make_loop(steps=9), VALUES, differentiation="reverse")
         with run.loop.running():
             run.advance(9)
-        assert len(run._graphs) == 1  # type: ignore[attr-defined]
+        assert not run._graphs  # type: ignore[attr-defined]
         assert len(run._kept) == 9  # type: ignore[attr-defined]
+
+
+class MaskOfTheStep(nn.Module):
+    """One dropout mask for a whole pass, held as an attribute and read by a middle that runs again in backward
+    passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mask = torch.bernoulli(torch.full((6,), 0.6, dtype=x.dtype)) / 0.6
+        return self.layers[2](checkpoint(self._middle, torch.tanh(self.layers[0](x)), use_reentrant=False))
+
+    def _middle(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.layers[1](x))
+        return x * self.mask if self.training else x
+
+
+class ContextOfThePass(nn.Module):
+    """The same of something that the input gives, in evaluations too."""
+
+    def __init__(self, *, by_example: bool) -> None:
+        super().__init__()
+        self.by_example = by_example
+        self.layers = nn.ModuleList([nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.context = x.mean(1, keepdim=True) if self.by_example else x.mean()
+        return self.layers[2](checkpoint(self._middle, torch.tanh(self.layers[0](x)), use_reentrant=False))
+
+    def _middle(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layers[1](x) * (1 + self.context))
+
+
+class MaskInPlace(MaskOfTheStep):
+    """The mask is written over, so that the attribute is the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.ones(6, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mask.bernoulli_(0.6)
+        return self.layers[2](checkpoint(self._middle, torch.tanh(self.layers[0](x)), use_reentrant=False))
+
+
+class Noting(nn.Module):
+    """Holds what it has computed, which nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.layers(x)
+        return self.last
+
+
+class TestDeferredWork:
+    """A graph whose backward pass reads what a later pass has overwritten is not kept."""
+
+    @pytest.mark.parametrize(("memory", "check"), [(None, True), (None, False), (5000, False)])
+    @pytest.mark.parametrize(
+        "factory",
+        [
+            MaskOfTheStep,
+            MaskInPlace,
+            lambda: ContextOfThePass(by_example=True),
+            lambda: ContextOfThePass(by_example=False),
+        ],
+        ids=["mask", "mask in place", "context by example", "context"],
+    )
+    def test_attributes_of_a_pass(self, factory: Any, memory: Any, check: bool) -> None:
+        problem = make_problem(factory)
+        expected = finite_differences(make_loop(problem, 9), VALUES)
+        for horizon in (None, 4):
+            loop = make_loop(problem, 9)
+            found = differentiate(loop, VALUES, "reverse", check=check, max_memory=memory, horizon=horizon)
+            assert graph_size(loop, VALUES).size == inf
+            if horizon is None:
+                assert_close(found.hypergradients, expected, 1e-5)
+            else:
+                one = make_loop(problem, 9)
+                whole = ReverseRun(one, VALUES, horizon=horizon, room=Room(10 * state_bytes(one), state_bytes(one)))
+                with one.running():
+                    whole.advance(whole.length)
+                assert_close(found.hypergradients, whole.hypergradients, 1e-12)
+
+    @pytest.mark.parametrize("factory", [Deferring, Noting])
+    def test_what_is_kept_all_the_same(self, factory: Any) -> None:
+        """Work that depends on nothing that changes, and attributes that no deferred work reads."""
+        assert graph_size(make_loop(make_problem(factory), 9), VALUES).size < inf
+
+    def test_a_check_goes_back_by_kept_graphs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the trial of a graph does not see, the comparison with differences does."""
+        found = check_problem(make_problem(Deferring), VALUES, modes=("reverse",))
+        assert found.ok and not found.refusals
+        monkeypatch.setattr(graph_size_module, "_are_same", lambda *states: True)
+        monkeypatch.setattr(graph_size_module, "_agree", lambda *ways: True)
+        found = check_problem(make_problem(MaskOfTheStep), {"lr": double(0.05), "momentum": double(0.5)})
+        assert "reverse" in found.refusals
 
 
 class TestMaxMemory:

@@ -18,8 +18,10 @@ from tune_hypergrad.data import Split
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.graph_size import try_graph
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.inspection import Refusals, inspect
+from tune_hypergrad.hypergradients.keeping import Room
 from tune_hypergrad.hypergradients.loop_batches import LoopBatches
 from tune_hypergrad.hypergradients.loop_costs import LoopCosts
 from tune_hypergrad.hypergradients.loop_values import EMA
@@ -31,11 +33,9 @@ from tune_hypergrad.hypergradients.plain_training import (
     plain_val_loss,
 )
 from tune_hypergrad.hypergradients.reverse import ReverseRun
-from tune_hypergrad.hypergradients.run import check_values
+from tune_hypergrad.hypergradients.run import HypergradientRun, check_values
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.problem import Problem
-
-_RUNS = {"forward": ForwardRun, "reverse": ReverseRun}
 
 _USUAL = {"lr": 0.05, "momentum": 0.5, "weight_decay": 1e-3}
 _ADAPTIVE = {"lr": 1e-3, "momentum": 0.5, "weight_decay": 1e-2}
@@ -312,7 +312,11 @@ class _Comparison:
 
     def _run(self, mode: str) -> tuple[float, Hyperparameters]:
         loop = self._fresh_loop()
-        run = _RUNS[mode](loop, self._values)
+        if mode == "forward":
+            run: HypergradientRun = ForwardRun(loop, self._values)
+        else:
+            size = try_graph(self._problem, self._settings, self._values, DoublePrecision()).size
+            run = ReverseRun(loop, self._values, room=Room(inf, 1, size))  # with all graphs, where there may be any
         with loop.running(), DoublePrecision():
             run.advance(run.length)
         result = run.result()

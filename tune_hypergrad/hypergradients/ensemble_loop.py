@@ -27,7 +27,7 @@ from tune_hypergrad.hypergradients.normalisation import batch_norm, instance_nor
 from tune_hypergrad.hypergradients.optimizers import Slots, is_built_in
 from tune_hypergrad.hypergradients.partial_update import Block
 from tune_hypergrad.hypergradients.state import Buffers, State
-from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, StopGradient
+from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, may_have_history
 from tune_hypergrad.hypergradients.substitution import Substitutes
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, seed_everything
@@ -261,23 +261,13 @@ def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     )
 
 
-class MemberStops(DifferentiableStops):
-    """`DifferentiableStops` under `vmap`, where no tensor says that it has a history."""
-
-    def _stop(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._state or not (tensor.is_floating_point() or tensor.is_complex()):
-            return tensor
-        with torch.enable_grad():
-            return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
-
-
 # torch's convolutions have rules for vmap, those that take their place in the adjoint of a single run have not
 _SUBSTITUTES: Substitutes = {F.batch_norm: batch_norm, F.instance_norm: instance_norm}
 
 
-def members_differentiable(state: Iterable[Tensor]) -> MemberStops:
+def members_differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
     """What a training step of all runs is in whose gradients are differentiated; `state` is what it may overwrite."""
-    return MemberStops(state, _SUBSTITUTES)
+    return DifferentiableStops(state, _SUBSTITUTES, may_have_history)  # under `vmap`
 
 
 def _loss_and_buffers(loss: Tensor, passed: Passed) -> tuple[Tensor, Buffers]:

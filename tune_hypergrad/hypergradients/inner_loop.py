@@ -220,6 +220,11 @@ class InnerLoop:
         return len(self._initial)
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that a training step calls: the model's, and the losses'."""
+        return tuple(self._scope.modules())
+
+    @property
     def loss_parameters(self) -> list[str]:
         """Names of the trainable parameters that losses have."""
         return [name for name in self._names if self._scope.path(name) == f"losses.{name}"]

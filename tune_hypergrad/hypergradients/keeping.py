@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import comb, inf, isinf
+from sys import maxsize
 from typing import NamedTuple
 
 _MOST_TRAININGS = 2
@@ -39,7 +40,7 @@ class Room:
     def graphs(self, states: int) -> int:
         """How many graphs there can be beside so many states; the one that is being gone back through always."""
         left = self.memory - states * self.state
-        return 1 if isinf(self.graph) else max(1, int(left // self.graph))
+        return 1 if isinf(self.graph) else max(1, _how_many(left, self.graph))
 
 
 class Stretch(NamedTuple):
@@ -100,9 +101,14 @@ def memory_for_one(steps: int, state: int, graph: float) -> int:
 def _reach(steps: int, room: Room, held: int) -> list[list[int]]:
     """By how often steps are trained again, and by the number of states that are kept beside those that are held: over
     how many steps the rest of the memory reaches back."""
-    free = steps if room.state == 0 else int(min(steps, max(0, room.memory // room.state - held)))
+    free = steps if room.state == 0 else min(steps, max(0, _how_many(room.memory, room.state) - held))
     graphs = [min(steps, room.graphs(held + kept)) for kept in range(free + 1)] + [0]
     reach = [graphs]
     for _ in range(_MOST_TRAININGS):
         reach.append(list(accumulate(reversed(reach[-1])))[::-1])
     return reach
+
+
+def _how_many(memory: float, size: float) -> int:
+    """Things of so many bytes in a memory, which may be infinite."""
+    return maxsize if isinf(memory) else int(memory // size)

@@ -9,7 +9,7 @@ steps' own derivatives by the curve's Jacobian, transposed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isqrt, nan
+from math import inf, isfinite, isqrt, nan
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class ReverseRun(HypergradientRun):
         self.differentiation = "reverse" if keep_all else "checkpointed_reverse"
         self._room = states_only(loop.steps, all_of_them=keep_all) if room is None else room
         self._by_graph = by_graph
-        self._whole = plan_stretch(loop.steps, self._room)
+        self._whole = self._without_last(plan_stretch(loop.steps, self._room), loop.steps)
         self._kept: dict[int, State] = {}
         self._graphs: dict[int, StepGraph] = {}
         self._sizes: dict[int, float] = {}  # of graphs, by step
@@ -131,6 +131,11 @@ class ReverseRun(HypergradientRun):
         if number >= stretch.graphs_from:
             self._kept[step] = state
         return loop.take_step(state, {name: value.detach() for name, value in h.items()}, step, again=True)
+
+    def _without_last(self, stretch: Stretch, steps: int) -> Stretch:
+        """A stretch of so many steps after which something else is run before they are gone back through. Where no
+        graph is kept, a pass through the model may spoil the last one's: its state is kept instead."""
+        return stretch if isfinite(self._room.graph) else stretch._replace(graphs_from=steps)
 
     def _keep(self, step: int, graph: StepGraph, size: int) -> None:
         """Keep a graph of so many bytes; where graphs are larger than was planned with, without those of some steps
@@ -247,14 +252,15 @@ class ReverseRun(HypergradientRun):
         """The state before `step`: kept, or trained again."""
         if step == self.loop.steps:
             return self.state
-        return self._kept[step] if step in self._kept else self._train_again(step)
+        return self._kept[step] if step in self._kept else self._train_again(step, at_once=False)
 
-    def _train_again(self, end: int, *, short: bool = False) -> State:
+    def _train_again(self, end: int, *, short: bool = False, at_once: bool = True) -> State:
         """Train up to `end` from the last state that was kept, and keep graphs of the last steps; gives the state
-        there. `short`: without the last step, which is not kept."""
+        there. `short`: without the last step, which is not kept; `at_once`: the last step is gone back through next."""
         begin = max((kept for kept in self._kept if kept < end), default=0)
         state = self._kept[begin] if begin in self._kept else self.loop.initial_state()
         stretch = plan_stretch(end - begin, self._room, held=sum(0 < kept < end for kept in self._kept))
+        stretch = stretch if at_once else self._without_last(stretch, end - begin)
         steps = range(begin, end - short)
         self.loop.batches.expect(steps)
         for step in steps:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,37 @@ class StopGradient(Function):
         return tangent.clone()
 
 
+def _stopping(
+    state: Iterable[Tensor],
+    has_history: Callable[[Tensor], bool],
+    recording: Callable[[], AbstractContextManager[Any]] = torch.enable_grad,
+) -> Callable[[Tensor], Tensor]:
+    """What puts a `StopGradient` on tensors that have a history and are none of `state`.
+
+    It does not refer to the mode that has it among its substitutes: by such a circle, the graph behind the state would
+    live until garbage is collected.
+    """
+    own = {id(tensor): tensor for tensor in state}
+
+    def stop(tensor: Tensor) -> Tensor:
+        if id(tensor) in own or not has_history(tensor):
+            return tensor
+        with recording():
+            return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+
+    return stop
+
+
+def requires_gradient(tensor: Tensor) -> bool:
+    """Whether torch records what is computed with a tensor."""
+    return tensor.requires_grad
+
+
+def may_have_history(tensor: Tensor) -> bool:
+    """The same under transforms of `torch.func`, where a tensor does not say it."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 class DifferentiableStops(Substituting):
     """While entered, the stop-gradients of a training step are `StopGradient`s; for reverse mode.
 
@@ -133,20 +165,26 @@ class DifferentiableStops(Substituting):
     Args:
         state: tensors that the step may overwrite, which `detach` and `.data` must give as they are.
         further: other substitutes.
+        has_history: tells the tensors that stops have to be put on.
     """
 
-    def __init__(self, state: Iterable[Tensor], further: Substitutes) -> None:
-        self._state = {id(tensor): tensor for tensor in state}
+    def __init__(
+        self,
+        state: Iterable[Tensor],
+        further: Substitutes,
+        has_history: Callable[[Tensor], bool] = requires_gradient,
+    ) -> None:
+        self._stop = stop = _stopping(state, has_history)
         super().__init__(
             {
                 **further,
-                **dict.fromkeys(DETACHING, self._stop),
+                **dict.fromkeys(DETACHING, stop),
                 **NOTED,
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: _hook_of_first_pass,
-                _SET_DATA: self._set_data,
+                _SET_DATA: partial(_set_data, stop, torch.enable_grad),
                 _SET_REQUIRES_GRAD: _require_gradient,
-                F.gumbel_softmax: partial(_gumbel_softmax, self._stop),
+                F.gumbel_softmax: partial(_gumbel_softmax, stop),
             }
         )
 
@@ -163,16 +201,6 @@ class DifferentiableStops(Substituting):
     def _stop_leaf(self, leaf: Any) -> Any:
         return self._stop(leaf) if isinstance(leaf, Tensor) else leaf
 
-    def _stop(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad or id(tensor) in self._state:
-            return tensor
-        with torch.enable_grad():
-            return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _set_data(self, tensor: Tensor, value: Tensor) -> None:
-        with torch.enable_grad():
-            _overwrite(tensor, self._stop(value))
-
 
 class ForwardStops(Substituting):
     """While entered, the stop-gradients of a training step are `StopGradient`s; for forward mode.
@@ -184,36 +212,21 @@ class ForwardStops(Substituting):
     """
 
     def __init__(self, state: Iterable[Tensor], further: Substitutes) -> None:
-        self._state = {id(tensor): tensor for tensor in state}
+        stop = _stopping(state, may_have_history, nullcontext)
         super().__init__(
             {
                 **further,
-                **dict.fromkeys(DETACHING, self._stop),
+                **dict.fromkeys(DETACHING, stop),
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
-                Tensor.register_hook: self._register_hook,
-                _SET_DATA: self._set_data,
-                F.gumbel_softmax: partial(_gumbel_softmax, self._stop),
+                Tensor.register_hook: partial(_hook_within, ref(self)),
+                _SET_DATA: partial(_set_data, stop, nullcontext),
+                F.gumbel_softmax: partial(_gumbel_softmax, stop),
             }
         )
 
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _refuse_inference_mode()
         return super().handle(function, args, kwargs)
-
-    def _register_hook(self, tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-        def stopping(gradient: Tensor) -> Tensor | None:
-            with self:  # the backward pass of `torch.func.grad` begins when this mode has been left
-                return hook(gradient)
-
-        return tensor.register_hook(stopping)  # type: ignore[no-any-return]
-
-    def _stop(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._state or not (tensor.is_floating_point() or tensor.is_complex()):
-            return tensor
-        return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _set_data(self, tensor: Tensor, value: Tensor) -> None:
-        _overwrite(tensor, self._stop(value))
 
 
 class WithoutStops(Substituting):
@@ -242,6 +255,30 @@ def writes(function: Callable[..., Any]) -> bool:
     """Whether a torch function changes its first argument."""
     name = getattr(function, "__name__", "")
     return function in _IN_PLACE or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
+
+
+def _set_data(
+    stop: Callable[[Tensor], Tensor],
+    recording: Callable[[], AbstractContextManager[Any]],
+    tensor: Tensor,
+    value: Tensor,
+) -> None:
+    with recording():
+        _overwrite(tensor, stop(value))
+
+
+def _hook_within(
+    mode: Callable[[], Substituting | None], tensor: Tensor, hook: Callable[[Tensor], Tensor | None]
+) -> RemovableHandle:
+    """Register a hook that runs in a mode which is entered now."""
+    entered = mode()
+    assert entered is not None
+
+    def stopping(gradient: Tensor) -> Tensor | None:
+        with entered:  # the backward pass of `torch.func.grad` begins when this mode has been left
+            return hook(gradient)
+
+    return tensor.register_hook(stopping)  # type: ignore[no-any-return]
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:

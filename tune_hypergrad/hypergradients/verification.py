@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from tune_hypergrad.curves import base_names, split_group, split_name
+from tune_hypergrad.curves import split_group, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.check import CHECKED_GROUPS, check_problem, usual_values
+from tune_hypergrad.hypergradients.findings import findings_of, recipe_key
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.inspection import inspect, inspect_training
-from tune_hypergrad.hypergradients.optimizers import is_built_in
-from tune_hypergrad.space import flat_values
 
 T = TypeVar("T")
 
@@ -34,7 +33,7 @@ def refusal_of(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str
     Raises:
         InputError: training fails, or is not what a loop of the program's own would do.
     """
-    findings, key = _findings(loop), (mode, *_key(loop, hyperparameters))
+    findings, key = findings_of(loop), (mode, *recipe_key(loop, hyperparameters))
     known = findings.get(key)
     if known is None or (check and not known.checked and known.refusal is None):
         loop.source.check()
@@ -49,25 +48,15 @@ def check_training(loop: InnerLoop) -> None:
     Raises:
         InputError: it does.
     """
-    key = ("training", *_key(loop, ()))
-    if key not in _findings(loop):
+    key = ("training", *recipe_key(loop, ()))
+    if key not in findings_of(loop):
         inspect_training(InnerLoop(loop.source.independent(), loop.settings))
-        _findings(loop)[key] = True
+        findings_of(loop)[key] = True
 
 
 def remember(loop: InnerLoop, hyperparameters: Iterable[str], mode: str, refusal: str) -> None:
     """Refuse a mode from now on, after what a run has found out of it."""
-    _findings(loop)[(mode, *_key(loop, hyperparameters))] = _Finding(refusal, checked=True)
-
-
-def recall(
-    loop: InnerLoop, hyperparameters: Iterable[str], subject: str, find: Callable[[], T], *, anew: bool = False
-) -> T:
-    """What `find` tells of a problem and of how it is trained, remembered: it is called the first time, or `anew`."""
-    findings, key = _findings(loop), (subject, *_key(loop, hyperparameters))
-    if anew or key not in findings:
-        findings[key] = find()
-    return findings[key]  # type: ignore[no-any-return]
+    findings_of(loop)[(mode, *recipe_key(loop, hyperparameters))] = _Finding(refusal, checked=True)
 
 
 class _Finding(NamedTuple):
@@ -119,17 +108,3 @@ def _of_few_groups(values: Mapping[str, T]) -> dict[str, T]:
         few.setdefault(split_group(name)[0], []).append(name)
     kept = {name for names in few.values() for name in names[: CHECKED_GROUPS + 1]}
     return {name: value for name, value in values.items() if name in kept}
-
-
-def _findings(loop: InnerLoop) -> dict[Any, Any]:
-    """The dict in which findings are remembered: with the problem, or with the loop, whose optimizer may be like no
-    other."""
-    return loop.source.findings if is_built_in(loop.optimizer) else loop.findings
-
-
-def _key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ...]:
-    settings = loop.settings
-    fixed = tuple(sorted(flat_values(settings.fixed).items()))
-    optional = settings.clip_gradient, settings.clip_norm, settings.ema, settings.autocast
-    recipe = tuple(value is not None for value in optional)
-    return loop.optimizer.name, loop.device.type, recipe, fixed, *sorted(base_names(hyperparameters))
