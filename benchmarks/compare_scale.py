@@ -155,6 +155,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--here", "--accounts", str(options.accounts), "--results", str(results)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(done.stdout.splitlines()[-1], file=sys.stderr)  # should a larger one not end
     names = [name for name in rows[0] if name not in ("seconds", "calls")]
     headings = ["", *(f"{row['results']:,} results" for row in rows)]
     print(markdown_table(headings, ([name, *(f"{row[name]:.3g}" for row in rows)] for name in names[1:])))
