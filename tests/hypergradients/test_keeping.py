@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from functools import lru_cache
@@ -458,6 +459,14 @@ class TestGraphSize:
         assert graph_size(make_loop(problem), VALUES) == first
         ensemble = EnsembleLoop(problem, TrainingSettings(5), (0, 1, 2))
         assert graph_size(ensemble, VALUES).size == 3 * first.size
+
+    def test_glibc_is_looked_up_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = allocated(torch.device("cpu"))
+        if before is None:
+            pytest.skip("another allocator")
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("looked up again"))
+        held = torch.empty(1 << 24, dtype=torch.uint8)
+        assert (allocated(torch.device("cpu")) or 0) - before >= held.nbytes
 
     def test_where_nobody_says_none_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(graph_size_module, "allocated", lambda device: None)
