@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,12 +13,13 @@ from weakref import ref
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_problems import assert_close, differentiate, double, make_loop, make_problem, mlp
+from engine_problems import assert_close, data, differentiate, double, make_loop, make_problem, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient, hypergradient_run
 from tune_hypergrad.hypergradients import graph_size as graph_size_module
@@ -352,6 +354,25 @@ class TestKeptGraphs:
         for name, value in whole.hypergradients.items():
             assert torch.equal(found.hypergradients[name], value)
 
+    @pytest.mark.parametrize("factor", [4, 100])
+    def test_much_larger_graphs_take_a_training_more_that_is_charged(self, factor: int) -> None:
+        steps, problem = 30, make_problem(self.Counting, train=data(examples=256), batch_size=64)
+        loop = make_loop(problem, steps)
+        state, graph = state_bytes(loop), graph_size(loop, VALUES).size
+        planned = graph / factor + state
+        run = ReverseRun(loop, VALUES, room=Room(steps * planned, state, planned))
+        with loop.running():
+            self.Counting.calls = 0
+            run.advance(run.length)
+        adjoint = run.cost.hypergradients - loop.costs.evaluation("val", gradient=True).gradients
+        kept, remade = GRADIENTS_PER["kept_adjoint_step"], GRADIENTS_PER["adjoint_step"]
+        made_again = (adjoint - kept * steps) / (remade - kept)
+        assert self.Counting.calls == pytest.approx(run.cost.steps + made_again)
+        assert self.Counting.calls <= 3 * steps
+        whole = differentiate(make_loop(problem, steps), VALUES, "reverse")
+        for name, value in whole.hypergradients.items():
+            assert torch.equal(run.result().hypergradients[name], value)
+
     def test_what_is_not_kept_does_not_wait_for_garbage_collection(self) -> None:
         """A graph with moving statistics refers to the state that its step was made to overwrite."""
         loop = make_loop(make_problem("batch_norm"), 9)
@@ -438,6 +459,14 @@ class TestGraphSize:
         assert graph_size(make_loop(problem), VALUES) == first
         ensemble = EnsembleLoop(problem, TrainingSettings(5), (0, 1, 2))
         assert graph_size(ensemble, VALUES).size == 3 * first.size
+
+    def test_glibc_is_looked_up_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = allocated(torch.device("cpu"))
+        if before is None:
+            pytest.skip("another allocator")
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("looked up again"))
+        held = torch.empty(1 << 24, dtype=torch.uint8)
+        assert (allocated(torch.device("cpu")) or 0) - before >= held.nbytes
 
     def test_where_nobody_says_none_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(graph_size_module, "allocated", lambda device: None)

@@ -62,6 +62,21 @@ def in_place_without_gradient(net: Any, h: Tensor) -> Tensor:
     return h * mask
 
 
+@torch.no_grad()
+def convolved(net: Any, h: Tensor) -> Tensor:
+    return torch.tanh(F.conv1d(h.flip(1).unsqueeze(1), net.middle.weight.unsqueeze(1)).squeeze(2))
+
+
+@torch.no_grad()
+def normalised(net: Any, h: Tensor) -> Tensor:
+    return torch.tanh(F.batch_norm(net.middle(h.flip(1)), None, None, net.middle.bias, training=True))
+
+
+@torch.no_grad()
+def soft_gumbel(net: Any, h: Tensor) -> Tensor:
+    return F.gumbel_softmax(net.middle(h), 0.7) if net.training else h
+
+
 def along_examples(net: Any, h: Tensor) -> Tensor:
     return h * F.gumbel_softmax(net.middle(h), 0.7, True, dim=0) if net.training else h
 
@@ -89,6 +104,9 @@ MODELS: dict[str, Function] = {
     "no_grad, decorated": lambda net, h: h * gate(net, h),
     "no_grad, nested": with_gradient_within,
     "no_grad, in place": in_place_without_gradient,
+    "no_grad, convolution": lambda net, h: h * (1 + convolved(net, h)),
+    "no_grad, batch normalisation": lambda net, h: h * (1 + normalised(net, h)),
+    "no_grad, gumbel": lambda net, h: h * (1 + soft_gumbel(net, h)),
     "scale of weights": with_scale_of_weights,
     "straight-through rounding": rounded,
     "straight-through sign": straight_through_sign,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,10 +46,16 @@ def _is_counted() -> bool:
 
 def _in_use() -> int:
     """Bytes in the heaps and in mapped blocks."""
+    found = _mallinfo()()
+    return int(found.used + found.mapped)
+
+
+@cache
+def _mallinfo() -> Callable[[], Any]:
+    """glibc's own account of what it has given."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Allocated
-    found = mallinfo()
-    return int(found.used + found.mapped)
+    return mallinfo
 
 
 class _Allocated(ctypes.Structure):

@@ -9,6 +9,7 @@ steps' own derivatives by the curve's Jacobian, transposed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf, isfinite, isqrt, nan
 from typing import Any
 
@@ -138,13 +139,18 @@ class ReverseRun(HypergradientRun):
         return stretch if isfinite(self._room.graph) else stretch._replace(graphs_from=steps)
 
     def _keep(self, step: int, graph: StepGraph, size: int) -> None:
-        """Keep a graph of so many bytes; where graphs are larger than was planned with, without those of some steps
-        before."""
+        """Keep a graph of so many bytes; where graphs are larger than was planned with, the states of some steps before
+        in place of theirs."""
         room = self._room
         self._graphs[step], self._sizes[step] = graph, max(room.graph, size + room.state)
         states = sum(0 < kept <= step for kept in self._kept) * room.state
         while len(self._graphs) > 1 and states + sum(self._sizes[kept] for kept in self._graphs) > room.memory:
-            del self._graphs[min(self._graphs)]
+            first = min(self._graphs)
+            self._kept[first] = self._graphs.pop(first).state
+            states += room.state
+            if first in self._again:  # it would have been charged with the way back
+                self._again.remove(first)
+                self.cost += self.loop.costs.step(first)
 
     def _is_lean(self, step: int) -> bool:
         """Whether only one of the step's batches has room for its graph at a time."""
@@ -259,7 +265,8 @@ class ReverseRun(HypergradientRun):
         there. `short`: without the last step, which is not kept; `at_once`: the last step is gone back through next."""
         begin = max((kept for kept in self._kept if kept < end), default=0)
         state = self._kept[begin] if begin in self._kept else self.loop.initial_state()
-        stretch = plan_stretch(end - begin, self._room, held=sum(0 < kept < end for kept in self._kept))
+        room = replace(self._room, graph=max((self._room.graph, *self._sizes.values())))
+        stretch = plan_stretch(end - begin, room, held=sum(0 < kept < end for kept in self._kept))
         stretch = stretch if at_once else self._without_last(stretch, end - begin)
         steps = range(begin, end - short)
         self.loop.batches.expect(steps)

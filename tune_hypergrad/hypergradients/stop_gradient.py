@@ -175,6 +175,7 @@ class DifferentiableStops(Substituting):
         has_history: Callable[[Tensor], bool] = requires_gradient,
     ) -> None:
         self._stop = stop = _stopping(state, has_history)
+        self._computing = {*further, F.gumbel_softmax}  # what is computed in these this mode does not see
         super().__init__(
             {
                 **further,
@@ -189,7 +190,8 @@ class DifferentiableStops(Substituting):
         )
 
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.is_grad_enabled() or function in self._substitutes or function is _SET_GRAD_ENABLED:
+        known = function in self._substitutes and function not in self._computing
+        if torch.is_grad_enabled() or known or function is _SET_GRAD_ENABLED:
             return super().handle(function, args, kwargs)
         _refuse_inference_mode()
         # what is written to keeps its history; what is read has none for the first pass
