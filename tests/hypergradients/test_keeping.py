@@ -656,6 +656,24 @@ class TestMaxMemory:
         assert run._room.memory == 1 << 20  # type: ignore[attr-defined]
 
 
+class Penalising(nn.Module):
+    """Adds the size of the gradient of its output by its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh(), nn.Linear(6, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.layers(x)
+        x = x.clone().requires_grad_()
+        output = self.layers(x)
+        (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        return output + 0.1 * slope.square().sum(1, keepdim=True) * output.new_tensor([1.0, 0.0, -1.0])
+
+
 class TestBatchNormalisation:
     @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 6), (4, 3, 2, 5)])
     @pytest.mark.parametrize("affine", [True, False])
@@ -670,6 +688,11 @@ class TestBatchNormalisation:
         inputs = [leaf.requires_grad_() for leaf in ((x, w, b) if affine else (x,))]
         assert torch.autograd.gradcheck(output, inputs)
         assert torch.autograd.gradgradcheck(output, inputs)
+
+    def test_a_third_derivative_is_refused(self) -> None:
+        """A penalty on the gradient by the input."""
+        with pytest.raises(InputError, match=r"batch normalisation has no third derivative here.*use differentiation="):
+            differentiate(make_loop(make_problem(Penalising)), VALUES, "reverse")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_a_step_is_the_plain_one_to_the_bit(self, dtype: torch.dtype) -> None:
