@@ -37,6 +37,11 @@ class Room:
     graph: float = inf
     """Bytes of a step's graph, with the state that it begins at; infinite: none is kept."""
 
+    @property
+    def lean(self) -> bool:
+        """Whether the graph of a step of several batches has to be made of one batch at a time."""
+        return self.memory < self.graph
+
     def graphs(self, states: int) -> int:
         """How many graphs there can be beside so many states; the one that is being gone back through always."""
         left = self.memory - states * self.state

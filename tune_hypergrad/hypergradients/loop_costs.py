@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tune_hypergrad.budget import GRADIENTS_PER, Cost
 from tune_hypergrad.hypergradients.loop_batches import LoopBatches
-from tune_hypergrad.problem import Problem
 
 
 class LoopCosts:
@@ -24,9 +23,10 @@ class LoopCosts:
         examples, gradients = self._batches.problem.step_length(step), GRADIENTS_PER["step"] + tangents
         return self._of_all(Cost(steps=1, examples=examples, gradients=gradients, hypergradients=tangents))
 
-    def adjoint_step(self, *, kept: bool = False) -> Cost:
-        """Cost of going back over one training step, by a graph that was kept when it was trained or by a new one."""
-        spent = GRADIENTS_PER["kept_adjoint_step"] if kept else adjoint_gradients(self._batches.problem)
+    def adjoint_step(self, *, kept: bool = False, lean: bool = False) -> Cost:
+        """Cost of going back over one training step, by a graph that was kept when it was trained or by a new one;
+        `lean`: by one of a batch at a time, of several."""
+        spent = GRADIENTS_PER["kept_adjoint_step"] if kept else adjoint_gradients(lean=lean)
         return self._of_all(Cost(gradients=spent, hypergradients=spent))
 
     def evaluation(self, which: str = "val", examples: int | None = None, *, gradient: bool = False) -> Cost:
@@ -43,7 +43,8 @@ class LoopCosts:
         return sum([cost] * self._runs, Cost())
 
 
-def adjoint_gradients(problem: Problem) -> float:
-    """Gradient evaluations that going back over one training step takes: where it has several batches, their mean
-    gradient has to be known before any of them is gone back through."""
-    return GRADIENTS_PER["adjoint_step"] + (GRADIENTS_PER["step"] if problem.accumulate > 1 else 0.0)
+def adjoint_gradients(*, lean: bool) -> float:
+    """Gradient evaluations that going back over one training step takes. `lean`: it has several batches, and their
+    graphs no room beside each other, so that their mean gradient has to be known before any of them is gone back
+    through."""
+    return GRADIENTS_PER["adjoint_step"] + (GRADIENTS_PER["step"] if lean else 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isinf
 from typing import Any, ClassVar, NamedTuple
 
@@ -59,8 +59,8 @@ class Work:
     ) -> Work:
         """That of a run of this loop."""
         windows = tuple(len(v) for v in values.values())
-        adjoint_step = adjoint_gradients(loop.problem)
-        return cls(windows, loop.steps, state_bytes(loop), horizon, adjoint_step, may_be_rejected, graph_bytes, memory)
+        found = cls(windows, loop.steps, state_bytes(loop), horizon, inf, may_be_rejected, graph_bytes, memory)
+        return replace(found, adjoint_step=adjoint_gradients(lean=loop.problem.accumulate > 1 and found.room.lean))
 
     @property
     def room(self) -> Room:

@@ -198,6 +198,11 @@ class _NormalisedGradient(Function):
     def backward(
         ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # the history of what follows would lack what is computed below
+            raise RuntimeError(
+                "batch normalisation has no third derivative here, as a penalty on a gradient through it needs: use "
+                "differentiation='forward', or another normalisation"
+            )
         gy, x, weight, mean, r, gw, gb = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
             n = x.numel() // x.shape[1]

@@ -9,7 +9,6 @@ steps' own derivatives by the curve's Jacobian, transposed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf, isfinite, isqrt, nan
 from typing import Any
 
@@ -33,6 +32,8 @@ from tune_hypergrad.hypergradients.step_graph import (
     step_graph,
 )
 
+_MISCOUNTED = 1 << 12
+"""Bytes by which two counts of what one graph takes may differ: of blocks that an allocator has used before."""
 _COMPARED_TOGETHER = 64
 """Steps between two comparisons on a device that has to be waited for."""
 
@@ -142,7 +143,7 @@ class ReverseRun(HypergradientRun):
         """Keep a graph of so many bytes; where graphs are larger than was planned with, the states of some steps before
         in place of theirs."""
         room = self._room
-        self._graphs[step], self._sizes[step] = graph, max(room.graph, size + room.state)
+        self._graphs[step], self._sizes[step] = graph, max(room.graph, size - _MISCOUNTED + room.state)
         states = sum(0 < kept <= step for kept in self._kept) * room.state
         while len(self._graphs) > 1 and states + sum(self._sizes[kept] for kept in self._graphs) > room.memory:
             first = min(self._graphs)
@@ -154,7 +155,7 @@ class ReverseRun(HypergradientRun):
 
     def _is_lean(self, step: int) -> bool:
         """Whether only one of the step's batches has room for its graph at a time."""
-        return self.loop.problem.batches_in(step) > 1 and self._room.memory < self._room.graph
+        return self.loop.problem.batches_in(step) > 1 and self._room.lean
 
     def _leaves(self, step: int) -> dict[str, Tensor]:
         of_step = self.loop.scalars(self.hyperparameters, step)
@@ -205,7 +206,7 @@ class ReverseRun(HypergradientRun):
         if not lean and step not in self._graphs:
             self._train_again(step + 1)
         kept = step in self._graphs and step not in self._again
-        self.cost += self.loop.costs.adjoint_step(kept=kept)
+        self.cost += self.loop.costs.adjoint_step(kept=kept, lean=lean)
         graph = self._graphs.pop(step, None)
         self._again.discard(step)
         if graph is not None:
@@ -265,8 +266,7 @@ class ReverseRun(HypergradientRun):
         there. `short`: without the last step, which is not kept; `at_once`: the last step is gone back through next."""
         begin = max((kept for kept in self._kept if kept < end), default=0)
         state = self._kept[begin] if begin in self._kept else self.loop.initial_state()
-        room = replace(self._room, graph=max((self._room.graph, *self._sizes.values())))
-        stretch = plan_stretch(end - begin, room, held=sum(0 < kept < end for kept in self._kept))
+        stretch = plan_stretch(end - begin, self._room, held=sum(0 < kept < end for kept in self._kept))
         stretch = stretch if at_once else self._without_last(stretch, end - begin)
         steps = range(begin, end - short)
         self.loop.batches.expect(steps)
