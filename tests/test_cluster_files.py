@@ -25,6 +25,12 @@ def test_the_cluster_file_is_one_of_rays():
     assert f"ray=={config['docker']['image'].split(':')[1].split('-')[0]}" in pinned
 
 
+def test_all_nodes_of_the_cluster_file_ask_for_one_token():
+    config = yaml.safe_load((CLUSTER / "cluster.yaml").read_text())
+    assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+
+
 def test_the_slurm_script_is_bash():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
 

@@ -147,6 +147,17 @@ def test_the_engine_brings_no_ray_in():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_what_trains_and_searches_brings_nothing_in_that_is_for_reports_or_data():
+    files = [file for room in ("trainables", "searchers") for file in sorted((PACKAGE / room).glob("[!_]*.py"))]
+    lines = [f"import tune_hypergrad.{file.parent.name}.{file.stem}" for file in files]
+    lines += ["import tune_hypergrad.stn, tune_hypergrad.problems, tune_hypergrad.comparison.methods, sys"]
+    lines += ["import tune_hypergrad.comparison.running.dispatching"]  # what runs in a trial's process
+    others = "('matplotlib', 'sklearn', 'pooch', 'lightning', 'transformers')"
+    lines += [f"print([name for name in sys.modules if name.split('.')[0] in {others}])"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_the_package_itself_brings_no_torch_in():
     script = "import sys, tune_hypergrad; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

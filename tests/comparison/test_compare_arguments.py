@@ -624,6 +624,21 @@ def test_an_address_where_nobody_answers_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cluster_that_lets_nobody_in_is_said_to_ask_for_its_token(monkeypatch):
+    def refuse(**arguments):
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        hint = f"at '{address}'.*; if it asks for a token, set RAY_AUTH_MODE=token"
+        with pytest.raises(InputError, match=hint), cluster_session(address):
+            pass
+    with pytest.raises(InputError, match=r"Failed to connect to Ray cluster$"), cluster_session("auto"):
+        pass
+
+
 def test_an_address_of_another_session_than_this_is_refused(another_session):
     for address in ("10.0.0.8:6379", "10.0.0.7:6380", "local", "nowhere.invalid:6379"):
         with (

@@ -73,6 +73,14 @@ def test_values_and_derivatives(case: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_a_tensor_keeps_its_own_history() -> None:
+    """By which older releases of torch find a checkpoint's inputs."""
+    y = X.float().requires_grad_().exp()
+    with DoublePrecision():
+        inside = y.grad_fn
+    assert inside is y.grad_fn
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_arguments_are_widened_exactly(dtype: torch.dtype) -> None:
     x = X.to(dtype)

@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
+_GRAD_FN: Any = Tensor.grad_fn.__get__  # type: ignore[attr-defined]
+"""Gives what a tensor itself came from, not what a mode puts behind it: activation checkpointing before torch 2.12 finds
+its inputs by it."""
+
 
 class LastingMode(TorchFunctionMode):
     """A mode that is entered in backward passes, too."""
@@ -27,6 +31,8 @@ class LastingMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func == _GRAD_FN:
+            return func(*args)
         backward = _BACKWARD.get(func)
         if backward is None or (kwargs and kwargs.get("is_grads_batched")):
             return self.handle(func, args, kwargs or {})

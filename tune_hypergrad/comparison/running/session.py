@@ -21,6 +21,7 @@ _SETTINGS = {
 }
 
 _NO_CLIENT = "the comparison itself has to run on a machine of the cluster, with address='auto'"
+_TOKEN = "; if it asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to its token"
 _TIMEOUT = 10.0  # seconds in which a cluster accepts a connection
 
 # of failed trials the report tells, and searchers of what they passed over; that tokens are on is no news to those who
@@ -86,14 +87,17 @@ def _start(address: str | None) -> None:
     if named is not None:
         refuse_client(f"RAY_ADDRESS is {named!r}", named)
     dashboard = False if address is None else None
+    listening = False
     try:
         if named is not None and ":" in named:
             _knock(named)  # Ray would try for minutes
+            listening = True
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, include_dashboard=dashboard)
     except OSError as error:  # a ConnectionError is one too
         if address is None and named is None and not isinstance(error, ConnectionError):
             raise
-        raise InputError(f"no Ray cluster answers at {named or address!r}: {in_one_line(error)}") from error
+        hint = _TOKEN if listening else ""  # Ray does not say that it was this
+        raise InputError(f"no Ray cluster answers at {named or address!r}: {in_one_line(error)}{hint}") from error
     except Exception as error:
         if address is None and named is None:
             raise
