@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-_GRAD_FN: Any = Tensor.grad_fn.__get__  # type: ignore[attr-defined]
-"""Gives what a tensor itself came from, not what a mode puts behind it: activation checkpointing before torch 2.12 finds
-its inputs by it."""
+_GRAD_FN: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+"""Gives what a tensor itself came from, not what a mode puts behind it: activation checkpointing before torch 2.12
+finds its inputs by it."""
 
 
 class LastingMode(TorchFunctionMode):
