@@ -83,6 +83,8 @@ def defining(module: str, name: str) -> str:
     """The module that `from module import name` takes the name from: that name itself, where it is one."""
     if module == PACKAGE.name and name in tune_hypergrad._MODULES:
         return f"{module}.{tune_hypergrad._MODULES[name]}"
+    if module.split(".")[0] != PACKAGE.name:
+        return module  # others are told apart by their first name
     path = PACKAGE.parent.joinpath(*module.split("."), name)
     is_module = path.with_suffix(".py").exists() or (path / "__init__.py").exists()
     return f"{module}.{name}" if is_module else module
