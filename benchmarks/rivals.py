@@ -16,9 +16,10 @@ Contenders:
 betty-ml is left out: it takes hypergradients of one step or of an implicit function, not of a run.
 
 Data are made up. Each figure is measured in a process of its own, which after a short run of each first times a plain
-loop of `torch.optim` over as many steps, then the contender, then the loop again: process time in one thread over the
-mean of the loops'. Memory is how far the process's peak (`ru_maxrss`) rises in the contender's run. Contenders take
-turns; a figure is the median (and the range) over the turns. What fails, for want of memory too, is said so.
+loop of `torch.optim` over as many steps, then the contender, twice, as in a search, then the loop again: process time
+in one thread over the mean of the loops'. Memory is how far the process's peak (`ru_maxrss`) rises in the contender's
+first run, which takes the time longer to get it from the system. Contenders take turns; a figure is the median (and the
+range) over the turns. What fails, for want of memory too, is said so.
 """
 
 from __future__ import annotations
@@ -145,15 +146,14 @@ def ours(keeping: str, *, first: bool = False) -> Callable[[Task], Tensor]:
     def found(task: Task) -> Tensor:
         from tune_hypergrad import Problem, hypergradient
 
-        key = task.factory, task.steps if first else 0
-        if key not in PROBLEMS:
-            PROBLEMS[key] = Problem(task.factory, (task.x, task.y), task.val, batch_size=task.batch)
+        if first or task.factory not in PROBLEMS:
+            PROBLEMS[task.factory] = Problem(task.factory, (task.x, task.y), task.val, batch_size=task.batch)
         state = 2 * 4 * sum(parameter.numel() for parameter in task.factory().parameters())
         memory = {"kept graphs": None, "states": 1.1 * task.steps * state, "root of the states": None}[keeping]
         mode = "checkpointed_reverse" if keeping == "root of the states" else "reverse"
         values = {"lr": task.rates().detach()}
         return hypergradient(  # type: ignore[no-any-return]
-            PROBLEMS[key],
+            PROBLEMS[task.factory],
             values,
             steps=task.steps,
             fixed={"momentum": MOMENTUM},
@@ -252,8 +252,10 @@ def measure(contender: str, model: str, steps: int, count: int) -> dict[str, flo
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     timed(lambda: work(task))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    timed(lambda: work(task))
     timed(lambda: loop(task, adam))
-    return {"ratio": 2 * times[1] / (times[0] + times[2]), "mebibytes": grown, "loop_seconds": times[0]}
+    plain = (times[0] + times[3]) / 2
+    return {"first": times[1] / plain, "ratio": times[2] / plain, "mebibytes": grown, "loop_seconds": plain}
 
 
 def python_of(contender: str, pythons: dict[str, str]) -> str | None:
@@ -294,10 +296,14 @@ def shown(values: list[float], digits: int) -> str:
     return f"{middle} ({least} to {most})" if len(values) > 1 else middle
 
 
+KINDS = (("ratio", 2), ("first", 2), ("mebibytes", 0))
+"""Figures of a measurement, and digits."""
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a row a contender, model and number of rates; a column a number of steps."""
     steps = sorted({record["steps"] for record in records})
-    lines = [f"| model | rates | contender | {' | '.join(f'T = {t}: time; MiB' for t in steps)} |"]
+    lines = [f"| model | rates | contender | {' | '.join(f'T = {t}: time; of the first run; MiB' for t in steps)} |"]
     lines.append("|" + " --- |" * (3 + len(steps)))
     rows = dict.fromkeys((r["model"], r["count"], r["contender"]) for r in records)
     for model, count, contender in rows:
@@ -310,7 +316,7 @@ def table(records: list[dict[str, Any]]) -> str:
             ]
             good = [found for found in own if isinstance(found, dict)]
             failed = own[0] if own and isinstance(own[0], str) else ""
-            figures = [shown([found[key] for found in good], d) for key, d in (("ratio", 2), ("mebibytes", 0)) if good]
+            figures = [shown([found[key] for found in good], d) for key, d in KINDS if good]
             cells.append("; ".join(figures) or failed)
         lines.append(f"| {MODELS[model][0]} | {count} | {contender} | {' | '.join(cells)} |")
     return "\n".join(lines)

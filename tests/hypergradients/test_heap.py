@@ -8,8 +8,11 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, torch
-from tune_hypergrad.hypergradients.heap import kept_heap
+import resource, time, torch
+from tune_hypergrad.hypergradients import heap
+from tune_hypergrad.hypergradients.heap import free_in_heap, kept_heap
+
+heap.IDLE_S = 0.5
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -24,14 +27,22 @@ torch.set_num_threads(1)
 outside, start = faults(), resident()
 with kept_heap():
     inside = faults()
-print(outside > 3 * inside, resident() - start < 20_000_000)
+print(outside > 3 * inside, resident() - start > 20_000_000, abs(free_in_heap() - (resident() - start)) < 10_000_000)
+with kept_heap():  # at once
+    again = faults()
+    time.sleep(1.5)
+print(outside > 10 * again, resident() - start > 20_000_000)
+deadline = time.monotonic() + 60
+while resident() - start > 20_000_000 and time.monotonic() < deadline:
+    time.sleep(0.1)
+print(resident() - start < 20_000_000, free_in_heap() == 0)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator only")
-def test_pages_are_reused_inside_and_returned_afterwards() -> None:
+def test_pages_are_reused_and_returned_when_nothing_trains_for_a_while() -> None:
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     result = subprocess.run(
         [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
-    assert result.stdout.split() == ["True", "True"]
+    assert result.stdout.split() == ["True"] * 7

@@ -1,47 +1,125 @@
 """Keep freed memory at hand while training, instead of giving it back to the system at every tensor's end.
 
 glibc maps large blocks afresh and unmaps them when freed, so the batched activations of forward mode would be paged
-in and zeroed again for every operation, at up to half of the time of a step.
+in and zeroed again for every operation, at up to half of the time of a step; and the graphs that reverse mode keeps,
+for every run of a search, at up to half of the time of its training. So memory is given back when nothing has trained
+for a while.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 1 << 26, _MMAP_THRESHOLD: 1 << 30}
 # what glibc's own adjustment of its thresholds ends at
 _GIVE_BACK = {_TRIM_THRESHOLD: 1 << 26, _TOP_PAD: 1 << 17, _MMAP_THRESHOLD: 1 << 25}
+IDLE_S = 2.0
+"""Seconds after the last training at which the free part of the heap is given back."""
 
 
-class _Kept:
+class _Allocated(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "blocks", "small", "mapped_blocks", "mapped", "_", "fast", "used", "free", "top")
+    ]
+
+
+class _Heap:
+    """This process's: without a lock, which a fork might copy while it is held."""
+
     depth = 0
-    """How many bodies of `kept_heap` run within each other: the outermost gives memory back."""
+    """How many bodies of `kept_heap` run."""
+    giving_back: threading.Timer | None = None
+    """What is going to give the free part back, while none runs."""
+    resident_before = 0
+    """Bytes of the process in memory, before the first body after the last return."""
 
 
 @contextmanager
 def kept_heap() -> Iterator[None]:
-    """Run the body with a heap that does not shrink, then give its free part back.
+    """Run the body with a heap that does not shrink; its free part is given back where none follows within `IDLE_S`.
 
     Does nothing without glibc, or where the environment sets malloc's thresholds.
     """
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    set_by_user = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if set_by_user or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+    libc = _glibc()
+    if libc is None:
         yield
         return
-    assert libc is not None
-    _Kept.depth += 1
+    if _Heap.giving_back is not None:
+        _Heap.giving_back.cancel()
+        _Heap.giving_back = None
+    elif not _Heap.depth:
+        _Heap.resident_before = _resident()
+    _Heap.depth += 1
     try:
-        for parameter, value in _KEEP.items():
-            libc.mallopt(parameter, value)
+        _set(libc, _KEEP)
         yield
     finally:
-        _Kept.depth -= 1
-        if not _Kept.depth:
-            for parameter, value in _GIVE_BACK.items():
-                libc.mallopt(parameter, value)
-            libc.malloc_trim(0)
+        _Heap.depth -= 1
+        if not _Heap.depth:
+            _Heap.giving_back = threading.Timer(IDLE_S, _give_back, (libc,))
+            _Heap.giving_back.daemon = True
+            _Heap.giving_back.start()
+
+
+def free_in_heap() -> int:
+    """Bytes that the heap holds free between two trainings, and that are taken from the rest of the machine."""
+    if _Heap.giving_back is None:
+        return 0
+    return max(0, min(int(_mallinfo().free), _resident() - _Heap.resident_before))
+
+
+def in_use() -> int | None:
+    """Bytes in use in the heaps and in mapped blocks; None without glibc."""
+    if not _has_mallinfo():
+        return None
+    found = _mallinfo()
+    return int(found.used + found.mapped)
+
+
+def _give_back(libc: ctypes.CDLL) -> None:
+    _Heap.giving_back = None
+    _set(libc, _GIVE_BACK)
+    libc.malloc_trim(0)
+    if _Heap.depth:  # a body has begun meanwhile
+        _set(libc, _KEEP)
+
+
+def _set(libc: ctypes.CDLL, parameters: dict[int, int]) -> None:
+    for parameter, value in parameters.items():
+        libc.mallopt(parameter, value)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc and may be told what to keep."""
+    set_by_user = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    return ctypes.CDLL(None) if _has_mallinfo() and not set_by_user else None
+
+
+@cache
+def _has_mallinfo() -> bool:
+    """Whether the C library is glibc, of 2020 or later."""
+    return os.name == "posix" and hasattr(ctypes.CDLL(None), "mallinfo2")
+
+
+def _mallinfo() -> _Allocated:
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Allocated
+    found: _Allocated = mallinfo()
+    return found
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable
 from functools import cache
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.heap import free_in_heap, in_use
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _SHARE = 0.25  # several trials may run beside each other
@@ -31,40 +28,17 @@ def allocated(device: torch.device) -> int | None:
     with other allocators than glibc's."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _in_use() if _is_counted() else None
+    return in_use() if _is_counted() else None
 
 
 @cache
 def _is_counted() -> bool:
     """Whether glibc's figures have the memory of tensors in them."""
-    if os.name != "posix" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+    before = in_use()
+    if before is None:
         return False
-    before = _in_use()
     tried = torch.empty(_TRIED, dtype=torch.uint8)
-    return _in_use() - before >= tried.nbytes
-
-
-def _in_use() -> int:
-    """Bytes in the heaps and in mapped blocks."""
-    found = _mallinfo()()
-    return int(found.used + found.mapped)
-
-
-@cache
-def _mallinfo() -> Callable[[], Any]:
-    """glibc's own account of what it has given."""
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = _Allocated
-    return mallinfo
-
-
-class _Allocated(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "blocks", "small", "mapped_blocks", "mapped", "_", "fast", "used", "free", "top")
-    ]
+    return (in_use() or 0) - before >= tried.nbytes
 
 
 def as_bytes(size: float | str) -> int:
@@ -90,13 +64,14 @@ def mebibytes(size: float) -> str:
 
 
 def _available() -> int:
-    """What Linux says can be had without swapping, and the container has left; 4 GiB where nobody says."""
+    """What Linux says can be had without swapping, and the container has left, and what the last run has left in the
+    heap; 4 GiB where nobody says."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         free = 1 << 32
-    return int(max(0, min(free, _left_in_container())))
+    return int(max(0, min(free, _left_in_container()))) + free_in_heap()
 
 
 def _left_in_container() -> float:
