@@ -12,10 +12,11 @@ import ctypes
 import os
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 1 << 26, _MMAP_THRESHOLD: 1 << 30}
@@ -74,16 +75,18 @@ def kept_heap() -> Iterator[None]:
 
 def free_in_heap() -> int:
     """Bytes that the heap holds free between two trainings, and that are taken from the rest of the machine."""
-    if _Heap.giving_back is None:
+    mallinfo = _mallinfo()
+    if mallinfo is None or _Heap.giving_back is None:
         return 0
-    return max(0, min(int(_mallinfo().free), _resident() - _Heap.resident_before))
+    return max(0, min(int(mallinfo().free), _resident() - _Heap.resident_before))
 
 
 def in_use() -> int | None:
     """Bytes in use in the heaps and in mapped blocks; None without glibc."""
-    if not _has_mallinfo():
+    mallinfo = _mallinfo()
+    if mallinfo is None:
         return None
-    found = _mallinfo()
+    found = mallinfo()
     return int(found.used + found.mapped)
 
 
@@ -104,20 +107,16 @@ def _set(libc: ctypes.CDLL, parameters: dict[int, int]) -> None:
 def _glibc() -> ctypes.CDLL | None:
     """The C library, if it is glibc and may be told what to keep."""
     set_by_user = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    return ctypes.CDLL(None) if _has_mallinfo() and not set_by_user else None
+    return None if set_by_user or _mallinfo() is None else ctypes.CDLL(None)
 
 
 @cache
-def _has_mallinfo() -> bool:
-    """Whether the C library is glibc, of 2020 or later."""
-    return os.name == "posix" and hasattr(ctypes.CDLL(None), "mallinfo2")
-
-
-def _mallinfo() -> _Allocated:
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = _Allocated
-    found: _Allocated = mallinfo()
-    return found
+def _mallinfo() -> Callable[[], Any] | None:
+    """glibc's own account of what it has given; None without glibc of 2020 or later."""
+    found: Any = getattr(ctypes.CDLL(None), "mallinfo2", None) if os.name == "posix" else None
+    if found is not None:
+        found.restype = _Allocated
+    return found  # type: ignore[no-any-return]
 
 
 def _resident() -> int:
