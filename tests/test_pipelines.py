@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from importlib import import_module
 
 import pipelines
 import pytest
@@ -81,8 +82,11 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch):
     ]:
         monkeypatch.setitem(sys.modules, library, None)
         monkeypatch.delitem(sys.modules, f"tune_hypergrad.bridges.{library}", raising=False)
-        with pytest.raises(InputError, match=rf"pip install 'tune_hypergrad\[{library}\]'"):
+        message = rf"{library} cannot be imported .*: pip install 'tune_hypergrad\[{library}\]'$"
+        with pytest.raises(InputError, match=message):
             take()
+        with pytest.raises(ImportError, match=message):
+            import_module(f"tune_hypergrad.bridges.{library}")
 
 
 def test_a_tensor_data_set_may_have_a_collate_function():

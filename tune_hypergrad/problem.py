@@ -590,9 +590,7 @@ def _bridge(library: str) -> Any:
     try:
         return import_module(f"tune_hypergrad.bridges.{library}")
     except ImportError as error:
-        raise InputError(
-            f"{library} cannot be imported ({in_one_line(error)}): pip install 'tune_hypergrad[{library}]'"
-        ) from error
+        raise InputError(str(error)) from error
 
 
 def _placed(measure: Any, device: torch.device, dtype: torch.dtype, memo: dict[int, Any]) -> Any:

@@ -12,14 +12,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
+
+from tune_hypergrad.bridges import missing
+
+try:
+    import lightning
+    from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ImportError as error:
+    raise missing("lightning", error) from error
 
 from tune_hypergrad.bridges.lightning_steps import (
     TRAINING,

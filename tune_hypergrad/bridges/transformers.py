@@ -16,18 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    EvalPrediction,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    get_scheduler,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_pt_utils import nested_concat, nested_numpify
-from transformers.trainer_utils import RemoveColumnsCollator
-from transformers.utils import find_labels
+
+from tune_hypergrad.bridges import missing
+
+try:
+    from transformers import (
+        EvalPrediction,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+        default_data_collator,
+        get_scheduler,
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.trainer_pt_utils import nested_concat, nested_numpify
+    from transformers.trainer_utils import RemoveColumnsCollator
+    from transformers.utils import find_labels
+except ImportError as error:
+    raise missing("transformers", error) from error
 
 from tune_hypergrad.bridges.optimizers import engine_optimizer, parameter_groups
 from tune_hypergrad.bridges.replay import replay
