@@ -185,6 +185,11 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
 
 
+def group_name(group: Mapping[str, Any], position: int) -> str:
+    """What a param group of `torch.optim` is called: by its own name, or by its position."""
+    return group.get("name", f"group{position}")  # type: ignore[no-any-return]
+
+
 def refuse_form(groups: Any) -> None:
     """Refuse what a `Problem` cannot take as groups, whatever its model is.
 
@@ -292,7 +297,7 @@ def _of_function(made: Any, model: nn.Module, trainable: Mapping[str, Tensor]) -
     values: dict[str, float] = {}
     of_parameter: dict[str, str] = {}
     for position, group in enumerate(made):
-        name = group.get("name", f"group{position}")
+        name = group_name(group, position)
         if name in dict(parts):
             raise InputError(f"groups(model) has two groups with the name {name!r}: rename one of them")
         members = [_name_of(each, names, name) for each in _as_list(group["params"])]

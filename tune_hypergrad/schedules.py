@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tune_hypergrad.curves import Curve, curves_of, split_group, window_at
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.groups import in_group, listed, ungrouped
+from tune_hypergrad.groups import group_name, in_group, listed, ungrouped
 from tune_hypergrad.space import flat_values, is_hyperparameter
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ class Schedule:
         count, known = len(optimizer.param_groups), groups or {}
         if any(position not in range(count) for position in known):
             raise InputError(f"groups is {dict(known)!r}: its keys are positions of param groups, 0 to {count - 1}")
-        found = [known.get(i, group.get("name", f"group{i}")) for i, group in enumerate(optimizer.param_groups)]
+        found = [known.get(i, group_name(group, i)) for i, group in enumerate(optimizer.param_groups)]
         scheduled = [split_group(name) for name in self.values]
         of_groups = {group for name, group in scheduled if group and any(_has(g, name) for g in optimizer.param_groups)}
         missing = sorted(of_groups - set(found))

@@ -43,6 +43,7 @@ from tune_hypergrad.bridges.replay import replay
 from tune_hypergrad.data import cast_batch
 from tune_hypergrad.defaults import TrainingDefaults
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.groups import group_name
 from tune_hypergrad.hypergradients import get_optimizer
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import preserved_generators, seed_everything
@@ -172,7 +173,7 @@ class _ParamGroups:
 
     def __call__(self, module: Any) -> list[dict[str, Any]]:
         optimizer, _ = _configured(attempt("configure_optimizers", module.configure_optimizers))
-        names = [group.get("name", f"group{number}") for number, group in enumerate(optimizer.param_groups)]
+        names = [group_name(group, number) for number, group in enumerate(optimizer.param_groups)]
         return [
             {"params": group["params"], "name": name, **self.fixed.get(name, {})}
             for name, group in zip(names, optimizer.param_groups, strict=True)

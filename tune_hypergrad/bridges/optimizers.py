@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tune_hypergrad.curves import split_group
 from tune_hypergrad.defaults import ParameterGroup
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.groups import group_name
 from tune_hypergrad.hypergradients import OPTIMIZERS
 from tune_hypergrad.schedules import Schedule, common_value
 
@@ -97,7 +98,7 @@ def parameter_groups(
         own = [values[number] for values in by_step]
         windows = {name: _shortest([values[name] for values in own]) for name in hyperparameters}
         parameters = tuple(known[id(parameter)] for parameter in group["params"])
-        found.append(ParameterGroup(group.get("name", f"group{number}"), parameters, Schedule(windows)))
+        found.append(ParameterGroup(group_name(group, number), parameters, Schedule(windows)))
     _refuse_untrained(model, {name for group in found for name in group.parameters})
     return tuple(found), _together(found, given, _values(optimizer.defaults, hyperparameters))
 
