@@ -62,13 +62,13 @@ def sgd(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -
 def nesterov(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
     """SGD with Nesterov momentum, as `torch.optim.SGD(nesterov=True)`."""
     velocity = _velocity(params, gradient, slots, h, step)
-    look_ahead = gradient + h["weight_decay"] * params + h["momentum"] * velocity
+    look_ahead = _decayed(params, gradient, h) + h["momentum"] * velocity
     return params - h["lr"] * look_ahead, (velocity,)
 
 
 def adam(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
     """Adam with L2 weight decay, as `torch.optim.Adam` (Kingma & Ba 2015)."""
-    return _adam(params, gradient + h["weight_decay"] * params, slots, h, step)
+    return _adam(params, _decayed(params, gradient, h), slots, h, step)
 
 
 def adamw(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
@@ -79,7 +79,7 @@ def adamw(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int)
 def rmsprop(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
     """RMSprop with momentum and L2 weight decay, as `torch.optim.RMSprop`."""
     square, velocity = slots
-    gradient = gradient + h["weight_decay"] * params
+    gradient = _decayed(params, gradient, h)
     square = h["alpha"] * square + (1 - h["alpha"]) * gradient**2
     velocity = h["momentum"] * velocity + gradient / (guarded_sqrt(square) + h["eps"])
     return params - h["lr"] * velocity, (square, velocity)
@@ -149,10 +149,21 @@ def _at_most(value: Tensor | float, limit: float) -> Tensor | float:
 
 
 def _velocity(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> Tensor:
-    decayed = gradient + h["weight_decay"] * params
+    decayed = _decayed(params, gradient, h)
     if step == 0:  # torch.optim starts from the gradient, undampened
         return decayed
-    return h["momentum"] * slots[0] + (1 - h["dampening"]) * decayed
+    added = (1 - h["dampening"]) * decayed if _may_differ(h["dampening"], 0.0) else decayed
+    return h["momentum"] * slots[0] + added
+
+
+def _decayed(params: Tensor, gradient: Tensor, h: Scalars) -> Tensor:
+    """The gradient with L2 weight decay."""
+    return gradient + h["weight_decay"] * params if _may_differ(h["weight_decay"], 0.0) else gradient
+
+
+def _may_differ(value: Tensor | float, other: float) -> bool:
+    """Whether a hyperparameter may have another value; what it does not do need not be computed."""
+    return isinstance(value, Tensor) or value != other
 
 
 def _adam(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:

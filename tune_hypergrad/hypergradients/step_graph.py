@@ -244,7 +244,7 @@ def _through_batch(
             )
 
     with torch.enable_grad():
-        found = graph.within(products)
+        found = [_without_history(product) for product in graph.within(products)]
     by_named, by_moved = found[: len(named)], found[len(named) : len(named) + len(moved)]
     return _ThroughBatch(
         loop.flatten(dict(zip(named, by_named, strict=True))),
@@ -266,22 +266,32 @@ def _through_batches(
     pulled: list[_ThroughBatch] = []
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
+    to_each = update.to_gradient / count if count > 1 else update.to_gradient
     for graph in graphs:
-        pulled.append(_through_batch(loop, graph, h, update.to_gradient / count, buffer_adjoint))
+        pulled.append(_through_batch(loop, graph, h, to_each, buffer_adjoint))
         buffer_adjoint = pulled[-1].buffer_adjoint
         losses.insert(0, graph.loss)
         gradients.insert(0, constant(graph.gradient))
     return Pulled(
-        _sum(losses) / count,
-        _sum(gradients) / count,
+        _mean(losses),
+        _mean(gradients),
         (_sum([update.to_params, *(each.to_params for each in pulled)]), *update.to_slots),
         buffer_adjoint,
         {name: _sum([value, *(each.to_h[name] for each in pulled)]) for name, value in update.to_h.items()},
     )
 
 
+def _without_history(product: Tensor) -> Tensor:
+    """A product as a constant: hooks that compute under `no_grad` give one with a history."""
+    return constant(product) if product.requires_grad else product
+
+
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return reduce(torch.add, tensors)
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return _sum(tensors) / len(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
@@ -292,11 +302,10 @@ def differentiable(state: Iterable[Tensor]) -> DifferentiableStops:
 def _products(outputs: tuple[Tensor, ...], inputs: list[Tensor], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Vector-Jacobian products, zeros where an output does not depend on an input."""
     pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    products = torch.autograd.grad(
+    return torch.autograd.grad(
         [output for output, _ in pairs],
         inputs,
         [cotangent for _, cotangent in pairs],
         allow_unused=True,
         materialize_grads=True,
     )
-    return tuple(constant(product) for product in products)
