@@ -537,7 +537,8 @@ class InnerLoop:
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Parameters by name as one vector of shape [P], which undoes `unflatten`; other names are left out."""
-        return torch.cat([as_real(params[name]).reshape(-1) for name in self._names])
+        parts = (as_real(params[name]) if name in self._complex else params[name] for name in self._names)
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def reported(self, buffers: Buffers) -> Buffers:
         """The buffers of a state that are reported: the model's own, and frozen parameters that training has
