@@ -103,22 +103,32 @@ EIGHT = hyperparameters(SHORT, 1)
 
 
 class SimpleLoop:
-    """Forward mode the simple way, for SGD and as many windows of the learning rate as there are steps, momentum and
-    weight decay: one double backward pass a column; no running statistics."""
+    """Forward mode the simple way, for SGD and windows of the learning rate, momentum and weight decay: one double
+    backward pass for every column that is open; no running statistics.
 
-    def __init__(self, loop: InnerLoop) -> None:
-        self.loop, self.state, self.values = loop, loop.initial_state(), hyperparameters(loop.steps, 1)
-        self.dparams = torch.zeros(loop.steps + 2, loop.size, dtype=loop.dtype)
+    Args:
+        loop: what is trained.
+        values: of "lr", "momentum" and "weight_decay"; None: a window of the learning rate for every step.
+    """
+
+    def __init__(self, loop: InnerLoop, values: Hyperparameters | None = None) -> None:
+        self.loop, self.state = loop, loop.initial_state()
+        self.values = hyperparameters(loop.steps, 1) if values is None else values
+        self.windows = len(self.values["lr"])
+        self.dparams = torch.zeros(self.windows + 2, loop.size, dtype=loop.dtype)
         self.dvelocity = torch.zeros_like(self.dparams)
 
     def step(self, step: int) -> None:
         loop, params, (velocity,) = self.loop, self.state.params, self.state.slots
         h = loop.scalars({name: values.to(loop.dtype) for name, values in self.values.items()}, step)
         leaf = params.detach().requires_grad_()
+        window = self.windows * step // loop.steps
+        # columns: the windows of lr, then momentum, then weight decay
+        open_ = [*range(window + 1), self.windows, self.windows + 1]
 
         def differentiate(loss: Tensor, passed: Passed) -> tuple[Tensor, list[Tensor], Buffers]:
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-            products = [torch.autograd.grad(gradient, leaf, z, retain_graph=True)[0] for z in self.dparams]
+            products = [torch.autograd.grad(gradient, leaf, self.dparams[c], retain_graph=True)[0] for c in open_]
             return gradient.detach(), products, passed.buffers()
 
         copies = loop.copies(self.state.buffers)
@@ -126,22 +136,21 @@ class SimpleLoop:
             loop.unflatten(leaf), copies, h, loop.batches.of_step(step), step, differentiate
         )
         decayed = gradient + h["weight_decay"] * params
-        # columns: the windows of lr, then momentum, then weight decay
-        columns = list(zip(self.dparams, self.dvelocity, strict=True))
-        for column, (dparams, dvelocity) in enumerate(columns):
-            ddecayed = products[column] + h["weight_decay"] * dparams
-            if column == loop.steps + 1:
+        columns = [(column, self.dparams[column], self.dvelocity[column]) for column in open_]
+        for product, (column, dparams, dvelocity) in zip(products, columns, strict=True):
+            ddecayed = product + h["weight_decay"] * dparams
+            if column == self.windows + 1:
                 ddecayed += params
             if step == 0:
                 dvelocity.copy_(ddecayed)
             else:
                 dvelocity.mul_(h["momentum"]).add_(ddecayed)
-                if column == loop.steps:
+                if column == self.windows:
                     dvelocity.add_(velocity)
         velocity = decayed if step == 0 else h["momentum"] * velocity + decayed
-        for column, (dparams, dvelocity) in enumerate(columns):
+        for column, dparams, dvelocity in columns:
             dparams.sub_(h["lr"] * dvelocity)
-            if column == step:
+            if column == window:
                 dparams.sub_(velocity)
         detached = {name: buffer.detach() for name, buffer in buffers.items()}
         self.state = State(params - h["lr"] * velocity, (velocity,), detached, self.state.counts)
