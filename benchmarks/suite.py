@@ -99,7 +99,7 @@ def measured(command: list[str]) -> dict[str, Any]:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")])),
         }
         arguments = [sys.executable, str(FOLDER / Path(command[1]).name), *command[2:], "--json", str(file)]
-        subprocess.run(arguments, check=True, env=environment)
+        subprocess.run(arguments, check=True, env=environment, stdout=sys.stderr)
         return {"command": shlex.join(command), "figures": json.loads(file.read_text(encoding="utf-8"))}
 
 
