@@ -172,12 +172,25 @@ class TestProductsInTurn:
         monkeypatch.setattr("tune_hypergrad.hypergradients.carrying._try_out", None)
         differentiate(make_loop(), SGD, horizon=1)
 
-    def test_the_memory_given_does_not_change_a_bit(self) -> None:
-        problem, runs = make_problem(dtype=torch.float32), []
-        for memory in (None, 1 << 30, 6 * state_bytes(make_loop(problem))):
-            runs.append(differentiate(make_loop(problem), SGD, max_memory=memory))
-        for run in runs[1:]:
-            assert_close(run.hypergradients, runs[0].hypergradients, 0.0)
+    @pytest.mark.parametrize("settings", [{}, {"clip_norm": 0.05}, {"optimizer": "adafactor"}])
+    def test_the_memory_given_does_not_change_a_bit(self, settings: dict[str, Any]) -> None:
+        def wide_mlp() -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 3))
+
+        problem, runs, taken = make_problem(wide_mlp, dtype=torch.float32), [], []
+        values = {"lr": SGD["lr"], "weight_decay": SGD["weight_decay"]}
+        for memory in (None, 1 << 30, 4 * state_bytes(make_loop(problem, **settings)) + 1):
+            run = hypergradient_run(
+                make_loop(problem, **settings), values, differentiation="forward", max_memory=memory
+            )
+            assert isinstance(run, ForwardRun) and run.in_turn
+            taken.append(run.columns_at_once)
+            with run.loop.running():
+                run.advance(run.length)
+            runs.append(run.result())
+        assert taken[0] == taken[1] > taken[2] == 1
+        for result in runs[1:]:
+            assert_close(result.hypergradients, runs[0].hypergradients, 0.0)
 
     def test_an_ensemble_takes_them(self, in_turn: list[bool]) -> None:
         both = hypergradient(make_problem(), SGD, steps=5, seed=[3, 4], differentiation="forward")
