@@ -70,7 +70,7 @@ BENCHMARKS = {
         "",
         "--max-budget 3 --seconds 0.05 --evaluations 1 --repetitions 1 --limit 20 --nodes 1",
     ),
-    "ray": Benchmark("ray_overhead.py", "", "--trials 2 --reports 3 --rounds 1"),
+    "ray": Benchmark("ray_overhead.py", "", "--trials 2 --reports 4 --rounds 1"),
     "ledger": Benchmark("compare_scale.py", "--results 2500 5000", "--accounts 2 --results 20"),
 }
 
