@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from ConfigSpace import Categorical, ConfigurationSpace, Float
+from figures import figure, with_json, write
 from hpbandster.core.dispatcher import Job
 from hpbandster.optimizers.config_generators.bohb import BOHB
 from rich.console import Console
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=9)
     parser.add_argument("--categorical", type=int, default=0, help="how many dimensions are categories, of 4 each")
     parser.add_argument("--block", type=int, default=50, help="evaluations in a turn")
+    with_json(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # ConfigSpace's, of HpBandSter's calls
     logging.disable()  # HpBandSter's warnings of every candidate without a finite value
@@ -195,6 +197,8 @@ def main() -> None:
             f"{count} of {options.observations}",
         )
     Console(width=150).print(table)
+    means = {name: [statistics.mean(block) for block in found.blocks] for name, found in measured.items()}
+    write(options.json, (figure(name, blocks, "ms an evaluation") for name, blocks in means.items()))
 
 
 if __name__ == "__main__":

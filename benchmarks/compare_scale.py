@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from figures import figure, with_json, write
 from ray import tune
 
 from tune_hypergrad import BOHBSearch, Budget, Method, RandomSearch, Retraining, compare, problems
@@ -145,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accounts", type=int, default=100)
     parser.add_argument("--results", type=int, nargs="+", default=[2500, 5000, 10_000])
+    with_json(parser)
     parser.add_argument("--here", action="store_true", help="measure one size in this process, and print JSON")
     options = parser.parse_args()
     if options.here:
@@ -159,6 +161,10 @@ def main() -> None:
     names = [name for name in rows[0] if name not in ("seconds", "calls")]
     headings = ["", *(f"{row['results']:,} results" for row in rows)]
     print(markdown_table(headings, ([name, *(f"{row[name]:.3g}" for row in rows)] for name in names[1:])))
+    write(
+        options.json,
+        (figure(f"{row['results']:,} results: {name}", row[name], "") for row in rows for name in names[1:]),
+    )
     for row in rows:
         print(f"{row['results']:,} results, seconds (calls): ", end="")
         print(", ".join(f"{label} {s:.2f} ({row['calls'][label]:,})" for label, s in row["seconds"].items()))

@@ -19,6 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from figures import Figure, figure, with_json, write
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -116,7 +117,7 @@ def take_turns(contenders: dict[int, Callable[[], object]], repetitions: int) ->
     return times
 
 
-def measure(name: str, seeds: list[int], repetitions: int) -> list[str]:
+def measure(name: str, seeds: list[int], repetitions: int, figures: list[Figure]) -> list[str]:
     network = NETWORKS[name]
     problem, settings = make_problem(network), TrainingSettings(steps=network.steps)
     loops = {count: EnsembleLoop(problem, settings, range(count)) for count in seeds}
@@ -127,6 +128,7 @@ def measure(name: str, seeds: list[int], repetitions: int) -> list[str]:
     for count in seeds:
         ratios = [many / one for many, one in zip(times[count], times[1], strict=True)]
         cells.append(with_range(ratios, ".2f"))
+        figures.append(figure(f"{name}, {count} seeds", ratios, "runs"))
     loop = loops[seeds[0]]
     together = why_in_turn(loop, VALUES) is None
     milliseconds = 1000 * statistics.median(times[1]) / network.steps
@@ -140,13 +142,16 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="turns of every contender")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 4, 8], help="numbers of seeds")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="which networks")
+    with_json(parser)
     arguments = parser.parse_args()
+    figures: list[Figure] = []
     torch.set_num_threads(1)
     columns = [f"{count} seeds / one run" for count in arguments.seeds]
     table = Table("network", "MFLOP a step", "ms a step, there and back", *columns, "goes together", "difference")
     for name in arguments.networks:
-        table.add_row(*measure(name, arguments.seeds, arguments.repetitions))
+        table.add_row(*measure(name, arguments.seeds, arguments.repetitions, figures))
     Console(width=150).print(table)
+    write(arguments.json, figures)
 
 
 if __name__ == "__main__":

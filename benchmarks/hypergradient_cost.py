@@ -1,11 +1,14 @@
 """What hypergradients cost beside plain training, and beside the simple way to compute them.
 
     python benchmarks/hypergradient_cost.py [--quick] [--repetitions 7] [--only forward reverse memory check units]
+        [--columns 8 32] [--networks MLP LeNet WRN-16-1]
 
 Measured on synthetic data, on the CPU in one thread, as process time; contenders take turns in one process, and a
 figure is the median (and the range) over the turns of the ratio to the plain training steps of the same turn:
 
-- forward: a step of forward mode with 8 columns, against a loop of double-backward Hessian products, one a column;
+- forward: a step of forward mode, against a loop of double-backward Hessian products, one a column: as the package
+  carries the columns ("taken"), one after another by going back twice ("in turn"), and in batches of several sizes,
+  with the most bytes of tensors at once that the step makes;
 - reverse: training and going back, every state kept or about sqrt(T) of them, for 9 and for 4 T hyperparameters
   (1,000 without --quick);
 - memory: growth of the peak resident memory of checkpointed reverse and of forward mode from T to 4 T steps, each in
@@ -27,9 +30,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from figures import Figure, figure, with_json, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -38,6 +43,7 @@ from tune_hypergrad import Problem
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import Passed
+from tune_hypergrad.hypergradients.memory import PeakOfTensors
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.problems.models import lenet5_grey
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
@@ -59,7 +65,14 @@ def memory_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 708), nn.Tanh(), nn.Linear(708, 10))
 
 
+def mlp() -> nn.Module:
+    """269,322 weights."""
+    hidden = [nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(256, 10))
+
+
 NETWORKS = {
+    "MLP": Network(mlp, (1, 28, 28), 128),
     "LeNet": Network(lenet5_grey, (1, 28, 28), 128),
     "WRN-16-1": Network(wrn_16_1, (3, 32, 32), 64),
 }
@@ -90,21 +103,32 @@ EIGHT = hyperparameters(SHORT, 1)
 
 
 class SimpleLoop:
-    """Forward mode the simple way, for `EIGHT` and SGD: one double backward pass a column; no running statistics."""
+    """Forward mode the simple way, for SGD and windows of the learning rate, momentum and weight decay: one double
+    backward pass for every column that is open; no running statistics.
 
-    def __init__(self, loop: InnerLoop) -> None:
+    Args:
+        loop: what is trained.
+        values: of "lr", "momentum" and "weight_decay"; None: a window of the learning rate for every step.
+    """
+
+    def __init__(self, loop: InnerLoop, values: Hyperparameters | None = None) -> None:
         self.loop, self.state = loop, loop.initial_state()
-        self.dparams = torch.zeros(8, loop.size, dtype=loop.dtype)
+        self.values = hyperparameters(loop.steps, 1) if values is None else values
+        self.windows = len(self.values["lr"])
+        self.dparams = torch.zeros(self.windows + 2, loop.size, dtype=loop.dtype)
         self.dvelocity = torch.zeros_like(self.dparams)
 
     def step(self, step: int) -> None:
         loop, params, (velocity,) = self.loop, self.state.params, self.state.slots
-        h = loop.scalars({name: values.to(loop.dtype) for name, values in EIGHT.items()}, step)
+        h = loop.scalars({name: values.to(loop.dtype) for name, values in self.values.items()}, step)
         leaf = params.detach().requires_grad_()
+        window = self.windows * step // loop.steps
+        # columns: the windows of lr, then momentum, then weight decay
+        open_ = [*range(window + 1), self.windows, self.windows + 1]
 
         def differentiate(loss: Tensor, passed: Passed) -> tuple[Tensor, list[Tensor], Buffers]:
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-            products = [torch.autograd.grad(gradient, leaf, z, retain_graph=True)[0] for z in self.dparams]
+            products = [torch.autograd.grad(gradient, leaf, self.dparams[c], retain_graph=True)[0] for c in open_]
             return gradient.detach(), products, passed.buffers()
 
         copies = loop.copies(self.state.buffers)
@@ -112,28 +136,27 @@ class SimpleLoop:
             loop.unflatten(leaf), copies, h, loop.batches.of_step(step), step, differentiate
         )
         decayed = gradient + h["weight_decay"] * params
-        # columns: the windows of lr, then momentum, then weight decay
-        columns = list(zip(self.dparams, self.dvelocity, strict=True))
-        for column, (dparams, dvelocity) in enumerate(columns):
-            ddecayed = products[column] + h["weight_decay"] * dparams
-            if column == SHORT + 1:
+        columns = [(column, self.dparams[column], self.dvelocity[column]) for column in open_]
+        for product, (column, dparams, dvelocity) in zip(products, columns, strict=True):
+            ddecayed = product + h["weight_decay"] * dparams
+            if column == self.windows + 1:
                 ddecayed += params
             if step == 0:
                 dvelocity.copy_(ddecayed)
             else:
                 dvelocity.mul_(h["momentum"]).add_(ddecayed)
-                if column == SHORT:
+                if column == self.windows:
                     dvelocity.add_(velocity)
         velocity = decayed if step == 0 else h["momentum"] * velocity + decayed
-        for column, (dparams, dvelocity) in enumerate(columns):
+        for column, dparams, dvelocity in columns:
             dparams.sub_(h["lr"] * dvelocity)
-            if column == step:
+            if column == window:
                 dparams.sub_(velocity)
         detached = {name: buffer.detach() for name, buffer in buffers.items()}
         self.state = State(params - h["lr"] * velocity, (velocity,), detached, self.state.counts)
 
     def hypergradients(self) -> Tensor:
-        for step in range(SHORT):
+        for step in range(self.loop.steps):
             self.step(step)
         gradient = self.loop.evaluate(self.state, gradient=True).gradient
         assert gradient is not None
@@ -176,36 +199,56 @@ def differences(network: Network) -> dict[str, str]:
     return result
 
 
-def measure_forward(table: Table, name: str, repetitions: int) -> list[float]:
+def ways(columns: int) -> dict[str, dict[str, Any]]:
+    """How the columns can be carried, as arguments of `ForwardRun`."""
+    sizes = [2**power for power in range(columns.bit_length()) if 2**power <= columns]
+    return {"in turn": {"in_turn": True}, **{f"{size} at once": {"columns_at_once": size} for size in sizes}}
+
+
+def measure_forward(
+    table: Table, figures: list[Figure], name: str, columns: int, repetitions: int, *, all_ways: bool = True
+) -> list[float]:
     """Times forward mode; returns what a column costs in plain steps."""
-    loop = inner_loop(NETWORKS[name], SHORT)
-    last = SHORT - 1  # the first step with all 8 columns open
+    values, last = hyperparameters(columns - 2, 1), columns - 3
+    loop = inner_loop(NETWORKS[name], columns - 2)
+    simple, taken = SimpleLoop(loop), hypergradient_run(loop, values, differentiation="forward")
+    runs: dict[str, Any] = {"taken": taken}
+    if all_ways:
+        runs |= {way: ForwardRun(loop, values, **how) for way, how in ways(columns).items()}
     with loop.running():
-        simple, run = SimpleLoop(loop), ForwardRun(loop, EIGHT)
-        for step in range(last):
-            simple.step(step)
-        run.advance(last)
-        run._in_use = 8
-        state, h = run.state, loop.scalars(run.hyperparameters, last)
-        times = take_turns(
-            {
-                "plain": lambda: loop.step(state, h, last),
-                "loop": lambda: simple.step(last),
-                "forward": lambda: run._step(last, fresh_segment=False),
-            },
-            repetitions,
-        )
-    of_loop = over(times["forward"], times["loop"])
-    target = {"LeNet": "0.65", "WRN-16-1": "0.80"}[name]
-    table.add_row(name, "loop of double backward, 8 columns", shown(over(times["loop"], times["plain"])), "", "", "0")
-    ratios = over(times["forward"], times["plain"])
-    difference = differences(NETWORKS[name])["forward"]
-    table.add_row(name, "forward mode, 8 columns", shown(ratios), "", "", difference)
-    table.add_row(name, "forward mode / loop", shown(of_loop), f"<= {target}", verdict(of_loop, float(target)), "")
-    return [(ratio - 1) / 8 for ratio in ratios]
+        # the last step, in which all columns are open, with tangents that are nothing special
+        taken.advance(1)
+        state, h = taken.state, loop.scalars(taken.hyperparameters, last)
+        simple.state = state
+        for tangents in (simple.dparams, simple.dvelocity):
+            tangents.normal_(std=1e-3)
+        for run in runs.values():
+            run.state, run._in_use = state, columns
+            run.tangent_params.copy_(simple.dparams)
+            run.tangent_slots[0].copy_(simple.dvelocity)
+        contenders: dict[str, Callable[[], object]] = {
+            "plain": lambda: loop.step(state, h, last),
+            "loop": lambda: simple.step(last),
+            **{way: partial(run._step, last, fresh_segment=False) for way, run in runs.items()},
+        }
+        peaks = {}
+        for way, work in contenders.items():
+            with PeakOfTensors() as tensors:
+                work()
+            peaks[way] = tensors.peak / 2**20
+        times = take_turns(contenders, repetitions)
+    way_taken = "in turn" if taken.in_turn else f"{taken.columns_at_once} at once"
+    for way in contenders:
+        ratios, of_loop = over(times[way], times["plain"]), over(times[way], times["loop"])
+        shown_way = f"taken: {way_taken}" if way == "taken" else way
+        table.add_row(name, str(columns), shown_way, shown(ratios), shown(of_loop), f"{peaks[way]:.1f}")
+        what = f"{name}, {columns} columns, {way}"
+        figures += [figure(f"forward: {what}", ratios, "plain steps"), figure(f"forward: {what}", peaks[way], "MiB")]
+    figures.append(figure(f"forward: {name}, {columns} columns, taken / loop", over(times["taken"], times["loop"]), ""))
+    return [(ratio - 1) / columns for ratio in over(times["taken"], times["plain"])]
 
 
-def measure_reverse(table: Table, name: str, steps: int, repetitions: int) -> list[float]:
+def measure_reverse(table: Table, figures: list[Figure], name: str, steps: int, repetitions: int) -> list[float]:
     """Times reverse mode; returns what a step of going back costs in plain steps."""
     loop = inner_loop(NETWORKS[name], steps)
     few, many = hyperparameters(6, 1, dampening=True), hyperparameters(steps, steps, dampening=True)
@@ -229,6 +272,7 @@ def measure_reverse(table: Table, name: str, steps: int, repetitions: int) -> li
             ratios = over(times[key], times["plain"])
             what = f"{mode}, T={steps}, {count:,} hyperparameters"
             table.add_row(name, what, shown(ratios), f"<= {target}", verdict(ratios, target), difference[mode])
+            figures.append(figure(f"{name}, {what}", ratios, "plain trainings"))
         growth = over(times[f"{mode}, many"], times[mode])
         what = f"{mode}, {4 * steps:,} / 9 hyperparameters"
         table.add_row(name, what, shown(growth), "<= 1.10", verdict(growth, 1.1), "")
@@ -307,6 +351,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="inner steps of a reverse run (default 250, WRN 16)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="which parts to measure")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="on which networks")
+    parser.add_argument("--columns", nargs="+", type=int, default=[8, 32], help="of forward mode, at least 3")
+    with_json(parser)
     parser.add_argument("--peak-of", nargs=2, metavar=("MODE", "STEPS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -315,15 +361,20 @@ def main() -> None:
         return
     repetitions = arguments.repetitions or (3 if arguments.quick else 7)
     table = Table("network", "what", "ratio: median (range)", "target", "met", "difference")
+    of_forward = Table("network", "columns", "way", "plain steps: median (range)", "of the loop", "peak, MiB")
+    figures: list[Figure] = []
     units = Table("unit", *arguments.networks, title="GRADIENTS_PER")
     per_unit: dict[str, list[str]] = {}
     for name in arguments.networks:
         measured: dict[str, list[float]] = {}
-        if {"forward", "units"} & set(arguments.only):
-            measured["hessian_column"] = measure_forward(table, name, repetitions)
+        if "forward" in arguments.only:
+            for columns in arguments.columns:
+                measure_forward(of_forward, figures, name, columns, repetitions)
+        if "units" in arguments.only:
+            measured["hessian_column"] = measure_forward(of_forward, figures, name, 8, repetitions, all_ways=False)
         if {"reverse", "units"} & set(arguments.only):
             steps = arguments.steps or (250 if name == "LeNet" and not arguments.quick else 16)
-            measured["adjoint_step"] = measure_reverse(table, name, steps, max(1, repetitions // 2))
+            measured["adjoint_step"] = measure_reverse(table, figures, name, steps, max(1, repetitions // 2))
         if "check" in arguments.only:
             measure_check(table, name, max(1, repetitions // 2))
         if "units" in arguments.only:
@@ -335,9 +386,12 @@ def main() -> None:
     for unit, cells in per_unit.items():
         units.add_row(unit, *cells)
     console = Console(width=150)
-    console.print(table)
+    for each in (of_forward, table):
+        if each.rows:
+            console.print(each)
     if "units" in arguments.only:
         console.print(units)
+    write(arguments.json, figures)
 
 
 if __name__ == "__main__":

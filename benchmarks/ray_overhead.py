@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 import torch
+from figures import figure, with_json, write
 from ray import tune
 from ray.tune import Callback, RunConfig, TuneConfig
 from torch import nn
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--reports", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    with_json(parser)
     options = parser.parse_args()
     x, y = torch.randn(2, 2), torch.tensor([0, 1])
     problem = Problem(model=lambda: nn.Linear(2, 2), train=(x, y), val=(x, y), batch_size=2)
@@ -100,6 +102,14 @@ def main() -> None:
     for name, measured in rounds.items():
         for what in ("report", "trial", "step"):
             print(f"{name:14} {what:7}", "  ".join(f"{figures[what]:7.2f}" for figures in measured))
+    write(
+        options.json,
+        (
+            figure(f"{name}, a {what}", [round_[what] for round_ in measured], "ms")
+            for name, measured in rounds.items()
+            for what in ("report", "trial", "step")
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from figures import Figure, figure, with_json, write
 from torch import Tensor, nn
 
 LR, MOMENTUM, ADAM_LR = 0.01, 0.9, 1e-3
@@ -322,6 +323,21 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def figures_of(records: list[dict[str, Any]]) -> list[Figure]:
+    """Times and memory of what has been measured."""
+    good: dict[str, list[dict[str, float]]] = {}
+    for record in records:
+        name = f"{record['contender']}, {MODELS[record['model']][0]}, T = {record['steps']}, {record['count']} rates"
+        if isinstance(record["found"], dict):
+            good.setdefault(name, []).append(record["found"])
+    units = {"ratio": "plain trainings", "mebibytes": "MiB"}
+    return [
+        figure(name, [found[key] for found in several], unit)
+        for name, several in good.items()
+        for key, unit in units.items()
+    ]
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -333,6 +349,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="a rival's Python")
     parser.add_argument("--environments", type=Path, help="where to make, or find, environments of the rivals")
     parser.add_argument("--out", type=Path, help="a JSON file of all measurements; more are added to it")
+    with_json(parser)
     parser.add_argument("--measure", nargs=4, metavar=("CONTENDER", "MODEL", "STEPS", "COUNT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -358,6 +375,7 @@ def main() -> None:
                         if options.out:
                             options.out.write_text(json.dumps(records, indent=1))
     print(table(records))
+    write(options.json, figures_of(records))
 
 
 if __name__ == "__main__":

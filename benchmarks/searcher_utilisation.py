@@ -39,6 +39,7 @@ from uuid import uuid4
 
 import numpy as np
 import ray
+from figures import figure, with_json, write
 from hpbandster.core.result import Result
 from ray import tune
 from ray.cluster_utils import Cluster
@@ -285,6 +286,7 @@ def main() -> None:
         "--limit", type=float, default=120, help="seconds after its first result at which a run ends in any case"
     )
     parser.add_argument("--nodes", type=int, default=4, help="of 2 pretended CPUs")
+    with_json(parser)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # ConfigSpace's, of Ray's and HpBandSter's calls
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
@@ -302,6 +304,14 @@ def main() -> None:
                 right, rungs = right + more_right, rungs + more_rungs
     print_tables(measured, setting.evaluations)
     print(f"promotions correct: {right} of {rungs} rungs")
+    write(
+        options.json,
+        (
+            figure(f"{contender}, {what}", [getattr(one, what) for one in found], unit)
+            for contender, found in measured.items()
+            for what, unit in (("utilisation", ""), ("seconds", "s"))
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from figures import figure, with_json, write
 from torch import Tensor, nn
 
 from tune_hypergrad.objective import Objective
@@ -109,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--network", choices=NETWORKS, default="mlp")
+    with_json(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -129,6 +131,8 @@ def main() -> None:
     for name, times in seconds.items():
         low, middle, high = (choose(times) / plain for choose in (min, statistics.median, max))
         print(f"{name:13} {middle:5.2f} ({low:.2f} to {high:.2f}) plain steps")
+    ratios = {name: [each / plain for each in times] for name, times in seconds.items()}
+    write(options.json, (figure(f"{options.network}, {name}", each, "plain steps") for name, each in ratios.items()))
 
 
 if __name__ == "__main__":

@@ -133,11 +133,13 @@ def check_adjoint(loop: InnerLoop) -> None:
     assert all(tensor.device == META for tensor in (*pulled.adjoint, *pulled.by_hyperparameters.values()))
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("kind", PROBLEMS)
-def test_tangents_stay_on_the_device(kind: str) -> None:
+def test_tangents_stay_on_the_device(kind: str, in_turn: bool) -> None:
     loop = loop_on_meta(PROBLEMS[kind]())
     with loop.running():
-        run = ForwardRun(loop, {name: torch.full(value.shape, 0.1) for name, value in values(loop).items()})
+        started = {name: torch.full(value.shape, 0.1) for name, value in values(loop).items()}
+        run = ForwardRun(loop, started, in_turn=in_turn)
         run.advance(2)
         with Watch() as watch:
             run.advance(2)

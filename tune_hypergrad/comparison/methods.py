@@ -354,7 +354,7 @@ def _linear(space: Any) -> Any:
 
 
 def _hypergradient_descent(task: Task) -> Trainable:
-    return HD.from_problem(task.problem, space=_constants(task), **_common(task))
+    return HD.from_problem(task.problem, space=_constants(task), max_memory=task.max_memory, **_common(task))
 
 
 def _derivable(task: Task) -> dict[str, Any]:

@@ -5,9 +5,9 @@ With state s = (params, slots, buffers) and one inner step s' = step(s, h), the 
     Z' = (d step / d s) Z + (d step / d h) e,
 
 e selecting the column's hyperparameter while its window is open; of a curve's number, e is the derivative of the step's
-value by that number. A step is a gradient followed by an update, so Z goes
-through `jvp` of the gradient (a Hessian product, all columns of a chunk at once under `vmap`) and then through `jvp` of
-the update. Memory is columns x state, whatever the number of steps. Micaelli & Storkey 2021, section 3.
+value by that number. A step is a gradient followed by an update, so Z goes through the gradient's derivative (a Hessian
+product: one column after another by `products`, or all columns of a chunk by `jvp` under `vmap`) and then through `jvp`
+of the update. Memory is columns x state, whatever the number of steps. Micaelli & Storkey 2021, section 3.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, as_real, has_derivatives
 from tune_hypergrad.hypergradients.normalisation import instance_norm
 from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
+from tune_hypergrad.hypergradients.products import products_in_turn
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.stop_gradient import ForwardStops
 from tune_hypergrad.hypergradients.substitution import FORWARD_DIFFERENTIABLE, Substitutes
 
-COLUMNS_AT_ONCE = 8
-"""Columns that one batched Hessian product carries: more need more memory, fewer repeat the gradient more often."""
+COLUMNS_AT_ONCE = 4
+"""Columns that are carried at once where no limit of memory is given: more need more memory, fewer repeat the gradient
+more often. With so many, a step takes less time than with a loop of double backward
+(`benchmarks/hypergradient_cost.py`)."""
 
 
 _Differentiated = tuple[Tensor, Tensor, frozenset[int], Buffers]
@@ -46,7 +49,8 @@ class ForwardRun(HypergradientRun):
     Args:
         clip_hessian_product: clamp every element of the Hessian products to +- this value, as the FDS paper does to
             tame exploding tangents; the hypergradient is then no longer exact.
-        columns_at_once: columns in one batched Hessian product; None is all of them.
+        columns_at_once: columns in one batched Hessian product, and in one batched update; None is all of them.
+        in_turn: take Hessian products one column after another wherever a step lets (see `products`), not batched.
 
     Raises:
         InputError: a step is run several times, and is another one each time.
@@ -64,6 +68,7 @@ class ForwardRun(HypergradientRun):
         reject_above: float = inf,
         clip_hessian_product: float | None = None,
         columns_at_once: int | None = COLUMNS_AT_ONCE,
+        in_turn: bool = False,
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.clip_hessian_product = clip_hessian_product
@@ -78,7 +83,7 @@ class ForwardRun(HypergradientRun):
         columns.sort(key=lambda column: column[0])
         self.columns = [(name, window) for _, name, window in columns]
         self._openings = [opening for opening, _, _ in columns]
-        self.columns_at_once = columns_at_once or len(self.columns)
+        self.columns_at_once, self.in_turn = columns_at_once or len(self.columns), in_turn
         self._in_use = 0
         self.tangent_params = torch.zeros(len(self.columns), loop.size, device=loop.device, dtype=loop.dtype)
         self.tangent_slots = tuple(torch.zeros_like(self.tangent_params) for _ in loop.slots)
@@ -94,6 +99,12 @@ class ForwardRun(HypergradientRun):
         dh = {name: torch.ones_like(value)[None] for name, value in h.items()}
         gradient, _, without, _ = self._gradient_tangents(h, self.tangent_params.new_zeros(1, self.loop.size), dh, 0)
         return gradient, without
+
+    def tangents_along(self, dparams: Tensor, dh: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The training gradient [P] of the first step's first batch at the present weights, and its tangents [k, P]
+        along `dparams` [k, P] and `dh` (each [k]): of a run that is not advanced."""
+        h = self.loop.scalars(self.hyperparameters, 0)
+        return self._tangents_on(self.state.buffers, h, dparams, dh, 0, 0)[:2]
 
     def _advance_one(self) -> None:
         step = self.position
@@ -129,10 +140,13 @@ class ForwardRun(HypergradientRun):
 
         with torch.no_grad():
             batched = vmap(update_tangent, out_dims=(None, 0))  # type: ignore[arg-type]
-            (params, slots), (dparams, dslots) = batched(dparams, dgradient, dslots, dh)
-        self.tangent_params[used] = dparams
-        for slot, dslot in zip(self.tangent_slots, dslots, strict=True):
-            slot[used] = dslot
+            for start in range(0, max(1, self._in_use), self.columns_at_once):
+                chunk = slice(start, min(start + self.columns_at_once, self._in_use))
+                of_slots, of_h = tuple(slot[chunk] for slot in dslots), {name: each[chunk] for name, each in dh.items()}
+                (params, slots), after = batched(dparams[chunk], dgradient[chunk], of_slots, of_h)
+                # in place: `dparams` and `dslots` are views of what is kept
+                for tangent, found in zip((dparams[chunk], *of_slots), (after[0], *after[1]), strict=True):
+                    tangent.copy_(found)
         return State(params, slots, buffers, counted(self.state.counts, without))
 
     def _selection(self, step: int) -> dict[str, Tensor]:
@@ -177,6 +191,11 @@ class ForwardRun(HypergradientRun):
         """The training gradient of one of a step's batches, which begins with these buffers, and its tangents, as
         `_gradient_tangents` gives them."""
         loop = self.loop
+        if self.in_turn:
+            state = self.state._replace(buffers=buffers)
+            products = products_in_turn(loop, state, h, dparams, dh, step, number)
+            if products is not None:
+                return products
         still = {n: buffer for n, buffer in buffers.items() if n not in loop.moving and has_derivatives(buffer)}
         found: _Differentiated | None
         try:
@@ -234,7 +253,7 @@ class ForwardRun(HypergradientRun):
 
         # one dropout mask for all columns: they are tangents of the same step
         batched = vmap(tangent, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
-        before = self._tangents_of(moved)
+        before = self._tangents_of(moved, max(len(dparams), len(self.columns)))
         gradient = state.params
         chunks: list[tuple[Tensor, Buffers]] = []
         first = gradient
@@ -254,11 +273,11 @@ class ForwardRun(HypergradientRun):
         without = frozenset(range(len(state.counts))) - with_gradient
         return (gradient, dgradient, without, buffers), after
 
-    def _tangents_of(self, moved: Buffers) -> Buffers:
+    def _tangents_of(self, moved: Buffers, columns: int) -> Buffers:
         """The tangents of buffers, zero for those that had none so far."""
         for name, buffer in moved.items():
             if name not in self.tangent_buffers:
-                self.tangent_buffers[name] = buffer.new_zeros(len(self.columns), *buffer.shape)
+                self.tangent_buffers[name] = buffer.new_zeros(columns, *buffer.shape)
         return self.tangent_buffers
 
     def _end_segment(self, end: int) -> None:
@@ -278,12 +297,15 @@ class ForwardRun(HypergradientRun):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
+            "columns": (self.columns_at_once, self.in_turn),
             "tangents": (self.tangent_params.clone(), *(z.clone() for z in self.tangent_slots)),
             "buffer_tangents": {name: tangents.clone() for name, tangents in self.tangent_buffers.items()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
+        # as it was begun, whatever memory is free now: sums in another order are rounded otherwise
+        self.columns_at_once, self.in_turn = saved["columns"]
         self.tangent_params, *slots = (tangent.clone() for tangent in saved["tangents"])
         self.tangent_slots = tuple(slots)
         self.tangent_buffers = {name: tangents.clone() for name, tangents in saved["buffer_tangents"].items()}

@@ -88,8 +88,9 @@ def hypergradient(
         val_examples: validation examples per segment's gradient; None is the whole split.
         max_memory: what may be kept for the derivatives, beside what the work on one step takes: bytes, or such as
             "500MB" or "2GiB". Reverse mode keeps graphs of the last steps and states in it, and trains steps again for
-            which it does not do, with the same result; forward mode keeps its tangents. None is a quarter of what is
-            free where training happens when the run begins.
+            which it does not do, with the same result; forward mode keeps its tangents, and carries as many of them at
+            once as fit. None is a quarter of what is free where training happens when the run begins, and in forward
+            mode at most four tangents at once.
         device: where to train; None leaves the model where its factory puts it.
         check: compare the engine with plain training on a few small batches first, once per problem; see
             `check_problem`. Without it, only the first step is searched for what has no derivative.
@@ -268,6 +269,8 @@ def hypergradient_run(
         _refuse_too_little(choice.mode, work)
     if isinstance(choice.mode, Reverse):
         own = _keeping(loop, values, mode, work, max_memory)
+    elif isinstance(choice.mode, Forward) and max_memory is not None:
+        own["max_memory"] = work.memory
     run = choice.mode.begin(loop, values, **common, reject_above=reject_above, **own)
     run.differentiation, run.reason = choice.mode.name, choice.reason
     return run
@@ -366,7 +369,8 @@ def _refuse_too_little(mode: Mode, work: Work) -> None:
     reverse = isinstance(mode, Reverse)
     needed = least_memory(work.steps, work.state_bytes) if reverse else mode.kept_bytes(work)
     if needed > work.memory:
+        what = f"{work.steps} steps" if reverse else f"the tangents of {sum(work.windows)} numbers"
         raise InputError(
             f"max_memory is {mebibytes(work.memory)}: {mode.name} mode keeps {mebibytes(needed)} at the least for "
-            f"{work.steps} steps; give it that"
+            f"{what}; give it that"
         )

@@ -368,7 +368,7 @@ class InnerLoop:
             versions = versions_of(buffers)
             batch = self.batches.of_step(step, number, again=again)
             loss, found, after = self.at_training_loss(named, buffers, h, batch, step, differentiate, number=number)
-        gradient, without = self._together(named, found)
+        gradient, without = self.joined(named, found)
         traceless = {name for name, buffer in buffers.items() if writes.have_changed(buffer)}
         self._note_moving(traceless | changed(buffers, versions, after), state.buffers, after)
         self.knows_moving = True
@@ -408,9 +408,7 @@ class InnerLoop:
                 )
         self.moving |= changed
 
-    def _together(
-        self, named: Mapping[str, Tensor], gradients: Sequence[Tensor | None]
-    ) -> tuple[Tensor, frozenset[int]]:
+    def joined(self, named: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, frozenset[int]]:
         """Gradients of all parameters as one, of shape [P], and the positions of parameters that have none."""
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), gradients, strict=True)]
         without = frozenset(position for position, gradient in enumerate(gradients) if gradient is None)
@@ -419,7 +417,7 @@ class InnerLoop:
     def gradient_of(self, loss: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, frozenset[int]]:
         """Gradient [P] of a loss by parameters, itself differentiable, and the positions of parameters that have
         none."""
-        return self._together(named, self._gradients(loss, named, create_graph=True))
+        return self.joined(named, self._gradients(loss, named, create_graph=True))
 
     def _gradients(
         self, loss: Tensor, named: Mapping[str, Tensor], *, create_graph: bool = False

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.heap import free_in_heap, in_use
@@ -29,6 +34,42 @@ def allocated(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return in_use() if _is_counted() else None
+
+
+class PeakOfTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors made while it is entered, and the most that there were at once.
+
+    What operations need within themselves is not in it, nor is what was there before; it is the same on every machine.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        """The most bytes at once so far."""
+        self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in before:
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self._known:
+            self._known.add(address)
+            self._now += size
+            self.peak = max(self.peak, self._now)
+            weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self._now -= size
 
 
 @cache

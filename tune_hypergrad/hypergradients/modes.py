@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.carrying import way_to_carry
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.keeping import Room, least_memory, memory_for_one, plan_stretch
@@ -107,11 +108,20 @@ class Forward(Mode):
     def kept_bytes(self, work: Work) -> int:
         return sum(work.windows) * work.state_bytes
 
-    def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ForwardRun:
+    def begin(
+        self, loop: InnerLoop, values: Mapping[str, Tensor], *, max_memory: float | None = None, **arguments: Any
+    ) -> ForwardRun:
+        """A run; with `max_memory`, bytes beside what a step with one column takes, as many columns at once as fit."""
+        work = Work.of(loop, values, None)
+        room = None if max_memory is None else max_memory - self.kept_bytes(work)
+        found = way_to_carry(loop, values, horizon=arguments.get("horizon"))
+        at_once = found.columns_at_once(sum(work.windows), COLUMNS_AT_ONCE, room)
         # a step that cannot be run again for its adjoint cannot be run once for every few columns either
-        several = sum(len(v) for v in values.values()) > COLUMNS_AT_ONCE
+        several = not found.in_turn and sum(work.windows) > at_once
         whole = several and refusal_of(loop, values, "reverse", check=False) is not None
-        return ForwardRun(loop, dict(values), columns_at_once=None if whole else COLUMNS_AT_ONCE, **arguments)
+        return ForwardRun(
+            loop, dict(values), columns_at_once=None if whole else at_once, in_turn=found.in_turn, **arguments
+        )
 
 
 class Reverse(Mode):

@@ -6,8 +6,9 @@ from typing import Any
 
 from tune_hypergrad.curves import split_name
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.hypergradient import hypergradient_run
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.modes import Forward
 from tune_hypergrad.hypergradients.outer import Descent
 from tune_hypergrad.hypergradients.run import check_values, refuse_underivable
 from tune_hypergrad.hypergradients.state import Hyperparameters
@@ -26,9 +27,11 @@ class OnlineRun:
         horizon: inner steps between two moves.
         val_examples: validation examples for each move, drawn anew; None is the whole split.
         check: compare the engine with plain training first, on a few small batches.
+        max_memory: for tangents, as for `hypergradient`: bytes, or such as "500MB".
 
     Raises:
-        InputError: a hyperparameter has several windows or no derivative, or forward mode is not right on the problem.
+        InputError: a hyperparameter has several windows or no derivative, forward mode is not right on the problem, or
+            its tangents need more memory.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class OnlineRun:
         horizon: int = 1,
         val_examples: int | None = None,
         check: bool = False,
+        max_memory: float | str | None = None,
     ) -> None:
         for name, values in descent.values.items():
             if split_name(name)[1]:
@@ -57,7 +61,14 @@ class OnlineRun:
         refusal = refusal_of(loop, descent.values, "forward", check=check)
         if refusal is not None:
             raise InputError(f"online descent needs forward mode: {refusal}")
-        self.run = ForwardRun(loop, descent.values, horizon=horizon, val_examples=val_examples)
+        self.run = hypergradient_run(
+            loop,
+            descent.values,
+            horizon=horizon,
+            differentiation=Forward.name,
+            val_examples=val_examples,
+            max_memory=max_memory,
+        )
         self.history: dict[str, list[float]] = {name: [] for name in descent.values}
         """The value of each hyperparameter that every inner step so far was taken with."""
         self.last_hypergradients: Hyperparameters = dict(self.run.hypergradients)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.hypergradients import InnerLoop, OnlineRun
+from tune_hypergrad.hypergradients.memory import as_bytes
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.results import Position, evaluation_results, hypergradient_results
 from tune_hypergrad.schedules import Schedule
@@ -27,15 +28,27 @@ class HDSettings(DescentSettings, TrialSettings):
     default."""
     update: str = "adam"
     """How hyperparameters move: "adam" (the default), "sgd" or "sign"."""
+    max_memory: float | str | None = None
+    """What may be kept for tangents, and for several of them at once: bytes, or such as "500MB"; None, the default, is
+    a few at once."""
 
     def __post_init__(self) -> None:
         TrialSettings.__post_init__(self)
+        if self.max_memory is not None:
+            as_bytes(self.max_memory)
         DescentSettings.__post_init__(self)
 
     def make_run(self, loop: InnerLoop, config: dict[str, Any], *, check: bool = False) -> OnlineRun:
         """An online run of these settings; with `check`, the engine is compared with plain training first."""
         descent = self.descent(config)
-        return OnlineRun(loop, descent, horizon=self.horizon, val_examples=self.val_examples, check=check)
+        return OnlineRun(
+            loop,
+            descent,
+            horizon=self.horizon,
+            val_examples=self.val_examples,
+            check=check,
+            max_memory=self.max_memory,
+        )
 
 
 class HD(ProblemTrainable):
