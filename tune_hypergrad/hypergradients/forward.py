@@ -12,7 +12,7 @@ the update. Memory is columns x state, whatever the number of steps. Micaelli & 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from math import inf
 from typing import Any
@@ -47,9 +47,12 @@ class ForwardRun(HypergradientRun):
         clip_hessian_product: clamp every element of the Hessian products to +- this value, as the FDS paper does to
             tame exploding tangents; the hypergradient is then no longer exact.
         columns_at_once: columns in one batched Hessian product; None is all of them.
+        part: (index, of), to carry every `of`-th column only, in the order in which they open and from the one of
+            number `index` on; the hypergradients by others stay 0, so that those of all parts add up to the whole.
+            None carries all.
 
     Raises:
-        InputError: a step is run several times, and is another one each time.
+        InputError: a step is run several times, and is another one each time; or a part has no column.
     """
 
     differentiation = "forward"
@@ -64,6 +67,7 @@ class ForwardRun(HypergradientRun):
         reject_above: float = inf,
         clip_hessian_product: float | None = None,
         columns_at_once: int | None = COLUMNS_AT_ONCE,
+        part: Sequence[int] | None = None,
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.clip_hessian_product = clip_hessian_product
@@ -76,6 +80,13 @@ class ForwardRun(HypergradientRun):
         ]
         # by the step at which a window opens: the columns in use are always the first ones
         columns.sort(key=lambda column: column[0])
+        if part is not None:
+            index, of = part
+            if index >= len(columns):
+                raise InputError(
+                    f"part is {list(part)}: there are {len(columns)} numbers to differentiate by, none for this part"
+                )
+            columns = columns[index::of]  # in turn, so that no part has all those that are carried longest
         self.columns = [(name, window) for _, name, window in columns]
         self._openings = [opening for opening, _, _ in columns]
         self.columns_at_once = columns_at_once or len(self.columns)
@@ -110,7 +121,7 @@ class ForwardRun(HypergradientRun):
         dh = self._selection(step)
         dparams, dslots = self.tangent_params[used], tuple(slot[used] for slot in self.tangent_slots)
         reads_loss = any(name in loop.problem.loss_hyperparameters for name in h)
-        if fresh_segment and not reads_loss:  # Z = 0, so no Hessian product
+        if not self._in_use or (fresh_segment and not reads_loss):  # Z = 0, so no Hessian product
             _, gradient, without, buffers = loop.training(self.state, h, step)
             dgradient = torch.zeros_like(dparams)
             self.cost += loop.costs.step(step)
@@ -127,13 +138,16 @@ class ForwardRun(HypergradientRun):
         def update_tangent(*tangents: Any) -> Any:
             return jvp(update, (self.state.params, gradient, self.state.slots, h), tangents)
 
+        counts = counted(self.state.counts, without)
         with torch.no_grad():
+            if not self._in_use:  # which vmap does not take
+                return State(*update(self.state.params, gradient, self.state.slots, h), buffers, counts)
             batched = vmap(update_tangent, out_dims=(None, 0))  # type: ignore[arg-type]
             (params, slots), (dparams, dslots) = batched(dparams, dgradient, dslots, dh)
         self.tangent_params[used] = dparams
         for slot, dslot in zip(self.tangent_slots, dslots, strict=True):
             slot[used] = dslot
-        return State(params, slots, buffers, counted(self.state.counts, without))
+        return State(params, slots, buffers, counts)
 
     def _selection(self, step: int) -> dict[str, Tensor]:
         """The vectors e of the columns in use: by hyperparameter, shape [columns in use], 1 where the column is its

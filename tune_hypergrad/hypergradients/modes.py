@@ -45,6 +45,8 @@ class Work:
     """Size of one step's graph beside its state; infinite: none is kept."""
     memory: float = inf
     """Bytes that may be kept."""
+    parts: int = 1
+    """Runs among which forward mode's columns are divided, this one of them."""
 
     @classmethod
     def of(
@@ -100,18 +102,20 @@ class Forward(Mode):
 
     def gradients(self, work: Work) -> float:
         # a window of N is carried from its opening on: (N + 1) / 2 columns on average
-        columns = sum((count + 1) / 2 for count in work.windows)
+        columns = sum((count + 1) / 2 for count in work.windows) / work.parts
         carried = 1 - 1 / (work.horizon or work.steps)  # a segment's first step has no Hessian product
         return GRADIENTS_PER["step"] + GRADIENTS_PER["hessian_column"] * columns * carried
 
     def kept_bytes(self, work: Work) -> int:
-        return sum(work.windows) * work.state_bytes
+        return -(-sum(work.windows) // work.parts) * work.state_bytes
 
     def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ForwardRun:
+        run = ForwardRun(loop, dict(values), columns_at_once=COLUMNS_AT_ONCE, **arguments)
         # a step that cannot be run again for its adjoint cannot be run once for every few columns either
-        several = sum(len(v) for v in values.values()) > COLUMNS_AT_ONCE
-        whole = several and refusal_of(loop, values, "reverse", check=False) is not None
-        return ForwardRun(loop, dict(values), columns_at_once=None if whole else COLUMNS_AT_ONCE, **arguments)
+        several = len(run.columns) > COLUMNS_AT_ONCE
+        if several and refusal_of(loop, values, "reverse", check=False) is not None:
+            run.columns_at_once = len(run.columns)
+        return run
 
 
 class Reverse(Mode):
