@@ -140,8 +140,9 @@ class ForwardRun(HypergradientRun):
 
         counts = counted(self.state.counts, without)
         with torch.no_grad():
-            if not self._in_use:  # which vmap does not take
-                return State(*update(self.state.params, gradient, self.state.slots, h), buffers, counts)
+            if not self._in_use:  # vmap takes no fewer than one
+                params, slots = update(self.state.params, gradient, self.state.slots, h)
+                return State(params, slots, buffers, counts)
             batched = vmap(update_tangent, out_dims=(None, 0))  # type: ignore[arg-type]
             (params, slots), (dparams, dslots) = batched(dparams, dgradient, dslots, dh)
         self.tangent_params[used] = dparams
