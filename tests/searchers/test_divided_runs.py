@@ -21,6 +21,7 @@ from test_hypergradient_search import (
 from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import HypergradientSearch, InnerRun, schedule
+from tune_hypergrad.ray_internals import saved_trials
 
 COLUMNS = [("lr", 0), ("momentum", 0), ("lr", 1)]
 """Numbers of SPACE in the order in which they come into force."""
@@ -404,24 +405,25 @@ def test_a_part_that_fails_under_a_tuner(ray_session, tmp_path, times, max_failu
     assert (len(parts), grid.num_errors) == (trials, errors) and len(grid) == LADDER + trials
 
 
+class InterruptAfterFailure(Interrupt):
+    """Interrupts when a snapshot has it that a trial has failed, and the one in its place runs."""
+
+    def on_step_end(self, iteration, trials, **info):
+        parts = [trial for trial in trials if trial.config.get("part") == [1, 2]]
+        saved = saved_trials(trials[0].local_experiment_path) or {}
+        is_saved = any(trial.status == "ERROR" for trial in saved.values())
+        if is_saved and [trial.status for trial in parts] == ["ERROR", "RUNNING"] and not self.flag.exists():
+            self.flag.touch()
+            self.interrupt()
+
+
 @pytest.mark.slow
-def test_a_failed_part_is_known_for_lost_after_a_restore(ray_session, tmp_path):
-    """Interrupted when it has failed for the first time; its second trial then counts."""
-    trainable = failing_trainable(1, tmp_path)
-
-    class InterruptAfterFailure(Interrupt):
-        def on_step_end(self, iteration, trials, **info):
-            if any(trial.status == "ERROR" for trial in trials) and not self.flag.exists():
-                self.flag.touch()
-                self.interrupt()
-
-    callbacks = [InterruptAfterFailure(0, tmp_path / "flag")]
+def test_a_part_that_has_failed_is_redone_across_a_restore(ray_session, tmp_path):
+    flag, trainable = tmp_path / "flag", failing_trainable(1, tmp_path)
+    tuner = tuner_for(trainable, HypergradientSearch(**OPTIONS), tmp_path, callbacks=[InterruptAfterFailure(0, flag)])
     with pytest.raises(Exception, match="interrupted by the test"):
-        tuner_for(trainable, HypergradientSearch(**OPTIONS), tmp_path, callbacks=callbacks).fit()
-    restored = tune.Tuner.restore(str(tmp_path / "search"), trainable=trainable, resume_unfinished=True)
-    grid = restored.fit()
-    undisturbed = searched_by_hand(
-        InnerRun.from_problem(tiny_problem(), steps=STEPS), HypergradientSearch(SPACE, **OPTIONS)
-    )
-    ended = [entry for entry in evaluations_of([result for result in grid if result.error is None])]
-    assert grid.num_errors == 1 and ended == undisturbed
+        tuner.fit()
+    grid = tune.Tuner.restore(str(tmp_path / "search"), trainable=trainable, resume_unfinished=True).fit()
+    whole = InnerRun.from_problem(tiny_problem(), steps=STEPS)
+    ended = evaluations_of([result for result in grid if result.error is None])
+    assert grid.num_errors == 1 and ended == searched_by_hand(whole, HypergradientSearch(SPACE, **OPTIONS))
