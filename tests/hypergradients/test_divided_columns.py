@@ -166,10 +166,16 @@ def test_outcomes_of_parts_are_one_outcome() -> None:
 
 
 def test_of_parts_that_differ_the_worst_loss_counts() -> None:
-    assert joined_outcome([outcome(0.5, [1.0], score=4.0), outcome(0.6, [1.0], score=3.0)])[:2] == (0.6, 2.0)
-    assert joined_outcome([outcome(0.5, [1.0], score=4.0), outcome(0.6, [1.0], score=3.0)]).score == 3.0
-    for parts in ([math.nan, 0.5], [0.5, math.nan], [math.inf, math.nan]):
-        assert math.isnan(joined_outcome([outcome(loss, [1.0]) for loss in parts]).val_loss)
+    joined = joined_outcome([outcome(0.5, [1.0, 0.0], score=4.0), outcome(0.6, [0.0, 1.0], score=3.0)])
+    assert (joined.val_loss, joined.untrained_loss, joined.score) == (0.6, 2.0, 3.0)
+    for losses in ([math.nan, 0.5], [0.5, math.nan], [math.inf, math.nan]):
+        assert math.isnan(joined_outcome([outcome(loss, None) for loss in losses]).val_loss)
+
+
+def test_parts_that_differentiate_by_the_same_number_are_refused() -> None:
+    for own in (-1.0, math.nan):
+        with pytest.raises(InputError, match=r"the same number of 'lr'.*takes no notice of part"):
+            joined_outcome([outcome(0.5, [1.0, 0.0]), outcome(0.5, [own, 2.0])])
 
 
 def test_without_a_parts_hypergradients_or_anything_finite_there_are_none() -> None:

@@ -295,6 +295,13 @@ def test_a_space_that_asks_for_reverse_mode_is_refused():
         assert HypergradientSearch({**SPACE, "differentiation": mode}, parts=2).suggest("a")["differentiation"] == mode
 
 
+def test_a_trainable_that_takes_no_notice_of_parts_is_refused():
+    search = started(parts=2)
+    for trial_id in ("first", "second"):
+        search.on_trial_complete(trial_id, bowl(search.suggest(trial_id)))
+    assert "takes no notice of part" in refusal(search.suggest, "next")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # with `InnerRun`
 

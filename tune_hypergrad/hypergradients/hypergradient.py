@@ -234,8 +234,8 @@ def hypergradient_run(
     if part is not None and differentiated:
         if mode not in (None, _BY_COLUMNS):
             raise InputError(
-                f"part is {list(part)}, and differentiation {differentiation!r}: only forward mode can be divided, so "
-                'have whole runs, or drop differentiation (or set "forward")'
+                f"part is {list(part)}, and differentiation {differentiation!r}: only forward mode can be divided; set "
+                'differentiation to "forward", or have runs that are not divided (parts=1)'
             )
         mode = _BY_COLUMNS
     refuse_underivable(loop, values)
