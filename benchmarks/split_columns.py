@@ -4,12 +4,12 @@
 
 LeNet at batch 128 on synthetic images, eight numbers tuned (four windows of the learning rate, two each of momentum and
 weight decay), in one Ray session with as many CPUs as the most parts, one for each trial, and reused actors. Contenders
-take turns; of each turn's two outer steps the second one counts, since the first waits for actors to start. "reverse"
-is one trial by reverse mode, which is what `parts=1` takes unless forward mode is asked for.
+take turns; of each turn's two outer steps the second one counts, since the first waits for all actors to start: Ray
+keeps one of them for the second, and starts those of further parts anew. "reverse" is one trial by reverse mode, which is what `parts=1` takes unless forward mode is asked for.
 
 - seconds: from the end of the first outer step to that of the second, as the driver sees them: Ray's own part included,
   and whatever else the machine does;
-- CPU seconds: of the process that takes longest, which is what the seconds would be on an idle machine;
+- CPU seconds: of the trial that takes longest, without the start of its process;
 - gradients: what all trials of the outer step together are charged, per inner step.
 """
 
@@ -118,6 +118,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for contender, parts in contenders.items():
             measured[contender].append(measure(problem, contender, parts, options.steps))
+            print(contender, measured[contender][-1])
     ray.shutdown()
     table = Table("contender", "seconds", "ratio", "CPU seconds", "ratio", "gradients a step")
     base = next(iter(measured.values()))
