@@ -12,7 +12,7 @@ of the update. Memory is columns x state, whatever the number of steps. Micaelli
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from math import inf
 from typing import Any
@@ -51,9 +51,12 @@ class ForwardRun(HypergradientRun):
             tame exploding tangents; the hypergradient is then no longer exact.
         columns_at_once: columns in one batched Hessian product, and in one batched update; None is all of them.
         in_turn: take Hessian products one column after another wherever a step lets (see `products`), not batched.
+        part: (index, of), to carry every `of`-th column only, in the order in which they open and from the one of
+            number `index` on; the hypergradients by others stay 0, so that those of all parts add up to the whole.
+            None carries all.
 
     Raises:
-        InputError: a step is run several times, and is another one each time.
+        InputError: a step is run several times, and is another one each time; or a part has no column.
     """
 
     differentiation = "forward"
@@ -69,6 +72,7 @@ class ForwardRun(HypergradientRun):
         clip_hessian_product: float | None = None,
         columns_at_once: int | None = COLUMNS_AT_ONCE,
         in_turn: bool = False,
+        part: Sequence[int] | None = None,
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.clip_hessian_product = clip_hessian_product
@@ -81,6 +85,13 @@ class ForwardRun(HypergradientRun):
         ]
         # by the step at which a window opens: the columns in use are always the first ones
         columns.sort(key=lambda column: column[0])
+        if part is not None:
+            index, of = part
+            if index >= len(columns):
+                raise InputError(
+                    f"part is {list(part)}: there are {len(columns)} numbers to differentiate by, none for this part"
+                )
+            columns = columns[index::of]  # in turn, so that no part has all those that are carried longest
         self.columns = [(name, window) for _, name, window in columns]
         self._openings = [opening for opening, _, _ in columns]
         self.columns_at_once, self.in_turn = columns_at_once or len(self.columns), in_turn
@@ -121,7 +132,7 @@ class ForwardRun(HypergradientRun):
         dh = self._selection(step)
         dparams, dslots = self.tangent_params[used], tuple(slot[used] for slot in self.tangent_slots)
         reads_loss = any(name in loop.problem.loss_hyperparameters for name in h)
-        if fresh_segment and not reads_loss:  # Z = 0, so no Hessian product
+        if not self._in_use or (fresh_segment and not reads_loss):  # Z = 0, so no Hessian product
             _, gradient, without, buffers = loop.training(self.state, h, step)
             dgradient = torch.zeros_like(dparams)
             self.cost += loop.costs.step(step)
@@ -138,16 +149,20 @@ class ForwardRun(HypergradientRun):
         def update_tangent(*tangents: Any) -> Any:
             return jvp(update, (self.state.params, gradient, self.state.slots, h), tangents)
 
+        counts = counted(self.state.counts, without)
         with torch.no_grad():
+            if not self._in_use:  # vmap takes no fewer than one
+                params, slots = update(self.state.params, gradient, self.state.slots, h)
+                return State(params, slots, buffers, counts)
             batched = vmap(update_tangent, out_dims=(None, 0))  # type: ignore[arg-type]
-            for start in range(0, max(1, self._in_use), self.columns_at_once):
+            for start in range(0, self._in_use, self.columns_at_once):
                 chunk = slice(start, min(start + self.columns_at_once, self._in_use))
                 of_slots, of_h = tuple(slot[chunk] for slot in dslots), {name: each[chunk] for name, each in dh.items()}
                 (params, slots), after = batched(dparams[chunk], dgradient[chunk], of_slots, of_h)
                 # in place: `dparams` and `dslots` are views of what is kept
                 for tangent, found in zip((dparams[chunk], *of_slots), (after[0], *after[1]), strict=True):
                     tangent.copy_(found)
-        return State(params, slots, buffers, counted(self.state.counts, without))
+        return State(params, slots, buffers, counts)
 
     def _selection(self, step: int) -> dict[str, Tensor]:
         """The vectors e of the columns in use: by hyperparameter, shape [columns in use], 1 where the column is its

@@ -39,8 +39,8 @@ from tune_hypergrad.problem import Problem
 from tune_hypergrad.space import Place, places_of, put
 
 _NOT_DIFFERENTIATED = "nothing is differentiated"
-_CLIPPED = MODES[Forward.name]
-"""The mode that has Hessian products to clip."""
+_BY_COLUMNS = MODES[Forward.name]
+"""The mode that has columns to divide, and their Hessian products to clip."""
 
 
 def hypergradient(
@@ -211,6 +211,7 @@ def hypergradient_run(
     together: bool | None = None,
     max_memory: float | str | None = None,
     beside: int = 1,
+    part: Sequence[int] | None = None,
 ) -> HypergradientRun:
     """The same as a run to be advanced in pieces, saved and restored; arguments as for `hypergradient`, and for
     `HypergradientRun`. With `reject_above` -inf, it is plain training, whatever the model.
@@ -219,6 +220,8 @@ def hypergradient_run(
         together: of an `EnsembleLoop`, whether its runs take their steps at once (see `advance_together`) or one run
             begins after another; None is what is faster, and right.
         beside: how many runs, this one included, share the memory.
+        part: (index, of), to differentiate by one of `of` shares of the numbers only, in forward mode: see
+            `ForwardRun`. None differentiates by all of them.
     """
     values = dict(hyperparameters)
     check_values(loop, values)
@@ -226,9 +229,16 @@ def hypergradient_run(
     if clip_hessian_product is not None:
         if not clip_hessian_product > 0:
             raise InputError(f"clip_hessian_product is {clip_hessian_product!r}: give a positive number, or None")
-        if mode not in (None, _CLIPPED) and differentiated:
+        if mode not in (None, _BY_COLUMNS) and differentiated:
             raise InputError("clip_hessian_product is defined for forward mode only: drop it, or use forward")
-        mode = _CLIPPED if differentiated else mode
+        mode = _BY_COLUMNS if differentiated else mode
+    if part is not None and differentiated:
+        if mode not in (None, _BY_COLUMNS):
+            raise InputError(
+                f"part is {list(part)}, and differentiation {differentiation!r}: only forward mode can be divided; set "
+                'differentiation to "forward", or have runs that are not divided (parts=1)'
+            )
+        mode = _BY_COLUMNS
     refuse_underivable(loop, values)
     memory = _memory(loop, max_memory, beside)
     common: dict[str, Any] = {"horizon": horizon, "val_examples": val_examples}
@@ -249,6 +259,7 @@ def hypergradient_run(
             check=check,
             max_memory=max_memory,
             beside=len(loop.seeds),
+            part=part,
         )
         return RunsInTurn(loop, values, begin, reason, reject_above=reject_above)
     if not differentiated:
@@ -256,15 +267,16 @@ def hypergradient_run(
         run.reason = _NOT_DIFFERENTIATED
         return run
     work = _work(loop, values, mode, horizon, memory, may_be_rejected=reject_above < inf)
+    work = work if part is None else replace(work, parts=part[1])
     if mode is None:
         choice = cheapest_right(loop, values, work, check=check)
     else:
         refusal = refusal_of(loop, values, mode.derivatives, check=check)
         if refusal is not None:
             raise InputError(refusal)
-        clipped = clip_hessian_product is not None
-        choice = Choice(mode, "Hessian products are clipped in forward mode only" if clipped else "asked for")
-    own: dict[str, Any] = {} if clip_hessian_product is None else {"clip_hessian_product": clip_hessian_product}
+        choice = Choice(mode, _why_asked_for(clip_hessian_product, part))
+    of_forward = {"clip_hessian_product": clip_hessian_product, "part": part}
+    own: dict[str, Any] = {name: value for name, value in of_forward.items() if value is not None}
     if max_memory is not None:
         _refuse_too_little(choice.mode, work)
     if isinstance(choice.mode, Reverse):
@@ -274,6 +286,13 @@ def hypergradient_run(
     run = choice.mode.begin(loop, values, **common, reject_above=reject_above, **own)
     run.differentiation, run.reason = choice.mode.name, choice.reason
     return run
+
+
+def _why_asked_for(clip_hessian_product: float | None, part: Sequence[int] | None) -> str:
+    """Why a mode was taken that was not chosen."""
+    if part is not None:
+        return f"part {part[0] + 1} of {part[1]}: only forward mode can be divided"
+    return "asked for" if clip_hessian_product is None else "Hessian products are clipped in forward mode only"
 
 
 def _why_in_turn(

@@ -46,6 +46,8 @@ class Work:
     """Size of one step's graph beside its state; infinite: none is kept."""
     memory: float = inf
     """Bytes that may be kept."""
+    parts: int = 1
+    """Runs among which forward mode's columns are divided, this one of them."""
 
     @classmethod
     def of(
@@ -101,27 +103,27 @@ class Forward(Mode):
 
     def gradients(self, work: Work) -> float:
         # a window of N is carried from its opening on: (N + 1) / 2 columns on average
-        columns = sum((count + 1) / 2 for count in work.windows)
+        columns = sum((count + 1) / 2 for count in work.windows) / work.parts
         carried = 1 - 1 / (work.horizon or work.steps)  # a segment's first step has no Hessian product
         return GRADIENTS_PER["step"] + GRADIENTS_PER["hessian_column"] * columns * carried
 
     def kept_bytes(self, work: Work) -> int:
-        return sum(work.windows) * work.state_bytes
+        return -(-sum(work.windows) // work.parts) * work.state_bytes
 
     def begin(
         self, loop: InnerLoop, values: Mapping[str, Tensor], *, max_memory: float | None = None, **arguments: Any
     ) -> ForwardRun:
         """A run; with `max_memory`, bytes beside what a step with one column takes, as many columns at once as fit."""
-        work = Work.of(loop, values, None)
-        room = None if max_memory is None else max_memory - self.kept_bytes(work)
+        run = ForwardRun(loop, dict(values), **arguments)
+        columns = len(run.columns)
+        room = None if max_memory is None else max_memory - columns * state_bytes(loop)
         found = way_to_carry(loop, values, horizon=arguments.get("horizon"))
-        at_once = found.columns_at_once(sum(work.windows), COLUMNS_AT_ONCE, room)
+        run.in_turn, run.columns_at_once = found.in_turn, found.columns_at_once(columns, COLUMNS_AT_ONCE, room)
         # a step that cannot be run again for its adjoint cannot be run once for every few columns either
-        several = not found.in_turn and sum(work.windows) > at_once
-        whole = several and refusal_of(loop, values, "reverse", check=False) is not None
-        return ForwardRun(
-            loop, dict(values), columns_at_once=None if whole else at_once, in_turn=found.in_turn, **arguments
-        )
+        several = not found.in_turn and columns > run.columns_at_once
+        if several and refusal_of(loop, values, "reverse", check=False) is not None:
+            run.columns_at_once = columns
+        return run
 
 
 class Reverse(Mode):

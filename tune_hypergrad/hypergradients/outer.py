@@ -318,6 +318,30 @@ def mean_outcome(outcomes: Sequence[Outcome | None]) -> Outcome:
     return Outcome(loss, untrained, means, cost, score)
 
 
+def joined_outcome(parts: Sequence[Outcome]) -> Outcome:
+    """The outcome of a run of which every part has trained the whole, and differentiated by numbers of its own: the sum
+    of their hypergradients, none where a part has none or nothing is finite, for the sum of their costs. Where their
+    losses differ, the worst one counts.
+
+    Raises:
+        InputError: parts have differentiated by the same number.
+    """
+    worst = max(parts, key=lambda part: (isnan(part.val_loss), part.val_loss))
+    given = [part.hypergradients for part in parts if part.hypergradients is not None]
+    sums: Hyperparameters | None = None
+    if len(given) == len(parts):
+        by_part = {name: torch.stack([own[name] for own in given]) for name in given[0]}
+        for name, stacked in by_part.items():
+            if bool(((stacked != 0).sum(0) > 1).any()):
+                raise InputError(
+                    f"several parts of a run have a hypergradient by the same number of {name!r}: the trainable takes "
+                    "no notice of part in its config; use InnerRun, or parts=1"
+                )
+        sums = {name: stacked.sum(0) for name, stacked in by_part.items()}
+        sums = sums if any(bool(values.isfinite().any()) for values in sums.values()) else None
+    return worst._replace(hypergradients=sums, cost=sum(part.cost for part in parts))
+
+
 def _finite_mean(gradients: list[Tensor]) -> Tensor:
     """Elementwise mean of what is finite; NaN where nothing is."""
     stacked = torch.stack(gradients)

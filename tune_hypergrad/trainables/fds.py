@@ -103,7 +103,7 @@ class DescentSettings(SpaceSettings):
         )
 
 
-_OF_INNER_RUNS = ("reject_above", "confirmed", "fall_above", "split_seed", "tuned")
+_OF_INNER_RUNS = ("reject_above", "confirmed", "fall_above", "split_seed", "tuned", "part")
 """Names of the settings of `InnerRun` that a search gives a value for every run."""
 
 

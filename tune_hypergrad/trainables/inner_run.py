@@ -71,6 +71,10 @@ class InnerRunSettings(TrialSettings):
     fall_above: float = inf
     """Validation loss of its own above which a run that confirms a schedule speaks against it; inf: only one that is
     not finite does."""
+    part: tuple[int, int] | None = None
+    """(index, of): the run is one of `of` that are the same but for the tuned numbers that they differentiate by, in
+    forward mode. Every `of`-th of them is this run's, from the one of number `index` on, from 0, in the order in which
+    they come into force; its hypergradients by others are 0. None differentiates by all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +83,10 @@ class InnerRunSettings(TrialSettings):
             as_bytes(self.max_memory)
         if isinstance(self.ensemble, bool) or not isinstance(self.ensemble, int) or self.ensemble < 1:
             raise InputError(f"ensemble is {self.ensemble!r}: a trial has a whole number of seeds of at least 1")
+        if self.part is not None and not _is_part(self.part):
+            raise InputError(
+                f"part is {self.part!r}: give (index, of), whole numbers with an index from 0 that is below of"
+            )
 
     def make_loop(self, problem: Problem, **changes: Any) -> InnerLoop:
         """The inner loop of a run, or that of an ensemble; `changes` are of the loop's settings."""
@@ -112,6 +120,7 @@ class InnerRunSettings(TrialSettings):
             check=check,
             together=together,
             max_memory=self.max_memory,
+            part=self.part,
         )
 
     def advance(self, run: HypergradientRun, units: int) -> HypergradientRun:
@@ -221,3 +230,10 @@ class InnerRun(ProblemTrainable):
         self.run = self.settings.make_run(self.loop, self._values, mode, together=together)
         self.run.load_state_dict(saved["run"])
         self._untrained, self._spent = saved["untrained"], Cost(**saved["spent"])
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, list | tuple) or len(part) != 2:
+        return False
+    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in part)
+    return whole and 0 <= part[0] < part[1]
