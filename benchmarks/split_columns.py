@@ -5,7 +5,8 @@
 LeNet at batch 128 on synthetic images, eight numbers tuned (four windows of the learning rate, two each of momentum and
 weight decay), in one Ray session with as many CPUs as the most parts, one for each trial, and reused actors. Contenders
 take turns; of each turn's two outer steps the second one counts, since the first waits for all actors to start: Ray
-keeps one of them for the second, and starts those of further parts anew. "reverse" is one trial by reverse mode, which is what `parts=1` takes unless forward mode is asked for.
+keeps one of them for the second, and starts those of further parts anew. "reverse" is one trial by reverse mode, which
+is what `parts=1` takes unless forward mode is asked for.
 
 - seconds: from the end of the first outer step to that of the second, as the driver sees them: Ray's own part included,
   and whatever else the machine does;
