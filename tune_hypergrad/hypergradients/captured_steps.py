@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tune_hypergrad.batches import Batch
+from tune_hypergrad.curves import Curve
 from tune_hypergrad.errors import in_one_line
 from tune_hypergrad.hypergradients.capture import RECORDERS, Form, Recorder, Recording, form_of
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
@@ -41,8 +42,8 @@ _RECORDINGS = 2
 _TOLERANCE = 1e-3
 """Difference between a replayed step and the same without recording, over the largest element, up to which they are the
 same on a device that adds up in another order at every call."""
-_SHRUNK = 0.7
-_MOVED = 0.01
+_SHRUNK, _MOVED = 0.7, 0.01
+"""Factor of hyperparameters' values, and distance of weights, from one step that is tried out to the next."""
 
 
 class NotRecordableError(Exception):
@@ -97,8 +98,12 @@ class _ValuesAt(LoopValues):
         self._present = fixed
 
     def fixed_at(self, step: int) -> dict[str, Any]:
-        constants = {name: values for name, values in self._fixed_values.items() if name not in self._present}
-        return {**{name: values[0] for name, values in constants.items()}, **self._present}
+        constants = {
+            name: values[0]
+            for name, values in self._fixed_values.items()
+            if name not in self._present and not isinstance(values, Curve)
+        }
+        return {**constants, **self._present}
 
 
 class _LoopAt(InnerLoop):

@@ -114,8 +114,7 @@ def schedule_free_adamw(params: Tensor, gradient: Tensor, slots: Slots, h: Scala
     descending = descending - rate * (gradient / (guarded_sqrt(square) + h["eps"]) + h["weight_decay"] * params)
     total = total + rate**2
     positive = total > 0  # no rate has been above 0 yet: the average stays
-    zero, one = _zero_and_one(total)
-    share = torch.where(positive, rate**2 / torch.where(positive, total, one), zero)
+    share = torch.where(positive, rate**2 / torch.where(positive, total, 1), 0)
     average = (1 - share) * average + share * descending
     return (1 - h["beta1"]) * descending + h["beta1"] * average, (descending, average, square, total)
 
@@ -178,14 +177,7 @@ def _adam(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step
 def guarded_sqrt(square: Tensor) -> Tensor:
     """Square root with derivative 0 at 0, where a weight has had no gradient yet, instead of an infinite one."""
     positive = square > 0
-    zero, one = _zero_and_one(square)
-    return torch.where(positive, torch.where(positive, square, one).sqrt(), zero)
-
-
-def _zero_and_one(like: Tensor) -> tuple[Tensor, Tensor]:
-    """As tensors: as numbers, `torch.where` would copy them to a GPU, and wait for it."""
-    zero = torch.zeros((), dtype=like.dtype, device=like.device)
-    return zero, torch.ones_like(zero)
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
 
 
 _SGD_DEFAULTS = {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0}
