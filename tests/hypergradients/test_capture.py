@@ -322,7 +322,7 @@ class TestRefusals:
             (DrawingOnHost, "a step draws from Python's, NumPy's or the host's generator"),
             (DrawingByNumPy, "a step draws from Python's, NumPy's or the host's generator"),
             (Deciding, "RuntimeError: aten._local_scalar_dense.default waits for the device"),
-            (Seeded, "the training loss of step 4 is another one when it is replayed"),
+            (Seeded, "a replay of step 4 differs in the training loss"),
         ],
     )
     def test_a_model(self, model: type[Changing], reason: str) -> None:

@@ -402,9 +402,9 @@ class _Trial:
                     return self._captured.reason
                 for name, value in eager.items():
                     if not self._is_same(found[name], value, again[name]):
-                        return f"the {name} of step {step} is another one when it is replayed"
+                        return f"a replay of step {step} differs in the {name}"
         missing = [kind for kind in self._kinds if not self._captured.has_recorded(kind)]
-        return f"the batches have no form that can be told ({missing[0]} step)" if missing else None
+        return f"batches do not come in the same form again ({missing[0]} step)" if missing else None
 
     def _moved(self, place: int) -> State:
         """A state of its own for every place."""
