@@ -83,12 +83,16 @@ class Form(NamedTuple):
     leaves: tuple[Any, ...]
 
 
+_TOLD = (Tensor, type(None), bool, int, float, str)
+
+
 def form_of(arguments: Any) -> Form | None:
     """The form of a tree of arguments; None where it has leaves that cannot be told apart with certainty."""
     leaves, tree = tree_flatten(arguments)
-    if not all(leaf is None or isinstance(leaf, Tensor | bool | int | float | str) for leaf in leaves):
+    if not all(isinstance(leaf, _TOLD) for leaf in leaves):
         return None
-    return Form(tree, tuple(map(_form_of_leaf, leaves)))
+    with torch._C.DisableTorchFunction():  # modes that are entered would see every attribute
+        return Form(tree, tuple(map(_form_of_leaf, leaves)))
 
 
 def _form_of_leaf(leaf: Any) -> Any:
@@ -126,10 +130,11 @@ class Recording:
     def __call__(self, arguments: Any) -> Any:
         """What the function gives for other values; tensors that it hands on are those that it was given."""
         leaves, _ = tree_flatten(arguments)
-        _copy(list(self._inputs.values()), [leaves[position] for position in self._inputs])
-        self._replay()
-        fresh = [torch.empty_like(self._outputs[number]) for number in self._made]
-        _copy(fresh, [self._outputs[number] for number in self._made])
+        with torch._C.DisableTorchFunction():
+            _copy(list(self._inputs.values()), [leaves[position] for position in self._inputs])
+            self._replay()
+            fresh = [torch.empty_like(self._outputs[number]) for number in self._made]
+            _copy(fresh, [self._outputs[number] for number in self._made])
         given = {number: leaves[position] for number, position in self._handed_on.items()}
         given |= dict(zip(self._made, fresh, strict=True))
         return tree_unflatten([given.get(number, leaf) for number, leaf in enumerate(self._outputs)], self._tree)
@@ -141,6 +146,6 @@ def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(to, values, strict=True):
         own = by_type.setdefault(tensor.dtype, ([], []))
         own[0].append(tensor)
-        own[1].append(value.detach())
+        own[1].append(value)
     for tensors, own_values in by_type.values():
         torch._foreach_copy_(tensors, own_values)
