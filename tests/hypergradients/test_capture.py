@@ -13,10 +13,11 @@ from engine_problems import assert_close, differentiate, double, make_problem
 from recorded import Recorder
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset, TensorDataset
 
 from tune_hypergrad import Problem, hypergradient
 from tune_hypergrad.hypergradients import OPTIMIZERS, InnerLoop, Optimizer, hypergradient_run
-from tune_hypergrad.hypergradients.capture import RECORDERS
+from tune_hypergrad.hypergradients.capture import RECORDERS, Recording, form_of
 from tune_hypergrad.hypergradients.captured_steps import CapturedSteps, try_capture
 from tune_hypergrad.hypergradients.inner_loop import TrainingSettings
 from tune_hypergrad.hypergradients.run import HypergradientResult
@@ -49,7 +50,7 @@ def convolutional() -> nn.Module:
 
 def images(model: Any = convolutional, **more: Any) -> Problem:
     split = IMAGES, CLASSES
-    return Problem(model, split, split, **{"loss": F.cross_entropy, "batch_size": 8, **more})
+    return Problem(model, **{"train": split, "val": split, "loss": F.cross_entropy, "batch_size": 8, **more})
 
 
 def tokens(**more: Any) -> Problem:
@@ -165,6 +166,41 @@ class TestReplay:
 
         assert_replayed(*both(images(lambda: Idle().double()), LR, optimizer="adam"))
 
+    def test_batches_that_are_read(self) -> None:
+        class Noisy(Dataset[Any]):
+            def __len__(self) -> int:
+                return len(IMAGES)
+
+            def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+                return IMAGES[position] + 0.1 * torch.randn(1, 8, 8), CLASSES[position]
+
+        assert_replayed(*both(images(train=Noisy()), LR))
+
+    def test_batches_of_many_shapes(self) -> None:
+        """Some of them have no recording."""
+
+        def cut(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+            images, classes = (torch.stack(leaves) for leaves in zip(*pairs, strict=True))
+            return images[..., : 4 + int(torch.randint(4, ()))], classes
+
+        def model() -> nn.Module:
+            return nn.Sequential(nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(36, 3)).double()
+
+        data = TensorDataset(IMAGES, CLASSES)
+        assert_replayed(*both(images(model, train=data, val=data, collate_fn=cut), LR, steps=16))
+
+    def test_in_bfloat16(self) -> None:
+        """What is replayed is what autocast computes, and points where float64 does."""
+        values = {**LR, "momentum": double(0.5, 0.8), "weight_decay": double(0.1)}
+        low = images(lambda: convolutional().float()), {name: value.float() for name, value in values.items()}
+        found, eager = both(*low, autocast="bfloat16")
+        assert_replayed(found, eager, 1e-5)
+        exact = differentiate(InnerLoop(images(), TrainingSettings(STEPS)), values, "reverse").hypergradients
+        pair = [torch.cat([each[name].double() for name in values]) for each in (found.hypergradients, exact)]
+        assert F.cosine_similarity(*pair, dim=0) > 0.99
+        large = pair[1].abs() > 0.1 * pair[1].abs().max()
+        assert torch.equal(pair[0][large].sign(), pair[1][large].sign()) and large.sum() > 1
+
     def test_plain_training(self) -> None:
         results = []
         for capture in (True, False):
@@ -267,6 +303,33 @@ class TestRecordings:
         assert "captured" not in both(images(), LR, differentiation="forward")[0].reason
 
 
+class TestRecording:
+    def recording(self) -> Recording:
+        def function(given: dict[str, Any]) -> dict[str, Any]:
+            return {"sum": given["a"] * given["number"] + given["b"], "same": given["a"], "kind": "sum"}
+
+        return Recording(function, {"a": double(1, 2), "b": double(3), "number": 2}, Recorder(torch.device("cpu")))
+
+    def test_values_are_those_of_the_call(self) -> None:
+        recording, a = self.recording(), double(5, 6)
+        first = recording({"a": a, "b": double(1), "number": 2})
+        second = recording({"a": double(0, 1), "b": double(1), "number": 2})
+        assert first["sum"].tolist() == [11, 13] and second["sum"].tolist() == [1, 3]
+        assert first["same"] is a and a.tolist() == [5, 6] and first["kind"] == "sum"
+
+    def test_forms(self) -> None:
+        form = form_of({"a": double(1, 2), "number": 2})
+        assert form is not None and form == form_of({"a": double(3, 4), "number": 2})
+        for other in (
+            {"a": double(1), "number": 2},
+            {"a": double(1, 2), "number": 3},
+            {"b": double(1, 2), "number": 2},
+        ):
+            assert form_of(other) != form
+        assert form_of({"a": double(1, 2).float(), "number": 2}) != form
+        assert form_of({"a": object()}) is None
+
+
 class Changing(nn.Module):
     """A layer, and something that `change` makes of its output."""
 
@@ -360,6 +423,21 @@ class TestRefusals:
         problem, settings = images(lambda: Model().double()), TrainingSettings(STEPS)
         assert try_capture(problem, settings, LR, Recorder) is not None
         assert try_capture(problem, settings, LR, Recorder, ("training",)) is None
+
+    def test_batches_that_hold_other_things(self) -> None:
+        def collate(pairs: list[tuple[Tensor, Tensor]]) -> Any:
+            images, classes = (torch.stack(leaves) for leaves in zip(*pairs, strict=True))
+            return images, frozenset("ab"), classes
+
+        data = TensorDataset(IMAGES, CLASSES)
+        problem = images(
+            train=data,
+            val=data,
+            collate_fn=collate,
+            forward=lambda model, batch: model(batch[0]),
+            target=lambda b: b[2],
+        )
+        assert why_not(problem) == "a batch holds something that is no tensor, number or text"
 
     def test_an_ensemble(self) -> None:
         result = hypergradient(make_problem(), LR, steps=STEPS, seed=[0, 1])
