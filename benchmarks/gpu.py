@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import tune_hypergrad
 from tune_hypergrad import Problem
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.capture import RECORDERS
@@ -113,8 +112,8 @@ class Bench:
 
 def machine(bench: Bench) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if bench.on_gpu else "no GPU: a CPU"
-    versions = {"tune_hypergrad": tune_hypergrad.__version__, "torch": torch.__version__, "CUDA": torch.version.cuda}
-    return {"device": device, "date": date.today().isoformat(), **versions}
+    today = date.today().isoformat()
+    return {"device": device, "date": today, "torch": torch.__version__, "CUDA": torch.version.cuda}
 
 
 def exactness(bench: Bench, mode: str, way: str) -> dict[str, float]:

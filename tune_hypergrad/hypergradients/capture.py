@@ -53,12 +53,14 @@ class CudaGraphs:
         fails is not as easily recovered from."""
         present = torch.cuda.current_stream()
         self._stream.wait_stream(present)
-        with torch.cuda.stream(self._stream):
-            function()
-            with _refusing_to_wait():
-                for _ in range(2):
-                    function()
-        present.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                function()
+                with _refusing_to_wait():
+                    for _ in range(2):
+                        function()
+        finally:  # what the function reads may be let go of
+            present.wait_stream(self._stream)
 
 
 @contextmanager
