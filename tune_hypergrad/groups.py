@@ -136,7 +136,7 @@ def _runs(
 
 
 def _column(value: Any, like: Tensor) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype, device=like.device)
+    tensor = value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
     return tensor if tensor.ndim else tensor[None]
 
 

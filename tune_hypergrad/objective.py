@@ -140,4 +140,4 @@ def strengths(regularisers: Sequence[Regulariser]) -> dict[str, Strength]:
 
 
 def _as_tensor(value: Any, like: Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=like.dtype, device=like.device)
+    return value if isinstance(value, Tensor) else torch.full((), float(value), dtype=like.dtype, device=like.device)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +20,18 @@ from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import TrainingSettings
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.hypergradients.step_graph import adjoint_step
+from tune_hypergrad.regularisers import (
+    Affine,
+    Brightness,
+    Contrast,
+    Crop,
+    Cutout,
+    Dropout,
+    Flip,
+    Hue,
+    Saturation,
+    WeightDecay,
+)
 
 META = torch.device("meta")
 IMAGES, LABELS = torch.randn(64, 1, 8, 8), torch.randint(3, (64,))
@@ -144,6 +157,39 @@ def test_tangents_stay_on_the_device(kind: str, in_turn: bool) -> None:
         with Watch() as watch:
             run.advance(2)
     assert not watch.found and watch.operations > 100
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses tensors that are made of Python's numbers on the host, and copied from there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, Tensor.new_tensor), f"{func} of {args}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_made_on_the_host() -> None:
+    colours = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2)}
+    regularisers = [
+        *(Affine("rotation", "translation", "scale", "shear"), Crop(), Flip(), Cutout(), WeightDecay("l2")),
+        *(Brightness(**colours), Contrast(**colours), Saturation(**colours), Hue(**colours), Dropout()),
+    ]
+    names = [name for each in regularisers for name in each.hyperparameters]
+    pictures = torch.rand(64, 3, 8, 8), LABELS
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Dropout(0.1), nn.Linear(144, 3))
+
+    problem = Problem(model, pictures, pictures, batch_size=8, regularisers=regularisers, groups={"head": "3.*"})
+    fixed = {**dict.fromkeys(names, 0.1), "lr/head": 0.1}
+    for optimizer in OPTIMIZERS:
+        loop = loop_on_meta(problem, optimizer, fixed=fixed)
+        with NothingFromTheHost(), pytest.raises(AssertionError, match="new_tensor"):
+            IMAGES.new_tensor([1.0])
+        with loop.running():
+            state = warmed(loop)
+            with NothingFromTheHost(), Watch() as watch:
+                loop.take_step(state, loop.scalars(values(loop), 2), 2)
+        assert not watch.found and watch.operations > 100
 
 
 def test_the_watch_finds_what_waits() -> None:

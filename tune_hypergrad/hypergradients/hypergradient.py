@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.captured_steps import capture_steps
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun, RunsInTurn, advance_together, why_in_turn
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.graph_size import graph_size
@@ -61,6 +62,7 @@ def hypergradient(
     val_examples: int | None = None,
     max_memory: float | str | None = None,
     device: str | None = None,
+    capture: bool = True,
     check: bool = True,
 ) -> HypergradientResult:
     """Train for `steps` inner steps and differentiate the validation loss by the hyperparameters.
@@ -92,6 +94,8 @@ def hypergradient(
             once as fit. None is a quarter of what is free where training happens when the run begins, and in forward
             mode at most four tangents at once.
         device: where to train; None leaves the model where its factory puts it.
+        capture: on a GPU, replay steps as CUDA graphs where they are the same when replayed, which is tried out once
+            per problem; `reason` says what came of it.
         check: compare the engine with plain training on a few small batches first, once per problem; see
             `check_problem`. Without it, only the first step is searched for what has no derivative.
 
@@ -113,7 +117,9 @@ def hypergradient(
     """
 
     def settings(seed: int) -> TrainingSettings:
-        return TrainingSettings(steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema, autocast)
+        return TrainingSettings(
+            steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema, autocast, capture
+        )
 
     loop = (
         EnsembleLoop(problem, settings(0), seed) if isinstance(seed, Sequence) else InnerLoop(problem, settings(seed))
@@ -263,9 +269,11 @@ def hypergradient_run(
         )
         return RunsInTurn(loop, values, begin, reason, reject_above=reject_above)
     if not differentiated:
+        captured = capture_steps(loop, values, plain=True)
         run: HypergradientRun = ReverseRun(loop, values, val_examples=val_examples, reject_above=reject_above)
-        run.reason = _NOT_DIFFERENTIATED
+        run.reason = _joined(_NOT_DIFFERENTIATED, captured)
         return run
+    captured = capture_steps(loop, values, plain=False) if mode is None or isinstance(mode, Reverse) else ""
     work = _work(loop, values, mode, horizon, memory, may_be_rejected=reject_above < inf)
     work = work if part is None else replace(work, parts=part[1])
     if mode is None:
@@ -281,10 +289,12 @@ def hypergradient_run(
         _refuse_too_little(choice.mode, work)
     if isinstance(choice.mode, Reverse):
         own = _keeping(loop, values, mode, work, max_memory)
-    elif isinstance(choice.mode, Forward) and max_memory is not None:
-        own["max_memory"] = work.memory
+    else:
+        loop.captured, captured = None, ""
+        if isinstance(choice.mode, Forward) and max_memory is not None:
+            own["max_memory"] = work.memory
     run = choice.mode.begin(loop, values, **common, reject_above=reject_above, **own)
-    run.differentiation, run.reason = choice.mode.name, choice.reason
+    run.differentiation, run.reason = choice.mode.name, _joined(choice.reason, captured)
     return run
 
 
@@ -293,6 +303,10 @@ def _why_asked_for(clip_hessian_product: float | None, part: Sequence[int] | Non
     if part is not None:
         return f"part {part[0] + 1} of {part[1]}: only forward mode can be divided"
     return "asked for" if clip_hessian_product is None else "Hessian products are clipped in forward mode only"
+
+
+def _joined(*clauses: str) -> str:
+    return "; ".join(clause for clause in clauses if clause)
 
 
 def _why_in_turn(
@@ -366,7 +380,9 @@ def _work(
     may_be_rejected: bool = False,
 ) -> Work:
     """The size of a run, that of its graphs included where reverse mode may be taken."""
-    graph = graph_size(loop, values).size if mode is None or isinstance(mode, Reverse) else inf
+    # the memory of graphs that are replayed is that of the next replay
+    keeps_graphs = loop.captured is None and (mode is None or isinstance(mode, Reverse))
+    graph = graph_size(loop, values).size if keeps_graphs else inf
     return Work.of(loop, values, horizon, may_be_rejected=may_be_rejected, graph_bytes=graph, memory=memory)
 
 
@@ -376,7 +392,7 @@ def _keeping(
     """What reverse mode has to know of what it may keep; `mode` is what was asked for."""
     if mode is not None and mode.name == CheckpointedReverse.name and max_memory is None:
         work = replace(work, memory=mode.kept_bytes(work))
-    return {"room": work.room, "by_graph": not graph_size(loop, values).same}
+    return {"room": work.room, "by_graph": loop.captured is None and not graph_size(loop, values).same}
 
 
 def _refuse_too_little(mode: Mode, work: Work) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything
+
+if TYPE_CHECKING:
+    from tune_hypergrad.hypergradients.captured_steps import CapturedSteps
 
 T = TypeVar("T")
 
@@ -86,6 +89,9 @@ class TrainingSettings:
     autocast: str | None = None
     """Type that the model's forward pass is computed in, in training and evaluation: "bfloat16", as under
     `torch.autocast`, with weights, gradients and optimizer state in the model's own type; None is that type."""
+    capture: bool = True
+    """On a GPU, replay training steps and adjoint steps as CUDA graphs where they are the same when replayed; elsewhere
+    nothing is replayed."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -207,6 +213,8 @@ class InnerLoop:
             self.dtype,
         )
         self.costs = LoopCosts(self.batches)
+        self.captured: CapturedSteps | None = None
+        """Steps that are replayed, where `capture_steps` has found that they can be."""
         self._evaluator = Evaluator(self)
 
     @property
@@ -482,6 +490,14 @@ class InnerLoop:
     def take_step(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> tuple[State, Tensor]:
         """The state after one plain training step, and the step's training loss; `again`: the step will be taken
         again."""
+        if self.captured is not None:
+            return self.captured.take_step(self, state, h, step, again=again)
+        return self.take_eager_step(state, h, step, again=again)
+
+    def take_eager_step(
+        self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False
+    ) -> tuple[State, Tensor]:
+        """`take_step` without a replay."""
         training = self.training(state, h, step, again=again)
         return self.stepped(state, training, h, step), training.loss
 

@@ -211,6 +211,18 @@ class LoopValues:
             for name, values in self._fixed_values.items()
         }
 
+    def fixed_by_step(self) -> dict[str, Tensor]:
+        """The fixed hyperparameters that are not the same at every step: their values by step, each of shape [T], where
+        training happens."""
+        found = {}
+        for name, values in self._fixed_values.items():
+            if isinstance(values, Curve):
+                found[name] = values.tensor(self._steps, self.device, self.dtype)
+            elif len(values) > 1:
+                by_step = [values[window_at(step, self._steps, len(values))] for step in range(self._steps)]
+                found[name] = torch.tensor(by_step, device=self.device, dtype=self.dtype)
+        return found
+
     @property
     def fixed_names(self) -> list[str]:
         """The hyperparameters that are fixed, in the order of `fixed_at`."""

@@ -2,7 +2,8 @@
 
 An update maps `(params, gradient, slots, h, step)` to `(params, slots)`. `params`, `gradient` and every slot have
 shape [P]; `h` maps every hyperparameter's name to a float or a 0-dim tensor, or to one of shape [P] where parameter
-groups differ in it; `step` counts from 0. Updates are pure, elementwise unless they take one parameter at a time, and
+groups differ in it; `step` counts from 0, and of a step that is recorded (see `captured_steps`), which is never the
+first, is a 0-dim tensor. Updates are pure, elementwise unless they take one parameter at a time, and
 made of differentiable torch operations, so `torch.func` and autograd give every tangent and adjoint: nothing here is
 derived by hand. They agree step by step with `torch.optim`, where it has them, or with the equations of the papers they
 cite.
@@ -11,7 +12,7 @@ cite.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from tune_hypergrad.errors import InputError
 
 Slots = tuple[Tensor, ...]
 Scalars = Mapping[str, "Tensor | float"]
-Update = Callable[[Tensor, Tensor, Slots, Scalars, int], tuple[Tensor, Slots]]
+Step = int | Tensor
+Update = Callable[[Tensor, Tensor, Slots, Scalars, Any], tuple[Tensor, Slots]]
 
 
 class Optimizer(NamedTuple):
@@ -50,7 +52,7 @@ def initial_slots(optimizer: Optimizer, weights: Tensor) -> Slots:
     )
 
 
-def sgd(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def sgd(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     """SGD with momentum, dampening and L2 weight decay, as `torch.optim.SGD`.
 
     At a momentum of exactly 0, torch ignores the dampening; here it goes on, so that the step is continuous in both.
@@ -59,24 +61,24 @@ def sgd(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -
     return params - h["lr"] * velocity, (velocity,)
 
 
-def nesterov(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def nesterov(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     """SGD with Nesterov momentum, as `torch.optim.SGD(nesterov=True)`."""
     velocity = _velocity(params, gradient, slots, h, step)
     look_ahead = _decayed(params, gradient, h) + h["momentum"] * velocity
     return params - h["lr"] * look_ahead, (velocity,)
 
 
-def adam(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def adam(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     """Adam with L2 weight decay, as `torch.optim.Adam` (Kingma & Ba 2015)."""
     return _adam(params, _decayed(params, gradient, h), slots, h, step)
 
 
-def adamw(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def adamw(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     """Adam with decoupled weight decay, as `torch.optim.AdamW` (Loshchilov & Hutter 2019)."""
     return _adam(params * (1 - h["lr"] * h["weight_decay"]), gradient, slots, h, step)
 
 
-def rmsprop(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def rmsprop(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     """RMSprop with momentum and L2 weight decay, as `torch.optim.RMSprop`."""
     square, velocity = slots
     gradient = _decayed(params, gradient, h)
@@ -85,7 +87,7 @@ def rmsprop(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: in
     return params - h["lr"] * velocity, (square, velocity)
 
 
-def lion(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def lion(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     """Lion, sign descent with decoupled weight decay (Chen et al. 2023, "Symbolic Discovery of Optimization
     Algorithms", algorithm 2).
 
@@ -99,7 +101,7 @@ def lion(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) 
     return params, (h["beta2"] * mean + (1 - h["beta2"]) * gradient,)
 
 
-def schedule_free_adamw(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def schedule_free_adamw(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     """Schedule-free AdamW (Defazio et al. 2024, "The Road Less Scheduled", algorithm 1), without its warm-up, which a
     schedule of the learning rate has.
 
@@ -117,7 +119,7 @@ def schedule_free_adamw(params: Tensor, gradient: Tensor, slots: Slots, h: Scala
     return (1 - h["beta1"]) * descending + h["beta1"] * average, (descending, average, square, total)
 
 
-def adafactor(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def adafactor(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     """Adafactor of one parameter, as `torch.optim.Adafactor` (Shazeer & Stern 2018, algorithms 4 and 5).
 
     The row and column factors of a second moment are kept in the parameter's shape, the same along a row or a column;
@@ -126,7 +128,7 @@ def adafactor(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: 
     """
     row, column = slots
     tiny, share = torch.finfo(params.dtype).eps, (step + 1) ** h["beta2_decay"]
-    rate = torch.maximum(_rms(params), torch.as_tensor(h["eps2"]).to(params)) * _at_most(h["lr"], (step + 1) ** -0.5)
+    rate = torch.maximum(_rms(params), _like(h["eps2"], params)) * _at_most(h["lr"], (step + 1) ** -0.5)
     squares = gradient**2
     if gradient.ndim > 1:
         row = row + share * (squares.mean(-1, keepdim=True) - row)
@@ -144,13 +146,20 @@ def _rms(tensor: Tensor) -> Tensor:
     return guarded_sqrt((tensor**2).mean())
 
 
-def _at_most(value: Tensor | float, limit: float) -> Tensor | float:
-    return value.clamp(max=limit) if isinstance(value, Tensor) else min(value, limit)
+def _at_most(value: Tensor | float, limit: Tensor | float) -> Tensor | float:
+    if isinstance(value, Tensor):
+        return value.clamp(max=limit)
+    return limit.clamp(max=value) if isinstance(limit, Tensor) else min(value, limit)
 
 
-def _velocity(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> Tensor:
+def _like(value: Tensor | float, tensor: Tensor) -> Tensor:
+    """A value as a tensor of the type of another one, where that is."""
+    return value.to(tensor) if isinstance(value, Tensor) else tensor.new_full((), value)
+
+
+def _velocity(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> Tensor:
     decayed = _decayed(params, gradient, h)
-    if step == 0:  # torch.optim starts from the gradient, undampened
+    if isinstance(step, int) and step == 0:  # torch.optim starts from the gradient, undampened
         return decayed
     added = (1 - h["dampening"]) * decayed if _may_differ(h["dampening"], 0.0) else decayed
     return h["momentum"] * slots[0] + added
@@ -166,7 +175,7 @@ def _may_differ(value: Tensor | float, other: float) -> bool:
     return isinstance(value, Tensor) or value != other
 
 
-def _adam(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: int) -> tuple[Tensor, Slots]:
+def _adam(params: Tensor, gradient: Tensor, slots: Slots, h: Scalars, step: Step) -> tuple[Tensor, Slots]:
     mean, square = slots
     mean = h["beta1"] * mean + (1 - h["beta1"]) * gradient
     square = h["beta2"] * square + (1 - h["beta2"]) * gradient**2

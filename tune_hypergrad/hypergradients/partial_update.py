@@ -18,8 +18,8 @@ from tune_hypergrad.hypergradients.optimizers import Slots
 class Block(NamedTuple):
     """Parameters that take an optimizer step together."""
 
-    taken: int
-    """Number of optimizer steps that each of the parameters has taken before."""
+    taken: int | Tensor
+    """Number of optimizer steps that each of the parameters has taken before; 0-dim where the step is recorded."""
     members: tuple[int, ...]
     """Positions of the parameters among all that are trained."""
 

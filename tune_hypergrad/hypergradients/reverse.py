@@ -1,8 +1,9 @@
 """Reverse mode: train once, then carry the adjoint of the state back through every step.
 
 A step is gone back through by the graph of its training gradient. The graphs of the last steps are kept from the way
-there as far as memory goes; all others are made anew, from states that were kept (`keeping` says which). Either way it
-is the same step, and the cost does not depend on how many hyperparameters there are. The numbers of a curve get the
+there as far as memory goes; all others are made anew, from states that were kept (`keeping` says which). Where steps
+are replayed (`captured_steps`), all are made anew. Either way it is the same step, and the cost does not depend on how
+many hyperparameters there are. The numbers of a curve get the
 steps' own derivatives by the curve's Jacobian, transposed.
 """
 
@@ -117,11 +118,11 @@ class ReverseRun(HypergradientRun):
 
     def _train(self, state: State, step: int, stretch: Stretch, number: int) -> tuple[State, Tensor]:
         """Take a step that is the number-th of a stretch, and keep of it what there is to keep."""
-        loop, keeps_graph = self.loop, number >= stretch.graphs_from and not self._is_lean(step)
+        loop, keeps_graph = self.loop, number >= stretch.graphs_from and not self._goes_back_anew(step)
         if number == 0 or number in stretch.states:
             self._kept[step] = state
         h = self._leaves(step)
-        if (keeps_graph or self._by_graph) and loop.knows_moving:
+        if (keeps_graph or (self._by_graph and loop.captured is None)) and loop.knows_moving:
             before = allocated(loop.device)
             graph = step_graph(loop, state, h, step, again=not keeps_graph, mode=self._mode)
             if graph.changed <= loop.moving:
@@ -156,6 +157,10 @@ class ReverseRun(HypergradientRun):
     def _is_lean(self, step: int) -> bool:
         """Whether only one of the step's batches has room for its graph at a time."""
         return self.loop.problem.batches_in(step) > 1 and self._room.lean
+
+    def _goes_back_anew(self, step: int) -> bool:
+        """Whether a step is gone back through by a graph that is made for it, however much memory there is."""
+        return self.loop.captured is not None or self._is_lean(step)
 
     def _leaves(self, step: int) -> dict[str, Tensor]:
         of_step = self.loop.scalars(self.hyperparameters, step)
@@ -203,7 +208,7 @@ class ReverseRun(HypergradientRun):
     def _pull_back(self, step: int) -> Pulled:
         """Go back through a step, by its graph if it was kept."""
         lean = self._is_lean(step)
-        if not lean and step not in self._graphs:
+        if not self._goes_back_anew(step) and step not in self._graphs:
             self._train_again(step + 1)
         kept = step in self._graphs and step not in self._again
         self.cost += self.loop.costs.adjoint_step(kept=kept, lean=lean)
@@ -213,12 +218,18 @@ class ReverseRun(HypergradientRun):
             state, pulled = graph.state, pull_back(self.loop, graph, step, self._adjoint, self._buffer_adjoint)
         else:
             state = self._kept[step] if step in self._kept else self._train_again(step + 1, short=True)
-            h = self._leaves(step)
-            pulled = adjoint_step(self.loop, state, h, step, self._adjoint, self._buffer_adjoint, mode=self._mode)
+            pulled = self._pull_back_anew(state, step)
             self._replayed.append((step, self._losses[step], pulled.loss))
         if step % self.horizon == 0:  # the next segment's end
             self._kept[step] = state
         return pulled
+
+    def _pull_back_anew(self, state: State, step: int) -> Pulled:
+        """Go back through a step from the state before it."""
+        loop, h = self.loop, self._leaves(step)
+        if loop.captured is not None:
+            return loop.captured.adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint)
+        return adjoint_step(loop, state, h, step, self._adjoint, self._buffer_adjoint, mode=self._mode)
 
     def _add(self, step: int, by_hyperparameters: dict[str, Tensor]) -> None:
         """Add what a step gives the hyperparameters."""

@@ -11,6 +11,7 @@ import torch
 
 from tune_hypergrad import problems
 from tune_hypergrad.hypergradients import HypergradientResult, InnerLoop, TrainingSettings, hypergradient_run
+from tune_hypergrad.hypergradients.captured_steps import capture_steps
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.splits import split_anew, with_val
@@ -166,6 +167,7 @@ def retrain(
     options: dict[str, Any] = {"device": loop.device, "dtype": loop.dtype}
     tensors = {name: torch.tensor(windows, **options) for name, windows in values.items()}
     loop.values.check_names(tensors)
+    capture_steps(loop, tensors, plain=True)
     saved = place.load() or {"step": 0, "moving": [], "state": loop.initial_state()}
     step, state = saved["step"], State(*saved["state"])
     loop.moving |= set(saved["moving"])

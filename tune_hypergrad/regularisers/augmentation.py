@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -56,7 +57,7 @@ class Affine(Regulariser):
         )
         # a draw for each whether tuned or not, so that one more hyperparameter leaves the others' draws alone
         draws = 2 * torch.rand(5, len(x), dtype=precision(x), device=x.device) - 1
-        shift = draws[:2] * translation * translation.new_tensor([[x.shape[3]], [x.shape[2]]])
+        shift = draws[:2] * translation * vector((x.shape[3], x.shape[2]), translation)[:, None]
         maps = _sampling_maps(draws[2] * rotation, shift, (draws[3] * scale.log1p()).exp(), draws[4] * shear)
         return with_first_input(batch, _resampled(x, maps))
 
@@ -182,6 +183,11 @@ def precision(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def vector(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor of the type of another one, made where that is: a GPU would be waited for with a copy."""
+    return torch.stack([torch.full((), number, dtype=like.dtype, device=like.device) for number in numbers])
+
+
 def strengths(value: Tensor, x: Tensor) -> Tensor:
     """A strength for each of the images `x`, of shape [examples], without gradient, in their `precision`."""
     return value.detach().to(x.device, precision(x)).expand(len(x))
@@ -223,7 +229,7 @@ def _resampled(x: Tensor, maps: Tensor) -> Tensor:
     from_x, from_y, offset = maps[:, None, None].unbind(4)
     source = from_x * right[:, None] + from_y * down[:, None, None] + offset
     # grid_sample counts in half sizes from the centre
-    grid = source / maps.new_tensor([width / 2, height / 2])
+    grid = source / vector((width / 2, height / 2), maps)
     moved = F.grid_sample(x.to(maps.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     same = (maps == torch.eye(2, 3, dtype=maps.dtype, device=maps.device)).all(2).all(1)
     return torch.where(same[:, None, None, None], x, moved.to(x.dtype))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tune_hypergrad.batches import Batch, first_input, with_first_input
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.regularisers.augmentation import images, strengths
+from tune_hypergrad.regularisers.augmentation import images, strengths, vector
 from tune_hypergrad.regularisers.base import Regulariser, Strength, Values
 
 LUMA = (0.299, 0.587, 0.114)
@@ -59,7 +59,7 @@ class _Colour(Regulariser):
         self._check_channels(x.shape[1])
         strength = strengths(values[self.strength], x)[:, None, None, None]
         draws = torch.rand(len(x), 1, 1, 1, dtype=strength.dtype, device=x.device)
-        mean, std = (strength.new_tensor(by_channel)[:, None, None] for by_channel in self._statistics)
+        mean, std = (vector(by_channel, strength)[:, None, None] for by_channel in self._statistics)
         changed = self._changed(x.to(strength.dtype) * std + mean, strength, draws).clamp(0, 1)
         # there and back again is not exact
         return with_first_input(batch, torch.where(strength == 0, x, ((changed - mean) / std).to(x.dtype)))
@@ -149,7 +149,7 @@ def _grey(pixels: Tensor) -> Tensor:
     """The grey of pixels [examples, channels, height, width]: shape [examples, 1, height, width]."""
     if pixels.shape[1] != 3:
         return pixels.mean(1, keepdim=True)
-    return (pixels * pixels.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+    return (pixels * vector(LUMA, pixels)[:, None, None]).sum(1, keepdim=True)
 
 
 def _with_hue_shifted(pixels: Tensor, shift: Tensor) -> Tensor:
@@ -165,5 +165,5 @@ def _with_hue_shifted(pixels: Tensor, shift: Tensor) -> Tensor:
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
     # on the circle each channel is full for a third, gone for a third, and ramps in between
-    place = (sixths + 6 * shift + pixels.new_tensor([5.0, 3.0, 1.0])[:, None, None]).remainder(6)
+    place = (sixths + 6 * shift + vector((5.0, 3.0, 1.0), pixels)[:, None, None]).remainder(6)
     return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)

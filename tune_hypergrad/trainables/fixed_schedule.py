@@ -10,6 +10,7 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.curves import Curve, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop
+from tune_hypergrad.hypergradients.captured_steps import capture_steps
 from tune_hypergrad.hypergradients.run import check_values
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.hypergradients.verification import check_training
@@ -45,6 +46,7 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         self.loop = InnerLoop(self.problem, settings.training(fixed=fixed, device=self.device))
         check_values(self.loop, values)
         self._hyperparameters = {name: self.loop.values.placed(name, v) for name, v in values.items()}
+        capture_steps(self.loop, self._hyperparameters, plain=True)
         fixed = self.loop.values.fixed_beside(values)
         self._schedule = Schedule({**fixed, **hyperparameters}) if fixed or hyperparameters else None
         self.end = settings.steps

@@ -1,0 +1,424 @@
+"""What the engine does on a GPU: exactness, steps one by one and replayed, memory, processes, the papers' figures.
+
+    python benchmarks/gpu.py [--out gpu.json] [--limit-s 520] [--piece NAME ...] [--data-dir DIR]
+
+It works in pieces: `machine`, `exactness`, `capture`, `steps`, `forward`, `memory`, `processes`, `figure1` (the first
+outer step of the recipe's search), `fds-fig1` and `fds-fig4` (the recipes, at `--scale`). A piece has parts. What is
+done stands in the file, and the same command goes on with the rest until `--limit-s` is over (exit status 3: there is
+more to do). A part that has begun is finished, which takes a minute or two; recipes stop in between. When all is done,
+the tables are written into `docs/gpu.md`, between the markers; with `--quick` or on a CPU only into what `--docs` says.
+
+Milliseconds are medians over rounds in which the ways take turns, with the range, by CUDA events (on a CPU by the
+clock). `figure1` is timed without replays and with them, as a job of the recipe would be. Without CIFAR-10 in
+`--data-dir`, data of its shape are made up. `--quick` is for trying the script out: small batches, few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from tune_hypergrad import Problem
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
+from tune_hypergrad.hypergradients.capture import RECORDERS
+from tune_hypergrad.hypergradients.captured_steps import CapturedSteps, try_capture
+from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.step_graph import adjoint_step
+from tune_hypergrad.problems.cifar import FOLDER, TEST_BATCHES, TRAIN_BATCHES
+from tune_hypergrad.problems.models import lenet5_grey
+from tune_hypergrad.problems.wide_resnet import wrn_16_1
+from tune_hypergrad.recipes import RECIPES
+from tune_hypergrad.recipes.jobs import Place
+from tune_hypergrad.recipes.training import Experiment, differentiate
+from tune_hypergrad.wording import markdown_table, with_range
+
+HERE = Path(__file__).resolve()
+DOCS = HERE.parent.parent / "docs" / "gpu.md"
+BEGIN, END = "<!-- benchmarks/gpu.py writes from here -->", "<!-- to here -->"
+MORE = 3
+NOT_CAPTURED = "not captured: no CUDA"
+VALUES = {"lr": torch.full((2,), 0.01), "momentum": torch.tensor([0.5]), "weight_decay": torch.tensor([1e-4])}
+PROCESSES = (1, 2, 4, 6)
+WAYS = ("eager", "captured")
+_SECONDS_LEFT = 60.0  # for a recipe to be begun
+
+
+class Network(NamedTuple):
+    model: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int
+
+
+NETWORKS = {"LeNet": Network(lenet5_grey, (1, 28, 28), 128), "WRN-16-1": Network(wrn_16_1, (3, 32, 32), 256)}
+
+
+@dataclass
+class Bench:
+    """Where and how much is measured."""
+
+    device: str
+    quick: bool
+    data_dir: Path
+    folder: Path
+    scale: float
+    end: float
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.quick else 9
+
+    def problem(self, network: str, dtype: torch.dtype = torch.float32) -> Problem:
+        model, shape, batch = NETWORKS[network]
+        batch = 8 if self.quick else batch
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(4 * batch, *shape, generator=generator), torch.randint(10, (4 * batch,), generator=generator)
+        val = x[:batch], y[:batch]
+        return Problem(lambda: model().to(dtype), (x, y), val, batch_size=batch, eval_batch_size=batch)
+
+    def timed(self, work: Callable[[], Any], times: int) -> float:
+        """Milliseconds of a call, on average over some."""
+        if not self.on_gpu:
+            begun = time.perf_counter()
+            for _ in range(times):
+                work()
+            return 1e3 * (time.perf_counter() - begun) / times
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(times):
+            work()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / times
+
+
+def machine(bench: Bench) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if bench.on_gpu else "no GPU: a CPU"
+    today = date.today().isoformat()
+    return {"device": device, "date": today, "torch": torch.__version__, "CUDA": torch.version.cuda}
+
+
+def exactness(bench: Bench, mode: str, way: str) -> dict[str, float]:
+    """The largest difference of float64 hypergradients from those of a CPU without replays, over the largest one."""
+    steps = 6 if bench.quick else 120
+    problem = bench.problem("LeNet", torch.float64)
+    found = {}
+    for device in (bench.device, "cpu"):
+        loop = InnerLoop(problem, TrainingSettings(steps, device=device, capture=way == "captured" and device != "cpu"))
+        run = hypergradient_run(loop, VALUES, differentiation=mode)
+        with loop.running():
+            run.advance(run.length)
+        found[device] = {name: value.cpu() for name, value in run.hypergradients.items()}
+    pairs = [(found[bench.device][name], value) for name, value in found["cpu"].items()]
+    return {"difference": max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)}
+
+
+def capture(bench: Bench, network: str) -> dict[str, str]:
+    """What the check says of a network's steps."""
+    if not bench.on_gpu:
+        return {"said": NOT_CAPTURED}
+    reason = try_capture(bench.problem(network), TrainingSettings(200, device=bench.device), VALUES, RECORDERS["cuda"])
+    return {"said": "captured" if reason is None else f"not captured: {reason}"}
+
+
+def steps(bench: Bench, network: str) -> dict[str, list[float]]:
+    """Milliseconds of training and adjoint steps, by step and way, of every round."""
+    loop = InnerLoop(bench.problem(network), TrainingSettings(1000, device=bench.device))
+    values = {name: loop.values.placed(name, v) for name, v in VALUES.items()}
+    times = 2 if bench.quick else 20
+    with loop.running():
+        state = loop.initial_state()
+        for step in range(2):
+            state, _ = loop.take_eager_step(state, loop.scalars(values, step), step)
+        h = loop.scalars(values, 2)
+        leaves = {name: value.detach().requires_grad_() for name, value in h.items()}
+        adjoint = tuple(torch.ones_like(tensor) for tensor in (state.params, *state.slots))
+        buffers = {name: torch.ones_like(state.buffers[name]) for name in loop.differentiated(state.buffers)}
+        ways: dict[str, Callable[[], Any]] = {
+            "training eager": lambda: loop.take_eager_step(state, h, 2),
+            "adjoint eager": lambda: adjoint_step(loop, state, leaves, 2, adjoint, buffers),
+        }
+        if bench.on_gpu:
+            captured = CapturedSteps(loop, RECORDERS["cuda"](loop.device))
+            ways["training captured"] = lambda: captured.take_step(loop, state, h, 2)
+            ways["adjoint captured"] = lambda: captured.adjoint_step(loop, state, h, 2, adjoint, buffers)
+        for work in ways.values():
+            bench.timed(work, 3)
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(bench.rounds):
+            for way, work in ways.items():
+                found[way].append(bench.timed(work, times))
+    return found
+
+
+def forward(bench: Bench, network: str) -> dict[str, list[float]]:
+    """Milliseconds of a step of forward mode with all four columns."""
+    rounds, times = bench.rounds, 1 if bench.quick else 5
+    loop = InnerLoop(bench.problem(network), TrainingSettings(2 * (rounds + 1) * times, device=bench.device))
+    with loop.running():
+        run = ForwardRun(loop, dict(VALUES))
+        run.advance((rounds + 1) * times)  # the second window of the learning rate has opened
+        return {"step": [bench.timed(lambda: run.advance(times), 1) / times for _ in range(rounds)]}
+
+
+def memory(bench: Bench, network: str, way: str) -> dict[str, float]:
+    """The most memory that a hypergradient by reverse mode has taken, in MiB."""
+    if not bench.on_gpu:
+        return {}
+    loop = InnerLoop(bench.problem(network), TrainingSettings(120, device=bench.device, capture=way == "captured"))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run = hypergradient_run(loop, VALUES, differentiation="reverse")
+    with loop.running():
+        run.advance(run.length)
+    return {
+        "allocated": torch.cuda.max_memory_allocated() / 2**20,
+        "reserved": torch.cuda.max_memory_reserved() / 2**20,
+    }
+
+
+def processes(bench: Bench, count: int, way: str) -> dict[str, float]:
+    """Training steps of LeNets a second, of some processes at once, together."""
+    seconds = 1 if bench.quick else 8
+    command = [sys.executable, str(HERE), "--worker", way, "--seconds", str(seconds), "--device", bench.device]
+    command += ["--quick"] if bench.quick else []
+    workers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+    ]
+    try:
+        for worker in workers:
+            if _stream(worker.stdout).readline().strip() != "ready":
+                raise SystemExit(f"a process of {count} has failed")
+        for worker in workers:  # all have warmed up
+            _stream(worker.stdin).write("go\n")
+            _stream(worker.stdin).flush()
+        return {"steps a second": sum(float(_stream(worker.stdout).readline()) for worker in workers)}
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def _stream(stream: Any) -> Any:
+    assert stream is not None
+    return stream
+
+
+def work(bench: Bench, way: str, seconds: float) -> None:
+    """A process of `processes`."""
+    loop = InnerLoop(bench.problem("LeNet"), TrainingSettings(100_000, device=bench.device))
+    if way == "captured":
+        loop.captured = CapturedSteps(loop, RECORDERS["cuda"](loop.device))
+    values = {name: loop.values.placed(name, v) for name, v in VALUES.items()}
+    state, step = loop.initial_state(), 0
+
+    def take(until: float, most: float = inf) -> int:
+        nonlocal state, step
+        begun = step
+        while time.perf_counter() < until and step - begun < most:
+            state, loss = loop.take_step(state, loop.scalars(values, step), step)
+            step += 1
+            if step % 20 == 0:
+                float(loss)  # nobody runs far ahead of the GPU
+        return step - begun
+
+    with loop.running(plain=True):
+        take(inf, 10)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        begun = time.perf_counter()
+        taken = take(begun + seconds)
+        print(taken / (time.perf_counter() - begun), flush=True)
+
+
+@contextmanager
+def without_recorders(way: str) -> Iterator[None]:
+    """For the body, nothing is captured, if that is the way."""
+    kept = dict(RECORDERS)
+    if way == "eager":
+        RECORDERS.clear()
+    try:
+        yield
+    finally:
+        RECORDERS.update(kept)
+
+
+def figure1(bench: Bench, way: str) -> dict[str, Any]:
+    """The first outer step of Figure 1's search."""
+    settings: Any = RECIPES["fds-fig1"].settings
+    values = {name: [0.05 if name == "lr" else 0.0] * windows for name, windows in settings.windows.items()}
+    experiment = Experiment("digits", 64, 500) if bench.quick else settings.experiment
+    data = None if bench.quick else str(data_of(bench))
+    place = Place(data, bench.device, bench.folder / f"figure1-{way}.pt", inf)
+    with without_recorders(way):
+        begun = time.perf_counter()
+        found = differentiate(place, experiment=experiment, values=values, epochs=settings.first_epochs, seed=0)
+    return {"seconds": time.perf_counter() - begun, "val_loss": found["val_loss"], "lr": found["hypergradients"]["lr"]}
+
+
+def recipe(bench: Bench, name: str) -> dict[str, Any] | None:
+    """A whole recipe, which goes on where it was stopped; None where it is not done."""
+    left = bench.end - time.monotonic()
+    out = bench.folder / name
+    seconds = out.with_suffix(".seconds")
+    before = float(seconds.read_text()) if seconds.exists() else 0.0
+    options = {"scale": bench.scale, "out": out, "data-dir": data_of(bench), "processes": 6}
+    options |= {"device": bench.device, "time-limit": max(5.0, left - _SECONDS_LEFT), "seeds": 1}
+    command = [sys.executable, "-m", "tune_hypergrad", "reproduce", name]
+    begun = time.monotonic()
+    ended = subprocess.run(
+        command + [f"--{key}={value}" for key, value in options.items()], capture_output=True, text=True
+    )
+    spent = before + time.monotonic() - begun
+    seconds.write_text(str(spent))
+    if ended.returncode == 130:
+        return None
+    if ended.returncode:
+        raise SystemExit(f"reproduce {name}: {ended.stderr.strip().splitlines()[-1]}")
+    return {"seconds": spent, "scale": bench.scale}
+
+
+def data_of(bench: Bench) -> Path:
+    """Where CIFAR-10, or something of its shape, is."""
+    if any((bench.data_dir / name).exists() for name in (FOLDER, "cifar-10-python.tar.gz")):
+        return bench.data_dir
+    made = bench.folder / "made-up"
+    if not (made / FOLDER / TEST_BATCHES[-1]).exists():
+        (made / FOLDER).mkdir(parents=True, exist_ok=True)
+        draws, size = np.random.default_rng(0), 10_000
+        for name in (*TRAIN_BATCHES, *TEST_BATCHES):
+            labels = draws.integers(0, 10, size)
+            images = draws.integers(0, 156, (size, 3072), dtype=np.uint8) + 10 * labels[:, None].astype(np.uint8)
+            batch = {"data": images, "labels": labels.tolist()}
+            (made / FOLDER / name).write_bytes(pickle.dumps(batch))
+    return made
+
+
+def parts(bench: Bench) -> dict[str, Callable[[], Mapping[str, Any] | None]]:
+    """Everything that is measured, by piece and part."""
+    modes = ("forward", "reverse", "checkpointed_reverse")
+    ways = WAYS if bench.on_gpu else WAYS[:1]
+    made: dict[str, Callable[[], Mapping[str, Any] | None]] = {"machine": lambda: machine(bench)}
+    made |= {f"exactness/{m}/{w}": lambda m=m, w=w: exactness(bench, m, w) for m in modes for w in ways}  # type: ignore[misc]
+    made.pop("exactness/forward/captured", None)  # no step of forward mode is
+    for piece in (capture, steps, forward):
+        made |= {f"{piece.__name__}/{n}": lambda p=piece, n=n: p(bench, n) for n in NETWORKS}  # type: ignore[misc]
+    made |= {f"memory/{n}/{w}": lambda n=n, w=w: memory(bench, n, w) for n in NETWORKS for w in ways}  # type: ignore[misc]
+    counts = PROCESSES[:2] if bench.quick else PROCESSES
+    made |= {f"processes/{c}/{w}": lambda c=c, w=w: processes(bench, c, w) for c in counts for w in ways}  # type: ignore[misc]
+    made |= {f"figure1/{w}": lambda w=w: figure1(bench, w) for w in ways}  # type: ignore[misc]
+    if not bench.quick:
+        made |= {name: lambda name=name: recipe(bench, name) for name in ("fds-fig1", "fds-fig4")}  # type: ignore[misc]
+    return made
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """The tables of `docs/gpu.md`."""
+    host = found["machine"]
+
+    def of(key: str, name: str, form: str) -> str:
+        value = found.get(key, {}).get(name)
+        if value is None:
+            return NOT_CAPTURED if host["CUDA"] is None and "captured" in f"{key} {name}" else "-"
+        return with_range(value, form) if isinstance(value, list) else f"{value:{form}}"
+
+    head = f"{host['device']}, torch {host['torch']}, CUDA {host['CUDA']}, {host['date']}."
+    modes = [key.split("/")[1] for key in found if key.startswith("exactness/") and key.endswith("/eager")]
+    exact = [[mode, *(of(f"exactness/{mode}/{way}", "difference", ".1e") for way in WAYS)] for mode in modes]
+    kinds = [f"{kind} {way}" for kind in ("training", "adjoint") for way in WAYS]
+    step = [
+        [
+            f"{name}, {found[f'capture/{name}']['said']}" if name in NETWORKS else name,
+            *(of(f"steps/{name}", kind, ".2f") for kind in kinds),
+            of(f"forward/{name}", "step", ".2f"),
+        ]
+        for name in NETWORKS
+    ]
+    taken = [[name, *(of(f"memory/{name}/{way}", "allocated", ".0f") for way in WAYS)] for name in NETWORKS]
+    counts = sorted({key.split("/")[1] for key in found if key.startswith("processes/")})
+    beside = [[count, *(of(f"processes/{count}/{way}", "steps a second", ".0f") for way in WAYS)] for count in counts]
+    searches = [["the first outer step of Figure 1", *(of(f"figure1/{way}", "seconds", ".1f") for way in WAYS)]]
+    for name in ("fds-fig1", "fds-fig4"):
+        if name in found:
+            searches.append([f"`reproduce {name} --scale {found[name]['scale']:g}`", "-", of(name, "seconds", ".0f")])
+    sections: list[tuple[str, Sequence[str], list[list[str]]]] = [
+        ("Difference of float64 hypergradients from a CPU's, relative:", ("mode", *WAYS), exact),
+        ("Milliseconds a step:", ("network", *kinds, "forward mode"), step),
+        ("MiB allocated at the most in a hypergradient of 120 steps:", ("network", *WAYS), taken),
+        ("Training steps of LeNets a second, in all processes together:", ("processes", *WAYS), beside),
+        ("Seconds:", ("search", *WAYS), searches),
+    ]
+    return "\n\n".join([head, *(f"{title}\n\n{markdown_table(heads, rows)}" for title, heads, rows in sections)])
+
+
+def write_docs(path: Path, found: Mapping[str, Any]) -> None:
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, marker, after = rest.partition(END)
+    if not marker:
+        raise SystemExit(f"{path} lacks the lines {BEGIN!r} and {END!r}")
+    path.write_text(f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The engine on a GPU, in pieces that go on where they were stopped.")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="what is done; beside it, a folder")
+    parser.add_argument("--limit-s", type=float, default=520.0)
+    parser.add_argument("--piece", nargs="+", default=[], help="pieces, or parts such as steps/LeNet; default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--scale", type=float, default=0.1, help="of the recipes")
+    parser.add_argument("--docs", type=Path, help="page to write the tables into")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    end, folder = time.monotonic() + given.limit_s, given.out.with_suffix("")
+    bench = Bench(given.device, given.quick, given.data_dir, folder, given.scale, end)
+    if given.worker:
+        work(bench, given.worker, given.seconds)
+        return
+    found: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
+    todo = parts(bench)
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, measure in todo.items():
+        wanted = not given.piece or any(key == piece or key.startswith(f"{piece}/") for piece in given.piece)
+        if key in found or not wanted:
+            continue
+        if time.monotonic() > end:
+            break
+        begun, result = time.monotonic(), measure()
+        if result is None:
+            break
+        found[key] = result
+        given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print(f"{key}: {time.monotonic() - begun:.0f} s", flush=True)
+    if not all(key in found for key in todo):
+        print("there is more to do: the same command goes on")
+        raise SystemExit(MORE)
+    page = given.docs or (DOCS if bench.on_gpu and not bench.quick else None)
+    if page is not None:
+        write_docs(page, found)
+    print(tables(found))
+
+
+if __name__ == "__main__":
+    main()
