@@ -21,8 +21,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from math import inf
@@ -249,28 +248,15 @@ def work(bench: Bench, way: str, seconds: float) -> None:
         print(taken / (time.perf_counter() - begun), flush=True)
 
 
-@contextmanager
-def without_recorders(way: str) -> Iterator[None]:
-    """For the body, nothing is captured, if that is the way."""
-    kept = dict(RECORDERS)
-    if way == "eager":
-        RECORDERS.clear()
-    try:
-        yield
-    finally:
-        RECORDERS.update(kept)
-
-
 def figure1(bench: Bench, way: str) -> dict[str, Any]:
     """The first outer step of Figure 1's search."""
     settings: Any = RECIPES["fds-fig1"].settings
     values = {name: [0.05 if name == "lr" else 0.0] * windows for name, windows in settings.windows.items()}
     experiment = Experiment("digits", 64, 500) if bench.quick else settings.experiment
     data = None if bench.quick else str(data_of(bench))
-    place = Place(data, bench.device, bench.folder / f"figure1-{way}.pt", inf)
-    with without_recorders(way):
-        begun = time.perf_counter()
-        found = differentiate(place, experiment=experiment, values=values, epochs=settings.first_epochs, seed=0)
+    place = Place(data, bench.device, bench.folder / f"figure1-{way}.pt", inf, capture=way == "captured")
+    begun = time.perf_counter()
+    found = differentiate(place, experiment=experiment, values=values, epochs=settings.first_epochs, seed=0)
     return {"seconds": time.perf_counter() - begun, "val_loss": found["val_loss"], "lr": found["hypergradients"]["lr"]}
 
 
@@ -285,7 +271,7 @@ def recipe(bench: Bench, name: str) -> dict[str, Any] | None:
     command = [sys.executable, "-m", "tune_hypergrad", "reproduce", name]
     begun = time.monotonic()
     ended = subprocess.run(
-        command + [f"--{key}={value}" for key, value in options.items()], capture_output=True, text=True
+        [*command, "--capture", *(f"--{key}={value}" for key, value in options.items())], capture_output=True, text=True
     )
     spent = before + time.monotonic() - begun
     seconds.write_text(str(spent))

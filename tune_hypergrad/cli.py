@@ -370,6 +370,7 @@ def reproduce(
         int | None, typer.Option(help="Jobs at once, a CPU thread each. [default: the CPUs]", min=1)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: cuda where there is one]")] = None,
+    capture: Annotated[bool, typer.Option("--capture", help="On a GPU, replay steps as CUDA graphs.")] = False,
     seeds: Annotated[int | None, typer.Option(help="Instead of the recipe's own number.", min=1)] = None,
     time_limit: Annotated[
         float | None, typer.Option(help="Seconds after which it stops, with everything kept; again, it goes on.")
@@ -400,6 +401,7 @@ def reproduce(
         data_dir=None if data_dir is None else str(data_dir),
         download=download,
         device=_device(device),
+        capture=capture,
         time_limit=time_limit,
         tell=tell,
     )

@@ -195,7 +195,9 @@ class TestReplay:
         low = images(lambda: convolutional().float()), {name: value.float() for name, value in values.items()}
         found, eager = both(*low, autocast="bfloat16")
         assert_replayed(found, eager, 1e-5)
-        exact = differentiate(InnerLoop(images(), TrainingSettings(STEPS)), values, "reverse").hypergradients
+        exact = differentiate(
+            InnerLoop(images(), TrainingSettings(STEPS, capture=True)), values, "reverse"
+        ).hypergradients
         pair = [torch.cat([each[name].double() for name in values]) for each in (found.hypergradients, exact)]
         assert F.cosine_similarity(*pair, dim=0) > 0.99
         large = pair[1].abs() > 0.1 * pair[1].abs().max()
@@ -214,7 +216,9 @@ class TestReplay:
 
     def test_a_run_that_is_saved_and_restored(self) -> None:
         def begun() -> Any:
-            return hypergradient_run(InnerLoop(images(), TrainingSettings(STEPS)), LR, differentiation="reverse")
+            return hypergradient_run(
+                InnerLoop(images(), TrainingSettings(STEPS, capture=True)), LR, differentiation="reverse"
+            )
 
         whole, first, second = begun(), begun(), begun()
         for run, units in ((whole, whole.length), (first, STEPS + 3)):
@@ -228,7 +232,7 @@ class TestReplay:
 
 class TestRecordings:
     def steps(self, problem: Problem, steps: int = STEPS) -> tuple[InnerLoop, CapturedSteps, Recorder]:
-        loop = InnerLoop(problem, TrainingSettings(steps))
+        loop = InnerLoop(problem, TrainingSettings(steps, capture=True))
         recorder = Recorder(loop.device)
         loop.captured = CapturedSteps(loop, recorder)
         return loop, loop.captured, recorder
@@ -255,7 +259,7 @@ class TestRecordings:
     def test_the_smaller_last_batch_has_a_recording_of_its_own(self) -> None:
         problem = images(batch_size=16, drop_last=False)  # 16, 16 and 8
         loop, captured, recorder = self.steps(problem, steps=12)
-        run = hypergradient_run(InnerLoop(problem, TrainingSettings(12)), LR, differentiation="reverse")
+        run = hypergradient_run(InnerLoop(problem, TrainingSettings(12, capture=True)), LR, differentiation="reverse")
         state = loop.initial_state()
         with loop.running():
             for step in range(12):
@@ -271,7 +275,7 @@ class TestRecordings:
             raise RuntimeError("no memory")
 
         recorder.record = failing  # type: ignore[method-assign]
-        state, eager = loop.initial_state(), InnerLoop(images(), TrainingSettings(STEPS))
+        state, eager = loop.initial_state(), InnerLoop(images(), TrainingSettings(STEPS, capture=True))
         other = eager.initial_state()
         with loop.running(), pytest.warns(UserWarning, match="no memory"):
             for step in range(STEPS):
@@ -287,7 +291,7 @@ class TestRecordings:
         monkeypatch.setitem(RECORDERS, "cpu", lambda device: made.append(Recorder(device)) or made[-1])
         problem = images()
         for seed in range(3):
-            differentiate(InnerLoop(problem, TrainingSettings(STEPS, seed=seed)), LR, "reverse")
+            differentiate(InnerLoop(problem, TrainingSettings(STEPS, seed=seed, capture=True)), LR, "reverse")
         assert len(made) == 4
 
     def test_nothing_is_recorded_on_a_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +424,7 @@ class TestRefusals:
             def change(self, x: Tensor) -> Tensor:
                 return Once.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
-        problem, settings = images(lambda: Model().double()), TrainingSettings(STEPS)
+        problem, settings = images(lambda: Model().double()), TrainingSettings(STEPS, capture=True)
         assert try_capture(problem, settings, LR, Recorder) is not None
         assert try_capture(problem, settings, LR, Recorder, ("training",)) is None
 
@@ -440,5 +444,5 @@ class TestRefusals:
         assert why_not(problem) == "a batch holds something that is no tensor, number or text"
 
     def test_an_ensemble(self) -> None:
-        result = hypergradient(make_problem(), LR, steps=STEPS, seed=[0, 1])
+        result = hypergradient(make_problem(), LR, steps=STEPS, seed=[0, 1], capture=True)
         assert "captured" not in result.reason

@@ -62,7 +62,7 @@ def hypergradient(
     val_examples: int | None = None,
     max_memory: float | str | None = None,
     device: str | None = None,
-    capture: bool = True,
+    capture: bool = False,
     check: bool = True,
 ) -> HypergradientResult:
     """Train for `steps` inner steps and differentiate the validation loss by the hyperparameters.

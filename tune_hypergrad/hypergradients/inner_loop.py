@@ -89,7 +89,7 @@ class TrainingSettings:
     autocast: str | None = None
     """Type that the model's forward pass is computed in, in training and evaluation: "bfloat16", as under
     `torch.autocast`, with weights, gradients and optimizer state in the model's own type; None is that type."""
-    capture: bool = True
+    capture: bool = False
     """On a GPU, replay training steps and adjoint steps as CUDA graphs where they are the same when replayed; elsewhere
     nothing is replayed."""
 

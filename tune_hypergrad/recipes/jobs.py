@@ -52,6 +52,8 @@ class Place:
     """When to stop, by `time.time()`."""
     download: bool = False
     """Whether missing data may be fetched."""
+    capture: bool = False
+    """Whether steps may be replayed as CUDA graphs, on a GPU."""
     _begun: float = field(default=0.0, init=False)
 
     def load(self) -> Any:
@@ -127,6 +129,8 @@ class Resources:
     """When to stop, by `time.time()`; infinite for never."""
     download: bool = False
     """Whether missing data may be fetched."""
+    capture: bool = False
+    """Whether steps may be replayed as CUDA graphs, on a GPU."""
 
 
 class ResultsFile:
@@ -273,7 +277,9 @@ def _signals_set(stop: Event) -> Iterator[None]:
 
 def _place(job: Job, folder: Path, resources: Resources) -> Place:
     checkpoint = _checkpoint_of(job.name, folder)
-    return Place(resources.data_dir, resources.device, checkpoint, resources.stop_at, resources.download)
+    return Place(
+        resources.data_dir, resources.device, checkpoint, resources.stop_at, resources.download, resources.capture
+    )
 
 
 def _checkpoint_of(name: str, folder: Path) -> Path:

@@ -94,6 +94,7 @@ def reproduce(
     data_dir: str | None = None,
     download: bool = False,
     device: str = "cpu",
+    capture: bool = False,
     time_limit: float | None = None,
     tell: Callable[[str], None] = print,
 ) -> bool:
@@ -108,6 +109,7 @@ def reproduce(
         data_dir: where the data lie; None is as for `problems.get`.
         download: whether missing data may be fetched.
         device: the torch device.
+        capture: whether, on a GPU, steps are replayed as CUDA graphs where they are the same when replayed.
         time_limit: seconds after which everything is saved and this returns; None for no limit.
         tell: called with lines of progress.
 
@@ -126,7 +128,7 @@ def reproduce(
     settings = at_scale(recipe.settings, head["scale"], head["seeds"])
     kept = ResultsFile(folder, head)
     stop_at = math.inf if time_limit is None else begun + time_limit - _margin(time_limit)
-    resources = Resources(processes, data_dir, device, stop_at, download)
+    resources = Resources(processes, data_dir, device, stop_at, download, capture)
     done = run_jobs(lambda results: recipe.jobs(settings, results), kept, folder, resources, tell)
     (folder / TABLE_FILE).write_text(table(recipe, settings, kept.results, done=done), encoding="utf-8")
     recipe.draw(settings, kept.results).savefig(folder / PICTURE_FILE, dpi=150)

@@ -63,7 +63,12 @@ class Experiment:
             problem = with_val(problem)
         steps = _steps(epochs, problem.steps_per_epoch)
         settings = TrainingSettings(
-            steps, fixed=self.fixed, seed=seed, clip_gradient=self.clip_gradient, device=place.device
+            steps,
+            fixed=self.fixed,
+            seed=seed,
+            clip_gradient=self.clip_gradient,
+            device=place.device,
+            capture=place.capture,
         )
         return InnerLoop(problem, settings)
 

@@ -57,7 +57,7 @@ class TrialSettings:
     weights. A trial's config may have it as a hyperparameter."""
     autocast: str | None = None
     """"bfloat16" for the model's forward pass under `torch.autocast`; None is the model's own type."""
-    capture: bool = True
+    capture: bool = False
     """On a GPU, replay steps as CUDA graphs where they are the same when replayed."""
     reports: int = 10
     """Results in one training run; each evaluates the validation and test splits where that makes sense."""
