@@ -35,6 +35,9 @@ from tune_hypergrad.hypergradients.step_graph import (
 
 _MISCOUNTED = 1 << 12
 """Bytes by which two counts of what one graph takes may differ: of blocks that an allocator has used before."""
+_MOST_BETWEEN, _SHARES = 16, 32
+"""Steps of which one graph is measured, at the most, and in how many parts at the least the memory for graphs is filled
+between two measurements: glibc takes a tenth of a millisecond to say what it has given."""
 _COMPARED_TOGETHER = 64
 """Steps between two comparisons on a device that has to be waited for."""
 
@@ -83,7 +86,10 @@ class ReverseRun(HypergradientRun):
         self._whole = self._without_last(plan_stretch(loop.steps, self._room), loop.steps)
         self._kept: dict[int, State] = {}
         self._graphs: dict[int, StepGraph] = {}
-        self._sizes: dict[int, float] = {}  # of graphs, by step
+        self._sizes: dict[int, float] = {}  # of these graphs, by step
+        self._held = 0.0  # bytes of all of them
+        self._size = self._room.graph  # of the last one that was measured
+        self._between = max(1, min(_MOST_BETWEEN, self._room.graphs(0) // _SHARES))  # steps of which one is measured
         self._again: set[int] = set()  # steps whose graphs were made on the way back
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
@@ -123,11 +129,15 @@ class ReverseRun(HypergradientRun):
             self._kept[step] = state
         h = self._leaves(step)
         if (keeps_graph or (self._by_graph and loop.captured is None)) and loop.knows_moving:
-            before = allocated(loop.device)
+            is_measured = keeps_graph and step % self._between == 0
+            before = allocated(loop.device) if is_measured else None
             graph = step_graph(loop, state, h, step, again=not keeps_graph, mode=self._mode)
+            if is_measured:
+                taken = (allocated(loop.device) or 0) - (before or 0)
+                self._size = max(self._room.graph, taken - _MISCOUNTED + self._room.state)
             if graph.changed <= loop.moving:
                 if keeps_graph:
-                    self._keep(step, graph, (allocated(loop.device) or 0) - (before or 0))
+                    self._keep(step, graph)
                 training = graph.training
                 return loop.stepped(state, training, h, step), training.loss
             # what has begun to change has to be known before there is a graph of it
@@ -140,19 +150,25 @@ class ReverseRun(HypergradientRun):
         graph is kept, a pass through the model may spoil the last one's: its state is kept instead."""
         return stretch if isfinite(self._room.graph) else stretch._replace(graphs_from=steps)
 
-    def _keep(self, step: int, graph: StepGraph, size: int) -> None:
-        """Keep a graph of so many bytes; where graphs are larger than was planned with, the states of some steps before
-        in place of theirs."""
+    def _keep(self, step: int, graph: StepGraph) -> None:
+        """Keep a graph; where graphs are larger than was planned with, the states of some steps before in place of
+        theirs."""
         room = self._room
-        self._graphs[step], self._sizes[step] = graph, max(room.graph, size - _MISCOUNTED + room.state)
+        self._graphs[step], self._sizes[step] = graph, self._size
+        self._held += self._size
         states = sum(0 < kept <= step for kept in self._kept) * room.state
-        while len(self._graphs) > 1 and states + sum(self._sizes[kept] for kept in self._graphs) > room.memory:
+        while len(self._graphs) > 1 and states + self._held > room.memory:
             first = min(self._graphs)
-            self._kept[first] = self._graphs.pop(first).state
+            self._kept[first] = self._let_go(first).state
             states += room.state
             if first in self._again:  # it would have been charged with the way back
                 self._again.remove(first)
                 self.cost += self.loop.costs.step(first)
+
+    def _let_go(self, step: int) -> StepGraph:
+        """A graph that is kept no longer."""
+        self._held -= self._sizes.pop(step)
+        return self._graphs.pop(step)
 
     def _is_lean(self, step: int) -> bool:
         """Whether only one of the step's batches has room for its graph at a time."""
@@ -212,7 +228,7 @@ class ReverseRun(HypergradientRun):
             self._train_again(step + 1)
         kept = step in self._graphs and step not in self._again
         self.cost += self.loop.costs.adjoint_step(kept=kept, lean=lean)
-        graph = self._graphs.pop(step, None)
+        graph = self._let_go(step) if step in self._graphs else None
         self._again.discard(step)
         if graph is not None:
             state, pulled = graph.state, pull_back(self.loop, graph, step, self._adjoint, self._buffer_adjoint)
@@ -261,10 +277,13 @@ class ReverseRun(HypergradientRun):
     def _give_up(self) -> None:
         """Do not go back through the run, which diverged or is rejected."""
         self._kept.clear()
-        self._graphs.clear()
+        self._forget_graphs()
         self.loop.batches.forget()
         self._forget_hypergradients()
         self.position = self.length - 1
+
+    def _forget_graphs(self) -> None:
+        self._graphs, self._sizes, self._held, self._again = {}, {}, 0.0, set()
 
     def _state_before(self, step: int) -> State:
         """The state before `step`: kept, or trained again."""
@@ -309,7 +328,7 @@ class ReverseRun(HypergradientRun):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
         self._kept = {step: State(*state) for step, state in saved["kept"].items()}
-        self._graphs, self._again = {}, set()
+        self._forget_graphs()
         self.by_step = {name: values.clone() for name, values in saved["by_step"].items()}
         self._losses = list(saved["losses"])
         self._adjoint, self._buffer_adjoint = tuple(saved["adjoint"]), dict(saved["buffer_adjoint"])
