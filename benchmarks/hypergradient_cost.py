@@ -9,8 +9,8 @@ figure is the median (and the range) over the turns of the ratio to the plain tr
 - forward: a step of forward mode, against a loop of double-backward Hessian products, one a column: as the package
   carries the columns ("taken"), one after another by going back twice ("in turn"), and in batches of several sizes,
   with the most bytes of tensors at once that the step makes;
-- reverse: training and going back, every state kept or about sqrt(T) of them, for 9 and for 4 T hyperparameters
-  (1,000 without --quick);
+- reverse: training and going back, with graphs kept, with every state kept or about sqrt(T) of them, for 9 and for 4 T
+  hyperparameters (1,000 without --quick), and a run that is rejected when it has been trained;
 - memory: growth of the peak resident memory of checkpointed reverse and of forward mode from T to 4 T steps, each in
   a process of its own;
 - check: the comparison with plain training that runs by itself before a search, once per problem, and the search for
@@ -44,6 +44,7 @@ from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergrad
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import Passed
 from tune_hypergrad.hypergradients.memory import PeakOfTensors
+from tune_hypergrad.hypergradients.modes import state_bytes
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.problems.models import lenet5_grey
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
@@ -51,6 +52,9 @@ from tune_hypergrad.wording import with_range
 
 SHORT = 6
 PARTS = ("forward", "reverse", "memory", "check", "units")
+CONVOLUTIONS_TWICE = 3.0, 4.0
+"""Plain trainings that reverse mode takes with kept graphs, and from states, where all is convolutions: of a layer, a
+plain step has 3, the way back 6, and the gradient made anew 3 again."""
 CONTENDERS = ("forward", "reverse", "checkpointed_reverse")
 
 
@@ -248,35 +252,54 @@ def measure_forward(
     return [(ratio - 1) / columns for ratio in over(times["taken"], times["plain"])]
 
 
-def measure_reverse(table: Table, figures: list[Figure], name: str, steps: int, repetitions: int) -> list[float]:
-    """Times reverse mode; returns what a step of going back costs in plain steps."""
+def measure_reverse(
+    table: Table, figures: list[Figure], name: str, steps: int, repetitions: int
+) -> dict[str, list[float]]:
+    """Times reverse mode; returns what a step of going back costs in plain steps, by unit."""
     loop = inner_loop(NETWORKS[name], steps)
     few, many = hyperparameters(6, 1, dampening=True), hyperparameters(steps, steps, dampening=True)
+    kept, anew = CONVOLUTIONS_TWICE if name == "WRN-16-1" else (2.4, 3.4)
+    ways: dict[str, tuple[dict[str, Any], float]] = {
+        "kept graphs": ({"differentiation": "reverse"}, kept),
+        "states": ({"differentiation": "reverse", "max_memory": 1.1 * steps * state_bytes(loop)}, anew),
+        "sqrt(T) states": ({"differentiation": "checkpointed_reverse"}, anew + 1),
+    }
 
-    def whole_run(mode: str, values: Hyperparameters) -> Callable[[], object]:
+    def whole_run(values: Hyperparameters, options: dict[str, Any], **more: Any) -> Callable[[], object]:
         def work() -> None:
-            run = hypergradient_run(loop, values, differentiation=mode)
+            run = hypergradient_run(loop, values, **options, **more)
             run.advance(run.length)
 
         return work
 
     with loop.running():
         contenders: dict[str, Callable[[], object]] = {"plain": lambda: loop.run(few)}
-        for mode in CONTENDERS[1:]:
-            contenders[mode] = whole_run(mode, few)
-            contenders[f"{mode}, many"] = whole_run(mode, many)
+        for way, (options, _) in ways.items():
+            contenders[way] = whole_run(few, options)
+            contenders[f"{way}, many"] = whole_run(many, options)
+            if way != "sqrt(T) states":
+                contenders[f"{way}, rejected"] = whole_run(few, options, reject_above=0.0)
         times = take_turns(contenders, repetitions)
     difference = differences(NETWORKS[name])
-    for mode, target in (("reverse", 4.3), ("checkpointed_reverse", 5.3)):
-        for count, key in ((9, mode), (4 * steps, f"{mode}, many")):
+    for way, (options, target) in ways.items():
+        for count, key in ((9, way), (4 * steps, f"{way}, many")):
             ratios = over(times[key], times["plain"])
-            what = f"{mode}, T={steps}, {count:,} hyperparameters"
-            table.add_row(name, what, shown(ratios), f"<= {target}", verdict(ratios, target), difference[mode])
+            what = f"reverse, {way}, T={steps}, {count:,} hyperparameters"
+            same = difference[options["differentiation"]]
+            table.add_row(name, what, shown(ratios), f"<= {target}", verdict(ratios, target), same)
             figures.append(figure(f"{name}, {what}", ratios, "plain trainings"))
-        growth = over(times[f"{mode}, many"], times[mode])
-        what = f"{mode}, {4 * steps:,} / 9 hyperparameters"
-        table.add_row(name, what, shown(growth), "<= 1.10", verdict(growth, 1.1), "")
-    return [ratio - 1 for ratio in over(times["reverse"], times["plain"])]
+        growth = over(times[f"{way}, many"], times[way])
+        what = f"reverse, {way}, {4 * steps:,} / 9 hyperparameters"
+        table.add_row(name, what, shown(growth), "<= 1.05", verdict(growth, 1.05), "")
+        if f"{way}, rejected" in times:
+            ratios = over(times[f"{way}, rejected"], times["plain"])
+            what = f"reverse, {way}, T={steps}, rejected after training"
+            table.add_row(name, what, shown(ratios), "<= 1.2", verdict(ratios, 1.2), "")
+            figures.append(figure(f"{name}, {what}", ratios, "plain trainings"))
+    return {
+        unit: [ratio - 1 for ratio in over(times[way], times["plain"])]
+        for unit, way in (("kept_adjoint_step", "kept graphs"), ("adjoint_step", "states"))
+    }
 
 
 def measure_memory(table: Table, steps: int) -> None:
@@ -374,7 +397,7 @@ def main() -> None:
             measured["hessian_column"] = measure_forward(of_forward, figures, name, 8, repetitions, all_ways=False)
         if {"reverse", "units"} & set(arguments.only):
             steps = arguments.steps or (250 if name == "LeNet" and not arguments.quick else 16)
-            measured["adjoint_step"] = measure_reverse(table, figures, name, steps, max(1, repetitions // 2))
+            measured |= measure_reverse(table, figures, name, steps, max(1, repetitions // 2))
         if "check" in arguments.only:
             measure_check(table, name, max(1, repetitions // 2))
         if "units" in arguments.only:
