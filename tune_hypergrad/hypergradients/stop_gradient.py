@@ -1,7 +1,8 @@
 """Stop-gradients: nothing passes them on the way from the loss to the training gradient, everything does afterwards.
 
 A training step moves the weights w by g(w), which is what autograd makes of the loss with `detach`, `no_grad`, `.data`,
-gradients without a graph and hooks in it. As a map of w, g has a derivative, and what stands behind a stop depends on w like anything else:
+gradients without a graph, and hooks in it. As a map of w, g has a derivative, and what stands behind a stop depends on
+w like anything else:
 
     loss -> g       a stop ends the backward pass: that is what it is for,
     d g / d w       a stop is the identity it computes,
