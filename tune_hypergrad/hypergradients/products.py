@@ -145,7 +145,7 @@ class _Telling(DifferentiableStops):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tells = func in _TELLING or (writes(func) and not torch.is_grad_enabled())
+        tells = func in _TELLING or (not torch.is_grad_enabled() and writes(func))
         if tells and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
             self._told.append(True)
         return super().__torch_function__(func, types, args, kwargs)
