@@ -4,8 +4,8 @@
 
 Each runs in a process of its own, with one thread. Its figures go into `--out` as they are there, and what is there, of
 the same command, is not run again: the suite goes on where it was stopped, also after a benchmark failed. `--quick`
-takes small sizes, whose figures say little; they are kept apart from the others. The table is Markdown, of all that the file
-holds.
+takes small sizes, whose figures say little; they are kept apart from the others. The table is Markdown, of all that the
+file holds.
 
 - rivals: ours beside a loop by hand, higher and torchopt, where `--rivals` has their environments (`rivals.py`);
 - forward: forward mode's ways beside a loop of double backward (`hypergradient_cost.py`), and reverse mode;
