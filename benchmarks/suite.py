@@ -2,9 +2,10 @@
 
     python benchmarks/suite.py [--quick] [--only rivals fds ...] [--out suite.json] [--rivals DIR] [--data-dir DATA]
 
-Each runs in a process of its own, with one thread. Its figures go into `--out` as they are there, and what is there is
-not run again: the same command goes on where it was stopped, also after a benchmark failed. `--quick` takes small
-sizes, whose figures say little; they are kept apart from the others. The table is Markdown, of all that the file holds.
+Each runs in a process of its own, with one thread. Its figures go into `--out` as they are there, and what is there, of
+the same command, is not run again: the suite goes on where it was stopped, also after a benchmark failed. `--quick`
+takes small sizes, whose figures say little; they are kept apart from the others. The table is Markdown, of all that the
+file holds.
 
 - rivals: ours beside a loop by hand, higher and torchopt, where `--rivals` has their environments (`rivals.py`);
 - forward: forward mode's ways beside a loop of double backward (`hypergradient_cost.py`), and reverse mode;
@@ -106,10 +107,11 @@ def measured(command: list[str]) -> dict[str, Any]:
 def run_missing(
     commands: Mapping[str, list[str]], out: Path, measure: Callable[[list[str]], dict[str, Any]] = measured
 ) -> list[str]:
-    """Run the benchmarks that a file has no figures of, and add theirs; returns the keys of those that failed."""
+    """Run the benchmarks of which a file has no figures by the same command, and put theirs there; returns the keys of
+    those that failed."""
     failed = []
     for key, command in commands.items():
-        if key in known(out):
+        if key in known(out) and known(out)[key]["command"] == shlex.join(command):
             print(f"{key}: is in {out}", file=sys.stderr, flush=True)
             continue
         print(f"{key}: {shlex.join(command)}", file=sys.stderr, flush=True)
@@ -146,9 +148,10 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--rivals", type=Path, metavar="DIR", help="environments of higher and torchopt, or for them")
     parser.add_argument("--data-dir", type=Path, metavar="DATA", help="folder with Fashion-MNIST, for fds")
     options = parser.parse_args(given)
+    whole = "" if options.quick else " --steps 429"  # an epoch
     further = {
         "rivals": "" if options.rivals is None else f"--environments {shlex.quote(str(options.rivals))}",
-        "fds": "" if options.data_dir is None else f"--data-dir {shlex.quote(str(options.data_dir))} --steps 429",
+        "fds": "" if options.data_dir is None else f"--data-dir {shlex.quote(str(options.data_dir))}{whole}",
     }
     commands = {
         key_of(name, quick=options.quick): BENCHMARKS[name].command(quick=options.quick, further=further.get(name, ""))

@@ -71,6 +71,13 @@ def test_one_that_fails_is_tried_again(tmp_path: Path):
     assert list(suite.known(out)) == ["a", "c", "b"]
 
 
+def test_figures_of_another_command_are_measured_anew(tmp_path: Path):
+    out, other = tmp_path / "suite.json", [*COMMANDS["a"], "--steps", "2"]
+    assert suite.run_missing(COMMANDS, out, record) == []
+    assert suite.run_missing({"a": other}, out, record) == []
+    assert suite.known(out)["a"]["command"] == shlex.join(other) and len(suite.known(out)) == 3
+
+
 def test_the_table_has_every_figure(tmp_path: Path):
     lines = suite.table({"a": record(COMMANDS["a"]), "b (quick)": record(COMMANDS["b"], 0.5)}).splitlines()
     assert lines[0] == "| benchmark | what | figure | spread | unit | command |"
@@ -95,6 +102,8 @@ def test_small_sizes_are_kept_apart(
     assert list(suite.known(tmp_path / "suite.json")) == ["fds (quick)", "fds", "stn"]
     assert ran[1] == ["python", "benchmarks/fds_end_to_end.py", "--data-dir", "my data", "--steps", "429"]
     assert capsys.readouterr().out.count("fds_end_to_end.py --data-dir 'my data'") == 2
+    suite.main(["--quick", "--only", "fds", *out, "--data-dir", "my data"])
+    assert ran[-1].count("--steps") == 1 and "429" not in ran[-1]
 
 
 @pytest.mark.parametrize("name", suite.BENCHMARKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from tune_hypergrad import InputError, Problem, hypergradient
 from tune_hypergrad.hypergradients import InnerLoop, OnlineRun, TrainingSettings, forward, hypergradient_run
-from tune_hypergrad.hypergradients.carrying import Way, way_to_carry
+from tune_hypergrad.hypergradients.carrying import Way, _Trial, way_to_carry
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
 from tune_hypergrad.hypergradients.memory import PeakOfTensors
 from tune_hypergrad.hypergradients.modes import state_bytes
@@ -71,10 +72,35 @@ def hooked(net: Any, h: Tensor) -> Tensor:
     return torch.tanh(passed) * h
 
 
+def hooked_operation(net: Any, h: Tensor) -> Tensor:
+    passed = torch.tanh(net.middle(h))
+    if passed.grad_fn is not None:
+        passed.grad_fn.register_prehook(lambda gradients: tuple(0.3 * gradient for gradient in gradients))
+    return passed * h
+
+
+def overwritten(net: Any, h: Tensor) -> Tensor:
+    passed = net.middle(h)
+    with torch.no_grad():
+        passed[:, :2] = 0.5
+    return torch.tanh(passed) * h
+
+
+def ascended(net: Any, h: Tensor) -> Tensor:
+    if not net.training:
+        return h
+    (gradient,) = torch.autograd.grad(torch.tanh(net.middle(h)).square().sum(), h, retain_graph=True)
+    return torch.tanh(net.middle(h + gradient)) * h
+
+
 NOT_OF_ONE_LOSS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "stopped": lambda net, h: torch.tanh(net.middle(h)).detach() * h,
     "reversed": lambda net, h: Reversed.apply(net.middle(h)) * h,  # type: ignore[no-untyped-call]
     "hooked": hooked,
+    "hooked operation": hooked_operation,
+    "overwritten": overwritten,
+    "ascended": ascended,
+    "number by keyword": lambda net, h: torch.tensor(data=h.mean()) * torch.tanh(net.middle(h)) * h,
 }
 
 
@@ -131,7 +157,7 @@ class TestProductsInTurn:
         assert_close(found.hypergradients, other.hypergradients, 1e-9)
         assert_close(found.hypergradients, batched(make_loop(problem(), 5, optimizer), values, horizon), 1e-9)
 
-    @pytest.mark.parametrize("between", ["stopped", "hooked"])
+    @pytest.mark.parametrize("between", ["stopped", "hooked", "hooked operation", "overwritten", "ascended"])
     def test_a_step_that_is_no_gradient_of_one_loss_takes_none(self, between: str, in_turn: list[bool]) -> None:
         problem = make_problem(lambda: Hidden(NOT_OF_ONE_LOSS[between]))
         loop = make_loop(problem)
@@ -161,6 +187,13 @@ class TestProductsInTurn:
             monkeypatch.setattr("tune_hypergrad.hypergradients.products._is_of_torch", lambda loss: True)
         problem = make_problem(lambda: Hidden(NOT_OF_ONE_LOSS["reversed"]))
         assert not way_to_carry(make_loop(problem), SGD).in_turn
+
+    def test_beside_what_is_infinite_nothing_agrees(self) -> None:
+        """Tolerances are relative to the largest element."""
+        trial = object.__new__(_Trial)
+        trial._loop = make_loop()
+        assert trial._agree((double(3.0, 1.0),), (double(3.0, 1.0),))
+        assert not trial._agree((double(math.inf, 1.0),), (double(math.inf, 2.0),))
 
     def test_they_are_looked_for_once_per_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
         problem = make_problem()

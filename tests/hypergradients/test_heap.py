@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from tune_hypergrad.hypergradients import heap
 
 FAULTS = """
 import resource, time, torch
@@ -46,3 +49,30 @@ def test_pages_are_reused_and_returned_when_nothing_trains_for_a_while() -> None
         [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
     assert result.stdout.split() == ["True"] * 7
+
+
+class _Forgetting(type):
+    """The type of a heap that another thread has given back when it is looked at for the second time."""
+
+    looks = 0
+
+    @property
+    def giving_back(cls) -> threading.Timer | None:
+        cls.looks += 1
+        return threading.Timer(60, print) if cls.looks == 1 else None
+
+    @giving_back.setter
+    def giving_back(cls, timer: threading.Timer | None) -> None:
+        if timer is not None:
+            timer.function = lambda *libc: None
+
+
+class _Given(metaclass=_Forgetting):
+    depth = resident_before = 0
+
+
+@pytest.mark.skipif(heap._glibc() is None, reason="glibc's allocator only")
+def test_training_may_begin_while_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "_Heap", _Given)
+    with heap.kept_heap():
+        assert _Given.depth == 1

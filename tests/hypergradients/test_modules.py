@@ -216,6 +216,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         FEATURES,
         r"module '0' \(ParametrizedLinear\) uses spectral_norm",
     ),
+    "Embedding with scale_grad_by_freq": (
+        lambda: nn.Sequential(nn.Embedding(7, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(16, 3)),
+        TOKENS,
+        r"module '0' \(Embedding\) has scale_grad_by_freq, whose second derivative is silently wrong in torch",
+    ),
     "EmbeddingBag": (
         lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3)),
         TOKENS,

@@ -92,6 +92,14 @@ def with_hooks(net: Any, h: Tensor) -> Tensor:
     return torch.tanh(out)
 
 
+def ascended(net: Any, h: Tensor) -> Tensor:
+    """A step along a gradient that has no graph, as adversarial training takes it."""
+    if not net.training:
+        return net.middle(h)
+    (gradient,) = torch.autograd.grad(torch.tanh(net.middle(h)).square().sum(), h, retain_graph=True)
+    return net.middle(h + gradient)
+
+
 MODELS: dict[str, Function] = {
     "detach": lambda net, h: h * h.detach().tanh(),
     "torch.detach": lambda net, h: h * torch.detach(net.middle(h)),
@@ -112,6 +120,7 @@ MODELS: dict[str, Function] = {
     "straight-through sign": straight_through_sign,
     "hard gumbel": gumbel,
     "hard gumbel along another dimension": along_examples,
+    "gradient without a graph": ascended,
     "hook that scales": hooked,
     "hooks that see and bend": with_hooks,
 }
@@ -223,9 +232,20 @@ def test_what_only_forward_mode_can(function: Function) -> None:
     assert run.differentiation == "forward" and "is not that of plain training" in run.reason
 
 
-def test_gradients_by_inputs() -> None:
+class ForcesWithoutGraph(Forces):
+    """What has a graph in training only has derivatives in evaluation, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=self.training)
+        return self.head(force)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forces", [Forces, ForcesWithoutGraph])
+def test_gradients_by_inputs(forces: type[Forces]) -> None:
     """They detach their input and require its gradient, which `torch.func` has no way for."""
-    problem = make_problem(Forces)
+    problem = make_problem(forces)
     assert_exact(problem, modes=("reverse", "checkpointed_reverse"))
     with pytest.raises(InputError, match="forward mode does not work on this model"):
         differentiate(make_loop(problem), SGD, "forward")

@@ -35,7 +35,7 @@ from tune_hypergrad.hypergradients.loop_batches import LoopBatches
 from tune_hypergrad.hypergradients.memory import free_memory, mebibytes
 from tune_hypergrad.hypergradients.normalisation import IN_EVALUATION
 from tune_hypergrad.hypergradients.state import Buffers, State
-from tune_hypergrad.hypergradients.stop_gradient import WithoutStops, constant
+from tune_hypergrad.hypergradients.stop_gradient import WithoutStops, constant, through_stops
 from tune_hypergrad.problem import Problem
 
 T = TypeVar("T")
@@ -257,7 +257,7 @@ class _Pass:
         if not pairs:
             return [None] * len(self._leaves)
         given = [output for output, _ in pairs], list(self._leaves.values()), [g for _, g in pairs]
-        return _constants(torch.autograd.grad(*given, allow_unused=True))
+        return _gradients(*given)
 
     def _accumulate(self, gradients: Sequence[Tensor | None], factor: float) -> None:
         for total, gradient in zip(self._by_leaf.values(), gradients, strict=True):
@@ -364,7 +364,7 @@ class _Pass:
             with _recording(bool(self._leaves)):
                 value = part_of(as_mean(self._measures[LOSS](outputs, targets)), QuotientsOf(), _called(LOSS)).total
                 inputs = [*floating, *self._leaves.values()] if self._leaves else []
-                return value, _constants(torch.autograd.grad(value, inputs, allow_unused=True)) if inputs else []
+                return value, _gradients([value], inputs) if inputs else []
 
         value, gradients = self._within(judge)
         if self._leaves:
@@ -424,8 +424,13 @@ def _is_finite(tree: Any) -> bool:
     return all(bool(leaf.isfinite().all()) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def _constants(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if gradient is None else constant(gradient) for gradient in gradients]
+def _gradients(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor] | None = None
+) -> list[Tensor | None]:
+    """Gradients without a history, which ones that the program takes itself have where it is differentiated."""
+    with through_stops():
+        found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+    return [None if gradient is None else constant(gradient) for gradient in found]
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -56,8 +56,9 @@ def kept_heap() -> Iterator[None]:
     if libc is None:
         yield
         return
-    if _Heap.giving_back is not None:
-        _Heap.giving_back.cancel()
+    giving_back = _Heap.giving_back
+    if giving_back is not None:
+        giving_back.cancel()  # its thread may be at work, and forget it, at any moment
         _Heap.giving_back = None
     elif not _Heap.depth:
         _Heap.resident_before = _resident()
@@ -68,9 +69,9 @@ def kept_heap() -> Iterator[None]:
     finally:
         _Heap.depth -= 1
         if not _Heap.depth:
-            _Heap.giving_back = threading.Timer(IDLE_S, _give_back, (libc,))
-            _Heap.giving_back.daemon = True
-            _Heap.giving_back.start()
+            giving_back = _Heap.giving_back = threading.Timer(IDLE_S, _give_back, (libc,))
+            giving_back.daemon = True
+            giving_back.start()
 
 
 def free_in_heap() -> int:

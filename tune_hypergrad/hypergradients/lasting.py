@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-_GRAD_FN: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+GRAD_FN: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 """Gives what a tensor itself came from, not what a mode puts behind it: activation checkpointing before torch 2.12
 finds its inputs by it."""
 
@@ -28,14 +28,20 @@ class LastingMode(TorchFunctionMode):
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call of a torch function."""
 
+    def gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """The result of a call of `torch.autograd.grad`."""
+        return _grad(*args, **kwargs)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func == _GRAD_FN:
+        if func == GRAD_FN:
             return func(*args)
         backward = _BACKWARD.get(func)
         if backward is None or (kwargs and kwargs.get("is_grads_batched")):
             return self.handle(func, args, kwargs or {})
+        if func is torch.autograd.grad:
+            backward = self.gradients
         with self:
             return backward(*args, **(kwargs or {}))
 

@@ -23,14 +23,23 @@ from torch.utils._pytree import tree_leaves
 from tune_hypergrad.hypergradients import convolution, normalisation
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, changed, has_derivatives, versions_of
+from tune_hypergrad.hypergradients.lasting import GRAD_FN
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.state import Buffers, State
-from tune_hypergrad.hypergradients.stop_gradient import NOTED, DifferentiableStops, constant, requires_gradient
+from tune_hypergrad.hypergradients.stop_gradient import (
+    NOTED,
+    DifferentiableStops,
+    constant,
+    requires_gradient,
+    through_stops,
+    writes,
+)
 
 _OWN = {convolution.__name__, normalisation.__name__}
 """Modules whose functions have the derivatives of what they compute."""
-_TELLING = {*NOTED, Tensor.register_hook}
-"""Functions by which a gradient becomes another one, or a number loses its derivative."""
+_TELLING = {*NOTED, Tensor.register_hook, GRAD_FN}
+"""Functions by which a gradient becomes another one (by hooks of tensors, or of what they came from), or a number loses
+its derivative."""
 
 
 class Products(NamedTuple):
@@ -108,9 +117,10 @@ def _product(loop: InnerLoop, named: dict[str, Tensor], pairs: list[tuple[Tensor
     if not pairs:
         return torch.zeros(loop.size, device=loop.device, dtype=loop.dtype)
     gradients, directions = zip(*pairs, strict=True)
-    found = torch.autograd.grad(
-        gradients, list(named.values()), directions, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    with through_stops():  # of which there are none
+        found = torch.autograd.grad(
+            gradients, list(named.values()), directions, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
     return loop.flatten(dict(zip(named, found, strict=True)))
 
 
@@ -132,15 +142,19 @@ class _Telling(DifferentiableStops):
         """Whether anything has."""
         return bool(self._told)
 
-    def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function in _TELLING and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(args)):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tells = func in _TELLING or (not torch.is_grad_enabled() and writes(func))
+        if tells and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
             self._told.append(True)
-        return super().handle(function, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _is_of_torch(loss: Tensor) -> bool:
     """Whether all of a loss's history is operations whose derivatives are known to be theirs."""
-    pending, seen = [loss.grad_fn], set()
+    with torch._C.DisableTorchFunction():  # a mode that looks for hooks finds none here
+        pending, seen = [loss.grad_fn], set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:

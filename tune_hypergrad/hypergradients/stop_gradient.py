@@ -1,7 +1,8 @@
 """Stop-gradients: nothing passes them on the way from the loss to the training gradient, everything does afterwards.
 
-A training step moves the weights w by g(w), which is what autograd makes of the loss with `detach`, `no_grad`, `.data`
-and hooks in it. As a map of w, g has a derivative, and what stands behind a stop depends on w like anything else:
+A training step moves the weights w by g(w), which is what autograd makes of the loss with `detach`, `no_grad`, `.data`,
+gradients without a graph, and hooks in it. As a map of w, g has a derivative, and what stands behind a stop depends on
+w like anything else:
 
     loss -> g       a stop ends the backward pass: that is what it is for,
     d g / d w       a stop is the identity it computes,
@@ -47,6 +48,8 @@ _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 _SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled  # what `torch.no_grad` and its like call
 _IN_PLACE = (Tensor.__setitem__, _SET_DATA)
+_WITH_GRAPH = {"create_graph": True, "retain_graph": None}
+"""Arguments of `torch.autograd.grad` that make gradients with a history."""
 _AUGMENTED = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
 
 
@@ -160,7 +163,8 @@ def may_have_history(tensor: Tensor) -> bool:
 class DifferentiableStops(Substituting):
     """While entered, the stop-gradients of a training step are `StopGradient`s; for reverse mode.
 
-    What is computed under `no_grad` is recorded, behind stops. Hooks of tensors see the first backward pass only.
+    What is computed under `no_grad` is recorded, behind stops, and so are gradients that a program takes in its forward
+    pass. Hooks of tensors see the first backward pass only.
 
     Args:
         state: tensors that the step may overwrite, which `detach` and `.data` must give as they are.
@@ -199,6 +203,11 @@ class DifferentiableStops(Substituting):
         read = tree_map(self._stop_leaf, (args[len(written) :], kwargs))
         with torch.enable_grad():
             return super().handle(function, (*written, *read[0]), read[1])
+
+    def gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        if kwargs.get("create_graph") or not _Sweep.to_gradient:
+            return super().gradients(*args, **kwargs)
+        return tuple(map(self._stop_leaf, super().gradients(*args, **{**kwargs, **_WITH_GRAPH})))
 
     def _stop_leaf(self, leaf: Any) -> Any:
         return self._stop(leaf) if isinstance(leaf, Tensor) else leaf
@@ -251,6 +260,9 @@ class WithoutStops(Substituting):
         if not torch.is_grad_enabled():
             _refuse_inference_mode()
         return super().handle(function, args, kwargs)
+
+    def gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        return super().gradients(*args, **({**kwargs, **_WITH_GRAPH} if _Sweep.to_gradient else kwargs))
 
 
 def writes(function: Callable[..., Any]) -> bool:

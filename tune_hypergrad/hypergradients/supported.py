@@ -28,6 +28,10 @@ def refuse_unsupported(model: nn.Module) -> None:
         where = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
         if isinstance(module, nn.EmbeddingBag):
             raise InputError(f"{where} has no second derivative in torch: use nn.Embedding and sum or average over it")
+        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+            raise InputError(
+                f"{where} has scale_grad_by_freq, whose second derivative is silently wrong in torch: make it without"
+            )
         if _is_parametrized_by(module, "SpectralNorm"):
             raise InputError(
                 f"{where} uses spectral_norm, whose power iteration the engine would take for constant, so that "
