@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -76,3 +77,14 @@ def test_training_may_begin_while_memory_is_given_back(monkeypatch: pytest.Monke
     monkeypatch.setattr(heap, "_Heap", _Given)
     with heap.kept_heap():
         assert _Given.depth == 1
+
+
+@pytest.mark.skipif(heap._glibc() is None or not hasattr(os, "fork"), reason="glibc's allocator only")
+def test_a_fork_has_nothing_to_give_back() -> None:
+    with heap.kept_heap():
+        pass
+    assert heap._Heap.giving_back is not None
+    child = os.fork()
+    if not child:
+        os._exit(int(heap._Heap.giving_back is not None or heap._Heap.depth != 0))
+    assert os.waitpid(child, 0)[1] == 0

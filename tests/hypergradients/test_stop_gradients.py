@@ -131,6 +131,22 @@ def test_models(name: str) -> None:
     assert_exact(make_problem(between(MODELS[name], middle=square)))
 
 
+@pytest.mark.parametrize("inputs", [True, False])
+def test_a_backward_pass_of_the_model_s_own_is_refused(inputs: bool) -> None:
+    """Which adds to `.grad`, where no derivative follows."""
+
+    def ascended_by_grad(net: Any, h: Tensor) -> Tensor:
+        if not net.training:
+            return net.middle(h)
+        start = h.detach().requires_grad_()
+        torch.tanh(net.middle(start)).square().sum().backward(inputs=[start] if inputs else None)
+        return net.middle(h + start.grad)
+
+    problem = make_problem(between(ascended_by_grad, middle=square))
+    with pytest.raises(InputError, match=r"backward\(\) adds to \.grad has no derivative: use torch\.autograd\.grad"):
+        differentiate(make_loop(problem), SGD, "reverse", check=False)
+
+
 def self_distilled(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target) + F.mse_loss(output.tanh(), output.detach().roll(1, 0))
 

@@ -46,6 +46,15 @@ class _Heap:
     """Bytes of the process in memory, before the first body after the last return."""
 
 
+def _forget_parent() -> None:
+    """In a forked process no body runs, and nothing is going to be given back: its parent's threads are not there."""
+    _Heap.depth, _Heap.giving_back = 0, None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
+
+
 @contextmanager
 def kept_heap() -> Iterator[None]:
     """Run the body with a heap that does not shrink; its free part is given back where none follows within `IDLE_S`.

@@ -32,6 +32,9 @@ class LastingMode(TorchFunctionMode):
         """The result of a call of `torch.autograd.grad`."""
         return _grad(*args, **kwargs)
 
+    def accumulates(self) -> None:
+        """Called before a backward pass that the program itself begins, and that adds to what `.grad` has."""
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -42,6 +45,8 @@ class LastingMode(TorchFunctionMode):
             return self.handle(func, args, kwargs or {})
         if func is torch.autograd.grad:
             backward = self.gradients
+        elif torch._C._current_graph_task_id() < 0:  # activation checkpointing begins some within another pass
+            self.accumulates()
         with self:
             return backward(*args, **(kwargs or {}))
 

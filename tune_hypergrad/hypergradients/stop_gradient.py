@@ -209,6 +209,9 @@ class DifferentiableStops(Substituting):
             return super().gradients(*args, **kwargs)
         return tuple(map(self._stop_leaf, super().gradients(*args, **{**kwargs, **_WITH_GRAPH})))
 
+    def accumulates(self) -> None:
+        _refuse_backward()
+
     def _stop_leaf(self, leaf: Any) -> Any:
         return self._stop(leaf) if isinstance(leaf, Tensor) else leaf
 
@@ -263,6 +266,9 @@ class WithoutStops(Substituting):
 
     def gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         return super().gradients(*args, **({**kwargs, **_WITH_GRAPH} if _Sweep.to_gradient else kwargs))
+
+    def accumulates(self) -> None:
+        _refuse_backward()
 
 
 def writes(function: Callable[..., Any]) -> bool:
@@ -321,6 +327,10 @@ def _require_gradient(tensor: Tensor, required: bool) -> None:
 
 def _refuse_in_place(tensor: Tensor) -> Tensor:
     raise RuntimeError("detach_() has no derivative of second order: use detach()")
+
+
+def _refuse_backward() -> None:
+    raise RuntimeError("what backward() adds to .grad has no derivative: use torch.autograd.grad()")
 
 
 def _refuse_inference_mode() -> None:
