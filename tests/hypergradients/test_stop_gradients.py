@@ -62,6 +62,18 @@ def in_place_without_gradient(net: Any, h: Tensor) -> Tensor:
     return h * mask
 
 
+def overwritten_without_gradient(net: Any, h: Tensor) -> Tensor:
+    """Values that are scaled, set and averaged with others, while gradients go as if they were not."""
+    if not net.training:
+        return net.middle(h)
+    h = h + 0
+    with torch.no_grad():
+        h.mul_(0.5 + h.mean().sigmoid())
+        h[:, 0] = h[:, 1] ** 2
+        h.lerp_(net.middle(h), 0.3)
+    return net.middle(h)
+
+
 @torch.no_grad()
 def convolved(net: Any, h: Tensor) -> Tensor:
     return torch.tanh(F.conv1d(h.flip(1).unsqueeze(1), net.middle.weight.unsqueeze(1)).squeeze(2))
@@ -112,6 +124,7 @@ MODELS: dict[str, Function] = {
     "no_grad, decorated": lambda net, h: h * gate(net, h),
     "no_grad, nested": with_gradient_within,
     "no_grad, in place": in_place_without_gradient,
+    "no_grad, overwritten": overwritten_without_gradient,
     "no_grad, convolution": lambda net, h: h * (1 + convolved(net, h)),
     "no_grad, batch normalisation": lambda net, h: h * (1 + normalised(net, h)),
     "no_grad, gumbel": lambda net, h: h * (1 + soft_gumbel(net, h)),
@@ -230,10 +243,10 @@ def test_the_gradient_of_a_validation_loss_passes(name: str) -> None:
 
 
 def doubled_without_gradient(net: Any, h: Tensor) -> Tensor:
-    """Overwrites what has a history, where torch records nothing."""
+    """Overwrites a part of what has a history, where torch records nothing."""
     h = h.clone()
     with torch.no_grad():
-        h.mul_(2)
+        h[:, 2:].mul_(2)
     return net.middle(h)
 
 

@@ -129,6 +129,25 @@ class StopGradient(Function):
         return tangent.clone()
 
 
+class _FirstPassOnly(Function):
+    """Zeros in place of a tensor, through which the backward pass from the loss to the training gradient goes as
+    through the identity, and no other one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
+        return gradient if _Sweep.to_gradient else None
+
+
 def _stopping(
     state: Iterable[Tensor],
     has_history: Callable[[Tensor], bool],
@@ -198,11 +217,22 @@ class DifferentiableStops(Substituting):
         if torch.is_grad_enabled() or known or function is _SET_GRAD_ENABLED:
             return super().handle(function, args, kwargs)
         _refuse_inference_mode()
-        # what is written to keeps its history; what is read has none for the first pass
+        # what is read has no history for the first pass
         written = args[:1] if writes(function) else ()
         read = tree_map(self._stop_leaf, (args[len(written) :], kwargs))
         with torch.enable_grad():
+            if written and isinstance(written[0], Tensor) and written[0].requires_grad:
+                return self._write(function, written[0], *read)
             return super().handle(function, (*written, *read[0]), read[1])
+
+    def _write(
+        self, function: Callable[..., Any], tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Write to a tensor with a history, which for the first pass is still what it was."""
+        after = tensor.clone()
+        result = super().handle(function, (after, *args), kwargs)
+        tensor.copy_(_FirstPassOnly.apply(tensor) + self._stop(after))  # type: ignore[no-untyped-call]
+        return tensor if result is after else result
 
     def gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         if kwargs.get("create_graph") or not _Sweep.to_gradient:
