@@ -61,6 +61,7 @@ def hypergradient(
     clip_hessian_product: float | None = None,
     val_examples: int | None = None,
     max_memory: float | str | None = None,
+    offload: float | str | None = None,
     device: str | None = None,
     capture: bool = False,
     check: bool = True,
@@ -93,6 +94,9 @@ def hypergradient(
             which it does not do, with the same result; forward mode keeps its tangents, and carries as many of them at
             once as fit. None is a quarter of what is free where training happens when the run begins, and in forward
             mode at most four tangents at once.
+        offload: how much of reverse mode's states may be kept beyond that, where it takes longer to get them: those of
+            a GPU in the host's memory, others in temporary files. As `max_memory`; the result is the same. It spares
+            the training of steps again for which `max_memory` is too small, up to one gradient a step. None is none.
         device: where to train; None leaves the model where its factory puts it.
         capture: on a GPU, replay steps as CUDA graphs where they are the same when replayed, which is tried out once
             per problem; `reason` says what came of it.
@@ -137,6 +141,7 @@ def hypergradient(
             val_examples=val_examples,
             check=check,
             max_memory=max_memory,
+            offload=offload,
         )
 
     run = begin()
@@ -216,6 +221,7 @@ def hypergradient_run(
     check: bool = False,
     together: bool | None = None,
     max_memory: float | str | None = None,
+    offload: float | str | None = None,
     beside: int = 1,
     part: Sequence[int] | None = None,
 ) -> HypergradientRun:
@@ -247,13 +253,15 @@ def hypergradient_run(
         mode = _BY_COLUMNS
     refuse_underivable(loop, values)
     memory = _memory(loop, max_memory, beside)
+    elsewhere = 0.0 if offload is None else as_bytes(offload, "offload") / beside
     common: dict[str, Any] = {"horizon": horizon, "val_examples": val_examples}
     if isinstance(loop, EnsembleLoop):
         reason = _why_in_turn(loop, values, together, mode, differentiated=differentiated, check=check)
         if reason is None:
-            return _at_once(loop, values, mode, memory, max_memory, **common, reject_above=reject_above)
+            return _at_once(loop, values, mode, memory, elsewhere, max_memory, **common, reject_above=reject_above)
         if mode is None and differentiated:
-            work = _work(loop, values, mode, horizon, memory / len(loop.seeds))
+            count = len(loop.seeds)
+            work = _work(loop, values, mode, horizon, memory / count, elsewhere / count)
             mode = cheapest_right(loop, values, work, check=check).mode
         begin = partial(
             hypergradient_run,
@@ -264,6 +272,7 @@ def hypergradient_run(
             reject_above=inf if differentiated else -inf,  # the mean decides
             check=check,
             max_memory=max_memory,
+            offload=offload,
             beside=len(loop.seeds),
             part=part,
         )
@@ -274,7 +283,7 @@ def hypergradient_run(
         run.reason = _joined(_NOT_DIFFERENTIATED, captured)
         return run
     captured = capture_steps(loop, values, plain=False) if mode is None or isinstance(mode, Reverse) else ""
-    work = _work(loop, values, mode, horizon, memory, may_be_rejected=reject_above < inf)
+    work = _work(loop, values, mode, horizon, memory, elsewhere, may_be_rejected=reject_above < inf)
     work = work if part is None else replace(work, parts=part[1])
     if mode is None:
         choice = cheapest_right(loop, values, work, check=check)
@@ -343,6 +352,7 @@ def _at_once(
     values: Hyperparameters,
     mode: Mode | None,
     memory: float,
+    elsewhere: float,
     max_memory: float | str | None,
     *,
     reject_above: float,
@@ -352,7 +362,7 @@ def _at_once(
         run = EnsembleRun(loop, values, **common, reject_above=reject_above)
         run.reason = f"{len(loop.seeds)} runs at once; {_NOT_DIFFERENTIATED}"
         return run
-    work = _work(loop, values, mode, common["horizon"], memory)
+    work = _work(loop, values, mode, common["horizon"], memory, elsewhere)
     whole = MODES[Reverse.name]
     needed = whole.kept_bytes(work)
     if max_memory is not None:
@@ -376,14 +386,17 @@ def _work(
     mode: Mode | None,
     horizon: int | None,
     memory: float,
+    elsewhere: float,
     *,
     may_be_rejected: bool = False,
 ) -> Work:
-    """The size of a run, that of its graphs included where reverse mode may be taken."""
+    """The size of a run, that of its graphs included where reverse mode may be taken; `memory` and `elsewhere` are the
+    bytes that it may keep."""
     # the memory of graphs that are replayed is that of the next replay
     keeps_graphs = loop.captured is None and (mode is None or isinstance(mode, Reverse))
     graph = graph_size(loop, values).size if keeps_graphs else inf
-    return Work.of(loop, values, horizon, may_be_rejected=may_be_rejected, graph_bytes=graph, memory=memory)
+    limits = {"graph_bytes": graph, "memory": memory, "offload": elsewhere}
+    return Work.of(loop, values, horizon, may_be_rejected=may_be_rejected, **limits)
 
 
 def _keeping(
@@ -402,7 +415,8 @@ def _refuse_too_little(mode: Mode, work: Work) -> None:
         InputError: it is such.
     """
     reverse = isinstance(mode, Reverse)
-    needed = least_memory(work.steps, work.state_bytes) if reverse else mode.kept_bytes(work)
+    away = work.elsewhere * work.state_bytes
+    needed = least_memory(work.steps, work.state_bytes) - away if reverse else mode.kept_bytes(work)
     if needed > work.memory:
         what = f"{work.steps} steps" if reverse else f"the tangents of {sum(work.windows)} numbers"
         raise InputError(

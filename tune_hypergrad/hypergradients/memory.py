@@ -82,8 +82,9 @@ def _is_counted() -> bool:
     return (in_use() or 0) - before >= tried.nbytes
 
 
-def as_bytes(size: float | str) -> int:
-    """An amount of memory as a person gives it: a number of bytes, or "500MB", "2GiB" and the like.
+def as_bytes(size: float | str, name: str = "max_memory") -> int:
+    """An amount of memory as a person gives it: a number of bytes, or "500MB", "2GiB" and the like; `name` is what it
+    is given as.
 
     Raises:
         InputError: it is none.
@@ -95,7 +96,7 @@ def as_bytes(size: float | str) -> int:
     except (TypeError, ValueError):
         number = float("nan")
     if isinstance(size, bool) or unit not in _UNITS or not isfinite(number) or number < 0:
-        raise InputError(f"max_memory is {size!r}: give a number of bytes, or such as '500MB' or '2GiB'")
+        raise InputError(f"{name} is {size!r}: give a number of bytes, or such as '500MB' or '2GiB'")
     return int(number * _UNITS[unit])
 
 

@@ -20,6 +20,7 @@ from tune_hypergrad.curves import base_names, split_name, window_at
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.keeping import Room, Stretch, plan_stretch
+from tune_hypergrad.hypergradients.kept_states import KeptStates
 from tune_hypergrad.hypergradients.memory import allocated
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
@@ -84,7 +85,7 @@ class ReverseRun(HypergradientRun):
         self._room = states_only(loop.steps, all_of_them=keep_all) if room is None else room
         self._by_graph = by_graph
         self._whole = self._without_last(plan_stretch(loop.steps, self._room), loop.steps)
-        self._kept: dict[int, State] = {}
+        self._kept = KeptStates(self._room.elsewhere)
         self._graphs: dict[int, StepGraph] = {}
         self._sizes: dict[int, float] = {}  # of these graphs, by step
         self._held = 0.0  # bytes of all of them
@@ -156,7 +157,7 @@ class ReverseRun(HypergradientRun):
         room = self._room
         self._graphs[step], self._sizes[step] = graph, self._size
         self._held += self._size
-        states = sum(0 < kept <= step for kept in self._kept) * room.state
+        states = self._kept.in_memory(step) * room.state
         while len(self._graphs) > 1 and states + self._held > room.memory:
             first = min(self._graphs)
             self._kept[first] = self._let_go(first).state
@@ -214,7 +215,7 @@ class ReverseRun(HypergradientRun):
                 return
         elif end % self.horizon == 0:
             self._begin_segment(end)
-        self._kept.pop(end, None)
+        self._kept.discard(end)
         pulled = self._pull_back(step)
         if loop.device.type == "cpu" or len(self._replayed) >= _COMPARED_TOGETHER or step == 0:
             self._refuse_another_run()
@@ -313,8 +314,8 @@ class ReverseRun(HypergradientRun):
         if self._replayed:
             self._refuse_another_run()
         # about sqrt(T) states and no graph: the rest is trained again on demand, to the same bits
-        states = {**{step: graph.state for step, graph in self._graphs.items()}, **self._kept}
-        kept = {step: tuple(states[step]) for step in spread(sorted(states), checkpoint_interval(self.loop.steps))}
+        steps = spread(sorted({*self._graphs, *self._kept}), checkpoint_interval(self.loop.steps))
+        kept = {step: tuple(self._kept[step] if step in self._kept else self._graphs[step].state) for step in steps}
         losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
         return {
             **super().state_dict(),
@@ -327,7 +328,8 @@ class ReverseRun(HypergradientRun):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
-        self._kept = {step: State(*state) for step, state in saved["kept"].items()}
+        self._kept.clear()
+        self._kept.update({step: State(*state) for step, state in saved["kept"].items()})
         self._forget_graphs()
         self.by_step = {name: values.clone() for name, values in saved["by_step"].items()}
         self._losses = list(saved["losses"])

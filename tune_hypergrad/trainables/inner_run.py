@@ -53,6 +53,9 @@ class InnerRunSettings(TrialSettings):
     max_memory: float | str | None = None
     """Memory that one trial may use for its derivatives: bytes, or such as "500MB" or "2GiB" (see `hypergradient`);
     None is a quarter of what is free when a run begins."""
+    offload: float | str | None = None
+    """States that may be kept beyond that in temporary files, or, those of a GPU, in the host's memory (see
+    `hypergradient`): as `max_memory`; None is none."""
     ensemble: int = 1
     """Seeds that one trial trains with, at once where that pays: it reports their mean hypergradient and mean figures,
     with the standard deviation of the losses as `val_loss_std`, and is charged for all of them. The first seed is the
@@ -81,6 +84,8 @@ class InnerRunSettings(TrialSettings):
         mode_named(self.differentiation)
         if self.max_memory is not None:
             as_bytes(self.max_memory)
+        if self.offload is not None:
+            as_bytes(self.offload, "offload")
         if isinstance(self.ensemble, bool) or not isinstance(self.ensemble, int) or self.ensemble < 1:
             raise InputError(f"ensemble is {self.ensemble!r}: a trial has a whole number of seeds of at least 1")
         if self.part is not None and not _is_part(self.part):
@@ -120,6 +125,7 @@ class InnerRunSettings(TrialSettings):
             check=check,
             together=together,
             max_memory=self.max_memory,
+            offload=self.offload,
             part=self.part,
         )
 
