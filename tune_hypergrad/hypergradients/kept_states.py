@@ -96,8 +96,8 @@ class KeptStates(MutableMapping[int, State]):
             torch.save(tensors, file)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"states cannot be kept in {file.parent} ({in_one_line(error)}): let TMPDIR name another place, or give "
-                "less to offload"
+                f"states cannot be kept in {file.parent} ({in_one_line(error)}): let TMPDIR name another place, or "
+                "give less to offload"
             ) from error
         return lambda: torch.load(file, weights_only=True)
 
