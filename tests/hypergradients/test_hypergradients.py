@@ -441,7 +441,7 @@ class TestChoiceOfMode:
             (Work((7, 1, 1), 100, 1000), 10**5 - 1, "checkpointed_reverse", "of reverse do not fit"),
             (Work((1, 2), 100, 1), 1000, "reverse", "all fit"),
             # where nothing fits, what keeps least
-            (Work((1, 2), 100, 1000), 1, "forward", "of reverse, 0 MiB of checkpointed_reverse do not fit"),
+            (Work((1, 2), 100, 1000), 1, "forward", "of reverse, 19.5 KiB of checkpointed_reverse do not fit"),
             (Work((50, 50), 100, 1000), 1, "checkpointed_reverse", "do not fit"),
             # greedy, whatever the columns
             (Work((100, 100), 100, 1, horizon=1), 10**9, "forward", "all fit"),

@@ -19,7 +19,12 @@ from tune_hypergrad.hypergradients.heap import free_in_heap, in_use
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _SHARE = 0.25  # several trials may run beside each other
 _TRIED = 1 << 22
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for base, suffix in ((10**3, "b"), (2**10, "ib"))
+}
+"""Bytes by unit, in small letters."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -95,14 +100,14 @@ def as_bytes(size: float | str, name: str = "max_memory") -> int:
         number = float(text.strip().removesuffix(unit)) if text else float(size)
     except (TypeError, ValueError):
         number = float("nan")
-    if isinstance(size, bool) or unit not in _UNITS or not isfinite(number) or number < 0:
+    if isinstance(size, bool) or unit.lower() not in _UNITS or not isfinite(number) or number < 0:
         raise InputError(f"{name} is {size!r}: give a number of bytes, or such as '500MB' or '2GiB'")
-    return int(number * _UNITS[unit])
+    return int(number * _UNITS[unit.lower()])
 
 
 def mebibytes(size: float) -> str:
     """A number of bytes for a message."""
-    return f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"
 
 
 def _available() -> int:
