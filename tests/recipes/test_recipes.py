@@ -62,6 +62,7 @@ def run_counting(folder, wanted, *, stop_at=NEVER, processes=2):
     return done, kept.results, told
 
 
+@pytest.mark.slow
 def test_jobs_are_kept_resumed_inside_and_not_run_again(tmp_path, monkeypatch):
     wanted = [Job("long", count, {"to": 60}), Job("short", count, {"to": 1})]
     done, results, told = run_counting(tmp_path, wanted, stop_at=time.time() + 0.1)
