@@ -123,6 +123,23 @@ def test_less_memory_than_the_least_does_with_room_elsewhere() -> None:
     assert torch.equal(found.hypergradients["lr"], hypergradient(problem, VALUES, steps=STEPS).hypergradients["lr"])
 
 
+def test_states_elsewhere_are_no_room_for_graphs() -> None:
+    loop = make_loop(make_problem(), STEPS)
+    limit = 2 * state_bytes(loop)
+    run = hypergradient_run(loop, VALUES, differentiation="reverse", max_memory=limit, offload="1MB")
+    assert run._room.memory == limit  # type: ignore[attr-defined]
+
+
+def test_a_run_that_is_rejected_leaves_no_files(folder: Path) -> None:
+    loop = make_loop(make_problem(), STEPS)
+    run = hypergradient_run(loop, VALUES, differentiation="reverse", max_memory=10 * state_bytes(loop), offload="1MB")
+    with loop.running():
+        run.advance(STEPS + 3)
+    assert list(folder.rglob("*.pt"))
+    run.reject()
+    assert not list(folder.iterdir())
+
+
 def test_seeds_at_once(folder: Path) -> None:
     problem = make_problem()
     whole = hypergradient(problem, VALUES, steps=STEPS, seed=[0, 1])

@@ -62,6 +62,9 @@ class KeptStates(MutableMapping[int, State]):
         self._here.pop(step, None)
         if self._away.pop(step, None) is not None and self._folder is not None:
             self._file(step).unlink()
+            if not self._away:
+                self._folder.cleanup()
+                self._folder = None
 
     def clear(self) -> None:
         """Keep none any longer."""

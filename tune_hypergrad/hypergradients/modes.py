@@ -72,7 +72,7 @@ class Work:
     @property
     def room(self) -> Room:
         """The memory as reverse mode uses it."""
-        least = least_memory(self.steps, self.state_bytes)
+        least = least_memory(self.steps, self.state_bytes) - self.elsewhere * self.state_bytes
         return Room(
             max(self.memory, least), self.state_bytes, self.graph_bytes + self.state_bytes, elsewhere=self.elsewhere
         )

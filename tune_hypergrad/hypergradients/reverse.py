@@ -283,6 +283,10 @@ class ReverseRun(HypergradientRun):
         self._forget_hypergradients()
         self.position = self.length - 1
 
+    def reject(self) -> None:
+        super().reject()
+        self._kept.clear()
+
     def _forget_graphs(self) -> None:
         self._graphs, self._sizes, self._held, self._again = {}, {}, 0.0, set()
 

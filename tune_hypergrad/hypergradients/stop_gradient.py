@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
@@ -50,6 +51,8 @@ _SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled  # what `torch.no_grad` and 
 _IN_PLACE = (Tensor.__setitem__, _SET_DATA)
 _WITH_GRAPH = {"create_graph": True, "retain_graph": None}
 """Arguments of `torch.autograd.grad` that make gradients with a history."""
+_KEEPING_VALUES = ("requires_grad_", "detach_", "rename_", "share_memory_")
+"""Names of functions that change a tensor, and none of its elements."""
 _AUGMENTED = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
 
 
@@ -148,12 +151,16 @@ class _FirstPassOnly(Function):
         return gradient if _Sweep.to_gradient else None
 
 
+_STOPPED = f"{StopGradient.__name__}Backward"
+"""Name of the type of what made a tensor with a `StopGradient`."""
+
+
 def _stopping(
     state: Iterable[Tensor],
     has_history: Callable[[Tensor], bool],
     recording: Callable[[], AbstractContextManager[Any]] = torch.enable_grad,
 ) -> Callable[[Tensor], Tensor]:
-    """What puts a `StopGradient` on tensors that have a history and are none of `state`.
+    """What puts a `StopGradient` on tensors that have a history and are none of `state`, nor views of them.
 
     It does not refer to the mode that has it among its substitutes: by such a circle, the graph behind the state would
     live until garbage is collected.
@@ -161,7 +168,7 @@ def _stopping(
     own = {id(tensor): tensor for tensor in state}
 
     def stop(tensor: Tensor) -> Tensor:
-        if id(tensor) in own or not has_history(tensor):
+        if id(tensor) in own or id(tensor._base) in own or not has_history(tensor):
             return tensor
         with recording():
             return StopGradient.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
@@ -198,6 +205,7 @@ class DifferentiableStops(Substituting):
         has_history: Callable[[Tensor], bool] = requires_gradient,
     ) -> None:
         self._stop = stop = _stopping(state, has_history)
+        self._has_history = has_history
         self._computing = {*further, F.gumbel_softmax}  # what is computed in these this mode does not see
         super().__init__(
             {
@@ -213,6 +221,8 @@ class DifferentiableStops(Substituting):
         )
 
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and isinstance(args[0], Tensor) and writes(function):
+            _refuse_to_write(args[0])
         known = function in self._substitutes and function not in self._computing
         if torch.is_grad_enabled() or known or function is _SET_GRAD_ENABLED:
             return super().handle(function, args, kwargs)
@@ -221,7 +231,7 @@ class DifferentiableStops(Substituting):
         written = args[:1] if writes(function) else ()
         read = tree_map(self._stop_leaf, (args[len(written) :], kwargs))
         with torch.enable_grad():
-            if written and isinstance(written[0], Tensor) and written[0].requires_grad:
+            if written and isinstance(written[0], Tensor) and self._is_recorded(written[0]):
                 return self._write(function, written[0], *read)
             return super().handle(function, (*written, *read[0]), read[1])
 
@@ -241,6 +251,9 @@ class DifferentiableStops(Substituting):
 
     def accumulates(self) -> None:
         _refuse_backward()
+
+    def _is_recorded(self, tensor: Tensor) -> bool:
+        return self._has_history(tensor) and (tensor.requires_grad or is_functorch_wrapped_tensor(tensor))
 
     def _stop_leaf(self, leaf: Any) -> Any:
         return self._stop(leaf) if isinstance(leaf, Tensor) else leaf
@@ -301,10 +314,15 @@ class WithoutStops(Substituting):
         _refuse_backward()
 
 
+@cache
 def writes(function: Callable[..., Any]) -> bool:
     """Whether a torch function changes its first argument."""
     name = getattr(function, "__name__", "")
-    return function in _IN_PLACE or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
+    return (
+        function in _IN_PLACE
+        or name in _AUGMENTED
+        or (name.endswith("_") and not name.endswith("__") and name not in _KEEPING_VALUES)
+    )
 
 
 def _set_data(
@@ -357,6 +375,16 @@ def _require_gradient(tensor: Tensor, required: bool) -> None:
 
 def _refuse_in_place(tensor: Tensor) -> Tensor:
     raise RuntimeError("detach_() has no derivative of second order: use detach()")
+
+
+def _refuse_to_write(tensor: Tensor) -> None:
+    """Refuse to write to what a stop-gradient gave: a copy, whose writes would not reach the tensor."""
+    base = tensor if tensor._base is None else tensor._base
+    if type(base.grad_fn).__name__ == _STOPPED:
+        raise RuntimeError(
+            "a write by way of a detached tensor, or of a view that was made under no_grad, has no derivative: clone "
+            "the tensor first"
+        )
 
 
 def _refuse_backward() -> None:
