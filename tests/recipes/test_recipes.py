@@ -406,28 +406,52 @@ SMALL_RUN = """
 import sys
 from pathlib import Path
 sys.path[:0] = {tests!r}
-from test_recipes import small_fig1
+from test_recipes import slowed, small_fig1
 from tune_hypergrad.recipes import reproduce
 if __name__ == "__main__":
-    done = reproduce(small_fig1(epochs=6.0), Path({folder!r}), processes=2, tell=lambda line: print(line, flush=True))
+    recipe = small_fig1(epochs=6.0)
+    recipe = slowed(recipe) if {slowly} else recipe
+    done = reproduce(recipe, Path({folder!r}), processes=2, tell=lambda line: print(line, flush=True))
     sys.exit(0 if done else 130)
 """
+
+
+def slowed(recipe):
+    """A recipe whose jobs take a twentieth of a second longer for every piece of work, so that one can be met at work."""
+
+    def jobs(settings, results):
+        return [
+            replace(job, function=work_slowly, arguments={"function": job.function, **job.arguments})
+            for job in recipe.jobs(settings, results)
+        ]
+
+    return replace(recipe, jobs=jobs)
+
+
+def work_slowly(place, function, **arguments):
+    in_pieces = place.in_pieces
+
+    def slowly(done, work, state):
+        in_pieces(done, lambda: (work(), time.sleep(0.05)), state)
+
+    place.in_pieces = slowly
+    return function(place, **arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_recipe_comes_to_the_same_results(tmp_path, how):
-    def start(folder):
+    def start(folder, slowly=False):
         file = tmp_path / f"{folder}.py"
-        file.write_text(SMALL_RUN.format(tests=TESTS, folder=str(tmp_path / folder)))
+        file.write_text(SMALL_RUN.format(tests=TESTS, folder=str(tmp_path / folder), slowly=slowly))
         return subprocess.Popen([sys.executable, file], stdout=subprocess.PIPE, text=True, start_new_session=True)
 
     whole = start("whole")
     assert whole.wait(timeout=300) == 0
-    cut = start("cut")
+    cut = start("cut", slowly=True)
     while "search/paper/0/00: done" not in cut.stdout.readline():
         assert cut.poll() is None
-    time.sleep(1.0)  # into the second outer step, whose run takes longer
+    time.sleep(1.0)  # into the second outer step, whose run takes seven seconds
     (os.killpg if how == signal.SIGINT else os.kill)(cut.pid, how)  # a terminal interrupts workers, too
     assert cut.wait(timeout=60) == (-how if how == signal.SIGKILL else 130)
     wait_until_nobody_is_left(cut.pid)
