@@ -417,7 +417,7 @@ if __name__ == "__main__":
 
 
 def slowed(recipe):
-    """A recipe whose jobs take a twentieth of a second longer for every piece of work, so that one can be met at work."""
+    """A recipe whose jobs take a twentieth of a second longer for every piece of work, to be met at work."""
 
     def jobs(settings, results):
         return [

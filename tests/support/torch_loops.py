@@ -49,7 +49,7 @@ def train(problem: Problem, values: Values, steps: int = 5, optimizer: str = "sg
     """Train with `torch.optim` and `loss.backward()`; arguments as for `make_loop`, values as for `hypergradient`."""
     loop = make_loop(problem, steps, optimizer, **settings)
     fixed = settings.get("fixed", {})
-    with loop.running():
+    with loop.running(), loop.replaying:
         model = fresh_model(problem, loop.model)
         loss, train_loss = _own_losses(problem)
         objective = problem.training_objective(model)  # attaches the regularisers

@@ -306,7 +306,8 @@ class _Comparison:
 
     def _plain_loss(self, values: Hyperparameters, nudge: float = 0.0) -> float:
         if is_built_in(self._loop.optimizer):
-            return plain_val_loss(self._problem, self._loop, values, self._batches, DoublePrecision(), nudge)
+            with self._loop.replaying:  # it drops the units that the engine drops
+                return plain_val_loss(self._problem, self._loop, values, self._batches, DoublePrecision(), nudge)
         with DoublePrecision():
             return self._loop.evaluate(self._loop.run(values)).loss
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, TypeVar
@@ -103,6 +103,19 @@ class EnsembleLoop(InnerLoop):
         self.costs = LoopCosts(self.batches, len(seeds))
         self._draws = MemberDraws(len(seeds), self.device)
         self._index = torch.arange(len(seeds), device=self.device)
+
+    @contextmanager
+    def running(self, *, plain: bool = False) -> Iterator[None]:
+        """As for one run; the members' own methods may be called as well."""
+        with super().running(plain=plain):
+            before = [member.replaying for member in self.members]
+            for member in self.members:
+                member.replaying = self.replaying
+            try:
+                yield
+            finally:
+                for member, own in zip(self.members, before, strict=True):
+                    member.replaying = own
 
     def of_member(self, state: State, member: int) -> State:
         """The state of one run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -131,6 +131,15 @@ class _Scope(nn.Module):
         """Tensors by the names by which users know them: `weight` of the model, `loss.weight` of the loss."""
         return {name.split(".", 1)[1]: tensor for name, tensor in named}
 
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """By the names by which users know them, where tensors are within this module: one that is tied, at several
+        places."""
+        several: dict[int, list[str]] = {}
+        every = (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False))
+        for path, tensor in every:
+            several.setdefault(id(tensor), []).append(path)
+        return {name: tuple(several[id(tensor)]) for name, tensor in self.names(every).items()}
+
     def path(self, name: str) -> str:
         """The name, within this module, of the tensor that users call `name`."""
         return f"losses.{name}" if name.split(".", 1)[0] in self.losses else f"model.{name}"
@@ -184,6 +193,9 @@ class InnerLoop:
         self._scope = _Scope(self.model, _loss_modules(self.problem, self.model))
         trainable = self._scope.names((n, p.detach()) for n, p in self._scope.named_parameters() if p.requires_grad)
         self._names = tuple(trainable)
+        self._places = self._scope.places()
+        self._modules = tuple(self._scope.modules())
+        self._in_training: dict[bool, list[bool]] = {}  # their flags in training and in evaluation
         self._complex = {name for name, p in trainable.items() if p.is_complex()}
         if self._complex and self.optimizer.by_parameter:
             raise InputError(f"optimizer {self.optimizer.name!r} does not take complex parameters: choose another one")
@@ -215,6 +227,8 @@ class InnerLoop:
         self.costs = LoopCosts(self.batches)
         self.captured: CapturedSteps | None = None
         """Steps that are replayed, where `capture_steps` has found that they can be."""
+        self.replaying: AbstractContextManager[Any] = nullcontext()
+        """What passes through the model run in, while `running`; not all else, since it sees every call of torch."""
         self._evaluator = Evaluator(self)
 
     @property
@@ -230,7 +244,7 @@ class InnerLoop:
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """All modules that a training step calls: the model's, and the losses'."""
-        return tuple(self._scope.modules())
+        return self._modules
 
     @property
     def loss_parameters(self) -> list[str]:
@@ -246,11 +260,12 @@ class InnerLoop:
             plain: whether nothing is differentiated but training losses, once, so that fused kernels do. They give the
                 same numbers to rounding: what is compared to the bit is entered with the same value.
         """
-        kernels = once_differentiable if plain else twice_differentiable
-        with ExitStack() as stack:
-            for context in (preserved_generators(), kernels(self.model), kept_heap(), self.batches.opened()):
-                stack.enter_context(context)
-            yield
+        kernels, before = once_differentiable if plain else twice_differentiable, self.replaying
+        with preserved_generators(), kernels(self.model) as self.replaying, kept_heap(), self.batches.opened():
+            try:
+                yield
+            finally:
+                self.replaying = before
 
     @contextmanager
     def trained_on(self, problem: Problem) -> Iterator[None]:
@@ -285,12 +300,19 @@ class InnerLoop:
             body: takes the derivatives as well, since backward passes may need the tensors.
             training: whether modules are in training mode, or in evaluation mode.
         """
-        if training:
-            set_training(self._scope, frozenset(f"model.{name}" for name in self.in_evaluation))
-        else:
-            self._scope.eval()
-        swapped = {self._scope.path(name): tensor for name, tensor in tensors.items()}
-        return functional_call(self._scope, swapped, (body,))  # type: ignore[no-any-return]
+        self._set_training(training)
+        swapped = {path: tensor for name, tensor in tensors.items() for path in self._places[name]}
+        return functional_call(self._scope, swapped, (body,), tie_weights=False)  # type: ignore[no-any-return]
+
+    def _set_training(self, training: bool) -> None:
+        """Set modules to training mode, or to evaluation mode, unless they are in it."""
+        known = self._in_training.get(training)
+        if known is None or [module.training for module in self._modules] != known:
+            if training:
+                set_training(self._scope, frozenset(f"model.{name}" for name in self.in_evaluation))
+            else:
+                self._scope.eval()
+            self._in_training[training] = [module.training for module in self._modules]
 
     def at_training_loss(
         self,
@@ -318,22 +340,24 @@ class InnerLoop:
         """
         self.seed_model(step, number)
         values = {**self.values.fixed_at(step), **h}
-        batch = self.objective.transform(batch, values)
-        target = self.problem.target(batch)
-        of_model = {name: p for name, p in named.items() if self._scope.path(name) != f"losses.{name}"}
-        factors = self.objective.weight_factors(of_model, values)
-        used = {**named, **{name: named[name] * factor for name, factor in factors.items()}}
 
         def present() -> Buffers:
             return {name: self._scope.tensor(name) for name in buffers}  # modules assign buffers anew
 
-        def at_loss() -> T:
-            with self.objective.acting(values) as activations, mode(buffers.values()):
-                prediction = Prediction(self.problem.predict(self.model, batch), activations)
-                loss = self.objective.loss(prediction, target, lambda: of_model, values)
-                return body(loss, Passed(present, partial(self._within_step, used, present(), values, mode)))
+        with self.replaying:
+            batch = self.objective.transform(batch, values)
+            target = self.problem.target(batch)
+            of_model = {name: p for name, p in named.items() if self._scope.path(name) != f"losses.{name}"}
+            factors = self.objective.weight_factors(of_model, values)
+            used = {**named, **{name: named[name] * factor for name, factor in factors.items()}}
 
-        return self.within({**buffers, **used}, at_loss, training=True)
+            def at_loss() -> T:
+                with self.objective.acting(values) as activations, mode(buffers.values()):
+                    prediction = Prediction(self.problem.predict(self.model, batch), activations)
+                    loss = self.objective.loss(prediction, target, lambda: of_model, values)
+                    return body(loss, Passed(present, partial(self._within_step, used, present(), values, mode)))
+
+            return self.within({**buffers, **used}, at_loss, training=True)
 
     def _within_step(
         self,
@@ -350,7 +374,8 @@ class InnerLoop:
             with self.objective.acting(values), mode(buffers.values()):
                 return body()
 
-        return self.within({**buffers, **used}, inside, training=True)
+        with self.replaying:
+            return self.within({**buffers, **used}, inside, training=True)
 
     def training(self, state: State, h: Mapping[str, Any], step: int, *, again: bool = False) -> Training:
         """The gradient of a step's training loss, the mean over its batches; `again`: the step will be taken again."""
@@ -531,7 +556,8 @@ class InnerLoop:
         ends = [(start, min(start + size, total)) for start in range(0, total, size)]
         batches = [slice(*pair) if sample is None else sample[slice(*pair)] for pair in ends]
         judged = state._replace(params=self.judged_weights(state))
-        return self._evaluator.evaluate(judged, which, batches, gradient=gradient, metrics=sample is None)
+        with self.replaying:
+            return self._evaluator.evaluate(judged, which, batches, gradient=gradient, metrics=sample is None)
 
     def judged_weights(self, state: State) -> Tensor:
         """The weights of a state that evaluations judge, shape [P]: the trained ones, or their average."""

@@ -71,19 +71,19 @@ def _is_parametrized_by(module: nn.Module, kind: str) -> bool:
 
 
 @contextmanager
-def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Run the body with kernels that have the derivatives the engine needs.
+def twice_differentiable(model: nn.Module) -> Iterator[Substituting]:
+    """Run the body with kernels that have the derivatives the engine needs; gives the mode to enter for passes.
 
     Attention takes the math kernel; recurrent networks run without oneDNN and cuDNN, whose fused kernels have no
-    forward-mode or second derivatives. Dropout draws the same mask with and without tangents; cross entropy has a
-    derivative by its label smoothing.
+    forward-mode or second derivatives. In the mode, dropout draws the same mask with and without tangents; cross
+    entropy has a derivative by its label smoothing.
     """
-    with Substituting(REPLAYABLE), sdpa_kernel(SDPBackend.MATH), _without_fused_recurrence(model, lambda layer: True):
-        yield
+    with sdpa_kernel(SDPBackend.MATH), _without_fused_recurrence(model, lambda layer: True):
+        yield Substituting(REPLAYABLE)
 
 
 @contextmanager
-def once_differentiable(model: nn.Module) -> Iterator[None]:
+def once_differentiable(model: nn.Module) -> Iterator[Substituting]:
     """Run the body with torch's fused kernels, which draw what those of `twice_differentiable` do: the same numbers, to
     rounding. Where a kernel draws itself, for dropout of attention weights or between recurrent layers, it is theirs.
     """
@@ -91,11 +91,8 @@ def once_differentiable(model: nn.Module) -> Iterator[None]:
         F.scaled_dot_product_attention: _attention_that_replays,
         F.multi_head_attention_forward: _layer_that_replays,
     }
-    with (
-        Substituting({**REPLAYABLE, **attention}),
-        _without_fused_recurrence(model, lambda layer: layer.dropout > 0 and layer.num_layers > 1),
-    ):
-        yield
+    with _without_fused_recurrence(model, lambda layer: layer.dropout > 0 and layer.num_layers > 1):
+        yield Substituting({**REPLAYABLE, **attention})
 
 
 @contextmanager

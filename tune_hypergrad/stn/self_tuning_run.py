@@ -228,12 +228,13 @@ class SelfTuningRun:
             return output, as_mean(problem.loss(output, problem.target(batch)))
 
         of_one = inputs.reshape(-1, len(self.tuned))[0]
-        refuse_unlike_reported(self.network, self.loop.model, predict_and_judge, of_one)
-        refuse_gradients_lost(self.network, predict_and_judge, inputs)
-        if self.variant.linearised:
-            refuse_inexact_linearisation(self.network.train(), predict, inputs)
-        if self.settings.linearised_validation:
-            refuse_inexact_linearisation(self.network.eval(), predict, inputs)
+        with self.loop.replaying:
+            refuse_unlike_reported(self.network, self.loop.model, predict_and_judge, of_one)
+            refuse_gradients_lost(self.network, predict_and_judge, inputs)
+            if self.variant.linearised:
+                refuse_inexact_linearisation(self.network.train(), predict, inputs)
+            if self.settings.linearised_validation:
+                refuse_inexact_linearisation(self.network.eval(), predict, inputs)
 
     def _random_inputs(self) -> Tensor:
         shape = self.loop.problem.batch_length(0), len(self.tuned)
@@ -244,7 +245,7 @@ class SelfTuningRun:
         return self.loop.problem.predict(inner, copy.deepcopy(batch))  # a model may write to its inputs
 
     def _why_one_for_all(self) -> str | None:
-        with self.loop.running(), unlike_batches(self.loop):
+        with self.loop.running(), self.loop.replaying, unlike_batches(self.loop):
             predict = partial(self._predict, self.loop.batches.of_step(0))
             return why_one_for_all(self.network.train(), predict, self._random_inputs())
 
@@ -338,7 +339,7 @@ class SelfTuningRun:
 
     def _used_elsewhere(self) -> tuple[str, ...]:
         """Layers that cannot respond, since the model uses their weights in other places."""
-        with self.loop.running():
+        with self.loop.running(), self.loop.replaying:
             batch = self.loop.batches.of_step(0)
             self.loop.seed_model(0)
             model, problem = self.loop.model, self.loop.problem
@@ -381,35 +382,38 @@ class SelfTuningRun:
         batch, drawn = loop.batches.of_step(step, number), loop.batches.draw(step, number)
         perturbations = self._perturbations(_TRAINING_PERTURBATION, drawn, loop.problem.batch_length(step, number))
         loop.seed_model(step, number)
-        return training_gradients(
-            self.network,
-            self.tuned,
-            self.variant,
-            loop.objective,
-            batch,
-            perturbations,
-            fixed,
-            forward=loop.problem.predict,
-            target=loop.problem.target,
-        )
+        with loop.replaying:
+            return training_gradients(
+                self.network,
+                self.tuned,
+                self.variant,
+                loop.objective,
+                batch,
+                perturbations,
+                fixed,
+                forward=loop.problem.predict,
+                target=loop.problem.target,
+            )
 
     def _validate(self) -> None:
         loop, settings = self.loop, self.settings
         size = min(settings.val_batch_size or loop.problem.batch_size, len(loop.batches.split("val")))
         self.network.eval()
         loop.seed_model(-1 - self.val_steps)
-        _, *gradients = validation_gradients(
-            self.network,
-            self.tuned,
-            self.variant,
-            lambda output, target: as_mean(loop.problem.loss(output, target)),
-            loop.batches.of_validation(self.val_steps, size),
-            self._perturbations(_VALIDATION_PERTURBATION, self.val_steps, size),
-            entropy_weight=settings.entropy_weight,
-            linearised=settings.linearised_validation,
-            forward=loop.problem.predict,
-            target=loop.problem.target,
-        )
+        batch = loop.batches.of_validation(self.val_steps, size)
+        with loop.replaying:
+            _, *gradients = validation_gradients(
+                self.network,
+                self.tuned,
+                self.variant,
+                lambda output, target: as_mean(loop.problem.loss(output, target)),
+                batch,
+                self._perturbations(_VALIDATION_PERTURBATION, self.val_steps, size),
+                entropy_weight=settings.entropy_weight,
+                linearised=settings.linearised_validation,
+                forward=loop.problem.predict,
+                target=loop.problem.target,
+            )
         with torch.no_grad():
             before = (torch.cat([self.tuned.unconstrained, self.tuned.log_scales]), *self._hyper_slots)
             h = {**self._hyper_optimizer.hyperparameters, "lr": settings.hyper_lr}
