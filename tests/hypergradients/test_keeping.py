@@ -23,7 +23,7 @@ from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient, hypergradient_run
 from tune_hypergrad.hypergradients import graph_size as graph_size_module
-from tune_hypergrad.hypergradients import memory
+from tune_hypergrad.hypergradients import memory as memory_module
 from tune_hypergrad.hypergradients.check import check_problem, finite_differences
 from tune_hypergrad.hypergradients.ensemble import EnsembleRun
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop, members_differentiable
@@ -725,10 +725,10 @@ class TestBatchNormalisation:
 
 
 def test_graphs_are_counted_though_other_threads_free_memory_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = iter([10_000, 10_000 + memory._TRIED - 64, 10_000, 10_000])
-    monkeypatch.setattr(memory, "in_use", lambda: next(found))
-    assert memory._is_counted.__wrapped__()
-    assert not memory._is_counted.__wrapped__()  # the heap is another one's
+    found = iter([10_000, 10_000 + memory_module._TRIED - 64, 10_000, 10_000])
+    monkeypatch.setattr(memory_module, "in_use", lambda: next(found))
+    assert memory_module._is_counted.__wrapped__()
+    assert not memory_module._is_counted.__wrapped__()  # the heap is another one's
 
 
 def test_finite_differences_with_few_graphs() -> None:
