@@ -305,10 +305,12 @@ def test_the_usual_recipe_is_a_matter_of_options(called, capsys, tmp_path):
     recipe = {"--clip-norm": 1, "--clip-gradient": 3, "--ema": 0.99, "--autocast": "bfloat16", "--max-memory": "1GiB"}
     recipe |= {"--max-failures": -1}
     options = [word for option in recipe.items() for word in option]
+    options += ["--channels-last", "--no-tf32"]
     with pytest.raises(Called):
         outcome(capsys, "compare", "digits", *options, "--accumulate", 2, "--fix", "momentum=0.9", "--out", tmp_path)
     assert {option: called[option.removeprefix("--").replace("-", "_")] for option in recipe} == recipe
     assert called["problem"].accumulate == 2 and called["fixed"] == {"momentum": 0.9}
+    assert called["channels_last"] is True and called["tf32"] is False
     assert called["space"] and "momentum" not in called["space"]
 
 

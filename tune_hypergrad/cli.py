@@ -105,6 +105,12 @@ def compare(
     clip_gradient: Annotated[float | None, typer.Option(help="Clip every entry of it to this.")] = None,
     ema: Annotated[float | None, typer.Option(help="Validate weights averaged with this decay.")] = None,
     autocast: Annotated[str | None, typer.Option(help='"bfloat16": train in that, with a float32 state.')] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Lay images out with their channels last, for convolutions.")
+    ] = False,
+    tf32: Annotated[
+        bool | None, typer.Option("--tf32/--no-tf32", help="Allow a GPU's TF32, or do not. [default: as torch is set]")
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(help="What a trial may keep for hypergradients, as 2GiB. [default: a quarter of what is free]"),

@@ -85,6 +85,10 @@ class Task:
     weights."""
     autocast: str | None = None
     """"bfloat16" for the model's forward pass under `torch.autocast`; None is the model's own type."""
+    channels_last: bool = False
+    """Whether the model is given images with their channels last in memory, as convolutions are often faster."""
+    tf32: bool | None = None
+    """Whether float32 products and convolutions may run on a GPU's TF32 tensor cores; None is as torch is set."""
     max_memory: float | str | None = None
     """What a trial may keep for hypergradients: bytes, or such as "2GiB"; None is a quarter of what is free when it
     begins. What it keeps it does not compute again, so that it costs less."""
@@ -112,7 +116,8 @@ class Task:
     @property
     def training(self) -> dict[str, Any]:
         """Settings that every trainable takes, of how trials train besides their hyperparameters."""
-        names = ("steps", "optimizer", "clip_gradient", "clip_norm", "ema", "autocast", "check")
+        recipe = ("clip_gradient", "clip_norm", "ema", "autocast", "channels_last", "tf32")
+        names = ("steps", "optimizer", *recipe, "check")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -80,6 +80,7 @@ def check_problem(
     clip_norm: float | None = None,
     ema: float | None = None,
     autocast: str | None = None,
+    channels_last: bool = False,
     device: str | None = None,
     modes: Sequence[str] = ("forward", "reverse"),
     examples: int | None = None,
@@ -107,6 +108,7 @@ def check_problem(
         ema: judge an exponential moving average of the weights, of this decay.
         autocast: "bfloat16" for the model's forward pass under `torch.autocast`. The first step is tried out so; the
             comparison is in float64, which autocast leaves as it is, and the message says so.
+        channels_last: give the model images with their channels last in memory.
         device: where to train; None leaves the model where its factory puts it.
         modes: which modes to compare.
         examples: examples in a step of the comparison, and in its validation, at the most; None is the problem's
@@ -120,7 +122,16 @@ def check_problem(
         problem.check()
         problem = problem.independent()
         settings = TrainingSettings(
-            steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema, autocast
+            steps,
+            optimizer,
+            fixed or {},
+            seed,
+            clip_gradient,
+            device,
+            clip_norm,
+            ema,
+            autocast,
+            channels_last=channels_last,
         )
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)

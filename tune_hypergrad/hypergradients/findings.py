@@ -34,5 +34,5 @@ def recipe_key(loop: InnerLoop, hyperparameters: Iterable[str]) -> tuple[Any, ..
     settings = loop.settings
     fixed = tuple(sorted(flat_values(settings.fixed).items()))
     optional = settings.clip_gradient, settings.clip_norm, settings.ema, settings.autocast
-    recipe = tuple(value is not None for value in optional)
+    recipe = *(value is not None for value in optional), settings.channels_last
     return loop.optimizer.name, loop.device.type, recipe, fixed, *sorted(base_names(hyperparameters))

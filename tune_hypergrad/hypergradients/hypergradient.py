@@ -64,6 +64,8 @@ def hypergradient(
     offload: float | str | None = None,
     device: str | None = None,
     capture: bool = False,
+    channels_last: bool = False,
+    tf32: bool | None = None,
     check: bool = True,
 ) -> HypergradientResult:
     """Train for `steps` inner steps and differentiate the validation loss by the hyperparameters.
@@ -100,6 +102,8 @@ def hypergradient(
         device: where to train; None leaves the model where its factory puts it.
         capture: on a GPU, replay steps as CUDA graphs where they are the same when replayed, which is tried out once
             per problem; `reason` says what came of it.
+        channels_last: give the model images with their channels last in memory, as convolutions are often faster.
+        tf32: whether float32 products and convolutions may run on a GPU's TF32 tensor cores; None is as torch is set.
         check: compare the engine with plain training on a few small batches first, once per problem; see
             `check_problem`. Without it, only the first step is searched for what has no derivative.
 
@@ -122,7 +126,18 @@ def hypergradient(
 
     def settings(seed: int) -> TrainingSettings:
         return TrainingSettings(
-            steps, optimizer, fixed or {}, seed, clip_gradient, device, clip_norm, ema, autocast, capture
+            steps,
+            optimizer,
+            fixed or {},
+            seed,
+            clip_gradient,
+            device,
+            clip_norm,
+            ema,
+            autocast,
+            capture,
+            channels_last,
+            tf32,
         )
 
     loop = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -18,6 +18,7 @@ from tune_hypergrad.batches import Batch
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import find_groups, ungrouped
 from tune_hypergrad.hypergradients.autocast import UnderAutocast, autocast_dtype
+from tune_hypergrad.hypergradients.channels_last import ChannelsLast
 from tune_hypergrad.hypergradients.evaluation import Evaluation, Evaluator
 from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.loop_batches import INITIALISATION, MODEL_STREAM, VALIDATION, LoopBatches
@@ -28,6 +29,7 @@ from tune_hypergrad.hypergradients.partial_update import Block, counted, step_bl
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
 from tune_hypergrad.hypergradients.supported import once_differentiable, refuse_unsupported, twice_differentiable
+from tune_hypergrad.hypergradients.tensor_cores import tf32
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
@@ -92,6 +94,12 @@ class TrainingSettings:
     capture: bool = False
     """On a GPU, replay training steps and adjoint steps as CUDA graphs where they are the same when replayed; elsewhere
     nothing is replayed."""
+    channels_last: bool = False
+    """Give the model images (inputs of four or five dimensions) with their channels last in memory: the same shapes and
+    numbers, to rounding, by kernels that are often faster."""
+    tf32: bool | None = None
+    """Whether float32 matrix products and convolutions may run on a GPU's TF32 tensor cores; None leaves torch's own
+    switches as they are. On a CPU nothing changes."""
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -188,6 +196,8 @@ class InnerLoop:
             lower = autocast_dtype(settings.autocast)
             forward = UnderAutocast(self.problem.forward, self.device.type, lower, self.dtype)
             self.problem = self.problem.replace(forward=forward)
+        if settings.channels_last:
+            self.problem = self.problem.replace(forward=ChannelsLast(self.problem.forward))
         self.in_evaluation = parts_in_evaluation(self.model)
         self.objective = self.problem.training_objective(self.model)
         self._scope = _Scope(self.model, _loss_modules(self.problem, self.model))
@@ -261,7 +271,10 @@ class InnerLoop:
                 same numbers to rounding: what is compared to the bit is entered with the same value.
         """
         kernels, before = once_differentiable if plain else twice_differentiable, self.replaying
-        with preserved_generators(), kernels(self.model) as self.replaying, kept_heap(), self.batches.opened():
+        with ExitStack() as stack:
+            for context in (preserved_generators(), tf32(self.settings.tf32), kept_heap(), self.batches.opened()):
+                stack.enter_context(context)
+            self.replaying = stack.enter_context(kernels(self.model))
             try:
                 yield
             finally:

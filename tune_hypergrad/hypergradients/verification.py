@@ -90,6 +90,7 @@ def _checked(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], mode: str) 
         clip_norm=settings.clip_norm,
         ema=settings.ema,
         autocast=settings.autocast,
+        channels_last=settings.channels_last,
         device=settings.device,
         examples=EXAMPLES,
     )

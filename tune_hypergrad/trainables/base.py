@@ -59,6 +59,10 @@ class TrialSettings:
     """"bfloat16" for the model's forward pass under `torch.autocast`; None is the model's own type."""
     capture: bool = False
     """On a GPU, replay steps as CUDA graphs where they are the same when replayed."""
+    channels_last: bool = False
+    """Whether the model is given images with their channels last in memory, as convolutions are often faster."""
+    tf32: bool | None = None
+    """Whether float32 products and convolutions may run on a GPU's TF32 tensor cores; None is as torch is set."""
     reports: int = 10
     """Results in one training run; each evaluates the validation and test splits where that makes sense."""
 

@@ -330,6 +330,8 @@ CHECKS: dict[str, Check] = {
     "clip_norm": _or_none(_number(above=0)),
     "ema": _or_none(_decay),
     "autocast": _or_none(_autocast),
+    "channels_last": _true_or_false,
+    "tf32": _or_none(_true_or_false),
     "max_memory": _or_none(_memory),
 }
 """The check of every argument of `compare`, by the argument's name; fields of `Task` are among them."""

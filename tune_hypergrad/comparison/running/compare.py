@@ -163,8 +163,8 @@ def compare(
         callbacks: further Ray callbacks, such as MLflow's or Weights & Biases'.
         profile: whether the report says where the time of trials and of the driver went, which takes a little itself.
         **settings: further fields of `Task`: min_epochs, max_epochs, eta, fixed, self_tuning_epochs, clip_gradient,
-            clip_norm, ema, autocast, max_memory, and check (False leaves out the comparison of training and
-            hypergradients with plain torch before anything runs).
+            clip_norm, ema, autocast, channels_last, tf32, max_memory, and check (False leaves out the comparison of
+            training and hypergradients with plain torch before anything runs).
 
     Returns:
         What was found; `out` has it as report.html, summary.md, results.csv, ledger.jsonl and pictures.

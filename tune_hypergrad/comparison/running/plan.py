@@ -49,7 +49,7 @@ from tune_hypergrad.ray_internals import cluster_grows
 
 OF_TASKS = (
     *("min_epochs", "max_epochs", "eta", "fixed", "self_tuning_epochs", "check"),
-    *("clip_gradient", "clip_norm", "ema", "autocast", "max_memory"),
+    *("clip_gradient", "clip_norm", "ema", "autocast", "channels_last", "tf32", "max_memory"),
 )
 """Names of the fields of `Task` that `compare` takes as they are."""
 
