@@ -9,6 +9,7 @@ file holds.
 
 - rivals: ours beside a loop by hand, higher and torchopt, where `--rivals` has their environments (`rivals.py`);
 - forward: forward mode's ways beside a loop of double backward (`hypergradient_cost.py`), and reverse mode;
+- layout: images with their channels last (`layout_cost.py`);
 - fds: ten outer steps of FDS from end to end (`fds_end_to_end.py`);
 - ensemble: several seeds beside one run (`ensemble_cost.py`);
 - stn: steps of STN and Delta-STN (`self_tuning_cost.py`);
@@ -62,6 +63,7 @@ BENCHMARKS = {
         "--only forward reverse",
         "--only forward --networks MLP LeNet --columns 4 --repetitions 1",
     ),
+    "layout": Benchmark("layout_cost.py", "", "--models lenet --steps 8 --turns 1"),
     "fds": Benchmark("fds_end_to_end.py", "", "--steps 8 --outer 2 --grow 2"),
     "ensemble": Benchmark("ensemble_cost.py", "", '--networks "digits MLP" --seeds 2 --repetitions 1'),
     "stn": Benchmark("self_tuning_cost.py", "", "--repetitions 2"),

@@ -95,6 +95,8 @@ WRONG = [
     *[(name, value) for name in ("clip_gradient", "clip_norm") for value in ("x", 0, -1, NAN, True)],
     *[("ema", value) for value in ("x", 1.0, -0.1, NAN, True)],
     *[("autocast", value) for value in ("float16", "x", 16, True, [])],
+    *[("channels_last", value) for value in ("yes", None, 1)],
+    *[("tf32", value) for value in ("yes", 1, [])],
     *[("fixed", value) for value in (3, None, {3: 1}, {"lr": NAN}, {"lr": {"0": NAN}}, {"lr": np.array([1, NAN])})],
     *[("self_tuning_epochs", value) for value in ("x", True, 0, -1, NAN)],
     *[("check", value) for value in ("yes", None, 1)],
