@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from tune_hypergrad import HypergradientResult, Problem, hypergradient, problems
-from tune_hypergrad.hypergradients import Sharing
+from tune_hypergrad.outer import Sharing
 
 PROBLEM = problems.get("digits_mlp")
 MOMENTUM = {"momentum": 0.9}

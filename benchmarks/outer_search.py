@@ -38,16 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tune_hypergrad import Problem, problems
-from tune_hypergrad.hypergradients import (
-    Descent,
-    InnerLoop,
-    Outcome,
-    OuterSearch,
-    PaperSearch,
-    RobustSearch,
-    TrainingSettings,
-    hypergradient_run,
-)
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
+from tune_hypergrad.outer import Descent, Outcome, OuterSearch, PaperSearch, RobustSearch
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range

@@ -24,7 +24,8 @@ from outer_search import outcome_of
 from torch import Tensor
 
 from tune_hypergrad import Problem, problems
-from tune_hypergrad.hypergradients import InnerLoop, RobustSearch, TrainingSettings
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+from tune_hypergrad.outer import RobustSearch
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range
 from tune_hypergrad.wording import markdown_row, markdown_table, with_range

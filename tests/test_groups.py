@@ -20,8 +20,8 @@ from tune_hypergrad.groups import in_group, regrouped, ungrouped
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient
 from tune_hypergrad.hypergradients.check import check_problem, finite_differences
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
-from tune_hypergrad.hypergradients.natural_scales import natural_range
 from tune_hypergrad.hypergradients.partial_update import step_blocks
+from tune_hypergrad.outer.natural_scales import natural_range
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.space import Range
 from tune_hypergrad.stn import TunedHyperparameter

@@ -19,8 +19,8 @@ from tune_hypergrad.comparison.methods import METHODS, Task
 from tune_hypergrad.comparison.telling.progress import Speed, progress_line, progress_table
 from tune_hypergrad.comparison.telling.report import summary_text, write_report
 from tune_hypergrad.criterion import Criterion
-from tune_hypergrad.hypergradients import Outcome, RobustSearch
-from tune_hypergrad.hypergradients.outer import Descent, PaperSearch
+from tune_hypergrad.outer import Outcome, RobustSearch
+from tune_hypergrad.outer.searches import Descent, PaperSearch
 from tune_hypergrad.space import Range
 
 RS = Account("rs", 0)

@@ -33,7 +33,8 @@ FLOORS = (
         "sampling",
     ),
     *("reading", "regularisers", "groups", "data", "objective", "space", "plotting", "schedules", "results"),
-    *("defaults", "problem", "hypergradients", "problems", "stn", "bridges", "recipes", "ray_internals", "trainables"),
+    *("defaults", "problem", "hypergradients", "outer", "problems", "stn", "bridges", "recipes", "ray_internals"),
+    "trainables",
     "searchers",
     *("comparison.incumbents", "comparison.ledger", "comparison.telling", "comparison.methods", "comparison.running"),
     *("comparison", "cli", "__main__"),
@@ -142,7 +143,9 @@ def test_what_tells_of_a_comparison_brings_no_ray_in():
 
 
 def test_the_engine_brings_no_ray_in():
-    of_the_engine = ", ".join(f"tune_hypergrad.{name}" for name in ("hypergradients", "stn", "problems", "cli"))
+    of_the_engine = ", ".join(
+        f"tune_hypergrad.{name}" for name in ("hypergradients", "outer", "stn", "problems", "cli")
+    )
     lines = f"import sys, tune_hypergrad, {of_the_engine}"
     script = lines + "; print([name for name in sys.modules if name.split('.')[0] in ('ray', 'hpbandster', 'pandas')])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

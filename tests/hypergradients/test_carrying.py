@@ -13,13 +13,14 @@ from engine_problems import IMAGES, assert_close, differentiate, double, make_lo
 from torch import Tensor, nn
 
 from tune_hypergrad import InputError, Problem, hypergradient
-from tune_hypergrad.hypergradients import InnerLoop, OnlineRun, TrainingSettings, forward, hypergradient_run
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, forward, hypergradient_run
 from tune_hypergrad.hypergradients.carrying import Way, _Trial, way_to_carry
 from tune_hypergrad.hypergradients.forward import COLUMNS_AT_ONCE, ForwardRun
 from tune_hypergrad.hypergradients.memory import PeakOfTensors
 from tune_hypergrad.hypergradients.modes import state_bytes
-from tune_hypergrad.hypergradients.outer import Descent
 from tune_hypergrad.hypergradients.products import products_in_turn
+from tune_hypergrad.outer import OnlineRun
+from tune_hypergrad.outer.searches import Descent
 from tune_hypergrad.regularisers import InputNoise
 from tune_hypergrad.space import Range
 from tune_hypergrad.trainables.hd import HDSettings

@@ -7,11 +7,12 @@ import torch
 from engine_problems import Values, assert_close, differentiate, double, make_loop, make_problem, mlp
 
 from tune_hypergrad import InputError, Problem
-from tune_hypergrad.hypergradients import InnerLoop, Outcome, TrainingSettings, hypergradient_run
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.outer import joined_outcome
 from tune_hypergrad.hypergradients.run import HypergradientResult
+from tune_hypergrad.outer import Outcome
+from tune_hypergrad.outer.searches import joined_outcome
 
 VALUES = {"lr": double(0.3, 0.2, 0.25), "momentum": double(0.5, 0.7), "weight_decay": double(0.01)}
 CURVE = {

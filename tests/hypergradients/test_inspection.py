@@ -26,10 +26,11 @@ from torch.utils.data import Dataset
 from torch_loops import SGD, assert_exact
 
 from tune_hypergrad import InputError, hypergradient
-from tune_hypergrad.hypergradients import Descent, OnlineRun, Optimizer, graph_size, hypergradient_run, verification
+from tune_hypergrad.hypergradients import Optimizer, graph_size, hypergradient_run, verification
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.reverse import NotReplayedError
 from tune_hypergrad.losses import smoothed_cross_entropy
+from tune_hypergrad.outer import Descent, OnlineRun
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.space import Range
 from tune_hypergrad.trainables.fds import FDSSettings

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import Descent, InnerLoop, OnlineRun, hypergradient_run
+from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
 from tune_hypergrad.hypergradients.modes import Work, cheapest
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
+from tune_hypergrad.outer import Descent, OnlineRun
 from tune_hypergrad.space import Range
 
 VALUES = {"lr": double(0.05, 0.02, 0.03), "beta1": double(0.8, 0.9)}

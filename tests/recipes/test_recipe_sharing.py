@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tune_hypergrad.hypergradients.sharing import Sharing
+from tune_hypergrad.outer.sharing import Sharing
 from tune_hypergrad.recipes import RECIPES, fig2
 from tune_hypergrad.recipes.jobs import Place, Stopped
 from tune_hypergrad.recipes.recipe import at_scale, reproduce

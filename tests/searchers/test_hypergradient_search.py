@@ -12,7 +12,7 @@ from ray.tune.utils import flatten_dict
 from tiny_problem import STEPS, numbers, tiny_problem
 
 from tune_hypergrad import HypergradientSearch, InnerRun, InputError, Schedule, schedule
-from tune_hypergrad.hypergradients import Outcome, RobustSearch
+from tune_hypergrad.outer import Outcome, RobustSearch
 
 SPACE = {"lr": schedule(tune.uniform(0, 1), windows=2), "momentum": tune.uniform(0, 0.9)}
 TARGET = {"lr": (0.65, 0.3), "momentum": (0.45,)}

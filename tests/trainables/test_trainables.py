@@ -16,7 +16,8 @@ from tiny_problem import STEPS, clusters, network, numbers, ours, penalised, tin
 
 from tune_hypergrad import FDS, HD, FixedSchedule, InnerRun, InputError, Schedule, hypergradient, schedule
 from tune_hypergrad.budget import GRADIENTS_PER, UNITS
-from tune_hypergrad.hypergradients import InnerLoop, RobustSearch, TrainingSettings
+from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
+from tune_hypergrad.outer import RobustSearch
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range
 

@@ -19,16 +19,10 @@ from tune_hypergrad.curves import split_group
 from tune_hypergrad.domains import Choices, Constant, Formless, Numbers, grid_values, is_grid, is_logarithmic, read
 from tune_hypergrad.errors import InputError, UnsuitedError, did_you_mean
 from tune_hypergrad.groups import Groups
-from tune_hypergrad.hypergradients import (
-    Descent,
-    InnerLoop,
-    Optimizer,
-    SearchSettings,
-    TrainingSettings,
-    get_optimizer,
-)
+from tune_hypergrad.hypergradients import InnerLoop, Optimizer, TrainingSettings, get_optimizer
 from tune_hypergrad.hypergradients.loop_values import EMA
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS
+from tune_hypergrad.outer import Descent, SearchSettings
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.regularisers import Strength
 from tune_hypergrad.schedules import Schedule

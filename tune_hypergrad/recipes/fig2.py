@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tune_hypergrad import problems
 from tune_hypergrad.data import Split
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
-from tune_hypergrad.hypergradients.sharing import NoiseAndDrift, Sharing, noise_and_drift
+from tune_hypergrad.outer.sharing import NoiseAndDrift, Sharing, noise_and_drift
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.recipes.jobs import Job, Place, Results
 from tune_hypergrad.recipes.presence import data_jobs, has_no_data, present

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tune_hypergrad.hypergradients import Descent, Outcome, OuterSearch, PaperSearch, RobustSearch
-from tune_hypergrad.hypergradients.natural_scales import natural_start
 from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.outer import Descent, Outcome, OuterSearch, PaperSearch, RobustSearch
+from tune_hypergrad.outer.natural_scales import natural_start
 from tune_hypergrad.space import Range, Scale
 
 Windows = Mapping[str, int]

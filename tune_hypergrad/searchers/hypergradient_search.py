@@ -17,9 +17,9 @@ from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.domains import has_domain
 from tune_hypergrad.errors import InputError, did_you_mean
 from tune_hypergrad.groups import ungrouped
-from tune_hypergrad.hypergradients import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.hypergradients.modes import AUTO, Forward
-from tune_hypergrad.hypergradients.outer import joined_outcome, mean_outcome
+from tune_hypergrad.outer import LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
+from tune_hypergrad.outer.searches import joined_outcome, mean_outcome
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.results import (
     OBJECTIVE,

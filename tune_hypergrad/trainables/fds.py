@@ -15,18 +15,10 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.curves import base_names, split_name
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import ungrouped
-from tune_hypergrad.hypergradients import (
-    Descent,
-    InnerLoop,
-    LineSearch,
-    Outcome,
-    OuterSearch,
-    Proposal,
-    RobustSearch,
-    SearchSettings,
-)
+from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.outer import Descent, LineSearch, Outcome, OuterSearch, Proposal, RobustSearch, SearchSettings
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.splits import split_anew
 from tune_hypergrad.randomness import fold_seed

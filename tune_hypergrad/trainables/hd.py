@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tune_hypergrad.budget import Cost
-from tune_hypergrad.hypergradients import InnerLoop, OnlineRun
+from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.hypergradients.memory import as_bytes
+from tune_hypergrad.outer import OnlineRun
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.results import Position, evaluation_results, hypergradient_results
 from tune_hypergrad.schedules import Schedule

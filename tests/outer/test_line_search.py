@@ -20,7 +20,7 @@ from tiny_problem import STEPS, numbers, tiny_problem
 from tune_hypergrad import FDS, HypergradientSearch, schedule
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import LineSearch, Outcome, Proposal, SearchSettings
+from tune_hypergrad.outer import LineSearch, Outcome, Proposal, SearchSettings
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range
 

@@ -16,8 +16,8 @@ from test_runs import assert_same_state, through_a_file
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import Outcome, Proposal, RobustSearch, SearchSettings
-from tune_hypergrad.hypergradients.natural_scales import natural_range, natural_start
+from tune_hypergrad.outer import Outcome, Proposal, RobustSearch, SearchSettings
+from tune_hypergrad.outer.natural_scales import natural_range, natural_start
 from tune_hypergrad.space import Range
 
 NAN, INF = math.nan, math.inf

@@ -9,10 +9,10 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.hypergradient import hypergradient_run
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.modes import Forward
-from tune_hypergrad.hypergradients.outer import Descent
 from tune_hypergrad.hypergradients.run import check_values, refuse_underivable
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.verification import refusal_of
+from tune_hypergrad.outer.searches import Descent
 
 
 class OnlineRun:

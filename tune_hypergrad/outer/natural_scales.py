@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tune_hypergrad.curves import split_group, split_name
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.outer import initial_values
 from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.outer.searches import initial_values
 from tune_hypergrad.space import Range
 
 STEP, STEP_OF_COMPLEMENT = log(2), log(1.5)

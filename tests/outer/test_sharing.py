@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import Descent
-from tune_hypergrad.hypergradients.sharing import (
+from tune_hypergrad.outer import Descent
+from tune_hypergrad.outer.sharing import (
     NoiseAndDrift,
     Sharing,
     error_covariance,

@@ -34,8 +34,10 @@ from torch import Tensor
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.curves import split_group, split_name
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.natural_scales import STEP, beginning
-from tune_hypergrad.hypergradients.outer import (
+from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.outer.natural_scales import STEP, beginning
+from tune_hypergrad.outer.places import Place, Places
+from tune_hypergrad.outer.searches import (
     Evaluated,
     Outcome,
     OuterSearch,
@@ -43,9 +45,7 @@ from tune_hypergrad.hypergradients.outer import (
     length_of,
     mean_outcome,
 )
-from tune_hypergrad.hypergradients.places import Place, Places
-from tune_hypergrad.hypergradients.sharing import Sharing
-from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.outer.sharing import Sharing
 from tune_hypergrad.space import Range
 
 _SOFT, _TYPICAL = 0.02, 0.5  # shares of the loss and of a typical derivative: the smaller one moves half a step

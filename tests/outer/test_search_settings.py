@@ -11,15 +11,8 @@ from ray import tune
 from tiny_problem import STEPS, tiny_problem
 
 from tune_hypergrad import FDS, InputError, schedule
-from tune_hypergrad.hypergradients import (
-    Descent,
-    Outcome,
-    OuterSearch,
-    PaperSearch,
-    RobustSearch,
-    SearchSettings,
-    hypergradient_run,
-)
+from tune_hypergrad.hypergradients import hypergradient_run
+from tune_hypergrad.outer import Descent, Outcome, OuterSearch, PaperSearch, RobustSearch, SearchSettings
 from tune_hypergrad.space import Range
 
 LR = {"lr": Range(1, 1e-4, 1.0, "log")}

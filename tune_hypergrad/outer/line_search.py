@@ -41,9 +41,9 @@ from torch import Tensor
 
 from tune_hypergrad.budget import GRADIENTS_PER
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.natural_scales import beginning
-from tune_hypergrad.hypergradients.outer import Evaluated, Outcome, OuterSearch, Proposal
 from tune_hypergrad.hypergradients.state import Hyperparameters
+from tune_hypergrad.outer.natural_scales import beginning
+from tune_hypergrad.outer.searches import Evaluated, Outcome, OuterSearch, Proposal
 from tune_hypergrad.space import Range
 
 _ETA = 0.1  # MAID's eta: share of the predicted decrease that is enough, and of z by which its error must be smaller

@@ -14,8 +14,8 @@ from test_runs import assert_same_state, through_a_file
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients import Descent, Outcome, PaperSearch
-from tune_hypergrad.hypergradients.outer import mean_outcome
+from tune_hypergrad.outer import Descent, Outcome, PaperSearch
+from tune_hypergrad.outer.searches import mean_outcome
 from tune_hypergrad.space import Range
 
 NAN, INF = math.nan, math.inf

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tune_hypergrad.domains import is_number
 from tune_hypergrad.errors import InputError, did_you_mean
-from tune_hypergrad.hypergradients.line_search import LineSearch
-from tune_hypergrad.hypergradients.outer import Descent, OuterSearch, PaperSearch
-from tune_hypergrad.hypergradients.robust import RobustSearch
+from tune_hypergrad.outer.line_search import LineSearch
+from tune_hypergrad.outer.robust import RobustSearch
+from tune_hypergrad.outer.searches import Descent, OuterSearch, PaperSearch
 from tune_hypergrad.space import Range
 
 _OWN: dict[str, dict[str, Any]] = {
