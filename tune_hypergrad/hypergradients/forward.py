@@ -194,17 +194,14 @@ class ForwardRun(HypergradientRun):
     def _selection(self, step: int) -> dict[str, Tensor]:
         """The vectors e of the columns in use: by hyperparameter, shape [columns in use], 1 where the column is its
         open window; where the column is a curve's number, the derivative of the step's value by it."""
-        selection = {
-            name: torch.zeros(self._in_use, device=self.loop.device, dtype=self.loop.dtype)
-            for name in base_names(self.hyperparameters)
-        }
+        rows = {name: [0.0] * self._in_use for name in base_names(self.hyperparameters)}
         for column, (name, window) in enumerate(self.columns[: self._in_use]):
             if name in self._seeds:
-                selection[split_name(name)[0]][column] = self._seeds[name][step, window]
+                rows[split_name(name)[0]][column] = float(self._seeds[name][step, window])
             else:
                 windows = len(self.hyperparameters[name])
-                selection[name][column] = float(window == window_at(step, self.loop.steps, windows))
-        return selection
+                rows[name][column] = float(window == window_at(step, self.loop.steps, windows))
+        return {name: torch.tensor(row, device=self.loop.device, dtype=self.loop.dtype) for name, row in rows.items()}
 
     def _gradient_tangents(
         self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int

@@ -14,6 +14,7 @@ numbers give; else they are vectors, which backward passes give for one part of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ PART = 1 << 17
 """Weights whose coefficients are made at once: few enough that what is made on the way takes little memory."""
 _SHORT = 1 << 15
 """Numbers up to which columns are moved at once: of longer ones, the vectors of one stay in the cache."""
+_FEWEST = 2
+"""Columns from which on coefficients that are vectors are worth their backward passes."""
 _EACH = 2
 """Weights of each parameter that an update is watched on."""
 
@@ -71,7 +74,7 @@ def update_with_tangents(
     loop: InnerLoop, point: Point, tangents: Sequence[Tensor], dh: Mapping[str, Tensor], *, at_rest: bool
 ) -> tuple[Tensor, Slots] | None:
     """Weights and slots after the update, with their tangents moved in place; or None, with nothing done, where the
-    update is not elementwise in the weights.
+    update is not elementwise in the weights, or a `jvp` of it is no dearer, as for one column of what is not linear.
 
     Args:
         loop: whose update it is.
@@ -96,6 +99,8 @@ def update_with_tangents(
         with torch._C.DisableTorchFunction():
             _move(tangents, _of_linear(loop, point, watched.factors, (params, *slots), by, at_rest), rates)
         return params, slots
+    if len(tangents[0]) < _FEWEST:
+        return None
     parts = []
     for start in range(0, loop.size, PART):
         part = slice(start, start + PART)
@@ -143,6 +148,16 @@ class _Watched(NamedTuple):
     each parameter, of shape [1, i, j, parameters], and then their derivatives by hyperparameters; in float64."""
 
 
+@lru_cache(maxsize=16)
+def _units(parameters: int, vectors: int, times: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """What an update is watched on: `vectors` leaves of shape [times, vectors, `_EACH` parameters], in each row of
+    which one is 1; zeros to differentiate by, one for each of `times`; and for each of these a mask that is 1 there."""
+    units = torch.eye(vectors, dtype=torch.float64)[:, None, :, None].expand(-1, times, -1, _EACH * parameters)
+    moved = torch.zeros(times, 1, 1, dtype=torch.float64, requires_grad=True)
+    leaves = tuple(each.requires_grad_() for each in units.clone().unbind())
+    return leaves, moved, torch.eye(times, dtype=torch.float64)[..., None, None]
+
+
 def _watch(loop: InnerLoop, point: Point, by: Sequence[str]) -> _Watched:
     """Watch the update move weights, gradient and slots of which one is 1 and the others are 0, in turn.
 
@@ -151,21 +166,18 @@ def _watch(loop: InnerLoop, point: Point, by: Sequence[str]) -> _Watched:
         point: where; only the values of hyperparameters and the blocks count.
         by: names of hyperparameters to differentiate by.
     """
-    parameters, vectors, times = len(loop.sizes), len(point.vectors), max(1, len(by))
-    units = torch.eye(vectors, dtype=torch.float64)[:, None, :, None]
-    leaves = units.expand(-1, times, -1, _EACH * parameters).clone().requires_grad_().unbind()
-    moved = torch.zeros(times, 1, 1, dtype=torch.float64, requires_grad=True)
-    h = {name: value.to("cpu", torch.float64) for name, value in point.h.items()}
-    parts = torch.eye(times, dtype=torch.float64)[..., None, None]
+    leaves, moved, parts = _units(len(loop.sizes), len(point.vectors), max(1, len(by)))
+    values = torch.stack(list(point.h.values())).to("cpu", torch.float64)
+    h = dict(zip(point.h, values.unbind(), strict=True))
     watch = _Watch()
 
     def update(*arguments: Any) -> tuple[Tensor, Slots]:
         with watch:
             return loop.optimizer.update(*arguments)
 
-    shapes = [torch.Size([_EACH])] * parameters
+    shapes = [torch.Size([_EACH])] * len(loop.sizes)
     with torch.enable_grad():
-        h |= {name: h[name] + part * moved for name, part in zip(by, parts, strict=False)}
+        h |= {name: h[name] + part for name, part in zip(by, (parts * moved).unbind(), strict=False)}
         params, slots = loop.move(
             leaves[0], leaves[1], tuple(leaves[2:]), h, point.step, point.blocks, shapes=shapes, rule=update
         )
@@ -226,7 +238,7 @@ class _Watch(TorchDispatchMode):
         of_weights = [_is_of_weights(leaf) for leaf in tree_leaves((args, kwargs))]
         if any(of_weights):
             # what a rule does without gradients has no derivative, whatever it gives
-            self.elementwise &= torch.Tag.pointwise in func.tags and torch.is_grad_enabled()
+            self.elementwise &= (torch.Tag.pointwise in func.tags or func in _SAME) and torch.is_grad_enabled()
             self.linear &= _LINEAR.get(func, _never)(*of_weights)
         elif any(_is_of_weights(leaf) for leaf in tree_leaves(found)):
             self.linear = False  # a constant
@@ -253,6 +265,8 @@ def _numerator(*of_weights: bool) -> bool:
     return of_weights[0] and not any(of_weights[1:])
 
 
+_SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default}
+"""Operations that leave elements where they are; autograd saves what it needs by them."""
 _LINEAR: Mapping[Any, Callable[..., bool]] = {
     torch.ops.aten.add.Tensor: _all,
     torch.ops.aten.sub.Tensor: _all,
