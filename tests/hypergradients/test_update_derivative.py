@@ -57,7 +57,7 @@ def by_jvp(
     for column in range(len(tangents[0])):
         dparams, dgradient, *dslots = (tangent[column] for tangent in tangents)
         of_h = {name: each[column] for name, each in dh.items()}
-        after, moved = jvp(update, (*point[:4],), (dparams, dgradient, tuple(dslots), of_h))
+        after, moved = jvp(update, tuple(point[:4]), (dparams, dgradient, tuple(dslots), of_h))
         columns.append(moved)
     return after, [torch.stack(each) for each in zip(*columns, strict=True)]
 
@@ -218,23 +218,23 @@ def own(name: str, rule: Rule, slots: tuple[str, ...] = ("mean",)) -> Optimizer:
 class TestRulesOfOnesOwn:
     @pytest.mark.parametrize("name", ELEMENTWISE)
     def test_elementwise_ones_are_taken(self, name: str) -> None:
-        loop = make_loop(optimizer=own(name, ELEMENTWISE[name]))  # type: ignore[arg-type]
+        loop = make_loop(optimizer=own(name, ELEMENTWISE[name]))
         assert not is_linear(loop, OWN)
         assert_same(loop, OWN)
 
     def test_belief(self) -> None:
-        assert_same(make_loop(optimizer=own("belief", belief, ("mean", "square"))), OWN)  # type: ignore[arg-type]
+        assert_same(make_loop(optimizer=own("belief", belief, ("mean", "square"))), OWN)
 
     def test_linear_ones_are_known(self) -> None:
         rules = [descending(lambda p, g, h: -g / (1 + h["beta"]) - 2 * p), descending(lambda p, g, h: p + g * h["lr"])]
         for rule in rules:
-            loop = make_loop(optimizer=own("linear", rule))  # type: ignore[arg-type]
+            loop = make_loop(optimizer=own("linear", rule))
             assert is_linear(loop, OWN)
             assert_same(loop, OWN)
 
     @pytest.mark.parametrize("name", OTHERS)
     def test_others_are_not(self, name: str) -> None:
-        loop = make_loop(optimizer=own(name, OTHERS[name]))  # type: ignore[arg-type]
+        loop = make_loop(optimizer=own(name, OTHERS[name]))
         point = point_of(loop, OWN, (1,) * 4, frozenset())
         tangents = list(normal(9, 3, COLUMNS, loop.size))
         kept = [tangent.clone() for tangent in tangents]

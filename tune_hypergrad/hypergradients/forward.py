@@ -6,8 +6,9 @@ With state s = (params, slots, buffers) and one inner step s' = step(s, h), the 
 
 e selecting the column's hyperparameter while its window is open; of a curve's number, e is the derivative of the step's
 value by that number. A step is a gradient followed by an update, so Z goes through the gradient's derivative (a Hessian
-product: one column after another by `products`, or all columns of a chunk by `jvp` under `vmap`) and then through `jvp`
-of the update. Memory is columns x state, whatever the number of steps. Micaelli & Storkey 2021, section 3.
+product: one column after another by `products`, or all columns of a chunk by `jvp` under `vmap`) and then through that
+of the update: by `update_derivative`, or where it is not elementwise by `jvp` of a chunk. Memory is columns x state,
+whatever the number of steps. Micaelli & Storkey 2021, section 3.
 """
 
 from __future__ import annotations
@@ -78,8 +79,7 @@ class ForwardRun(HypergradientRun):
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.clip_hessian_product = clip_hessian_product
-        jacobians = self._jacobians()
-        self._seeds = {name: rows.to(device=loop.device, dtype=loop.dtype) for name, rows in jacobians.items()}
+        self._seeds = jacobians = self._jacobians()
         columns = [
             (_first_step(jacobians[name][:, w]) if name in jacobians else first_step_of(w, loop.steps, len(v)), name, w)
             for name, v in self.hyperparameters.items()

@@ -74,7 +74,8 @@ def update_with_tangents(
     loop: InnerLoop, point: Point, tangents: Sequence[Tensor], dh: Mapping[str, Tensor], *, at_rest: bool
 ) -> tuple[Tensor, Slots] | None:
     """Weights and slots after the update, with their tangents moved in place; or None, with nothing done, where the
-    update is not elementwise in the weights, or a `jvp` of it is no dearer, as for one column of what is not linear.
+    update is not elementwise in the weights, or a `jvp` of it is no dearer: for one column of what is not linear, and on
+    an accelerator, which numbers would have to be waited for from.
 
     Args:
         loop: whose update it is.
@@ -83,7 +84,7 @@ def update_with_tangents(
         dh: tangents of the hyperparameters, each of shape [k].
         at_rest: whether all `tangents` are 0.
     """
-    if loop.optimizer.by_parameter:
+    if loop.optimizer.by_parameter or loop.device.type != "cpu":
         return None
     rates = {name: each.tolist() for name, each in dh.items()}
     by = [name for name, each in rates.items() if any(each)]
@@ -95,8 +96,8 @@ def update_with_tangents(
     if not watched.elementwise:
         return None
     if watched.factors is not None:
-        params, slots = loop.move(*point)
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():  # it has no operation that a mode has something else for
+            params, slots = loop.move(*point)
             _move(tangents, _of_linear(loop, point, watched.factors, (params, *slots), by, at_rest), rates)
         return params, slots
     if len(tangents[0]) < _FEWEST:
@@ -167,7 +168,7 @@ def _watch(loop: InnerLoop, point: Point, by: Sequence[str]) -> _Watched:
         by: names of hyperparameters to differentiate by.
     """
     leaves, moved, parts = _units(len(loop.sizes), len(point.vectors), max(1, len(by)))
-    values = torch.stack(list(point.h.values())).to("cpu", torch.float64)
+    values = torch.stack(list(point.h.values())).double()
     h = dict(zip(point.h, values.unbind(), strict=True))
     watch = _Watch()
 
