@@ -74,8 +74,8 @@ def update_with_tangents(
     loop: InnerLoop, point: Point, tangents: Sequence[Tensor], dh: Mapping[str, Tensor], *, at_rest: bool
 ) -> tuple[Tensor, Slots] | None:
     """Weights and slots after the update, with their tangents moved in place; or None, with nothing done, where the
-    update is not elementwise in the weights, or a `jvp` of it is no dearer: for one column of what is not linear, and on
-    an accelerator, which numbers would have to be waited for from.
+    update is not elementwise in the weights, or a `jvp` of it is no dearer: for one column of what is not linear, and
+    on an accelerator, where it would have to wait for numbers.
 
     Args:
         loop: whose update it is.
@@ -145,8 +145,8 @@ class _Watched(NamedTuple):
 
     elementwise: bool
     factors: Tensor | None = None
-    """Where it is a sum of weights, gradient and slots with factors that do not depend on them: the factors a_ij of
-    each parameter, of shape [1, i, j, parameters], and then their derivatives by hyperparameters; in float64."""
+    """Where it is a sum of weights, gradient and slots with factors that do not depend on them and are the same for all
+    weights: the factors a_ij, shape [1, i, j], and after them their derivatives by hyperparameters; in float64."""
 
 
 @lru_cache(maxsize=16)
@@ -191,14 +191,18 @@ def _watch(loop: InnerLoop, point: Point, by: Sequence[str]) -> _Watched:
     if by:
         found = _derivatives(outputs, {"": moved})[""]
         factors.append(torch.stack([torch.zeros_like(leaves[0]) if each is None else each for each in found]))
-    return _Watched(True, torch.cat(factors, 1).transpose(0, 1)[..., ::_EACH])
+    of_weights = torch.cat(factors, 1).transpose(0, 1)
+    uniform = bool((of_weights == of_weights[..., :1]).all())
+    return _Watched(True, of_weights[..., 0] if uniform else None)
 
 
 def _of_linear(
     loop: InnerLoop, point: Point, factors: Tensor, after: tuple[Tensor, ...], by: Sequence[str], at_rest: bool
 ) -> _Derivative:
     """The derivative of a linear update, by its factors and their derivatives as `_Watched` has them."""
-    rows, *by_h = _terms(loop, point, factors)
+    rows, *by_h = (
+        [{j: factor for j, factor in enumerate(row) if factor} for row in matrix] for matrix in factors.tolist()
+    )
     known = dict(zip((~position for position in _moved(range(1 + len(rows)))), rows, strict=True))
     vectors = {**dict(enumerate(point.vectors)), **dict(zip(known, after, strict=True))}
 
@@ -207,22 +211,6 @@ def _of_linear(
 
     derivatives = {name: [sums(terms) for terms in each] for name, each in zip(by, by_h, strict=True)}
     return _Derivative(after, None if at_rest else _plan(loop, rows), derivatives)
-
-
-def _terms(loop: InnerLoop, point: Point, factors: Tensor) -> list[list[Terms]]:
-    """Factors of shape [..., i, j, parameters] by j: numbers where they are the same for all weights."""
-    first, same = factors[..., 0].tolist(), (factors == factors[..., :1]).all(-1).tolist()
-    sizes = torch.tensor(loop.sizes)
-
-    def of_output(at: tuple[int, int]) -> Terms:
-        numbers, uniform = first[at[0]][at[1]], same[at[0]][at[1]]
-        return {
-            j: number if uniform[j] else factors[(*at, j)].repeat_interleave(sizes).to(point.params)
-            for j, number in enumerate(numbers)
-            if number or not uniform[j]
-        }
-
-    return [[of_output((kind, i)) for i in range(len(first[0]))] for kind in range(len(first))]
 
 
 class _Watch(TorchDispatchMode):
@@ -236,7 +224,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
-        of_weights = [_is_of_weights(leaf) for leaf in tree_leaves((args, kwargs))]
+        nested = bool(kwargs) or any(isinstance(each, list | tuple) for each in args)
+        of_weights = [_is_of_weights(leaf) for leaf in (tree_leaves((args, kwargs)) if nested else args)]
         if any(of_weights):
             # what a rule does without gradients has no derivative, whatever it gives
             self.elementwise &= (torch.Tag.pointwise in func.tags or func in _SAME) and torch.is_grad_enabled()
