@@ -185,7 +185,7 @@ class TestProductsInTurn:
     def test_what_gives_another_result_takes_none(self, missed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """The comparison with batched products tells, whatever the looking at a step has missed."""
         if missed:
-            monkeypatch.setattr("tune_hypergrad.hypergradients.products._is_of_torch", lambda loss: True)
+            monkeypatch.setattr("tune_hypergrad.hypergradients.products.is_of_torch", lambda loss: True)
         problem = make_problem(lambda: Hidden(NOT_OF_ONE_LOSS["reversed"]))
         assert not way_to_carry(make_loop(problem), SGD).in_turn
 

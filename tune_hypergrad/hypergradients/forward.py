@@ -6,8 +6,9 @@ With state s = (params, slots, buffers) and one inner step s' = step(s, h), the 
 
 e selecting the column's hyperparameter while its window is open; of a curve's number, e is the derivative of the step's
 value by that number. A step is a gradient followed by an update, so Z goes through the gradient's derivative (a Hessian
-product: one column after another by `products`, or all columns of a chunk by `jvp` under `vmap`) and then through `jvp`
-of the update. Memory is columns x state, whatever the number of steps. Micaelli & Storkey 2021, section 3.
+product: one column after another by `products`, or all columns of a chunk by `jvp` under `vmap`) and then through that
+of the update: by `update_derivative`, or where it is not elementwise by `jvp` of a chunk. Memory is columns x state,
+whatever the number of steps. Micaelli & Storkey 2021, section 3.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, as_real, has_derivatives
 from tune_hypergrad.hypergradients.normalisation import instance_norm
+from tune_hypergrad.hypergradients.optimizers import Slots
 from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.products import products_in_turn
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.stop_gradient import ForwardStops
 from tune_hypergrad.hypergradients.substitution import FORWARD_DIFFERENTIABLE, Substitutes
+from tune_hypergrad.hypergradients.update_derivative import Point, update_with_tangents
 
 COLUMNS_AT_ONCE = 4
 """Columns that are carried at once where no limit of memory is given: more need more memory, fewer repeat the gradient
@@ -76,8 +79,7 @@ class ForwardRun(HypergradientRun):
     ) -> None:
         super().__init__(loop, hyperparameters, horizon=horizon, val_examples=val_examples, reject_above=reject_above)
         self.clip_hessian_product = clip_hessian_product
-        jacobians = self._jacobians()
-        self._seeds = {name: rows.to(device=loop.device, dtype=loop.dtype) for name, rows in jacobians.items()}
+        self._seeds = jacobians = self._jacobians()
         columns = [
             (_first_step(jacobians[name][:, w]) if name in jacobians else first_step_of(w, loop.steps, len(v)), name, w)
             for name, v in self.hyperparameters.items()
@@ -132,52 +134,74 @@ class ForwardRun(HypergradientRun):
         dh = self._selection(step)
         dparams, dslots = self.tangent_params[used], tuple(slot[used] for slot in self.tangent_slots)
         reads_loss = any(name in loop.problem.loss_hyperparameters for name in h)
-        if not self._in_use or (fresh_segment and not reads_loss):  # Z = 0, so no Hessian product
+        at_rest = fresh_segment and not reads_loss  # Z = 0, so no Hessian product
+        if not self._in_use or at_rest:
             _, gradient, without, buffers = loop.training(self.state, h, step)
-            dgradient = torch.zeros_like(dparams)
+            dgradient = dparams.new_zeros(()).expand_as(dparams)
             self.cost += loop.costs.step(step)
         else:
             gradient, dgradient, without, buffers = self._gradient_tangents(h, dparams, dh, step)
             self.cost += loop.costs.step(step, hessian_columns=self._in_use)
+            dgradient = self._clip(dgradient, gradient)
+        gradient = loop.clipped(gradient)
+        point = Point(self.state.params, gradient, self.state.slots, h, step, step_blocks(self.state.counts, without))
+        with torch.no_grad():
+            params, slots = self._update(point, (dparams, dgradient, *dslots), dh, at_rest)
+        return State(params, slots, buffers, counted(self.state.counts, without))
+
+    def _clip(self, dgradient: Tensor, gradient: Tensor) -> Tensor:
+        """Tangents of the gradient [k, P] after what clips them, and the gradient."""
         if self.clip_hessian_product is not None:
             dgradient.clamp_(-self.clip_hessian_product, self.clip_hessian_product)
-        blocks = step_blocks(self.state.counts, without)
+        if not self.loop.clips:
+            return dgradient
+        clip = vmap(lambda tangent: jvp(self.loop.clipped, (gradient,), (tangent,))[1])
+        return torch.cat([clip(chunk) for chunk in dgradient.split(self.columns_at_once)])
 
-        def update(params: Tensor, gradient: Tensor, slots: tuple[Tensor, ...], h: dict[str, Tensor]) -> Any:
-            return loop.update(params, gradient, slots, h, step, blocks)
+    def _update(
+        self, point: Point, tangents: Sequence[Tensor], dh: dict[str, Tensor], at_rest: bool
+    ) -> tuple[Tensor, Slots]:
+        """Weights and slots after the update at a point; moves the tangents of its vectors, each of shape [k, P], in
+        place."""
+        if not self._in_use:
+            return self.loop.move(*point)
+        return update_with_tangents(self.loop, point, tangents, dh, at_rest=at_rest) or self._update_in_chunks(
+            point, tangents, dh
+        )
+
+    def _update_in_chunks(
+        self, point: Point, tangents: Sequence[Tensor], dh: dict[str, Tensor]
+    ) -> tuple[Tensor, Slots]:
+        """`_update` of any optimizer."""
+
+        def update(params: Tensor, gradient: Tensor, slots: Slots, h: dict[str, Tensor]) -> Any:
+            return self.loop.move(params, gradient, slots, h, point.step, point.blocks)
 
         def update_tangent(*tangents: Any) -> Any:
-            return jvp(update, (self.state.params, gradient, self.state.slots, h), tangents)
+            return jvp(update, (point.params, point.gradient, point.slots, point.h), tangents)
 
-        counts = counted(self.state.counts, without)
-        with torch.no_grad():
-            if not self._in_use:  # vmap takes no fewer than one
-                params, slots = update(self.state.params, gradient, self.state.slots, h)
-                return State(params, slots, buffers, counts)
-            batched = vmap(update_tangent, out_dims=(None, 0))  # type: ignore[arg-type]
-            for start in range(0, self._in_use, self.columns_at_once):
-                chunk = slice(start, min(start + self.columns_at_once, self._in_use))
-                of_slots, of_h = tuple(slot[chunk] for slot in dslots), {name: each[chunk] for name, each in dh.items()}
-                (params, slots), after = batched(dparams[chunk], dgradient[chunk], of_slots, of_h)
-                # in place: `dparams` and `dslots` are views of what is kept
-                for tangent, found in zip((dparams[chunk], *of_slots), (after[0], *after[1]), strict=True):
-                    tangent.copy_(found)
-        return State(params, slots, buffers, counts)
+        batched = vmap(update_tangent, out_dims=(None, 0))  # type: ignore[arg-type]
+        for start in range(0, self._in_use, self.columns_at_once):
+            chunk = slice(start, min(start + self.columns_at_once, self._in_use))
+            dparams, dgradient, *dslots = (tangent[chunk] for tangent in tangents)
+            of_h = {name: each[chunk] for name, each in dh.items()}
+            (params, slots), after = batched(dparams, dgradient, tuple(dslots), of_h)
+            # in place: these are views of what is kept
+            for tangent, found in zip((dparams, *dslots), (after[0], *after[1]), strict=True):
+                tangent.copy_(found)
+        return params, slots
 
     def _selection(self, step: int) -> dict[str, Tensor]:
         """The vectors e of the columns in use: by hyperparameter, shape [columns in use], 1 where the column is its
         open window; where the column is a curve's number, the derivative of the step's value by it."""
-        selection = {
-            name: torch.zeros(self._in_use, device=self.loop.device, dtype=self.loop.dtype)
-            for name in base_names(self.hyperparameters)
-        }
+        rows = {name: [0.0] * self._in_use for name in base_names(self.hyperparameters)}
         for column, (name, window) in enumerate(self.columns[: self._in_use]):
             if name in self._seeds:
-                selection[split_name(name)[0]][column] = self._seeds[name][step, window]
+                rows[split_name(name)[0]][column] = float(self._seeds[name][step, window])
             else:
                 windows = len(self.hyperparameters[name])
-                selection[name][column] = float(window == window_at(step, self.loop.steps, windows))
-        return selection
+                rows[name][column] = float(window == window_at(step, self.loop.steps, windows))
+        return {name: torch.tensor(row, device=self.loop.device, dtype=self.loop.dtype) for name, row in rows.items()}
 
     def _gradient_tangents(
         self, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int

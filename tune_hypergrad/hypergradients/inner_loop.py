@@ -24,7 +24,14 @@ from tune_hypergrad.hypergradients.heap import kept_heap
 from tune_hypergrad.hypergradients.loop_batches import INITIALISATION, MODEL_STREAM, VALIDATION, LoopBatches
 from tune_hypergrad.hypergradients.loop_costs import LoopCosts
 from tune_hypergrad.hypergradients.loop_values import EMA, LoopValues
-from tune_hypergrad.hypergradients.optimizers import Optimizer, Slots, get_optimizer, guarded_sqrt, initial_slots
+from tune_hypergrad.hypergradients.optimizers import (
+    Optimizer,
+    Slots,
+    Update,
+    get_optimizer,
+    guarded_sqrt,
+    initial_slots,
+)
 from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks, update_each
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
@@ -250,6 +257,11 @@ class InnerLoop:
     def size(self) -> int:
         """Number of trainable weights, P."""
         return len(self._initial)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of weights of every trainable parameter."""
+        return tuple(self._sizes)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -492,14 +504,28 @@ class InnerLoop:
             blocks: which parameters step; None: all, for which this is step `step`.
             shapes: the parameters' shapes, where these are not those of the model.
         """
-        gradient = self._clipped(gradient)
+        return self.move(params, self.clipped(gradient), slots, h, step, blocks, shapes)
+
+    def move(
+        self,
+        params: Tensor,
+        gradient: Tensor,
+        slots: Slots,
+        h: Mapping[str, Any],
+        step: int,
+        blocks: Sequence[Block] | None = None,
+        shapes: Sequence[torch.Size] | None = None,
+        rule: Update | None = None,
+    ) -> tuple[Tensor, Slots]:
+        """`update` by a gradient that has been clipped; `rule` does what the optimizer's own update does."""
+        rule = self.optimizer.update if rule is None else rule
         values = {**self.values.of_update, **self.values.fixed_at(step), **h}
         shapes = self._shapes if shapes is None else shapes
         sizes = [shape.numel() for shape in shapes]
 
         def of_block(params: Tensor, gradient: Tensor, slots: Slots, block: Block) -> tuple[Tensor, Slots]:
             own = self.groups.spread(values, sizes, block.members, params)
-            return self.optimizer.update(params, gradient, slots, own, block.taken)
+            return rule(params, gradient, slots, own, block.taken)
 
         own = slots[: len(self.optimizer.slots)]
         if blocks is None:
@@ -511,7 +537,12 @@ class InnerLoop:
         averages = (values[EMA] * average + (1 - values[EMA]) * params for average in slots[len(own) :])
         return params, (*own, *averages)
 
-    def _clipped(self, gradient: Tensor) -> Tensor:
+    @property
+    def clips(self) -> bool:
+        """Whether the settings clip gradients."""
+        return self.settings.clip_gradient is not None or self.settings.clip_norm is not None
+
+    def clipped(self, gradient: Tensor) -> Tensor:
         """A gradient of shape [..., P] as the settings clip it."""
         limit, norm_limit = self.settings.clip_gradient, self.settings.clip_norm
         if limit is not None:

@@ -52,24 +52,24 @@ def update_blocks(
         update: the optimizer's.
         blocks: what steps.
         sizes: the number of elements of each parameter; their sum is P.
-        params: all parameters, shape [P].
-        gradient: of shape [P].
-        slots: the optimizer's state vectors, each of shape [P].
+        params: all parameters, shape [..., P].
+        gradient: of shape [..., P].
+        slots: the optimizer's state vectors, each of shape [..., P].
 
     Returns:
         The parameters and the state after the step, of the same shapes, differentiable like `update`.
     """
     if len(blocks) == 1 and len(blocks[0].members) == len(sizes):
         return update(params, gradient, slots, blocks[0])
-    after = [list(each.split(list(sizes))) for each in (params, *slots)]
-    gradients = gradient.split(list(sizes))
+    after = [list(each.split(list(sizes), -1)) for each in (params, *slots)]
+    gradients = gradient.split(list(sizes), -1)
     for block in blocks:
-        own = [torch.cat([parts[member] for member in block.members]) for parts in (*after, gradients)]
+        own = [torch.cat([parts[member] for member in block.members], -1) for parts in (*after, gradients)]
         moved = update(own[0], own[-1], tuple(own[1:-1]), block)
         for parts, whole in zip(after, (moved[0], *moved[1]), strict=True):
-            for member, part in zip(block.members, whole.split([sizes[m] for m in block.members]), strict=True):
+            for member, part in zip(block.members, whole.split([sizes[m] for m in block.members], -1), strict=True):
                 parts[member] = part
-    flat = [torch.cat(parts) for parts in after]
+    flat = [torch.cat(parts, -1) for parts in after]
     return flat[0], tuple(flat[1:])
 
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.hypergradients import convolution, normalisation
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, changed, has_derivatives, versions_of
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, as_real, changed, has_derivatives, versions_of
 from tune_hypergrad.hypergradients.lasting import GRAD_FN
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.state import Buffers, State
@@ -88,7 +88,7 @@ def products_in_turn(
         return modes[-1]
 
     def differentiate(loss: Tensor, passed: Passed) -> Products | None:
-        if modes[-1].told or not _is_of_torch(loss):
+        if modes[-1].told or not is_of_torch(loss):
             return None
         inputs = [*named.values(), *of_loss.values()]
         gradients = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
@@ -98,10 +98,12 @@ def products_in_turn(
             return None
         gradient, without = loop.joined(named, gradients[: len(named)])
         tangents = torch.empty_like(dparams)
-        for tangent, column, of_column in zip(tangents, dparams, zip(*dh.values(), strict=True), strict=True):
-            along = [*loop.unflatten(column).values(), *(v for n, v in zip(dh, of_column, strict=True) if n in of_loss)]
-            pairs = [(g, v) for g, v in zip(gradients, along, strict=True) if g is not None and g.requires_grad]
-            tangent.copy_(_product(loop, named, pairs))
+        for column, tangent in enumerate(tangents):
+            with torch._C.DisableTorchFunction():  # modes look at what the program does
+                of_column = {name: each[column] for name, each in dh.items() if name in of_loss}
+                along = [*loop.unflatten(dparams[column]).values(), *of_column.values()]
+                pairs = [(g, v) for g, v in zip(gradients, along, strict=True) if g is not None and g.requires_grad]
+            _product(named, pairs, tangent)
         kept = {name: constant(after[name]) if name in written else buffer for name, buffer in state.buffers.items()}
         return Products(constant(gradient), tangents, without, kept)
 
@@ -112,16 +114,18 @@ def products_in_turn(
         return loop.at_training_loss(named, buffers, leaves, batch, step, differentiate, number=number, mode=mode)
 
 
-def _product(loop: InnerLoop, named: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The gradient [P], by the weights, of what gradients and the directions beside them multiply to."""
+def _product(named: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
+    """The gradient [P], by the weights, of what gradients and the directions beside them multiply to, as `out`."""
     if not pairs:
-        return torch.zeros(loop.size, device=loop.device, dtype=loop.dtype)
+        out.zero_()
+        return
     gradients, directions = zip(*pairs, strict=True)
     with through_stops():  # of which there are none
         found = torch.autograd.grad(
             gradients, list(named.values()), directions, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-    return loop.flatten(dict(zip(named, found, strict=True)))
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        torch.cat([as_real(each).reshape(-1) for each in found], out=out)
 
 
 class _Telling(DifferentiableStops):
@@ -151,10 +155,10 @@ class _Telling(DifferentiableStops):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def _is_of_torch(loss: Tensor) -> bool:
-    """Whether all of a loss's history is operations whose derivatives are known to be theirs."""
+def is_of_torch(tensor: Tensor) -> bool:
+    """Whether all of a tensor's history is operations whose derivatives are known to be theirs."""
     with torch._C.DisableTorchFunction():  # a mode that looks for hooks finds none here
-        pending, seen = [loss.grad_fn], set()
+        pending, seen = [tensor.grad_fn], set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
