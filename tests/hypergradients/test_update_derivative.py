@@ -207,6 +207,8 @@ OTHERS: dict[str, Rule] = {
     "without gradients": descending(ungraded),
     "by a value": descending(lambda p, g, h: g if float(g.max()) > 0 else 2 * g),
     "of vectors only": descending(lambda p, g, h: g * torch.dot(p, g)),
+    "with noise": descending(lambda p, g, h: g + torch.randn(p.shape, dtype=p.dtype)),
+    "with noise like itself": descending(lambda p, g, h: g * torch.rand_like(p)),
 }
 OWN = {"lr": 0.1, "beta": 0.9}
 
@@ -239,8 +241,10 @@ class TestRulesOfOnesOwn:
         tangents = list(normal(9, 3, COLUMNS, loop.size))
         kept = [tangent.clone() for tangent in tangents]
         dh = {name: torch.ones(COLUMNS, dtype=torch.float64) for name in OWN}
+        generator = torch.get_rng_state()
         with torch.no_grad():
             assert update_with_tangents(loop, point, tangents, dh, at_rest=False) is None
+        assert torch.equal(torch.get_rng_state(), generator)
         assert all(torch.equal(a, b) for a, b in zip(tangents, kept, strict=True))
 
     def test_one_parameter_at_a_time_is_none(self) -> None:

@@ -27,6 +27,7 @@ from tune_hypergrad.hypergradients.linear_maps import Coefficient, Plan, Terms, 
 from tune_hypergrad.hypergradients.optimizers import Slots
 from tune_hypergrad.hypergradients.partial_update import Block
 from tune_hypergrad.hypergradients.products import is_of_torch
+from tune_hypergrad.randomness import preserved_generators
 
 PART = 1 << 17
 """Weights whose coefficients are made at once: few enough that what is made on the way takes little memory."""
@@ -89,7 +90,7 @@ def update_with_tangents(
     rates = {name: each.tolist() for name, each in dh.items()}
     by = [name for name, each in rates.items() if any(each)]
     try:
-        with torch._C.DisableTorchFunction():  # modes look at what the program does
+        with preserved_generators(), torch._C.DisableTorchFunction():  # modes look at what the program does
             watched = _watch(loop, point, by)
     except Exception:  # what fails on a few numbers may not on all
         return None
@@ -224,6 +225,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.elementwise = False  # parts would draw otherwise than the whole
         nested = bool(kwargs) or any(isinstance(each, list | tuple) for each in args)
         of_weights = [_is_of_weights(leaf) for leaf in (tree_leaves((args, kwargs)) if nested else args)]
         if any(of_weights):
