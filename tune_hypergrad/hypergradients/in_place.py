@@ -36,9 +36,8 @@ class Call(NamedTuple):
 
 def call_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A call of a torch function, be it in place by its name (`mul_`) or by an argument (`inplace=True`)."""
-    place = _place_of_inplace(function)
-    asked = place is not None and bool(kwargs.get("inplace", args[place] if place < len(args) else False))
-    if not (asked or _writes(function)):
+    place = _place_of_request(function)
+    if place is None or (place >= 0 and not kwargs.get("inplace", args[place] if place < len(args) else False)):
         return Call((), args, kwargs)
     if not args and "input" in kwargs:
         kwargs = dict(kwargs)
@@ -47,18 +46,13 @@ def call_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 @cache
-def _writes(function: Callable[..., Any]) -> bool:
+def _place_of_request(function: Callable[..., Any]) -> int | None:
+    """Which argument asks a function to write to its first one, counted from 0; -1 of one that always does, None of one
+    that never does."""
     name = getattr(function, "__name__", "")
-    return (
-        function in _IN_PLACE
-        or name in _AUGMENTED
-        or (name.endswith("_") and not name.endswith("__") and name not in _KEEPING_VALUES)
-    )
-
-
-@cache
-def _place_of_inplace(function: Callable[..., Any]) -> int | None:
-    """Which argument says whether to write to the first one, counted from 0; None where there is none."""
+    by_name = name.endswith("_") and not name.endswith("__") and name not in _KEEPING_VALUES
+    if function in _IN_PLACE or name in _AUGMENTED or by_name:
+        return -1
     try:
         parameters = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # of torch's backend, where a name says it

@@ -236,8 +236,10 @@ class DifferentiableStops(Substituting):
 
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = call_of(function, args, kwargs)
-        _refuse_to_write(call.targets)
-        self._saved.copy(call.targets)
+        targets = call.targets
+        if targets:
+            _refuse_to_write(targets)
+            self._saved.copy(targets)
         known = function in self._substitutes and function not in self._computing
         if torch.is_grad_enabled() or known or function is _SET_GRAD_ENABLED:
             return super().handle(function, args, kwargs)
@@ -245,8 +247,8 @@ class DifferentiableStops(Substituting):
         # what is read has no history for the first pass
         args, kwargs = tree_map(self._stop_leaf, (call.args, call.kwargs))
         with torch.enable_grad(), self._saved.noted():
-            if any(map(self._is_recorded, call.targets)):
-                return self._write(function, call.targets, (*call.written, *args), kwargs)
+            if any(map(self._is_recorded, targets)):
+                return self._write(function, targets, (*call.written, *args), kwargs)
             return super().handle(function, (*call.written, *args), kwargs)
 
     def _write(
