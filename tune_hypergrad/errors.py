@@ -16,6 +16,13 @@ class UnsuitedError(InputError):
     message is one line with the reason."""
 
 
+class NoDerivativeError(RuntimeError):
+    """Raised within a model or a loss where it does what no derivative follows; the message says what, and the remedy.
+
+    It is for the engine, which may know another way, or tells a person.
+    """
+
+
 def in_one_line(error: BaseException) -> str:
     """An exception's type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0]

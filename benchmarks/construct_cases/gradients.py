@@ -22,9 +22,13 @@ def checkpointed(net: Any, h: Tensor, use_reentrant: bool) -> Tensor:
     return result
 
 
-def checkpointed_dropout(net: Any, h: Tensor) -> Tensor:
-    """The same mask twice."""
-    result: Tensor = checkpoint(lambda h: F.dropout(net.middle(h), 0.3, net.training), h, use_reentrant=False)
+def checkpointed_dropout(net: Any, h: Tensor, preserve_rng_state: bool = True) -> Tensor:
+    """The same mask twice, or another one."""
+
+    def dropped(h: Tensor) -> Tensor:
+        return F.dropout(net.middle(h), 0.3, net.training)
+
+    result: Tensor = checkpoint(dropped, h, use_reentrant=False, preserve_rng_state=preserve_rng_state)
     return result
 
 
@@ -193,6 +197,27 @@ def with_forward_hook() -> nn.Module:
     return Between(lambda net, h: net.middle(h), middle=middle)
 
 
+def hooked_node(net: Any, h: Tensor) -> Tensor:
+    """Halves the gradient at the operation that made its activations."""
+    if h.grad_fn is not None and net.training:
+        h.grad_fn.register_prehook(lambda gradients: tuple(None if g is None else 0.5 * g for g in gradients))
+    return h
+
+
+def saved_in_half(net: Any, h: Tensor) -> Tensor:
+    """What backward needs is kept in half precision."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().half(), lambda t: t.double()):
+        return torch.tanh(net.middle(h)) ** 2
+
+
+def activated_without_gradient(net: Any, h: Tensor) -> Tensor:
+    """An in-place activation that gradients do not see."""
+    h = net.middle(h)
+    with torch.no_grad():
+        F.silu(h, inplace=True)
+    return h
+
+
 class Forces(nn.Module):
     """The gradient of an energy by the inputs."""
 
@@ -220,8 +245,14 @@ GRADIENTS = [
     Case("checkpointing around dropout", between(checkpointed_dropout, middle=square)),
     Case("save_on_cpu", between(saved_on_cpu, middle=square)),
     Case("saved_tensors_hooks", between(saved_as_arrays, middle=square)),
+    Case("saved_tensors_hooks in half precision", between(saved_in_half, middle=square)),
+    Case(
+        "checkpointing around dropout, preserve_rng_state=False",
+        between(partial(checkpointed_dropout, preserve_rng_state=False), middle=square),
+    ),
     Case("detached normaliser", between(lambda net, h: h / h.detach().norm(dim=1, keepdim=True))),
     Case("torch.no_grad block", between(without_gradient, middle=square)),
+    Case("in-place activation under torch.no_grad", between(activated_without_gradient, middle=square)),
     Case("`.data`", between(lambda net, h: h * h.data.sigmoid())),
     Case("`.item()`", between(lambda net, h: h / h.norm().item())),
     Case("activations through NumPy", between(through_numpy)),
@@ -235,6 +266,7 @@ GRADIENTS = [
     Case("autograd.Function, once_differentiable", applied(_Once)),
     Case("autograd.Function that keeps a detached tensor", applied(_KeptAside)),
     Case("tensor.register_hook that scales the gradient", between(hooked)),
+    Case("tensor.grad_fn.register_prehook that scales the gradient", between(hooked_node)),
     Case("full backward hook that scales the gradient", with_backward_hook),
     Case("parameter hook", with_parameter_hook),
     Case("post-accumulate gradient hook", with_accumulation_hook),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from construct_cases.case import Between, Case, between, square
@@ -25,6 +26,16 @@ def centred_by_assignment(net: Any, h: Tensor) -> Tensor:
     if net.training:
         net.mean = 0.7 * net.mean + 0.3 * h.detach().mean(0)
     return h - net.mean
+
+
+def normalised_spectrally(net: Any, h: Tensor) -> Tensor:
+    """A weight divided by its largest singular value, of which a step of power iteration overwrites the vectors."""
+    weight = net.middle.weight
+    if net.training:
+        with torch.no_grad():
+            net.right.copy_(F.normalize(weight.T @ net.left, dim=0))
+            net.left.copy_(F.normalize(weight @ net.right, dim=0))
+    return torch.tanh(F.linear(h, weight / (net.left.clone() @ weight @ net.right.clone())))
 
 
 def with_queue(net: Any, h: Tensor) -> Tensor:
@@ -181,6 +192,15 @@ STATE = [
     Case("parameter reached by a Python list", with_list_of_weights),
     Case("moving average in a buffer, in place", between(centred_in_place, mean=zeros)),
     Case("moving average in a buffer, assigned", between(centred_by_assignment, mean=zeros)),
+    Case(
+        "spectral norm by power iteration in buffers",
+        between(
+            normalised_spectrally,
+            middle=square,
+            left=lambda: F.normalize(torch.arange(1.0, 7.0), dim=0),
+            right=lambda: F.normalize(torch.ones(6), dim=0),
+        ),
+    ),
     Case("counter in a buffer", between(counting_in_a_buffer, calls=lambda: torch.zeros(()))),
     Case(
         "queue of activations in a buffer",

@@ -256,7 +256,7 @@ def problem() -> Problem:
 @pytest.fixture(scope="module")
 def way(problem: Problem) -> Way:
     found = way_to_carry(make_loop(problem), EIGHT)
-    assert not found.in_turn and found.column > 8 * state_bytes(make_loop(problem))
+    assert not found.in_turn and found.bytes_per_column > 8 * state_bytes(make_loop(problem))
     return found
 
 
@@ -272,7 +272,7 @@ class TestChunks:
     def test_as_many_as_fit(self, problem: Problem, way: Way) -> None:
         tangents = 8 * state_bytes(make_loop(problem))
         rooms = {0: 1, 0.9: 1, 1: 2, 1.9: 2, 2: 3, 3: 4, 6.9: 4, 7: 8, 1e6: 8}
-        taken = {room: self.at_once(problem, tangents + room * way.column + 1) for room in rooms}
+        taken = {room: self.at_once(problem, tangents + room * way.bytes_per_column + 1) for room in rooms}
         assert taken == rooms
 
     def test_more_columns_take_more(self, problem: Problem, way: Way) -> None:
@@ -284,7 +284,7 @@ class TestChunks:
                 with PeakOfTensors() as tensors:
                     run.advance(1)
             peaks.append(tensors.peak)
-        assert peaks[1] - peaks[0] == pytest.approx(3 * way.column, rel=0.2)
+        assert peaks[1] - peaks[0] == pytest.approx(3 * way.bytes_per_column, rel=0.2)
 
     def test_no_room_for_tangents_is_refused(self, problem: Problem) -> None:
         needed = 8 * state_bytes(make_loop(problem))
@@ -321,7 +321,7 @@ class TestChunks:
                 steps=5,
                 seed=[0, 1],
                 differentiation="forward",
-                max_memory=2 * (tangents + room * way.column + 1),
+                max_memory=2 * (tangents + room * way.bytes_per_column + 1),
                 check=False,
             )
             for room in (0, 7)

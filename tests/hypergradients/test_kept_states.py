@@ -36,7 +36,7 @@ def made(step: int, still: torch.Tensor) -> State:
 
 class TestKeptStates:
     def test_they_come_back_as_they_were(self, folder: Path) -> None:
-        kept, still = KeptStates(elsewhere=3), torch.arange(4.0)
+        kept, still = KeptStates(offloaded=3), torch.arange(4.0)
         states = {step: made(step, still) for step in (0, 4, 7, 9, 12)}
         kept.update(states)
         assert list(kept) == [0, 4, 7, 9, 12] and len(kept) == 5 and 7 in kept and 8 not in kept
@@ -50,7 +50,7 @@ class TestKeptStates:
             assert all(torch.equal(found.buffers[name], buffer) for name, buffer in state.buffers.items())
 
     def test_room_is_used_again(self, folder: Path) -> None:
-        kept, still = KeptStates(elsewhere=1), torch.zeros(1)
+        kept, still = KeptStates(offloaded=1), torch.zeros(1)
         for step in range(5):
             kept[step] = made(step, still)
             kept.discard(step - 1)
@@ -108,9 +108,9 @@ def test_a_saved_run_goes_on_from_files(folder: Path) -> None:
 
 def test_states_elsewhere_take_no_memory_in_a_plan() -> None:
     lean = Room(10, 1)
-    assert steps_again(400, lean) > steps_again(400, Room(10, 1, elsewhere=100)) > 399
-    assert steps_again(400, Room(10, 1, elsewhere=400)) == 399
-    assert Room(30, 1, 10, elsewhere=3).graphs(3) == 3 and Room(30, 1, 10).graphs(3) == 2
+    assert steps_again(400, lean) > steps_again(400, Room(10, 1, states_offloaded=100)) > 399
+    assert steps_again(400, Room(10, 1, states_offloaded=400)) == 399
+    assert Room(30, 1, 10, states_offloaded=3).graphs(3) == 3 and Room(30, 1, 10).graphs(3) == 2
 
 
 def test_less_memory_than_the_least_does_with_room_elsewhere() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from construct_cases.case import between, square
 from construct_cases.gradients import Forces, gumbel, hooked, rounded, without_gradient
 from construct_cases.losses import focal
-from engine_problems import MODES, Values, differentiate, double, make_loop, make_problem
+from engine_problems import MODES, TOKENS, Values, differentiate, double, make_loop, make_problem
 from torch import Tensor
 from torch_loops import SGD, assert_exact
 
@@ -121,6 +121,34 @@ def ascended(net: Any, h: Tensor) -> Tensor:
     return net.middle(h + gradient)
 
 
+def in_place_activations(net: Any, h: Tensor) -> Tensor:
+    """Which their arguments ask for, with and without names."""
+    out = net.middle(h)
+    if net.training:
+        with torch.no_grad():
+            F.silu(out, inplace=True)
+            F.elu(out, 0.7, True)
+            F.dropout(input=out, p=0.3, inplace=True)
+            torch._foreach_mul_([out], 0.5)
+    return torch.tanh(out)
+
+
+def assigned_data(net: Any, h: Tensor) -> Tensor:
+    """Values that are others, in evaluation, too, while gradients go as if they were not."""
+    out = net.middle(h)
+    out.data = out.data.sigmoid() * 2
+    return torch.tanh(out)
+
+
+def read_and_overwritten_without_gradient(net: Any, h: Tensor) -> Tensor:
+    """What is read is overwritten afterwards, as no graph needs it."""
+    with torch.no_grad():
+        gate = net.middle(h)
+        scale = gate.sigmoid() * gate
+        gate.mul_(scale)
+    return h * gate
+
+
 MODELS: dict[str, Function] = {
     "detach": lambda net, h: h * h.detach().tanh(),
     "torch.detach": lambda net, h: h * torch.detach(net.middle(h)),
@@ -143,6 +171,9 @@ MODELS: dict[str, Function] = {
     "hard gumbel": gumbel,
     "hard gumbel along another dimension": along_examples,
     "gradient without a graph": ascended,
+    "in-place activations": in_place_activations,
+    "data assigned": assigned_data,
+    "no_grad, read and overwritten": read_and_overwritten_without_gradient,
     "hook that scales": hooked,
     "hooks that see and bend": with_hooks,
 }
@@ -186,6 +217,158 @@ def test_writes_that_would_not_reach_the_tensor_are_refused(write: Callable[[Ten
     problem = make_problem(between(written, middle=square))
     with pytest.raises(InputError, match="clone the tensor first"):
         differentiate(make_loop(problem), SGD, "reverse", check=False)
+
+
+LATE_WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "detach": lambda h: h.detach().mul_(0.5),
+    "data": lambda h: h.data.mul_(0.5),
+    "activation": lambda h: F.relu(h.detach(), inplace=True),
+    "list": lambda h: torch._foreach_mul_([h.detach()], 0.5),
+    "view": lambda h: h.detach()[:, 0].mul_(0.5),
+}
+
+
+class FromTheThirdStepOn(torch.nn.Module):
+    """What a training step does from then on, to the output of a layer."""
+
+    def __init__(self, act: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.middle, self.second, self.act = torch.nn.Linear(4, 6), square(), torch.nn.Linear(6, 3), act
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.middle(torch.tanh(self.first(x)))
+        if self.training:
+            self.steps += 1
+            if int(self.steps) > 2:
+                self.act(h)
+        return self.second(torch.sin(h))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LATE_WRITES)
+def test_late_writes_that_would_not_reach_the_tensor_are_refused(name: str, mode: str) -> None:
+    problem = make_problem(lambda: FromTheThirdStepOn(LATE_WRITES[name]))
+    with pytest.raises(
+        InputError, match=r"clone the tensor first, at test_stop_gradients.py:\d+ .*after the first step"
+    ):
+        differentiate(make_loop(problem, 5), SGD, mode)
+
+
+def overwriting(h: Tensor) -> None:
+    with torch.no_grad():
+        F.relu(h - 0.1, inplace=True)
+        F.silu(h, inplace=True)
+
+
+def test_late_writes() -> None:
+    assert_exact(make_problem(lambda: FromTheThirdStepOn(overwriting)))
+
+
+class Normalised(torch.nn.Module):
+    """A weight divided by its largest singular value, whose vectors take a step of power iteration in every pass."""
+
+    def __init__(self, after: bool) -> None:
+        super().__init__()
+        self.middle, self.after = square(), after
+        self.register_buffer("u", F.normalize(torch.arange(1.0, 7.0, dtype=torch.float64), dim=0))
+        self.register_buffer("v", F.normalize(torch.ones(6, dtype=torch.float64), dim=0))
+
+    def forward(self, h: Tensor) -> Tensor:
+        weight = self.middle.weight
+        if self.training and not self.after:
+            self._iterate(weight)
+        sigma = self.u.clone() @ weight @ self.v.clone()
+        if self.training and self.after:
+            self._iterate(weight)
+        return torch.tanh(F.linear(h, weight / sigma))
+
+    @torch.no_grad()
+    def _iterate(self, weight: Tensor) -> None:
+        self.v.copy_(F.normalize(weight.t() @ self.u, dim=0))
+        self.u.copy_(F.normalize(weight @ self.v, dim=0))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_spectral_norm_that_overwrites_what_it_has_read(after: bool) -> None:
+    def model() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), Normalised(after), torch.nn.Linear(6, 3))
+
+    assert_exact(make_problem(model))
+
+
+class Padded(torch.nn.Module):
+    """An embedding whose padding row is not 0, and gets no gradient."""
+
+    def __init__(self, padding_idx: int, functional: bool) -> None:
+        super().__init__()
+        self.padding_idx, self.functional = padding_idx, functional
+        self.embedding, self.head = torch.nn.Embedding(7, 4, padding_idx=padding_idx), torch.nn.Linear(4, 3)
+        torch.nn.init.normal_(self.embedding.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.functional:
+            found = F.embedding(tokens, self.embedding.weight, self.padding_idx)
+        else:
+            found = self.embedding(tokens)
+        return self.head(torch.tanh(found).flatten(1, -2).sum(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("padding_idx", "functional"), [(0, False), (-2, False), (-2, True)])
+def test_a_padding_row(padding_idx: int, functional: bool) -> None:
+    assert_exact(make_problem(lambda: Padded(padding_idx, functional), TOKENS))
+
+
+def test_an_embedding_by_frequency_is_refused() -> None:
+    def model() -> torch.nn.Module:
+        padded = Padded(0, functional=False)
+        padded.forward = lambda tokens: padded.head(  # type: ignore[method-assign]
+            F.embedding(tokens, padded.embedding.weight, scale_grad_by_freq=True).sum(1)
+        )
+        return padded
+
+    for mode in MODES:
+        with pytest.raises(InputError, match="scale_grad_by_freq has no second derivative: leave it out"):
+            differentiate(make_loop(make_problem(model, TOKENS)), SGD, mode, check=False)
+
+
+WRITES_IN_EVALUATION: dict[str, Callable[[Tensor], Any]] = {
+    "in place": lambda h: h.mul_(h.sigmoid()),
+    "activation": lambda h: F.silu(h, inplace=True),
+    "by its data": lambda h: h.data.mul_(2),
+    "assigned": lambda h: setattr(h, "data", h.data * 0.5),
+    "detached": lambda h: h.detach()[:, :3].mul_(0.3),
+    "part": lambda h: h[:, :3].mul_(0.4),
+    "list": lambda h: torch._foreach_mul_([h], 0.5),
+    "read before": lambda h: h.copy_(h**2),
+    "read in part": lambda h: h[:, 0].copy_(h[:, 1] ** 2),
+}
+
+
+def written_in_evaluation(write: Callable[[Tensor], Any]) -> Function:
+    def function(net: Any, h: Tensor) -> Tensor:
+        h = net.middle(h)
+        if not net.training:
+            with torch.no_grad():
+                write(h)
+        return torch.tanh(h)
+
+    return function
+
+
+@pytest.mark.parametrize("name", WRITES_IN_EVALUATION)
+def test_writes_in_evaluation(name: str) -> None:
+    assert_exact(make_problem(between(written_in_evaluation(WRITES_IN_EVALUATION[name]), middle=square)))
+
+
+def test_writes_in_evaluation_to_what_a_gradient_needs_are_refused_with_their_line() -> None:
+    def overwritten(net: Any, h: Tensor) -> Tensor:
+        h = net.middle(h)
+        return h if net.training else h.mul_(h.sigmoid() * h)
+
+    pattern = r"gradient of the validation loss fails .* at test_stop_gradients\.py:\d+ .*; .* clone first"
+    with pytest.raises(InputError, match=pattern):
+        differentiate(make_loop(make_problem(between(overwritten, middle=square))), SGD, "reverse", check=False)
 
 
 class RowOfStatistics(torch.nn.Module):
@@ -285,7 +468,7 @@ def test_behind_a_stop_zero_times_infinity_does_not_happen(function: Function) -
         plain = loop.training(state, h, 0).gradient
         leaves = {name: value.clone().requires_grad_() for name, value in h.items()}
         pulled = adjoint_step(loop, state, leaves, 0, (plain, *(torch.zeros_like(slot) for slot in state.slots)), {})
-        gradient, _ = ForwardRun(loop, SGD).try_out()
+        gradient, _, _ = ForwardRun(loop, SGD).at_first_step()
     assert plain.isfinite().all() and plain.norm() > 0
     for found in (pulled.gradient, gradient):
         torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-13)

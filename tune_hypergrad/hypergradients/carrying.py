@@ -30,7 +30,7 @@ class Way(NamedTuple):
 
     in_turn: bool
     """Whether Hessian products taken one column after another are right."""
-    column: float
+    bytes_per_column: float
     """Bytes that each further column at once takes beside its tangent."""
 
     def columns_at_once(self, columns: int, usual: int, room: float | None) -> int:
@@ -41,9 +41,9 @@ class Way(NamedTuple):
             usual: how many at the most where no limit of memory is given.
             room: bytes that there are beside the tangents and a step with one column; None: no limit is given.
         """
-        if room is None or not self.column:
+        if room is None or not self.bytes_per_column:
             return min(usual, columns)
-        fitting = min(columns, 1 + int(max(0.0, room) // self.column))
+        fitting = min(columns, 1 + int(max(0.0, room) // self.bytes_per_column))
         chunks = -(-columns // fitting)
         return -(-columns // chunks)  # as even as can be
 
@@ -63,8 +63,8 @@ def way_to_carry(loop: InnerLoop, hyperparameters: Mapping[str, Tensor], horizon
 
 
 def _try_out(loop: InnerLoop, hyperparameters: Hyperparameters) -> Way:
-    # a loop of its own, whose model may be left with what it keeps between calls
-    own = InnerLoop(loop.source.independent(), loop.settings)
+    # a loop of its own, whose model may be left with what it keeps between calls; one batch of a step tells
+    own = InnerLoop(loop.source.independent().replace(accumulate=1), loop.settings)
     with own.running():
         try:
             return _Trial(own, hyperparameters).outcome()
@@ -105,7 +105,7 @@ class _Trial:
         """The gradient [P] and its tangents [2, P]."""
         run = ForwardRun(self._loop, self._values, columns_at_once=at_once)
         run.state = self._state
-        return run.tangents_along(self._directions, self._of_h)
+        return run.at_first_step(self._directions, self._of_h)[:2]
 
     def _peak(self, at_once: int) -> int:
         with PeakOfTensors() as tensors:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tune_hypergrad.hypergradients.in_place import call_of
 from tune_hypergrad.hypergradients.lasting import LastingMode
-from tune_hypergrad.hypergradients.stop_gradient import writes
 from tune_hypergrad.problem import Problem
 
 _WIDE = {
@@ -30,8 +30,8 @@ class DoublePrecision(LastingMode):
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in _CASTS:
             return args[0].double()
-        written = args[:1] if writes(function) else ()
-        return function(*written, *_widened(args[len(written) :]), **_widened(kwargs))
+        written, args, kwargs = call_of(function, args, kwargs)
+        return function(*written, *_widened(args), **_widened(kwargs))
 
 
 def in_double_precision(problem: Problem) -> Problem:

@@ -106,18 +106,18 @@ class ForwardRun(HypergradientRun):
     def length(self) -> int:
         return self.loop.steps
 
-    def try_out(self) -> tuple[Tensor, frozenset[int]]:
-        """The first step with one column: its training gradient [P], and the positions of parameters without one."""
+    def at_first_step(
+        self, dparams: Tensor | None = None, dh: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, frozenset[int]]:
+        """The training gradient [P] of the first step at the present weights, its tangents [k, P] along `dparams`
+        [k, P] and `dh` (each [k]), and the positions of parameters without a gradient: of a run that is not advanced.
+        Without directions, there is one column, along all hyperparameters."""
         h = self.loop.scalars(self.hyperparameters, 0)
-        dh = {name: torch.ones_like(value)[None] for name, value in h.items()}
-        gradient, _, without, _ = self._gradient_tangents(h, self.tangent_params.new_zeros(1, self.loop.size), dh, 0)
-        return gradient, without
-
-    def tangents_along(self, dparams: Tensor, dh: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The training gradient [P] of the first step's first batch at the present weights, and its tangents [k, P]
-        along `dparams` [k, P] and `dh` (each [k]): of a run that is not advanced."""
-        h = self.loop.scalars(self.hyperparameters, 0)
-        return self._tangents_on(self.state.buffers, h, dparams, dh, 0, 0)[:2]
+        if dparams is None:
+            dparams = self.tangent_params.new_zeros(1, self.loop.size)
+        if dh is None:
+            dh = {name: torch.ones_like(value)[None] for name, value in h.items()}
+        return self._gradient_tangents(h, dparams, dh, 0)[:3]
 
     def _advance_one(self) -> None:
         step = self.position

@@ -93,9 +93,9 @@ class _Trial:
             graph = step_graph(loop, state, self._leaves(0), 0, mode=self._mode)
             after = allocated(loop.device)
         training, held = graph.training, _attributes(loop.modules)
-        elsewhere = self._elsewhere(state)
+        others = self._at_other_weights(state)
         # gradients that are 0 at the initial weights, behind a last layer of zeros, are the same either way
-        same = _is_same(plain, training) and _is_same(*elsewhere)
+        same = _is_same(plain, training) and _is_same(*others)
         same = same or loop.device.type != "cpu"
         if before is None or after is None:
             return GraphSize(inf, same, moving)
@@ -109,7 +109,7 @@ class _Trial:
         size = float(max(after - before, training.gradient.nbytes))
         return GraphSize(size if _agree(kept, anew, loop.device) else inf, same, moving)
 
-    def _elsewhere(self, state: State) -> tuple[Training, Training]:
+    def _at_other_weights(self, state: State) -> tuple[Training, Training]:
         """Another training step, from other weights, without a graph and with one; and an evaluation."""
         loop = self._loop
         moved = state._replace(params=state.params + _MOVED * self._drawn(state.params))

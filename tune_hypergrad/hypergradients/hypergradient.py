@@ -268,15 +268,15 @@ def hypergradient_run(
         mode = _BY_COLUMNS
     refuse_underivable(loop, values)
     memory = _memory(loop, max_memory, beside)
-    elsewhere = 0.0 if offload is None else as_bytes(offload, "offload") / beside
+    offload_bytes = 0.0 if offload is None else as_bytes(offload, "offload") / beside
     common: dict[str, Any] = {"horizon": horizon, "val_examples": val_examples}
     if isinstance(loop, EnsembleLoop):
         reason = _why_in_turn(loop, values, together, mode, differentiated=differentiated, check=check)
         if reason is None:
-            return _at_once(loop, values, mode, memory, elsewhere, max_memory, **common, reject_above=reject_above)
+            return _at_once(loop, values, mode, memory, offload_bytes, max_memory, **common, reject_above=reject_above)
         if mode is None and differentiated:
             count = len(loop.seeds)
-            work = _work(loop, values, mode, horizon, memory / count, elsewhere / count)
+            work = _work(loop, values, mode, horizon, memory / count, offload_bytes / count)
             mode = cheapest_right(loop, values, work, check=check).mode
         begin = partial(
             hypergradient_run,
@@ -298,7 +298,7 @@ def hypergradient_run(
         run.reason = _joined(_NOT_DIFFERENTIATED, captured)
         return run
     captured = capture_steps(loop, values, plain=False) if mode is None or isinstance(mode, Reverse) else ""
-    work = _work(loop, values, mode, horizon, memory, elsewhere, may_be_rejected=reject_above < inf)
+    work = _work(loop, values, mode, horizon, memory, offload_bytes, may_be_rejected=reject_above < inf)
     work = work if part is None else replace(work, parts=part[1])
     if mode is None:
         choice = cheapest_right(loop, values, work, check=check)
@@ -367,7 +367,7 @@ def _at_once(
     values: Hyperparameters,
     mode: Mode | None,
     memory: float,
-    elsewhere: float,
+    offload_bytes: float,
     max_memory: float | str | None,
     *,
     reject_above: float,
@@ -377,7 +377,7 @@ def _at_once(
         run = EnsembleRun(loop, values, **common, reject_above=reject_above)
         run.reason = f"{len(loop.seeds)} runs at once; {_NOT_DIFFERENTIATED}"
         return run
-    work = _work(loop, values, mode, common["horizon"], memory, elsewhere)
+    work = _work(loop, values, mode, common["horizon"], memory, offload_bytes)
     whole = MODES[Reverse.name]
     needed = whole.kept_bytes(work)
     if max_memory is not None:
@@ -401,16 +401,16 @@ def _work(
     mode: Mode | None,
     horizon: int | None,
     memory: float,
-    elsewhere: float,
+    offload_bytes: float,
     *,
     may_be_rejected: bool = False,
 ) -> Work:
-    """The size of a run, that of its graphs included where reverse mode may be taken; `memory` and `elsewhere` are the
-    bytes that it may keep."""
+    """The size of a run, that of its graphs included where reverse mode may be taken; `memory` and `offload_bytes` are
+    the bytes that it may keep."""
     # the memory of graphs that are replayed is that of the next replay
     keeps_graphs = loop.captured is None and (mode is None or isinstance(mode, Reverse))
     graph = graph_size(loop, values).size if keeps_graphs else inf
-    limits = {"graph_bytes": graph, "memory": memory, "offload": elsewhere}
+    limits = {"graph_bytes": graph, "memory": memory, "offload": offload_bytes}
     return Work.of(loop, values, horizon, may_be_rejected=may_be_rejected, **limits)
 
 
@@ -430,7 +430,7 @@ def _refuse_too_little(mode: Mode, work: Work) -> None:
         InputError: it is such.
     """
     reverse = isinstance(mode, Reverse)
-    away = work.elsewhere * work.state_bytes
+    away = work.states_offloaded * work.state_bytes
     needed = least_memory(work.steps, work.state_bytes) - away if reverse else mode.kept_bytes(work)
     if needed > work.memory:
         what = f"{work.steps} steps" if reverse else f"the tangents of {sum(work.windows)} numbers"

@@ -35,7 +35,12 @@ from tune_hypergrad.hypergradients.optimizers import (
 from tune_hypergrad.hypergradients.partial_update import Block, counted, step_blocks, update_blocks, update_each
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.substitution import DataWrites
-from tune_hypergrad.hypergradients.supported import once_differentiable, refuse_unsupported, twice_differentiable
+from tune_hypergrad.hypergradients.supported import (
+    gradient_hooks,
+    once_differentiable,
+    refuse_unsupported,
+    twice_differentiable,
+)
 from tune_hypergrad.hypergradients.tensor_cores import tf32
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
@@ -377,9 +382,11 @@ class InnerLoop:
             used = {**named, **{name: named[name] * factor for name, factor in factors.items()}}
 
             def at_loss() -> T:
+                hooks = gradient_hooks(used.values())
                 with self.objective.acting(values) as activations, mode(buffers.values()):
                     prediction = Prediction(self.problem.predict(self.model, batch), activations)
                     loss = self.objective.loss(prediction, target, lambda: of_model, values)
+                    _refuse_other_hooks(used, hooks)
                     return body(loss, Passed(present, partial(self._within_step, used, present(), values, mode)))
 
             return self.within({**buffers, **used}, at_loss, training=True)
@@ -647,6 +654,21 @@ def mean_training(parts: Iterable[Training]) -> Training:
             part.buffers,
         )
     return mean if count == 1 else mean._replace(loss=mean.loss / count, gradient=mean.gradient / count)
+
+
+def _refuse_other_hooks(parameters: Mapping[str, Tensor], hooks: Sequence[int]) -> None:
+    """Refuse a pass that has registered gradient hooks on parameters, which had so many before it: a loop's parameters
+    keep them from step to step.
+
+    Raises:
+        InputError: it has.
+    """
+    for name, before, now in zip(parameters, hooks, gradient_hooks(parameters.values()), strict=True):
+        if now != before:
+            raise InputError(
+                f"the forward pass registers a gradient hook on parameter {name!r}, which would stay there from step "
+                "to step: register it on a tensor that forward makes, such as `weight.view_as(weight)`"
+            )
 
 
 def versions_of(buffers: Buffers) -> dict[str, int]:

@@ -24,7 +24,7 @@ from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, Training
 from tune_hypergrad.hypergradients.narrowing import culprit
 from tune_hypergrad.hypergradients.reverse import are_replayed
-from tune_hypergrad.hypergradients.sites import Sites, called, line_of
+from tune_hypergrad.hypergradients.sites import Sites, called, line_of, line_of_backward
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.step_graph import adjoint_step, differentiable
 from tune_hypergrad.hypergradients.stop_gradient import Conversions, constant
@@ -106,7 +106,7 @@ class _Inspection:
         fault = self._fault_of_training() or self._fault_of_evaluation()
         if fault is not None:
             return dict.fromkeys(modes, fault)
-        self._train_elsewhere()
+        self._train_at_other_weights()
         again = self._training()
         pure = _is_same(plain.loss, again.loss) or bool(plain.loss.isnan())
         found: Refusals = {}
@@ -220,8 +220,8 @@ class _Inspection:
         except InputError:
             raise
         except Exception as error:
-            remedy = "; write out of place, or clone first" if "inplace operation" in str(error) else ""
-            raise InputError(f"the gradient of the validation loss fails: {in_one_line(error)}{remedy}") from error
+            line = line_of(error) or line_of_backward(partial(self._evaluate, True))
+            raise InputError(f"the gradient of the validation loss fails{_reason(error, line)}") from error
         if versions != self._data_versions():
             raise InputError(_WRITES_TO_DATA)
         same = torch.equal(plain, recording) or bool(plain.isnan())
@@ -312,13 +312,16 @@ class _Inspection:
             line = line_of(error)
             # a backward pass has no line: its operations are tried one by one
             named = None if line else culprit(self._loop, self._hyperparameters)
+            if named is None:
+                line = line or line_of_backward(partial(self._gradient_of, "reverse"))
             return f"reverse mode does not work on this model{_reason(error, line)}{f': {named}' if named else ''}"
         return self._other_gradient("reverse", plain, found)
 
     def _gradient_of(self, mode: str) -> Gradient:
         """A mode's training gradient of the first step."""
         if mode == "forward":
-            return Gradient(*ForwardRun(self._loop, self._hyperparameters).try_out())
+            gradient, _, without = ForwardRun(self._loop, self._hyperparameters).at_first_step()
+            return Gradient(gradient, without)
         h = {name: value.detach().requires_grad_() for name, value in self._h.items()}
         adjoint = tuple(torch.ones_like(tensor) for tensor in (self._state.params, *self._state.slots))
         return Gradient(adjoint_step(self._loop, self._state, h, 0, adjoint, {}).gradient, None)
@@ -343,7 +346,7 @@ class _Inspection:
         loop = InnerLoop(in_double_precision(self._loop.source), self._loop.settings)
         return _Inspection(loop, {name: value.double() for name, value in self._hyperparameters.items()})
 
-    def _train_elsewhere(self) -> None:
+    def _train_at_other_weights(self) -> None:
         """Take another step at other weights, for a model to keep something of."""
         other = min(1, self._loop.steps - 1)
         self._loop.training(self._state._replace(params=1.01 * self._state.params), self._h, other)
@@ -362,7 +365,7 @@ class _Inspection:
             source = self._loop.batches.split("train").dataset
             return f"the train data ({type(source).__name__})"
         _, run = self._fingerprints(self._training)
-        self._train_elsewhere()
+        self._train_at_other_weights()
         _, other = self._fingerprints(self._training)
         return _differing(run, other) or "the training step"
 
@@ -441,7 +444,9 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 
 def _reason(error: Exception, line: str) -> str:
-    return f" ({in_one_line(error)}{f', at {line}' if line else ''})"
+    overwritten = "inplace operation" in str(error)
+    remedy = "; what is overwritten is needed: write out of place, or clone first" if overwritten else ""
+    return f" ({in_one_line(error)}{f', at {line}' if line else ''}{remedy})"
 
 
 def _is_same(value: Tensor, other: Tensor) -> bool:

@@ -36,7 +36,7 @@ class Room:
     """Bytes of an inner state."""
     graph: float = inf
     """Bytes of a step's graph, with the state that it begins at; infinite: none is kept."""
-    elsewhere: int = 0
+    states_offloaded: int = 0
     """States that there is room for outside that memory."""
 
     @property
@@ -46,7 +46,7 @@ class Room:
 
     def graphs(self, states: int) -> int:
         """How many graphs there can be beside so many states; the one that is being gone back through always."""
-        left = self.memory - max(0, states - self.elsewhere) * self.state
+        left = self.memory - max(0, states - self.states_offloaded) * self.state
         return 1 if isinf(self.graph) else max(1, _how_many(left, self.graph))
 
 
@@ -108,7 +108,7 @@ def memory_for_one(steps: int, state: int, graph: float) -> int:
 def _reach(steps: int, room: Room, held: int) -> list[list[int]]:
     """By how often steps are trained again, and by the number of states that are kept beside those that are held: over
     how many steps the rest of the memory reaches back."""
-    fitting = steps if room.state == 0 else _how_many(room.memory, room.state) + room.elsewhere
+    fitting = steps if room.state == 0 else _how_many(room.memory, room.state) + room.states_offloaded
     free = min(steps, max(0, fitting - held))
     graphs = [min(steps, room.graphs(held + kept)) for kept in range(free + 1)] + [0]
     reach = [graphs]

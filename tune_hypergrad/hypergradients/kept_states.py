@@ -19,15 +19,15 @@ class KeptStates(MutableMapping[int, State]):
     """States by the step that they are before.
 
     Args:
-        elsewhere: how many may be kept where it takes longer to get them: those of a GPU in the host's memory, others
+        offloaded: how many may be kept where it takes longer to get them: those of a GPU in the host's memory, others
             in temporary files. The first ones are, which are asked for last.
 
     Raises:
         InputError: the files have no room.
     """
 
-    def __init__(self, elsewhere: int = 0) -> None:
-        self._elsewhere = elsewhere
+    def __init__(self, offloaded: int = 0) -> None:
+        self._offloaded = offloaded
         self._here: dict[int, State] = {}
         self._away: dict[int, Callable[[], State]] = {}
         self._constant: Buffers = {}  # buffers that states share, as of the first state
@@ -38,7 +38,7 @@ class KeptStates(MutableMapping[int, State]):
 
     def __setitem__(self, step: int, state: State) -> None:
         self.discard(step)
-        if len(self._away) < self._elsewhere:
+        if len(self._away) < self._offloaded:
             self._away[step] = self._put_away(step, state)
         else:
             self._here[step] = state

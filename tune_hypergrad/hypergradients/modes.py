@@ -46,8 +46,8 @@ class Work:
     """Size of one step's graph beside its state; infinite: none is kept."""
     memory: float = inf
     """Bytes that may be kept."""
-    elsewhere: int = 0
-    """States that may be kept elsewhere."""
+    states_offloaded: int = 0
+    """States that may be kept outside that memory."""
     parts: int = 1
     """Runs among which forward mode's columns are divided, this one of them."""
 
@@ -63,18 +63,21 @@ class Work:
         memory: float = inf,
         offload: float = 0,
     ) -> Work:
-        """That of a run of this loop; `offload` is how many bytes of states may be kept elsewhere."""
+        """That of a run of this loop; `offload` is how many bytes of states may be kept outside its memory."""
         windows, state = tuple(len(v) for v in values.values()), state_bytes(loop)
-        elsewhere = int(offload // state)
-        found = cls(windows, loop.steps, state, horizon, inf, may_be_rejected, graph_bytes, memory, elsewhere)
+        offloaded = int(offload // state)
+        found = cls(windows, loop.steps, state, horizon, inf, may_be_rejected, graph_bytes, memory, offloaded)
         return replace(found, adjoint_step=adjoint_gradients(lean=loop.problem.accumulate > 1 and found.room.lean))
 
     @property
     def room(self) -> Room:
         """The memory as reverse mode uses it."""
-        least = least_memory(self.steps, self.state_bytes) - self.elsewhere * self.state_bytes
+        least = least_memory(self.steps, self.state_bytes) - self.states_offloaded * self.state_bytes
         return Room(
-            max(self.memory, least), self.state_bytes, self.graph_bytes + self.state_bytes, elsewhere=self.elsewhere
+            max(self.memory, least),
+            self.state_bytes,
+            self.graph_bytes + self.state_bytes,
+            states_offloaded=self.states_offloaded,
         )
 
 
@@ -148,7 +151,7 @@ class Reverse(Mode):
             work.steps * work.state_bytes,
             memory_for_one(work.steps, work.state_bytes, work.graph_bytes + work.state_bytes),
         )
-        return max(0, needed - work.elsewhere * work.state_bytes)
+        return max(0, needed - work.states_offloaded * work.state_bytes)
 
     def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ReverseRun:
         return ReverseRun(loop, dict(values), keep_all=True, **arguments)
@@ -164,7 +167,7 @@ class CheckpointedReverse(Reverse):
         return super().gradients(work) + GRADIENTS_PER["step"]
 
     def kept_bytes(self, work: Work) -> int:
-        return max(0, 2 * checkpoint_interval(work.steps) - work.elsewhere) * work.state_bytes
+        return max(0, 2 * checkpoint_interval(work.steps) - work.states_offloaded) * work.state_bytes
 
     def begin(self, loop: InnerLoop, values: Mapping[str, Tensor], **arguments: Any) -> ReverseRun:
         return ReverseRun(loop, dict(values), keep_all=False, **arguments)

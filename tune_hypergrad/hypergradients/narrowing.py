@@ -12,11 +12,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.hypergradients.derivatives import fault_of
+from tune_hypergrad.hypergradients.in_place import call_of
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed
 from tune_hypergrad.hypergradients.sites import Sites
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.step_graph import differentiable
-from tune_hypergrad.hypergradients.stop_gradient import DETACHING, writes
+from tune_hypergrad.hypergradients.stop_gradient import DETACHING
 
 _MOST = 500
 
@@ -41,7 +42,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         differentiates = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
-        if differentiates and not writes(func) and func not in DETACHING and len(self.operations) < _MOST:
+        keeps = func not in DETACHING and not call_of(func, args, kwargs).written
+        if differentiates and keeps and len(self.operations) < _MOST:
             place = self._where()
             self.operations.setdefault((func, place), _Operation(func, args, kwargs, place))
         return func(*args, **kwargs)

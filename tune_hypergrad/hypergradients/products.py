@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
+from tune_hypergrad.errors import NoDerivativeError
 from tune_hypergrad.hypergradients import convolution, normalisation
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
+from tune_hypergrad.hypergradients.in_place import call_of
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, as_real, changed, has_derivatives, versions_of
 from tune_hypergrad.hypergradients.lasting import GRAD_FN
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
@@ -32,7 +34,6 @@ from tune_hypergrad.hypergradients.stop_gradient import (
     constant,
     requires_gradient,
     through_stops,
-    writes,
 )
 
 _OWN = {convolution.__name__, normalisation.__name__}
@@ -111,7 +112,10 @@ def products_in_turn(
         versions = versions_of(buffers)
         batch = loop.batches.of_step(step, number)
         leaves = {**h, **of_loss}
-        return loop.at_training_loss(named, buffers, leaves, batch, step, differentiate, number=number, mode=mode)
+        try:
+            return loop.at_training_loss(named, buffers, leaves, batch, step, differentiate, number=number, mode=mode)
+        except NoDerivativeError:
+            return None
 
 
 def _product(named: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
@@ -149,7 +153,7 @@ class _Telling(DifferentiableStops):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tells = func in _TELLING or (not torch.is_grad_enabled() and writes(func))
+        tells = func in _TELLING or (not torch.is_grad_enabled() and bool(call_of(func, args, kwargs or {}).written))
         if tells and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
             self._told.append(True)
         return super().__torch_function__(func, types, args, kwargs)

@@ -85,7 +85,7 @@ class ReverseRun(HypergradientRun):
         self._room = states_only(loop.steps, all_of_them=keep_all) if room is None else room
         self._by_graph = by_graph
         self._whole = self._without_last(plan_stretch(loop.steps, self._room), loop.steps)
-        self._kept = KeptStates(self._room.elsewhere)
+        self._kept = KeptStates(self._room.states_offloaded)
         self._graphs: dict[int, StepGraph] = {}
         self._sizes: dict[int, float] = {}  # of these graphs, by step
         self._held = 0.0  # bytes of all of them

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.curves import KNOTS, base_names, split_name
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.errors import InputError, NoDerivativeError
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.sites import line_of
 from tune_hypergrad.hypergradients.state import Hyperparameters, State
 
 
@@ -161,9 +162,21 @@ class HypergradientRun(ABC):
         if units > 1:  # else whoever asks for one knows what comes next
             self.loop.batches.expect(range(start, min(start + units, self.loop.steps)))
         while self.position < min(start + units, self.length):
-            self._advance_one()
+            self._advance_where_derivable()
             self.position += 1
         return self.position - start
+
+    def _advance_where_derivable(self) -> None:
+        """Do the unit of work at `position`.
+
+        Raises:
+            InputError: the model or the loss does now what has no derivative, and did not do it in the first step.
+        """
+        try:
+            self._advance_one()
+        except NoDerivativeError as error:
+            line = line_of(error)
+            raise InputError(f"{error}{f', at {line}' if line else ''} (begun after the first step)") from error
 
     @property
     def done(self) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import linecache
+import re
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +50,7 @@ class Sites:
         running = next((module for module in reversed(self._running) if module in self._names), None)
         if running is not None:
             parts.append(called(self._names[running], running))
-        line = _line()
+        line = running_line()
         return f"{parts[0]} at {line}" if parts and line else (parts[0] if parts else line or "the loss")
 
     def _end(self, module: nn.Module) -> None:
@@ -61,8 +64,9 @@ def called(name: str, module: nn.Module) -> str:
     return f"module {name!r} ({kind})" if name else f"the model ({kind})"
 
 
-def _line() -> str:
-    """The innermost line of the program within what this package runs, that is not the libraries'."""
+def running_line() -> str:
+    """The innermost line of the program within what this package runs, that is not the libraries'; empty where there is
+    none."""
     frame, outside = sys._getframe(1), False
     while frame is not None:
         file = frame.f_code.co_filename
@@ -83,6 +87,20 @@ def line_of(error: BaseException) -> str:
     entries = traceback.extract_tb(error.__traceback__)
     own = [entry for entry in entries if _is_of_program(entry.filename)]
     return _shown(own[-1].filename, own[-1].lineno or 0) if own else ""
+
+
+def line_of_backward(run: Callable[[], Any]) -> str:
+    """The line of the program whose backward pass fails in what `run` does again; empty where nobody knows."""
+    with warnings.catch_warnings(record=True) as caught, suppress(Exception):
+        warnings.simplefilter("always")
+        with torch.autograd.set_detect_anomaly(True, check_nan=False):
+            run()
+    for warning in caught:
+        frames = re.findall(r'File "(.+)", line (\d+)', str(warning.message))
+        own = [(file, int(number)) for file, number in frames if _is_of_program(file)]
+        if own:
+            return _shown(*own[-1])
+    return ""
 
 
 def _is_of_program(file: str) -> bool:

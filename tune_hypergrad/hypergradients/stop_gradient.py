@@ -13,10 +13,9 @@ and the gradient of a validation loss, which is no part of a step, passes throug
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial, wraps
 from typing import Any
 from weakref import ref
 
@@ -28,6 +27,9 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from tune_hypergrad.errors import NoDerivativeError
+from tune_hypergrad.hypergradients.in_place import SET_DATA, call_of
+from tune_hypergrad.hypergradients.overwriting import SavedTensors
 from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
 
 DETACHING: tuple[Any, ...] = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -45,15 +47,10 @@ _CONVERSIONS: tuple[Any, ...] = (
 _REBUILDING: tuple[Any, ...] = (torch.tensor, Tensor.new_tensor)
 """Functions that make a new tensor of numbers and tensors."""
 
-_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 _SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled  # what `torch.no_grad` and its like call
-_IN_PLACE = (Tensor.__setitem__, _SET_DATA)
 _WITH_GRAPH = {"create_graph": True, "retain_graph": None}
 """Arguments of `torch.autograd.grad` that make gradients with a history."""
-_KEEPING_VALUES = ("requires_grad_", "detach_", "rename_", "share_memory_")
-"""Names of functions that change a tensor, and none of its elements."""
-_AUGMENTED = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__")
 
 
 def constant(tensor: Tensor) -> Tensor:
@@ -76,6 +73,17 @@ def through_stops() -> Iterator[None]:
         yield
     finally:
         _Sweep.to_gradient = before
+
+
+def of_first_pass(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of a backward pass that sees the one from the loss to the training gradient, and those that a program
+    begins itself, but none that goes on behind stop-gradients."""
+
+    @wraps(hook)
+    def seeing(*arguments: Any) -> Any:
+        return hook(*arguments) if _Sweep.to_gradient else None
+
+    return seeing
 
 
 class Conversions:
@@ -150,9 +158,13 @@ class _FirstPassOnly(Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
         return gradient if _Sweep.to_gradient else None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return torch.zeros_like(tangent)
 
-_STOPPED = f"{StopGradient.__name__}Backward"
-"""Name of the type of what made a tensor with a `StopGradient`."""
+
+_STOPPED = (f"{StopGradient.__name__}Backward", f"{StopGradient.__name__}GeneratedBackward")
+"""Names of the types of what made a tensor with a `StopGradient`, without and within transforms of `torch.func`."""
 
 
 def _stopping(
@@ -206,7 +218,8 @@ class DifferentiableStops(Substituting):
     ) -> None:
         self._stop = stop = _stopping(state, has_history)
         self._has_history = has_history
-        self._computing = {*further, F.gumbel_softmax}  # what is computed in these this mode does not see
+        self._computing = {*further, F.gumbel_softmax, F.embedding}  # what is computed in these this mode does not see
+        self._saved = SavedTensors()
         super().__init__(
             {
                 **further,
@@ -214,35 +227,40 @@ class DifferentiableStops(Substituting):
                 **NOTED,
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: _hook_of_first_pass,
-                _SET_DATA: partial(_set_data, stop, torch.enable_grad),
+                SET_DATA: partial(_set_data, stop, torch.enable_grad),
                 _SET_REQUIRES_GRAD: _require_gradient,
                 F.gumbel_softmax: partial(_gumbel_softmax, stop),
+                F.embedding: partial(_embedding, stop),
             }
         )
 
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and isinstance(args[0], Tensor) and writes(function):
-            _refuse_to_write(args[0])
+        call = call_of(function, args, kwargs)
+        targets = call.targets
+        if targets:
+            _refuse_to_write(targets)
+            self._saved.copy(targets)
         known = function in self._substitutes and function not in self._computing
         if torch.is_grad_enabled() or known or function is _SET_GRAD_ENABLED:
             return super().handle(function, args, kwargs)
         _refuse_inference_mode()
         # what is read has no history for the first pass
-        written = args[:1] if writes(function) else ()
-        read = tree_map(self._stop_leaf, (args[len(written) :], kwargs))
-        with torch.enable_grad():
-            if written and isinstance(written[0], Tensor) and self._is_recorded(written[0]):
-                return self._write(function, written[0], *read)
-            return super().handle(function, (*written, *read[0]), read[1])
+        args, kwargs = tree_map(self._stop_leaf, (call.args, call.kwargs))
+        with torch.enable_grad(), self._saved.noted():
+            if any(map(self._is_recorded, targets)):
+                return self._write(function, targets, (*call.written, *args), kwargs)
+            return super().handle(function, (*call.written, *args), kwargs)
 
     def _write(
-        self, function: Callable[..., Any], tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, function: Callable[..., Any], targets: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Write to a tensor with a history, which for the first pass is still what it was."""
-        after = tensor.clone()
-        result = super().handle(function, (after, *args), kwargs)
-        tensor.copy_(_FirstPassOnly.apply(tensor) + self._stop(after))  # type: ignore[no-untyped-call]
-        return tensor if result is after else result
+        """Write to tensors with a history, which for the first pass are still what they were."""
+        after = {id(tensor): tensor.clone() for tensor in targets}
+        target = tree_map(lambda leaf: after.get(id(leaf), leaf), args[0])
+        result = super().handle(function, (target, *args[1:]), kwargs)
+        for tensor in targets:
+            _overwrite(tensor, self._stop(after[id(tensor)]))
+        return args[0] if result is target else result
 
     def gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         if kwargs.get("create_graph") or not _Sweep.to_gradient:
@@ -276,27 +294,34 @@ class ForwardStops(Substituting):
                 **dict.fromkeys(DETACHING, stop),
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: partial(_hook_within, ref(self)),
-                _SET_DATA: partial(_set_data, stop, nullcontext),
+                SET_DATA: partial(_set_data, stop, nullcontext),
                 F.gumbel_softmax: partial(_gumbel_softmax, stop),
+                F.embedding: partial(_embedding, stop),
             }
         )
 
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _refuse_inference_mode()
+        _refuse_to_write(call_of(function, args, kwargs).targets)
         return super().handle(function, args, kwargs)
 
 
 class WithoutStops(Substituting):
-    """While entered, there are no stop-gradients and no hooks of tensors: for the gradient of a validation loss."""
+    """While entered, there are no stop-gradients, and hooks of tensors see only backward passes that a program begins
+    itself: for the gradient of a validation loss."""
 
     def __init__(self, further: Substitutes) -> None:
+        self._saved = SavedTensors()
+        self._is_off = False  # whether the program has turned recording off, so that it may overwrite what it reads
         super().__init__(
             {
                 **further,
                 **dict.fromkeys((*DETACHING, *_DETACHING_IN_PLACE), _identity),
                 **NOTED,
-                Tensor.register_hook: _no_hook,
+                Tensor.register_hook: _hook_of_first_pass,
                 F.gumbel_softmax: partial(_gumbel_softmax, _identity),
+                F.embedding: _trained_embedding,
+                SET_DATA: partial(_set_data, _identity, nullcontext),
                 _SET_GRAD_ENABLED: _enable_gradients,
                 _SET_REQUIRES_GRAD: _require_gradient,
             }
@@ -305,7 +330,11 @@ class WithoutStops(Substituting):
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             _refuse_inference_mode()
-        return super().handle(function, args, kwargs)
+        if function is _SET_GRAD_ENABLED:
+            self._is_off = not args[0]
+        self._saved.copy(call_of(function, args, kwargs).targets)
+        with self._saved.noted() if self._is_off else nullcontext():
+            return super().handle(function, args, kwargs)
 
     def gradients(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         return super().gradients(*args, **({**kwargs, **_WITH_GRAPH} if _Sweep.to_gradient else kwargs))
@@ -314,23 +343,14 @@ class WithoutStops(Substituting):
         _refuse_backward()
 
 
-@cache
-def writes(function: Callable[..., Any]) -> bool:
-    """Whether a torch function changes its first argument."""
-    name = getattr(function, "__name__", "")
-    return (
-        function in _IN_PLACE
-        or name in _AUGMENTED
-        or (name.endswith("_") and not name.endswith("__") and name not in _KEEPING_VALUES)
-    )
-
-
 def _set_data(
     stop: Callable[[Tensor], Tensor],
     recording: Callable[[], AbstractContextManager[Any]],
     tensor: Tensor,
     value: Tensor,
 ) -> None:
+    if tensor.shape != value.shape or tensor.dtype != value.dtype:
+        raise NoDerivativeError("an assignment to .data that changes a tensor's shape or type has no derivative")
     with recording():
         _overwrite(tensor, stop(value))
 
@@ -350,10 +370,9 @@ def _hook_within(
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
-    """Write a value to a tensor, as an assignment to `.data` does."""
-    if tensor.shape != value.shape or tensor.dtype != value.dtype:
-        raise RuntimeError("an assignment to .data that changes a tensor's shape or type has no derivative")
-    tensor.copy_(value)
+    """Write a value to a tensor, which for the pass to the training gradient is still what it was."""
+    before = _FirstPassOnly.apply(tensor) if may_have_history(tensor) else 0  # type: ignore[no-untyped-call]
+    tensor.copy_(before + value)
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -374,26 +393,27 @@ def _require_gradient(tensor: Tensor, required: bool) -> None:
 
 
 def _refuse_in_place(tensor: Tensor) -> Tensor:
-    raise RuntimeError("detach_() has no derivative of second order: use detach()")
+    raise NoDerivativeError("detach_() has no derivative of second order: use detach()")
 
 
-def _refuse_to_write(tensor: Tensor) -> None:
+def _refuse_to_write(targets: list[Tensor]) -> None:
     """Refuse to write to what a stop-gradient gave: a copy, whose writes would not reach the tensor."""
-    base = tensor if tensor._base is None else tensor._base
-    if type(base.grad_fn).__name__ == _STOPPED:
-        raise RuntimeError(
-            "a write by way of a detached tensor, or of a view that was made under no_grad, has no derivative: clone "
-            "the tensor first"
-        )
+    for tensor in targets:
+        base = tensor if tensor._base is None else tensor._base
+        if type(base.grad_fn).__name__ in _STOPPED:
+            raise NoDerivativeError(
+                "a write by way of a detached tensor, or of a view that was made under no_grad, has no derivative: "
+                "clone the tensor first"
+            )
 
 
 def _refuse_backward() -> None:
-    raise RuntimeError("what backward() adds to .grad has no derivative: use torch.autograd.grad()")
+    raise NoDerivativeError("what backward() adds to .grad has no derivative: use torch.autograd.grad()")
 
 
 def _refuse_inference_mode() -> None:
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("what is computed in torch.inference_mode() has no derivative: use torch.no_grad()")
+        raise NoDerivativeError("what is computed in torch.inference_mode() has no derivative: use torch.no_grad()")
 
 
 def _of_constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -431,14 +451,39 @@ NOTED: Substitutes = {
 
 
 def _hook_of_first_pass(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    def of_first_pass(gradient: Tensor) -> Tensor | None:
-        return hook(gradient) if _Sweep.to_gradient else None
-
-    return tensor.register_hook(of_first_pass)  # type: ignore[no-any-return]
+    return tensor.register_hook(of_first_pass(hook))  # type: ignore[no-any-return]
 
 
-def _no_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    return RemovableHandle(OrderedDict())
+def _embedding(
+    stop: Callable[[Tensor], Tensor],
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`F.embedding`, whose padding row has a stop-gradient: the loss depends on what it is."""
+    if scale_grad_by_freq:
+        raise NoDerivativeError("an embedding with scale_grad_by_freq has no second derivative: leave it out")
+    found = F.embedding(input, weight, None, max_norm, norm_type, sparse=sparse)
+    if padding_idx is None:
+        return found
+    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), stop(found), found)
+
+
+def _trained_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    *of_gradient: bool,
+    **also_of_gradient: bool,
+) -> Tensor:
+    """`F.embedding` as a function of all rows."""
+    return F.embedding(input, weight, None, max_norm, norm_type)
 
 
 def _gumbel_softmax(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as modules
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.node_hooks import nodes_hooked_for_first_pass
+from tune_hypergrad.hypergradients.packing import packed_without_loss
+from tune_hypergrad.hypergradients.sites import called
 from tune_hypergrad.hypergradients.substitution import REPLAYABLE, Substitutes, Substituting
 
 _DROPOUT_OF_LAYER = list(inspect.signature(F.multi_head_attention_forward).parameters).index("dropout_p")
@@ -24,8 +29,9 @@ def refuse_unsupported(model: nn.Module) -> None:
     Raises:
         InputError: names the module, the reason and the remedy.
     """
+    _refuse_backward_hooks(model)
     for name, module in model.named_modules():
-        where = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+        where = called(name, module)
         if isinstance(module, nn.EmbeddingBag):
             raise InputError(f"{where} has no second derivative in torch: use nn.Embedding and sum or average over it")
         if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
@@ -42,13 +48,8 @@ def refuse_unsupported(model: nn.Module) -> None:
                 f"{where} uses weight_norm, whose second derivative is silently wrong in torch: remove it "
                 "(torch.nn.utils.parametrize.remove_parametrizations) or write w = g * v / v.norm() in forward"
             )
-        if module._backward_hooks or module._backward_pre_hooks:
-            raise InputError(
-                f"{where} has a backward hook, which changes gradients so that they are no derivatives: remove it, or "
-                "change the gradient in an autograd.Function or by Tensor.register_hook within forward"
-            )
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            if gradient_hooks([parameter]) != [0]:
                 raise InputError(
                     f"parameter {f'{name}.{own}'.lstrip('.')!r} has a gradient hook, which the engine does not call: "
                     "remove it, and set clip_gradient where it is to clip"
@@ -59,6 +60,32 @@ def refuse_unsupported(model: nn.Module) -> None:
     if len(dtypes) > 1:
         listed = ", ".join(sorted(map(str, dtypes)))
         raise InputError(f"the model mixes parameter dtypes ({listed}): convert it to one, such as model.float()")
+
+
+def gradient_hooks(tensors: Iterable[Tensor]) -> list[int]:
+    """How many hooks each tensor has that see or change its gradient."""
+    with torch._C.DisableTorchFunction():  # by which modes would be asked for every attribute
+        return [len(t._backward_hooks or ()) + len(t._post_accumulate_grad_hooks or ()) for t in tensors]
+
+
+def _refuse_backward_hooks(model: nn.Module) -> None:
+    """Refuse modules that hooks change the gradients of.
+
+    Raises:
+        InputError: names the module, or says that all modules have the hook.
+    """
+    hooked = [called(name, module) for name, module in model.named_modules() if _has_backward_hook(module)]
+    if modules._global_backward_hooks or modules._global_backward_pre_hooks:
+        hooked.append("every module (torch.nn.modules.module)")
+    if hooked:
+        raise InputError(
+            f"{hooked[0]} has a backward hook, which changes gradients so that they are no derivatives: remove it, or "
+            "change the gradient in an autograd.Function or by Tensor.register_hook within forward"
+        )
+
+
+def _has_backward_hook(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_parametrized_by(module: nn.Module, kind: str) -> bool:
@@ -76,9 +103,15 @@ def twice_differentiable(model: nn.Module) -> Iterator[Substituting]:
 
     Attention takes the math kernel; recurrent networks run without oneDNN and cuDNN, whose fused kernels have no
     forward-mode or second derivatives. In the mode, dropout draws the same mask with and without tangents; cross
-    entropy has a derivative by its label smoothing.
+    entropy has a derivative by its label smoothing. Hooks of a graph's nodes see the pass to the training gradient only,
+    and what hooks pack for backward has to come back as it was.
     """
-    with sdpa_kernel(SDPBackend.MATH), _without_fused_recurrence(model, lambda layer: True):
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        _without_fused_recurrence(model, lambda layer: True),
+        nodes_hooked_for_first_pass(partial(_refuse_backward_hooks, model)),
+        packed_without_loss(),
+    ):
         yield Substituting(REPLAYABLE)
 
 
