@@ -103,7 +103,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[Substituting]:
 
     Attention takes the math kernel; recurrent networks run without oneDNN and cuDNN, whose fused kernels have no
     forward-mode or second derivatives. In the mode, dropout draws the same mask with and without tangents; cross
-    entropy has a derivative by its label smoothing. Hooks of a graph's nodes see the pass to the training gradient only,
+    entropy has a derivative by its label smoothing. Hooks of nodes see the pass to the training gradient only,
     and what hooks pack for backward has to come back as it was.
     """
     with (
