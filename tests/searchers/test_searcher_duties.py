@@ -59,7 +59,7 @@ def columns(request: pytest.FixtureRequest, ray_session: str) -> Iterator[Column
 
 @pytest.mark.slow
 @pytest.mark.parametrize("duty", DUTIES)
-@pytest.mark.parametrize("searcher", OURS)
+@pytest.mark.parametrize("searcher", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in OURS])
 def test_duty(columns: Columns, searcher: str, duty: str) -> None:
     outcome = columns.outcome(searcher, duty)
     assert outcome.kind in expected(DUTIES[duty], searcher), f"{DUTIES[duty].description}: {outcome}"
