@@ -226,7 +226,7 @@ def test_one_methods_bug_does_not_take_the_others_down(ray_session, tmp_path):
             lambda task: RandomSearch({"lr": tune.uniform(1e30, 1e31), "l2": 1e10}, "val_loss", "min", seed=0),
         ),
     ]
-    comparison = compare(tiny_problem(), methods, budget="10e", **QUICK, max_failures=0, out=tmp_path / "out")
+    comparison = compare(tiny_problem(), methods, budget="6e", **QUICK, max_failures=0, out=tmp_path / "out")
     check(comparison)
     accounts = comparison.accounts.set_index("method")
     reasons = accounts["reason"]
@@ -283,9 +283,10 @@ def test_repeated_trials_can_be_compared(ray_session, tmp_path):
     check(comparison)
     trials = comparison.trials[comparison.trials["method"] == "repeated"]
     assert (trials["status"] != "failed").all()
-    groups = [config["__trial_index__"] for config in trials["config"]]
-    assert groups[:3] == [0, 1, 2] and len({str(config["lr"]) for config in trials["config"][:3]}) == 1
-    losses = comparison.results[comparison.results["id"].isin(trials["id"][:3])].groupby("id")["val_loss"].last()
+    rates = trials["config"].map(lambda config: str(config["lr"]))
+    first = trials[rates == rates.iloc[0]]  # whichever of them began first
+    assert sorted(config["__trial_index__"] for config in first["config"]) == [0, 1, 2]
+    losses = comparison.results[comparison.results["id"].isin(first["id"])].groupby("id")["val_loss"].last()
     assert losses.nunique() == 3, "repeats differ"
     assert "repeated" in set(comparison.retrained["method"])
 
