@@ -454,7 +454,6 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("an interrupted recipe")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_recipe_comes_to_the_same_results(whole, tmp_path, how):
     cut = start(tmp_path / "cut", slowly=True)
