@@ -226,7 +226,7 @@ def test_one_methods_bug_does_not_take_the_others_down(ray_session, tmp_path):
             lambda task: RandomSearch({"lr": tune.uniform(1e30, 1e31), "l2": 1e10}, "val_loss", "min", seed=0),
         ),
     ]
-    comparison = compare(tiny_problem(), methods, budget="20e", **QUICK, max_failures=0, out=tmp_path / "out")
+    comparison = compare(tiny_problem(), methods, budget="6e", **QUICK, max_failures=0, out=tmp_path / "out")
     check(comparison)
     accounts = comparison.accounts.set_index("method")
     reasons = accounts["reason"]
@@ -283,9 +283,10 @@ def test_repeated_trials_can_be_compared(ray_session, tmp_path):
     check(comparison)
     trials = comparison.trials[comparison.trials["method"] == "repeated"]
     assert (trials["status"] != "failed").all()
-    groups = [config["__trial_index__"] for config in trials["config"]]
-    assert groups[:3] == [0, 1, 2] and len({str(config["lr"]) for config in trials["config"][:3]}) == 1
-    losses = comparison.results[comparison.results["id"].isin(trials["id"][:3])].groupby("id")["val_loss"].last()
+    rates = trials["config"].map(lambda config: str(config["lr"]))
+    first = trials[rates == rates.iloc[0]]  # whichever of them began first
+    assert sorted(config["__trial_index__"] for config in first["config"]) == [0, 1, 2]
+    losses = comparison.results[comparison.results["id"].isin(first["id"])].groupby("id")["val_loss"].last()
     assert losses.nunique() == 3, "repeats differ"
     assert "repeated" in set(comparison.retrained["method"])
 
@@ -325,7 +326,7 @@ from test_compare import QUICK
 from tiny_problem import tiny_problem
 from tune_hypergrad import compare
 ray.init(address={address!r}, log_to_driver=False, runtime_env={{"env_vars": {{"PYTHONPATH": {paths!r}}}}})
-compare(tiny_problem(), ["fds", "bohb", "rs"], budget="150e", **QUICK, out={out!r}, resume={resume})
+compare(tiny_problem(), ["fds", "bohb", "rs"], budget="60e", **QUICK, out={out!r}, resume={resume})
 """
 
 
@@ -365,10 +366,10 @@ def test_ctrl_c_leaves_a_report_and_resuming_ends_it(ray_session, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) != 0
     assert (out / "report.html").exists() and "unfinished" in (out / "summary.md").read_text().lower()
-    with pytest.raises(InputError, match="a budget of 900 gradients, more than 60"):
+    with pytest.raises(InputError, match="a budget of 360 gradients, more than 60"):
         compare(tiny_problem(), ["fds", "bohb", "rs"], budget="10e", **QUICK, out=out, resume=True)
     with pytest.raises(InputError, match="is not empty"):
-        compare(tiny_problem(), ["fds", "bohb", "rs"], budget="150e", **QUICK, out=out)
+        compare(tiny_problem(), ["fds", "bohb", "rs"], budget="60e", **QUICK, out=out)
     assert driver(ray_session, out, resume=True).wait(timeout=240) == 0
     check(Comparison(out))
 

@@ -438,17 +438,25 @@ def work_slowly(place, function, **arguments):
     return function(place, **arguments)
 
 
+def start(folder, slowly=False):
+    """A small recipe in a process of its own."""
+    file = folder.with_suffix(".py")
+    file.write_text(SMALL_RUN.format(tests=TESTS, folder=str(folder), slowly=slowly))
+    return subprocess.Popen([sys.executable, file], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a recipe that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("recipe") / "whole"
+    assert start(folder).wait(timeout=300) == 0
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_recipe_comes_to_the_same_results(tmp_path, how):
-    def start(folder, slowly=False):
-        file = tmp_path / f"{folder}.py"
-        file.write_text(SMALL_RUN.format(tests=TESTS, folder=str(tmp_path / folder), slowly=slowly))
-        return subprocess.Popen([sys.executable, file], stdout=subprocess.PIPE, text=True, start_new_session=True)
-
-    whole = start("whole")
-    assert whole.wait(timeout=300) == 0
-    cut = start("cut", slowly=True)
+def test_an_interrupted_recipe_comes_to_the_same_results(whole, tmp_path, how):
+    cut = start(tmp_path / "cut", slowly=True)
     while "search/paper/0/00: done" not in cut.stdout.readline():
         assert cut.poll() is None
     time.sleep(1.0)  # into the second outer step, whose run takes seven seconds
@@ -456,11 +464,11 @@ def test_an_interrupted_recipe_comes_to_the_same_results(tmp_path, how):
     assert cut.wait(timeout=60) == (-how if how == signal.SIGKILL else 130)
     wait_until_nobody_is_left(cut.pid)
     early = json.loads((tmp_path / "cut" / "results.json").read_text())["jobs"]
-    assert 1 <= len(early) < len(json.loads((tmp_path / "whole" / "results.json").read_text())["jobs"])
-    assert start("cut").wait(timeout=300) == 0
-    results = [json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("whole", "cut")]
+    assert 1 <= len(early) < len(json.loads((whole / "results.json").read_text())["jobs"])
+    assert start(tmp_path / "cut").wait(timeout=300) == 0
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, tmp_path / "cut")]
     assert without_cost(results[0]) == without_cost(results[1])
-    assert re.sub(r"\d\.\d{3}", "", (tmp_path / "whole/table.md").read_text()) == re.sub(
+    assert re.sub(r"\d\.\d{3}", "", (whole / "table.md").read_text()) == re.sub(
         r"\d\.\d{3}", "", (tmp_path / "cut/table.md").read_text()
     )
 

@@ -8,26 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from budgeted import WithoutReset, heeds, loss
 from hpbandster_master import run_search
 from paths import PYTHONPATH
 from ray import tune
 from ray.tune import RunConfig, TuneConfig
 from ray.tune.search import ConcurrencyLimiter
 from test_faults import KillDriver
-from test_hpbandster_search import loss, make
+from test_hpbandster_search import make
 
 from tune_hypergrad import BOHBSearch, HyperBandSearch, hpbandster_result
 
 pytestmark = pytest.mark.slow
 
 BRACKETS = 6
-
-
-class WithoutReset(tune.Trainable):
-    """Cannot be reused, though it is asked to be."""
-
-    def step(self):
-        return {"loss": loss(self.config, self.config["budget"]), "done": True}
 
 
 DRIVER = """
@@ -41,17 +35,12 @@ make_tuner(*sys.argv[2:]).fit()
 """
 
 
-def train(config):
-    for step in range(1, int(config["budget"]) + 1):
-        tune.report({"loss": loss(config, step)})
-
-
 def make_tuner(folder, method):
     search = found = make({"bohb": BOHBSearch, "hb": HyperBandSearch}[method], brackets=BRACKETS)
     if method == "bohb":
         search = ConcurrencyLimiter(search, max_concurrent=1)  # or Ray would ask for one more while one runs
     return tune.Tuner(
-        train,
+        heeds,
         tune_config=TuneConfig(search_alg=search, metric="loss", mode="min", num_samples=-1, reuse_actors=True),
         run_config=RunConfig(
             name="run",
@@ -85,7 +74,7 @@ def killed(ray_session, tmp_path, method):
 @pytest.mark.parametrize("method", ["bohb", "hb"], ids=["one at a time", "two at a time"])
 def test_a_search_outlives_its_driver(ray_session, tmp_path, method):
     killed(ray_session, tmp_path, method)
-    restored = tune.Tuner.restore(str(tmp_path / "run"), trainable=train, resume_unfinished=True, restart_errored=True)
+    restored = tune.Tuner.restore(str(tmp_path / "run"), trainable=heeds, resume_unfinished=True, restart_errored=True)
     grid = restored.fit()
     assert not grid.errors
     result = hpbandster_result(grid)
@@ -115,7 +104,7 @@ def test_trials_and_search_that_were_saved_apart_are_brought_together(ray_sessio
                 states.setdefault("older", (tmp_path / "older").read_bytes())
 
     tune.Tuner(
-        train,
+        heeds,
         tune_config=TuneConfig(search_alg=search, metric="loss", mode="min", num_samples=-1, reuse_actors=True),
         run_config=RunConfig(name="run", storage_path=str(tmp_path), verbose=0, callbacks=[Remember()]),
     ).fit()
@@ -131,7 +120,7 @@ def test_trials_and_search_that_were_saved_apart_are_brought_together(ray_sessio
 
 def test_trials_that_a_restore_skips_are_not_waited_for(ray_session, tmp_path):
     killed(ray_session, tmp_path, "hb")
-    grid = tune.Tuner.restore(str(tmp_path / "run"), trainable=train, resume_unfinished=False).fit()
+    grid = tune.Tuner.restore(str(tmp_path / "run"), trainable=heeds, resume_unfinished=False).fit()
     runs = hpbandster_result(grid).get_all_runs()
     assert len(runs) == 2 * (9 + 3 + 1 + 3 + 1 + 3) and all(run.loss is not None for run in runs)
     # what was passed over before it had a result has been run again

@@ -6,12 +6,13 @@ import logging
 import matplotlib
 import numpy as np
 import pytest
+from budgeted import loss
 from hpbandster import visualization
 from hpbandster_master import run_search
 from ray import tune
 from ray.tune import RunConfig, TuneConfig
 from ray.tune.search.optuna import OptunaSearch
-from test_hpbandster_search import loss, make
+from test_hpbandster_search import make
 
 from tune_hypergrad import BOHBSearch, hpbandster_result
 from tune_hypergrad.errors import InputError

@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
 import pickle
-import time
 from itertools import pairwise
 
 import pytest
+from budgeted import Saves, fails_once, goes_on, loss, saves
 from ConfigSpace import ConfigurationSpace, Float
 from hpbandster.core.result import json_result_logger
 from hpbandster.optimizers import BOHB
@@ -22,10 +21,6 @@ from tune_hypergrad.errors import InputError
 
 SPACE = {"x": tune.uniform(0, 1), "y": tune.loguniform(1e-3, 1)}
 SEARCHERS = [RandomSearch, BOSearch, HyperBandSearch, BOHBSearch]
-
-
-def loss(config, budget):
-    return (config["x"] - 0.3) ** 2 + (math.log10(config["y"]) + 1) ** 2 / 10 + 0.5 / budget
 
 
 def make(cls=BOHBSearch, **options):
@@ -407,13 +402,6 @@ def test_stretched_schedules_cannot_be_resumed(space):
 # under Ray
 
 
-def train(config):
-    """A user's function: reports for ever, however small its budget."""
-    for step in range(1, 100):
-        tune.report({"loss": loss(config, step), "epoch": step})
-        time.sleep(0.01)
-
-
 def fit(trainable, search, tmp_path, *, param_space=None, samples=-1, stop=None, **run):
     config = TuneConfig(search_alg=search, metric="loss", mode="min", num_samples=samples, reuse_actors=True)
     return tune.Tuner(
@@ -427,51 +415,12 @@ def fit(trainable, search, tmp_path, *, param_space=None, samples=-1, stop=None,
 @pytest.mark.slow
 def test_the_stopper_ends_trials_that_do_not_heed_their_budget(ray_session, tmp_path):
     search = BOHBSearch(min_budget=1, max_budget=9, seed=0, brackets=3, time_attr="epoch")
-    grid = fit(train, search, tmp_path, param_space=SPACE, stop=search.stopper)
+    grid = fit(goes_on, search, tmp_path, param_space=SPACE, stop=search.stopper)
     assert not grid.errors and len(grid) == 20
     assert all(result.metrics["epoch"] == result.config["budget"] for result in grid)
     runs = {run.info["trial_id"]: run for run in search.result().get_all_runs()}
     for result in grid:
         assert runs[result.metrics["trial_id"]].loss == result.metrics["loss"]
-
-
-class Saves(tune.Trainable):
-    """Reports how many steps it has taken by itself, fails once on the way, and ends at its budget."""
-
-    def setup(self, config):
-        self.position = self.own = 0
-
-    def reset_config(self, new_config):
-        self.setup(new_config)
-        return True
-
-    def step(self):
-        self.position += 1
-        self.own += 1
-        return {
-            "loss": loss(self.config, self.position),
-            "own": self.own,
-            "done": self.position >= self.config["budget"],
-        }
-
-    def save_checkpoint(self, checkpoint_dir):
-        return {"position": self.position}
-
-    def load_checkpoint(self, checkpoint):
-        self.position = checkpoint["position"]
-
-
-def saves(config):
-    """The same as a function."""
-    checkpoint = tune.get_checkpoint()
-    begun = 0
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder, open(f"{folder}/position") as file:
-            begun = int(file.read())
-    for step in range(begun + 1, int(config["budget"]) + 1):
-        with open("position", "w") as file:
-            file.write(str(step))
-        tune.report({"loss": loss(config, step), "own": step - begun}, checkpoint=tune.Checkpoint.from_directory("."))
 
 
 @pytest.mark.slow
@@ -533,14 +482,6 @@ def test_our_trainable_takes_its_length_from_the_budget_and_continues(ray_sessio
         assert continued[key]["val_loss"] == metrics["val_loss"]
 
 
-def fails_once(config):
-    """Some configurations fail at their first attempt, some at every attempt."""
-    if config["x"] < 0.2 or (config["x"] < 0.3 and not os.path.exists("attempted")):
-        with open("attempted", "w"):
-            raise RuntimeError("as planned")
-    tune.report({"loss": loss(config, config["budget"])})
-
-
 @pytest.mark.slow
 def test_retries_count_once(ray_session, tmp_path):
     search = make(HyperBandSearch, brackets=1)
@@ -559,7 +500,7 @@ def test_retries_count_once(ray_session, tmp_path):
 def test_concurrency_limits_and_sample_counts_hold(ray_session, tmp_path):
     search = RandomSearch(seed=0)
     limited = ConcurrencyLimiter(search, max_concurrent=1)
-    grid = fit(train, limited, tmp_path, param_space=SPACE, samples=3, stop={"training_iteration": 2})
+    grid = fit(goes_on, limited, tmp_path, param_space=SPACE, samples=3, stop={"training_iteration": 2})
     assert len(grid) == 3 and not grid.errors
     runs = search.result().get_all_runs()
     spans = sorted((run.time_stamps["submitted"], run.time_stamps["finished"]) for run in runs)

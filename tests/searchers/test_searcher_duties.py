@@ -28,13 +28,15 @@ from searcher_duty_tools import COLUMNS, OURS, SPACE, Cell, Unmet, drive
 from tune_hypergrad import InputError
 
 PAGE = REPOSITORY / "docs" / "searchers.md"
+PATIENCE = 3
+"""On a busy machine a process takes longer to show that it lives."""
 
 
 class Columns:
     """Outcomes of the duties that this run of the tests has chosen, each found when it is first asked for."""
 
     def __init__(self, address: str, chosen: dict[str, list[str]]) -> None:
-        self.columns = {searcher: run_column(searcher, duties, address) for searcher, duties in chosen.items()}
+        self.columns = {name: run_column(name, duties, address, PATIENCE) for name, duties in chosen.items()}
         self.found: dict[tuple[str, str], Outcome] = {}
 
     def outcome(self, searcher: str, duty: str) -> Outcome:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from budgeted import Saves, loss
 from hpbandster_master import run_search
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem, SubTreeFileSystem
 from ray import tune
 from ray.tune import CheckpointConfig, ResultGrid, RunConfig, TuneConfig
-from test_hpbandster_search import Saves, loss, make
+from test_hpbandster_search import make
 
 from tune_hypergrad import HyperBandSearch, continuing, hpbandster_result
 from tune_hypergrad.errors import InputError

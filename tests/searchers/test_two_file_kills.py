@@ -1,22 +1,18 @@
 """Drivers that die between the uploads of Ray's state files: nobody waits for ever, nothing is lost."""
 
-import os
 import signal
-import threading
 from collections import Counter
 from contextlib import contextmanager
 
-import pyarrow as pa
 import pytest
 from bowls import Counted
-from pyarrow.fs import FileSystemHandler, LocalFileSystem, PyFileSystem
+from mortal_files import DEATH, GENERATOR_STATE, SEARCHER_STATE, TRIALS_STATE, MortalFiles
+from pyarrow.fs import PyFileSystem
 from ray import tune
 from ray.tune import Callback, RunConfig, TuneConfig
 from test_restorable_searches import METRIC, SEARCHES, TRIALS, assert_complete, restored_search, samples_of
 
 pytestmark = pytest.mark.slow
-
-STATES = TRIALS_STATE, SEARCHER_STATE, GENERATOR_STATE = ("experiment_state-", "searcher-state-", "search_gen_state-")
 
 DEATHS = [
     (kept_back, after)
@@ -30,90 +26,6 @@ DEATHS = [
     )
 ]
 """What does not reach the storage any more, and after how many snapshots."""
-
-
-class Death:
-    """When this process's file system stops to take what."""
-
-    def __init__(self):
-        self.lock, self.kept_back, self.after, self.written, self.due = threading.Lock(), (), 0, Counter(), False
-
-    def plan(self, kept_back, after):
-        self.kept_back, self.after, self.written, self.due = kept_back, after, Counter(), False
-
-    def takes(self, name):
-        """Whether a file of this name still reaches the storage."""
-        with self.lock:
-            (kind,) = [state for state in STATES if name.startswith(state)] or [None]
-            if kind is None or not self.kept_back:
-                return not self.due
-            self.written[kind] += 1
-            dies = self.written[kind] > self.after
-            self.due = self.due or dies
-            return not dies or (kind not in self.kept_back and self.written[kind] == self.after + 1)
-
-
-DEATH = Death()
-
-
-class MortalFiles(FileSystemHandler):
-    """This machine's files, as long as `DEATH` lets them be written."""
-
-    def __init__(self):
-        self.files = LocalFileSystem()
-
-    def __reduce__(self):
-        return MortalFiles, ()
-
-    def __eq__(self, other):
-        return isinstance(other, MortalFiles)
-
-    def get_type_name(self):
-        return "mortal"
-
-    def normalize_path(self, path):
-        return self.files.normalize_path(path)
-
-    def get_file_info(self, paths):
-        return self.files.get_file_info(paths)
-
-    def get_file_info_selector(self, selector):
-        return self.files.get_file_info(selector)
-
-    def create_dir(self, path, recursive):
-        self.files.create_dir(path, recursive=recursive)
-
-    def delete_dir(self, path):
-        self.files.delete_dir(path)
-
-    def delete_dir_contents(self, path, missing_dir_ok=False):
-        self.files.delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
-
-    def delete_root_dir_contents(self):
-        raise NotImplementedError
-
-    def delete_file(self, path):
-        self.files.delete_file(path)
-
-    def move(self, source, target):
-        self.files.move(source, target)
-
-    def copy_file(self, source, target):
-        self.files.copy_file(source, target)
-
-    def open_input_stream(self, path):
-        return self.files.open_input_stream(path)
-
-    def open_input_file(self, path):
-        return self.files.open_input_file(path)
-
-    def open_append_stream(self, path, metadata):
-        return self.files.open_append_stream(path, metadata=metadata)
-
-    def open_output_stream(self, path, metadata):
-        if DEATH.takes(os.path.basename(path)):
-            return self.files.open_output_stream(path, metadata=metadata)
-        return pa.BufferOutputStream()
 
 
 class DieInTime(Callback):

@@ -4,12 +4,13 @@ from functools import partial, wraps
 from types import SimpleNamespace
 
 import pytest
+from budgeted import Saves, loss, saves
 from ray import tune
 from ray.train._internal.storage import StorageContext
 from ray.tune import CheckpointConfig, PlacementGroupFactory, RunConfig, TuneConfig
 from ray.tune.result import TRIAL_INFO
 from ray.tune.search.repeater import TRIAL_INDEX
-from test_hpbandster_search import Saves, loss, make, saves
+from test_hpbandster_search import make
 from tiny_problem import tiny_problem
 
 from tune_hypergrad import FixedSchedule, HyperBandSearch, InputError, continuing

@@ -48,7 +48,8 @@ def test_fds_under_asha_from_several_beginnings(ray_session, tmp_path):
     grid = fit(
         FDS.from_problem(tiny_problem(), steps=STEPS, space={"lr": schedule(tune.uniform(0, 1), windows=2)}),
         tmp_path,
-        {"lr": {"0": tune.uniform(0, 1), "1": tune.uniform(0, 1)}, "seed": tune.grid_search([0, 1])},
+        # from where the search takes more than six outer steps before it looks at what has fallen
+        {"lr": {"0": tune.uniform(0, 0.1), "1": tune.uniform(0, 0.1)}, "seed": tune.grid_search([0, 1])},
         scheduler=ASHAScheduler(max_t=6, grace_period=2, reduction_factor=2),
         num_samples=2,
     )
