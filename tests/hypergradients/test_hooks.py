@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from construct_cases.case import square
 from construct_cases.gradients import Forces
 from engine_problems import MODES, differentiate, make_loop, make_problem
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import register_multi_grad_hook, save_on_cpu, saved_tensors_hooks
 from torch.nn.modules.module import register_module_full_backward_hook
 from torch.utils.checkpoint import checkpoint
@@ -244,3 +246,36 @@ def test_plain_training_packs_as_it_likes() -> None:
     with loop.running(plain=True):
         state = loop.step(loop.initial_state(), {name: value[0] for name, value in SGD.items()}, 0)
     assert state.params.isfinite().all()
+
+
+def test_torch_is_as_it_was_when_runs_end_in_whatever_order() -> None:
+    """As runs in several threads do."""
+    before = saved_tensors_hooks.__enter__, Function._register_hook, "_register_hook" in vars(Function)
+    first, second = (make_loop().running() for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    assert (saved_tensors_hooks.__enter__, Function._register_hook) != before[:2]
+    first.__exit__(None, None, None)
+    assert (saved_tensors_hooks.__enter__, Function._register_hook) != before[:2]
+    second.__exit__(None, None, None)
+    assert (saved_tensors_hooks.__enter__, Function._register_hook, "_register_hook" in vars(Function)) == before
+
+
+def test_other_threads_pack_as_they_like() -> None:
+    found = []
+
+    def halved() -> None:
+        x = torch.rand(3, dtype=torch.float64, requires_grad=True)
+        with saved_tensors_hooks(lambda tensor: tensor.half(), lambda packed: packed.double()):
+            y = (x**2).sum()
+        y.backward()
+        found.append(torch.equal(x.grad, 2 * x.detach().half().double()))  # type: ignore[arg-type]
+
+    with make_loop().running():
+        other = Thread(target=halved)
+        other.start()
+        other.join()
+        with pytest.raises(InputError, match="is not what the forward pass saved"):
+            halved()
+    halved()
+    assert found == [True, True]

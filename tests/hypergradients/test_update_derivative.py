@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from tune_hypergrad.hypergradients import InnerLoop, Optimizer, forward, update_derivative
+from tune_hypergrad.hypergradients.check import finite_differences
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.memory import PeakOfTensors
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Slots, guarded_sqrt, sgd
@@ -211,6 +212,14 @@ OTHERS: dict[str, Rule] = {
     "with noise like itself": descending(lambda p, g, h: g * torch.rand_like(p)),
 }
 OWN = {"lr": 0.1, "beta": 0.9}
+LOOKING: dict[str, Rule] = {
+    "by their number": descending(lambda p, g, h: g * 10 / len(p)),
+    "by their number, not linear": descending(lambda p, g, h: torch.tanh(g) * 3 / p.numel() ** 0.5),
+    "by their places": descending(lambda p, g, h: g * torch.linspace(0.1, 2, len(p), dtype=p.dtype)),
+    "centred where there are many": descending(lambda p, g, h: g - g.mean() if p.numel() > 30 else g),
+    "a few of them": descending(lambda p, g, h: torch.where(torch.arange(p.shape[-1]) < 5, g, 0.1 * g**2)),
+}
+"""Rules that depend on how many weights they are given."""
 
 
 def own(name: str, rule: Rule, slots: tuple[str, ...] = ("mean",)) -> Optimizer:
@@ -296,6 +305,27 @@ class TestRuns:
         found = differentiate(make_loop(optimizer=optimizer), values)
         other = differentiate(make_loop(optimizer=optimizer), values, "reverse")
         assert_close(found.hypergradients, other.hypergradients, 1e-9)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("optimizer", TUNED)
+    def test_what_is_elementwise_passes_its_trial(self, optimizer: str, dtype: torch.dtype) -> None:
+        values = {name: torch.tensor([value], dtype=dtype) for name, value in TUNED[optimizer].items()}
+        run = ForwardRun(make_loop(make_problem(dtype=dtype), 3, optimizer), values)
+        with run.loop.running():
+            run.advance(3)
+        assert run._by_derivative
+
+    @pytest.mark.parametrize("name", LOOKING)
+    def test_rules_that_look_at_how_many_weights_there_are(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which are watched on fewer, and taken apart where there are many."""
+        monkeypatch.setattr(update_derivative, "PART", 8)
+        optimizer: Any = own(name, LOOKING[name])
+        for values in ({"lr": double(0.1, 0.05)}, {"lr": double(0.1, 0.05), "beta": double(0.9)}):
+            found = differentiate(make_loop(optimizer=optimizer), values)
+            other = differentiate(make_loop(optimizer=optimizer), values, "reverse")
+            assert found.val_loss == pytest.approx(other.val_loss, rel=1e-12)
+            assert_close(found.hypergradients, other.hypergradients, 1e-9)
+            assert_close(found.hypergradients, finite_differences(make_loop(optimizer=optimizer), values), 1e-5)
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
     def test_it_takes_no_more_memory(self, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:

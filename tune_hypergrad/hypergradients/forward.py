@@ -35,7 +35,7 @@ from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.stop_gradient import ForwardStops
 from tune_hypergrad.hypergradients.substitution import FORWARD_DIFFERENTIABLE, Substitutes
-from tune_hypergrad.hypergradients.update_derivative import Point, update_with_tangents
+from tune_hypergrad.hypergradients.update_derivative import Point, may_be_elementwise, update_with_tangents
 
 COLUMNS_AT_ONCE = 4
 """Columns that are carried at once where no limit of memory is given: more need more memory, fewer repeat the gradient
@@ -100,6 +100,8 @@ class ForwardRun(HypergradientRun):
         self._in_use = 0
         self.tangent_params = torch.zeros(len(self.columns), loop.size, device=loop.device, dtype=loop.dtype)
         self.tangent_slots = tuple(torch.zeros_like(self.tangent_params) for _ in loop.slots)
+        # whether `update_with_tangents` is right; None: it is not known yet
+        self._by_derivative = None if may_be_elementwise(loop) else False
         self.tangent_buffers: Buffers = {}  # of those that training has moved, each of shape [columns, *its own]
 
     @property
@@ -165,9 +167,27 @@ class ForwardRun(HypergradientRun):
         place."""
         if not self._in_use:
             return self.loop.move(*point)
-        return update_with_tangents(self.loop, point, tangents, dh, at_rest=at_rest) or self._update_in_chunks(
-            point, tangents, dh
-        )
+        if self._by_derivative is None:
+            self._by_derivative = self._try_derivative(point)
+        found = update_with_tangents(self.loop, point, tangents, dh, at_rest=at_rest) if self._by_derivative else None
+        return found or self._update_in_chunks(point, tangents, dh)
+
+    def _try_derivative(self, point: Point) -> bool:
+        """Whether `update_with_tangents` gives what a `jvp` of the whole update does, along two drawn directions: it
+        watches a rule on few weights, and a rule may look at how many there are."""
+        drawn = torch.Generator().manual_seed(0)
+
+        def direction(*shape: int) -> Tensor:
+            return torch.randn(2, *shape, generator=drawn, dtype=self.loop.dtype)
+
+        moved = [direction(self.loop.size) for _ in point.vectors]
+        others, dh = [tangent.clone() for tangent in moved], {name: direction() for name in point.h}
+        found = update_with_tangents(self.loop, point, moved, dh, at_rest=False)
+        if found is None:
+            return False
+        params, slots = self._update_in_chunks(point, others, dh)
+        pairs = [(found[0], params), *zip(found[1], slots, strict=True), (moved[0], others[0])]
+        return all(_agree(*pair) for pair in (*pairs, *zip(moved[2:], others[2:], strict=True)))
 
     def _update_in_chunks(
         self, point: Point, tangents: Sequence[Tensor], dh: dict[str, Tensor]
@@ -181,8 +201,8 @@ class ForwardRun(HypergradientRun):
             return jvp(update, (point.params, point.gradient, point.slots, point.h), tangents)
 
         batched = vmap(update_tangent, out_dims=(None, 0))  # type: ignore[arg-type]
-        for start in range(0, self._in_use, self.columns_at_once):
-            chunk = slice(start, min(start + self.columns_at_once, self._in_use))
+        for start in range(0, len(tangents[0]), self.columns_at_once):
+            chunk = slice(start, start + self.columns_at_once)
             dparams, dgradient, *dslots = (tangent[chunk] for tangent in tangents)
             of_h = {name: each[chunk] for name, each in dh.items()}
             (params, slots), after = batched(dparams, dgradient, tuple(dslots), of_h)
@@ -348,6 +368,12 @@ class ForwardRun(HypergradientRun):
         self.tangent_params, *slots = (tangent.clone() for tangent in saved["tangents"])
         self.tangent_slots = tuple(slots)
         self.tangent_buffers = {name: tangents.clone() for name, tangents in saved["buffer_tangents"].items()}
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding, which may be that of large terms."""
+    scale = expected.abs().max()
+    return bool((found - expected).abs().max() <= torch.finfo(expected.dtype).eps ** 0.5 * scale)
 
 
 def _first_step(derivatives: Tensor) -> int:

@@ -26,7 +26,11 @@ Update = Callable[[Tensor, Tensor, Slots, Scalars, Any], tuple[Tensor, Slots]]
 
 
 class Optimizer(NamedTuple):
-    """An inner optimizer: its update equation and what the update needs."""
+    """An inner optimizer: its update equation and what the update needs.
+
+    The update is a pure function of torch operations. Unlike in a model, what it computes under `no_grad` or behind
+    `detach`, or as numbers, is not differentiated; the check before the first run refuses such a rule.
+    """
 
     name: str
     update: Update

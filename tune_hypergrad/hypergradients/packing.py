@@ -7,8 +7,9 @@ function, and second derivatives are wrong without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import ref
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.patching import Patch
 from tune_hypergrad.hypergradients.sites import running_line
 
 _COMPARED = 4096
@@ -30,6 +32,10 @@ class TrustedHooks(saved_tensors_hooks):
     __enter__ = saved_tensors_hooks.__enter__  # torch's, not what `packed_without_loss` puts in its place
 
 
+_IS_COMPARED: ContextVar[bool] = ContextVar("is_compared", default=False)
+"""Whether this thread is where hooks are compared."""
+
+
 @contextmanager
 def packed_without_loss() -> Iterator[None]:
     """For the body, refuse hooks of saved tensors that give back other values.
@@ -37,16 +43,23 @@ def packed_without_loss() -> Iterator[None]:
     Raises:
         InputError: in the backward pass, which names the line that uses the hooks.
     """
-    enter = saved_tensors_hooks.__enter__
+    before = _IS_COMPARED.get()
+    with _PATCH.entered():
+        _IS_COMPARED.set(True)
+        try:
+            yield
+        finally:
+            _IS_COMPARED.set(before)
 
+
+def _entering(enter: Callable[[saved_tensors_hooks], None]) -> Callable[[saved_tensors_hooks], None]:
     def entering(hooks: saved_tensors_hooks) -> None:
-        enter(_compared(hooks, running_line()))
+        enter(_compared(hooks, running_line()) if _IS_COMPARED.get() else hooks)
 
-    saved_tensors_hooks.__enter__ = entering  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+    return entering
+
+
+_PATCH = Patch(saved_tensors_hooks, "__enter__", _entering)
 
 
 def _compared(hooks: saved_tensors_hooks, line: str) -> saved_tensors_hooks:

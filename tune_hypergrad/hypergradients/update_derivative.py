@@ -71,6 +71,11 @@ class _Derivative(NamedTuple):
     """The b_hi, each as a sum of vectors."""
 
 
+def may_be_elementwise(loop: InnerLoop) -> bool:
+    """Whether it is worth while to look whether a loop's update is."""
+    return loop.device.type == "cpu" and not loop.optimizer.by_parameter
+
+
 def update_with_tangents(
     loop: InnerLoop, point: Point, tangents: Sequence[Tensor], dh: Mapping[str, Tensor], *, at_rest: bool
 ) -> tuple[Tensor, Slots] | None:
@@ -85,7 +90,7 @@ def update_with_tangents(
         dh: tangents of the hyperparameters, each of shape [k].
         at_rest: whether all `tangents` are 0.
     """
-    if loop.optimizer.by_parameter or loop.device.type != "cpu":
+    if not may_be_elementwise(loop):
         return None
     rates = {name: each.tolist() for name, each in dh.items()}
     by = [name for name, each in rates.items() if any(each)]
