@@ -45,7 +45,7 @@ def trained_loss(case: Case, hyperparameters: Tensors) -> float:
     """The validation loss after plain training by `torch.optim`."""
     problem = case.reference_problem()
     loop = InnerLoop(problem, case.settings())
-    with loop.running():
+    with loop.running(), loop.replaying:
         model = fresh_model(problem, loop.model)
         train = train_mode(model)
         optimizer = make_optimizer(case, [*model.parameters(), *loss_parameters(problem)])
