@@ -34,6 +34,11 @@ class Call(NamedTuple):
         return [each for each in (target if isinstance(target, list | tuple) else [target]) if isinstance(each, Tensor)]
 
 
+def may_write(function: Callable[..., Any]) -> bool:
+    """Whether a torch function writes to its first argument, or may be asked to."""
+    return _place_of_request(function) is not None
+
+
 def call_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A call of a torch function, be it in place by its name (`mul_`) or by an argument (`inplace=True`)."""
     place = _place_of_request(function)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from tune_hypergrad.errors import NoDerivativeError
-from tune_hypergrad.hypergradients.in_place import SET_DATA, call_of
+from tune_hypergrad.hypergradients.in_place import SET_DATA, call_of, may_write
 from tune_hypergrad.hypergradients.overwriting import SavedTensors
 from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
 
@@ -235,11 +235,12 @@ class DifferentiableStops(Substituting):
         )
 
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.is_grad_enabled() and not may_write(function):  # as most are
+            return super().handle(function, args, kwargs)
         call = call_of(function, args, kwargs)
         targets = call.targets
-        if targets:
-            _refuse_to_write(targets)
-            self._saved.copy(targets)
+        _refuse_to_write(targets)
+        self._saved.copy(targets)
         known = function in self._substitutes and function not in self._computing
         if torch.is_grad_enabled() or known or function is _SET_GRAD_ENABLED:
             return super().handle(function, args, kwargs)
@@ -302,7 +303,8 @@ class ForwardStops(Substituting):
 
     def handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _refuse_inference_mode()
-        _refuse_to_write(call_of(function, args, kwargs).targets)
+        if may_write(function):
+            _refuse_to_write(call_of(function, args, kwargs).targets)
         return super().handle(function, args, kwargs)
 
 
@@ -332,7 +334,8 @@ class WithoutStops(Substituting):
             _refuse_inference_mode()
         if function is _SET_GRAD_ENABLED:
             self._is_off = not args[0]
-        self._saved.copy(call_of(function, args, kwargs).targets)
+        if may_write(function):
+            self._saved.copy(call_of(function, args, kwargs).targets)
         with self._saved.noted() if self._is_off else nullcontext():
             return super().handle(function, args, kwargs)
 
