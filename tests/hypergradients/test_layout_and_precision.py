@@ -15,6 +15,7 @@ from torch_loops import MODES, SGD, assert_exact
 
 from tune_hypergrad import Problem, check_problem, hypergradient
 from tune_hypergrad.hypergradients.tensor_cores import tf32
+from tune_hypergrad.regularisers import InputNoise
 
 SEEDS = (3, 5)
 
@@ -84,6 +85,12 @@ class TestChannelsLast:
         for seed, member in zip(SEEDS, found.members, strict=True):
             own = hypergradient(problem, SGD, steps=4, seed=seed, channels_last=True, differentiation="reverse")
             assert_close(member.hypergradients, own.hypergradients, 1e-10)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_inputs_that_depend_on_hyperparameters(self, mode: str) -> None:
+        problem, values = images(regularisers=[InputNoise()]), {**SGD, "input_noise": double(0.2)}
+        usual, other = (differentiate(make_loop(problem, 4, channels_last=on), values, mode) for on in (False, True))
+        assert_close(other.hypergradients, usual.hypergradients, 1e-10)
 
     def test_with_autocast_and_kept_graphs(self) -> None:
         values = {name: value.float() for name, value in SGD.items()}

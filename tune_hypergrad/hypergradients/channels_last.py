@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_map_only
 
 from tune_hypergrad.batches import Batch, Forward
@@ -28,6 +28,6 @@ class ChannelsLast(NamedTuple):
 
 
 def _laid_out(leaf: Tensor) -> Tensor:
-    if leaf.ndim not in _FORMATS or is_batchedtensor(leaf):  # under `vmap` layouts are not ours to choose
+    if leaf.ndim not in _FORMATS or is_functorch_wrapped_tensor(leaf):  # under `vmap` layouts are not ours to choose
         return leaf
     return leaf.contiguous(memory_format=_FORMATS[leaf.ndim])
