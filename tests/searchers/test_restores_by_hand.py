@@ -127,8 +127,8 @@ class FakeRay:
     def live(self):
         return {id: trial for id, trial in self.trials.items() if not trial.is_finished()}
 
-    def count_trials(self):
-        self.counter = len(self.trials)
+    def count_trials(self, forgotten=0):
+        self.counter = len(self.trials) + forgotten
 
     # what it does
 
@@ -191,7 +191,7 @@ class Simulation:
                 "wrapped by others",
             ),
         )
-        self.forgotten = 0
+        self.forgotten, self.restarted = 0, False
 
     @property
     def samples(self):
@@ -236,7 +236,10 @@ class Simulation:
     def die(self, resumption):
         """Restore from files of the last two snapshots."""
         former = self.files[-2:]
-        trials, state, generator = (self.draw.choice(former)[file] for file in range(3))
+        self.restore(*(self.draw.choice(former)[file] for file in range(3)), resumption)
+
+    def restore(self, trials, state, generator, resumption="resume"):
+        """Begin another driver's life from the contents of three files."""
         ended = [id for id, trial in self.ray.trials.items() if trial.is_finished()]
         ray = self.ray = FakeRay(self.wrap(INNER[self.kind]()), self.samples)
         saved = pickle.loads(trials)
@@ -255,6 +258,7 @@ class Simulation:
         else:
             torn = True
         self.unknowable = self.unknowable or torn or resumption == "skip"
+        self.restarted = self.restarted or resumption == "restart"
         ray.searchers[-1].restore_from_dir(str(self.folder))
         ray.counter, ray.finished = self.counted, False
         for trial_id, trial in saved.items():
@@ -283,6 +287,8 @@ class Simulation:
             runs = base.result().get_all_runs()
             assert self.kind in ("rs", "bo") or all(run.loss is not None for run in runs)
             runs = [run for run in runs if run.loss is not None]
+            if not self.unknowable and self.repeats == 1 and not self.restarted:
+                assert len(runs) == WORK[self.kind], "a trial that Ray has forgotten is one of those asked for"
             if self.kind in ("hb", "bohb"):
                 assert len(runs) == WORK[self.kind]
             x_of = {id: entry["config"]["x"] for id, entry in base.result().get_id2config_mapping().items()}
@@ -313,3 +319,20 @@ def test_whenever_a_driver_dies_the_search_comes_to_its_end(kind, wrapping, tmp_
                 simulation.die(resumption)
         simulation.run()
         simulation.assert_complete()
+
+
+@pytest.mark.parametrize("wrapping", ["alone", "limited", "wrapped by others"])
+@pytest.mark.parametrize("kind", ["rs", "bo"])
+def test_trials_that_rays_older_file_has_forgotten_are_among_those_asked_for(kind, wrapping, monkeypatch, tmp_path):
+    simulation = Simulation(kind, wrapping, monkeypatch, tmp_path, random.Random(1))
+    older = simulation.ray.save(tmp_path)
+    assert simulation.ray.ask() and simulation.ray.ask()
+    simulation.ray.end(next(iter(simulation.ray.live())))
+    newer = simulation.ray.save(tmp_path)
+    simulation.restore(older[0], newer[1], newer[2])
+    assert simulation.ray.ask()
+    last = simulation.ray.save(tmp_path)
+    simulation.restore(*last)
+    simulation.run()
+    evaluated = [run for run in simulation.ray.searchers[-1].result().get_all_runs() if run.loss is not None]
+    assert len(evaluated) == WORK[kind]

@@ -52,9 +52,10 @@ class RayLoop:
         """
         return {trial.trial_id: trial for trial in self.controller.get_live_trials() if not trial.is_finished()}
 
-    def count_trials(self) -> None:
-        """Let the search generator continue from the trials that there are."""
-        self.generator.set_state({**self.generator.get_state(), "counter": len(self.controller.get_trials())})
+    def count_trials(self, forgotten: int = 0) -> None:
+        """Let the search generator continue from the trials that there are, and `forgotten` ones that it had made."""
+        made = len(self.controller.get_trials()) + forgotten
+        self.generator.set_state({**self.generator.get_state(), "counter": made})
 
     def add_callback(self, kind: type[Callback]) -> None:
         """Add a callback of a kind to the controller, where it has none of that kind."""

@@ -52,6 +52,8 @@ class _Session:
     """The controller whose trials the search has looked at already; None: it has looked at none."""
     restored: bool = False
     """Whether the search goes on with an experiment, and the experiment's trials."""
+    forgotten: frozenset[str] = frozenset()
+    """The trials that the search has heard the end of and that Ray, restored from older files, knows nothing of."""
     tags: dict[str, str] = field(default_factory=dict)
     """Ray's tags, by id, of the trials that were waited for when the search was restored."""
     replaying: bool = False
@@ -211,7 +213,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         state: dict[str, Any] = {STATE_KEY: self.get_state()}
         if loop is not None:
             state[_WRAPPERS] = wrappers.states_of(loop.searchers)
-            state[_TRIALS] = list(loop.trials())
+            state[_TRIALS] = [*loop.trials(), *self._session.forgotten]
         Path(checkpoint_path).write_bytes(pickle.dumps(state))
 
     def restore(self, checkpoint_path: str) -> None:
@@ -247,14 +249,16 @@ class RestorableSearch(Searcher, Generic[Work]):
         if trials is None or (saved.get(_WRAPPERS) and len(searchers) == 1):
             return  # of what ran nothing is known, or only its wrappers know: the first look will tell
         known = set(saved.get(_TRIALS, trials))
+        lost = self._unknown_to_ray(searchers, trials)
+        forgotten = frozenset(known - trials.keys() - self._running.keys() - set(lost))
         new = sorted(trials.keys() - known, key=lambda trial_id: trials[trial_id].number)
         # whether a trial that has failed is run again, only Ray's loop will tell
         self.replay(searchers, trials, new, certain=calling_loop() is None)
         wrappers.pass_over(searchers, [trial_id for trial_id, trial in trials.items() if not trial.ended])
         tags = {trial_id: trials[trial_id].tag for trial_id in self._waited_for(searchers) if trial_id in trials}
-        self._session = _Session(restored=True, tags=tags)
+        self._session = _Session(restored=True, forgotten=forgotten, tags=tags)
         wrappers.lift_limits(searchers)
-        continue_counting(len(trials))
+        continue_counting(len(trials) + len(forgotten))
 
     def replay(
         self,
@@ -278,10 +282,7 @@ class RestorableSearch(Searcher, Generic[Work]):
         before = copy.deepcopy((self.get_state(), wrappers.states_of(searchers)))
         self._session.replaying = True
         try:
-            waited = self._waited_for(searchers)
-            lost = [trial_id for trial_id in waited if trial_id not in trials]
-            lost += [trial_id for trial_id in wrappers.beside(searchers, lost) if trial_id not in trials]
-            self._lose(lost, searchers)
+            self._lose(self._unknown_to_ray(searchers, trials), searchers)
             for trial_id in new:
                 self._suggest_as_before(trial_id, trials[trial_id].config, searchers, trials)
             while self._take_next_end(searchers, trials, certain=certain):
@@ -316,7 +317,7 @@ class RestorableSearch(Searcher, Generic[Work]):
             if self._session.restored:
                 self._follow_restarts(loop)
                 wrappers.pass_over(loop.searchers, loop.live())
-                loop.count_trials()
+                loop.count_trials(len(self._session.forgotten))
             self._take_unheard_ends(loop)
             wrappers.put_limits_back(loop.searchers)
         return loop
@@ -353,6 +354,11 @@ class RestorableSearch(Searcher, Generic[Work]):
         if work is None:  # one that a wrapper repeats for another
             return str(self.metric) in result
         return self._is_of_use(work, result)
+
+    def _unknown_to_ray(self, searchers: Sequence[Searcher], trials: Collection[str]) -> list[str]:
+        """The trials whose work is not done, and that Ray, which knows `trials`, will not run."""
+        lost = [trial_id for trial_id in self._waited_for(searchers) if trial_id not in trials]
+        return lost + [trial_id for trial_id in wrappers.beside(searchers, lost) if trial_id not in trials]
 
     def _lose(self, lost: Collection[str], searchers: Sequence[Searcher]) -> None:
         """Suggest the work of lost trials again; of repeated ones only where none of the repeats counts."""
