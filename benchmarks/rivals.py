@@ -11,9 +11,10 @@ Contenders:
   and with about the root of their number (`checkpointed_reverse`), of a problem that has been checked, as in a search;
   and with kept graphs for the first time, the check against plain training included;
 - by hand: the obvious loop of `torch.func.functional_call` and `torch.autograd.grad(create_graph=True)`;
-- higher 0.2.1 and torchopt (MetaSGD, MetaAdam), each by the Python of an environment of its own: `--python NAME=PATH`.
-
-betty-ml is left out: it takes hypergradients of one step or of an implicit function, not of a run.
+- higher 0.2.1 and torchopt (MetaSGD, MetaAdam), each by the Python of an environment of its own: `--python NAME=PATH`;
+- betty-ml 0.1.1, likewise, with as many terms of a Neumann series at the end of the run as `NEUMANN_TERMS`. It has no
+  hypergradient of a run: what it finds, by as many strengths of weight decay, of a loss that has them, holds where
+  training has come to its end, whatever the learning rates were.
 
 Data are made up. Each figure is measured in a process of its own, which after a short run of each first times a plain
 loop of `torch.optim` over as many steps, then the contender, twice, as in a search, then the loop again: process time
@@ -46,7 +47,8 @@ LR, MOMENTUM, ADAM_LR = 0.01, 0.9, 1e-3
 SHORT = 2
 SECONDS = 560
 """Longest time of a measurement."""
-PACKAGES = {"higher": "higher==0.2.1", "torchopt": "torchopt==0.7.3"}
+PACKAGES = {"higher": "higher==0.2.1", "torchopt": "torchopt==0.7.3", "betty": "betty-ml==0.1.1"}
+NEUMANN_TERMS, DECAY = 10, 1e-3
 
 
 def mlp() -> nn.Module:
@@ -225,6 +227,66 @@ def by_torchopt(adam: bool) -> Callable[[Task], Tensor]:
     return found
 
 
+class Strengths(nn.Module):
+    """Strengths of weight decay, each of its share of the weight tensors."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.logs = nn.Parameter(torch.full((count,), DECAY).log())
+
+    def forward(self, weights: list[Tensor]) -> Tensor:
+        chosen = [index * len(self.logs) // len(weights) for index in range(len(weights))]
+        return 0.5 * sum(  # type: ignore[return-value]
+            self.logs[index].exp() * weight.square().sum() for index, weight in zip(chosen, weights, strict=True)
+        )
+
+
+def by_betty(task: Task) -> Tensor:
+    from betty.configs import Config, EngineConfig  # type: ignore[import-not-found]
+    from betty.engine import Engine  # type: ignore[import-not-found]
+    from betty.problems import ImplicitProblem  # type: ignore[import-not-found]
+
+    found: list[Tensor] = []
+
+    class Inner(ImplicitProblem):  # type: ignore[misc]
+        def training_step(self, batch: Any) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self.module(x), y) + self.outer(list(self.module.parameters()))  # type: ignore[no-any-return]
+
+    class Outer(ImplicitProblem):  # type: ignore[misc]
+        def training_step(self, batch: Any) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self.inner(x), y)
+
+        def custom_optimizer_step(self) -> None:
+            found.append(self.module.logs.grad.clone())
+
+    model, strengths = task.model(), Strengths(task.count)
+    terms = {"type": "neumann", "neumann_iterations": NEUMANN_TERMS, "neumann_alpha": LR}
+    inner = Inner(
+        "inner",
+        Config(unroll_steps=task.steps, **terms),
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM),
+        train_data_loader=[task.batch_of(step) for step in range(task.steps)],
+        device="cpu",
+    )
+    outer = Outer(
+        "outer",
+        Config(**terms),
+        module=strengths,
+        optimizer=torch.optim.SGD(strengths.parameters(), lr=LR),
+        train_data_loader=[task.val],
+        device="cpu",
+    )
+    Engine(
+        problems=[inner, outer],
+        config=EngineConfig(train_iters=task.steps, valid_step=task.steps + 1),
+        dependencies={"u2l": {outer: [inner]}, "l2u": {inner: [outer]}},
+    ).run()
+    return found[-1]
+
+
 CONTENDERS: dict[str, Callable[[Task], Tensor]] = {
     **{f"tune_hypergrad, {keeping}": ours(keeping) for keeping in ("kept graphs", "states", "root of the states")},
     "tune_hypergrad, kept graphs, with its check": ours("kept graphs", first=True),
@@ -232,6 +294,7 @@ CONTENDERS: dict[str, Callable[[Task], Tensor]] = {
     "higher": by_higher,
     "torchopt, SGD": by_torchopt(False),
     "torchopt, Adam": by_torchopt(True),
+    "betty, Neumann series": by_betty,
 }
 
 

@@ -7,7 +7,8 @@ the same command, is not run again: the suite goes on where it was stopped, also
 takes small sizes, whose figures say little; they are kept apart from the others. The table is Markdown, of all that the
 file holds.
 
-- rivals: ours beside a loop by hand, higher and torchopt, where `--rivals` has their environments (`rivals.py`);
+- lenet, long, mlp, wrn: ours beside a loop by hand, higher, torchopt and betty-ml, where `--rivals` has their
+  environments (`rivals.py`);
 - forward: forward mode's ways beside a loop of double backward (`hypergradient_cost.py`), and reverse mode;
 - layout: images with their channels last (`layout_cost.py`);
 - fds: ten outer steps of FDS from end to end (`fds_end_to_end.py`);
@@ -53,14 +54,29 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "rivals": Benchmark(
+    "lenet": Benchmark(
         "rivals.py",
-        "--models lenet --steps 20 100 --counts 1 9",
+        "--models lenet --steps 20 100 --counts 1 9 --repeats 2",
         "--models lenet --steps 10 --counts 9 --repeats 1",
+    ),
+    "long": Benchmark(
+        "rivals.py",
+        "--models lenet --steps 400 --counts 1 --repeats 1",
+        "--models lenet --steps 12 --counts 1 --repeats 1",
+    ),
+    "mlp": Benchmark(
+        "rivals.py",
+        "--models mlp --steps 20 100 400 --counts 1 1000 --repeats 2",
+        "--models mlp --steps 10 --counts 1000 --repeats 1",
+    ),
+    "wrn": Benchmark(
+        "rivals.py",
+        "--models wrn --steps 20 --counts 1 --repeats 2",
+        "--models wrn --steps 4 --counts 1 --repeats 1",
     ),
     "forward": Benchmark(
         "hypergradient_cost.py",
-        "--only forward reverse",
+        "--quick --only forward reverse",
         "--only forward --networks MLP LeNet --columns 4 --repetitions 1",
     ),
     "layout": Benchmark("layout_cost.py", "", "--models lenet --steps 8 --turns 1"),
@@ -150,10 +166,10 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--rivals", type=Path, metavar="DIR", help="environments of higher and torchopt, or for them")
     parser.add_argument("--data-dir", type=Path, metavar="DATA", help="folder with Fashion-MNIST, for fds")
     options = parser.parse_args(given)
-    whole = "" if options.quick else " --steps 429"  # an epoch
+    rivals = "" if options.rivals is None else f"--environments {shlex.quote(str(options.rivals))}"
     further = {
-        "rivals": "" if options.rivals is None else f"--environments {shlex.quote(str(options.rivals))}",
-        "fds": "" if options.data_dir is None else f"--data-dir {shlex.quote(str(options.data_dir))}{whole}",
+        **{name: rivals for name, benchmark in BENCHMARKS.items() if benchmark.script == "rivals.py"},
+        "fds": "" if options.data_dir is None else f"--data-dir {shlex.quote(str(options.data_dir))}",
     }
     commands = {
         key_of(name, quick=options.quick): BENCHMARKS[name].command(quick=options.quick, further=further.get(name, ""))
