@@ -28,7 +28,7 @@ from torch_loops import SGD, assert_exact
 from tune_hypergrad import InputError, hypergradient
 from tune_hypergrad.hypergradients import Optimizer, graph_size, hypergradient_run, verification
 from tune_hypergrad.hypergradients.forward import ForwardRun
-from tune_hypergrad.hypergradients.reverse import NotReplayedError
+from tune_hypergrad.hypergradients.replays import NotReplayedError
 from tune_hypergrad.losses import smoothed_cross_entropy
 from tune_hypergrad.outer import Descent, OnlineRun
 from tune_hypergrad.problem import Problem

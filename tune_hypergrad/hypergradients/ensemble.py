@@ -20,16 +20,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.hypergradients.conversions import StepMode
 from tune_hypergrad.hypergradients.double_precision import in_double_precision
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop, mean_of, members_differentiable
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.findings import recall
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.keeping import Room
-from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
+from tune_hypergrad.hypergradients.replays import NotReplayedError
+from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
-from tune_hypergrad.hypergradients.step_graph import StepMode, adjoint_step
+from tune_hypergrad.hypergradients.step_graph import adjoint_step
 from tune_hypergrad.hypergradients.verification import EXAMPLES
 
 _SUBJECT = "together"

@@ -25,6 +25,7 @@ from torch.func import grad, jvp, vmap
 
 from tune_hypergrad.curves import base_names, first_step_of, split_name, window_at
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.conversions import step_conversions_judged
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, as_real, has_derivatives
 from tune_hypergrad.hypergradients.normalisation import instance_norm
@@ -33,6 +34,7 @@ from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.products import products_in_turn
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
+from tune_hypergrad.hypergradients.step_graph import differentiable
 from tune_hypergrad.hypergradients.stop_gradient import ForwardStops
 from tune_hypergrad.hypergradients.substitution import FORWARD_DIFFERENTIABLE, Substitutes
 from tune_hypergrad.hypergradients.update_derivative import Point, may_be_elementwise, update_with_tangents
@@ -249,9 +251,16 @@ class ForwardRun(HypergradientRun):
     ) -> _Differentiated:
         """The training gradient of one of a step's batches, which begins with these buffers, and its tangents, as
         `_gradient_tangents` gives them."""
-        loop = self.loop
+        state = self.state._replace(buffers=buffers)
+        with step_conversions_judged(self.loop, state, h, step, number, differentiable):
+            return self._tangents_from(state, h, dparams, dh, step, number)
+
+    def _tangents_from(
+        self, state: State, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int, number: int
+    ) -> _Differentiated:
+        """`_tangents_on`, whatever numbers the program makes of tensors."""
+        loop, buffers = self.loop, state.buffers
         if self.in_turn:
-            state = self.state._replace(buffers=buffers)
             products = products_in_turn(loop, state, h, dparams, dh, step, number)
             if products is not None:
                 return products

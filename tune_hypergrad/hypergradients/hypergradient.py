@@ -32,7 +32,8 @@ from tune_hypergrad.hypergradients.modes import (
     mode_named,
 )
 from tune_hypergrad.hypergradients.optimizers import Optimizer
-from tune_hypergrad.hypergradients.reverse import NotReplayedError, ReverseRun
+from tune_hypergrad.hypergradients.replays import NotReplayedError
+from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values, refuse_underivable
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.verification import refusal_of, remember

@@ -249,6 +249,8 @@ class InnerLoop:
         self.costs = LoopCosts(self.batches)
         self.captured: CapturedSteps | None = None
         """Steps that are replayed, where `capture_steps` has found that they can be."""
+        self.harmless_conversions: set[str] = set()
+        """Lines of the program that make numbers of tensors on which no loss has been seen to depend."""
         self.replaying: AbstractContextManager[Any] = nullcontext()
         """What passes through the model run in, while `running`; not all else, since it sees every call of torch."""
         self._evaluator = Evaluator(self)

@@ -6,7 +6,7 @@ or what a program does that no derivative follows, is a refusal of one mode or o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial, wraps
 from math import isnan
@@ -18,12 +18,19 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.hypergradients.conversions import (
+    LOST,
+    Noting,
+    noted_training_loss,
+    noted_validation_loss,
+    place_that_matters,
+)
 from tune_hypergrad.hypergradients.derivatives import fault_of
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, Training
 from tune_hypergrad.hypergradients.narrowing import culprit
-from tune_hypergrad.hypergradients.reverse import are_replayed
+from tune_hypergrad.hypergradients.replays import is_same
 from tune_hypergrad.hypergradients.sites import Sites, called, line_of, line_of_backward
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.step_graph import adjoint_step, differentiable
@@ -34,7 +41,6 @@ T = TypeVar("T")
 Refusals = dict[str, str]
 """Why a mode, "forward" or "reverse", has no right derivative: one line each."""
 
-_MOST_CONVERSIONS = 100
 _LIBRARIES = ("torch.", "tune_hypergrad.")
 _WRITES_TO_DATA = "the model changes its input in place, and with it the data: begin with `x = x.clone()` in forward"
 
@@ -108,7 +114,7 @@ class _Inspection:
             return dict.fromkeys(modes, fault)
         self._train_at_other_weights()
         again = self._training()
-        pure = _is_same(plain.loss, again.loss) or bool(plain.loss.isnan())
+        pure = is_same(plain.loss, again.loss) or bool(plain.loss.isnan())
         found: Refusals = {}
         for mode in modes:
             fault = self._fault_of_forward(plain, pure) if mode == "forward" else self._fault_of_reverse(plain, pure)
@@ -195,25 +201,9 @@ class _Inspection:
                 )
 
     def _fault_of_training(self) -> str | None:
-        loop, state = self._loop, self._state
-
-        def loss(conversions: Conversions) -> Tensor:
-            """The training loss of the first step, as reverse mode computes it."""
-            h = {name: value.detach().requires_grad_() for name, value in self._h.items()}
-            named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
-            moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
-            buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-            batch = loop.batches.of_step(0)
-            with torch.enable_grad(), conversions.noted():
-                return loop.at_training_loss(named, buffers, h, batch, 0, _constant_loss, mode=differentiable)
-
-        return self._fault_of(loss)
+        return self._fault_of(partial(noted_training_loss, self._loop, self._state, self._h, 0, 0, differentiable))
 
     def _fault_of_evaluation(self) -> str | None:
-        def loss(conversions: Conversions) -> Tensor:
-            with conversions.noted():
-                return self._evaluate(True)
-
         versions = self._data_versions()
         try:
             recording, plain = self._evaluate(True), self._evaluate(False)
@@ -225,7 +215,9 @@ class _Inspection:
         if versions != self._data_versions():
             raise InputError(_WRITES_TO_DATA)
         same = torch.equal(plain, recording) or bool(plain.isnan())
-        return (None if same else self._fault_of_differing()) or self._fault_of(loss)
+        return (None if same else self._fault_of_differing()) or self._fault_of(
+            partial(noted_validation_loss, self._loop, self._state)
+        )
 
     def _evaluate(self, gradient: bool) -> Tensor:
         examples = min(len(self._loop.batches.split("val")), self._loop.problem.eval_batch_size)
@@ -250,7 +242,7 @@ class _Inspection:
             )
         return None
 
-    def _fault_of(self, noting: Callable[[Conversions], Tensor]) -> str | None:
+    def _fault_of(self, noting: Noting) -> str | None:
         """Numbers that leave torch and matter, or functions of the program's own whose derivatives are wrong, as one
         line; None where there are none."""
         conversions = Conversions(self._sites.here)
@@ -260,12 +252,9 @@ class _Inspection:
         except Exception:
             return None  # what fails, the trial of a mode tells
 
-        place = self._conversion_that_matters(noting, value, conversions.places)
+        place = place_that_matters(noting, value, conversions.places, self._sites)
         if place is not None:
-            return (
-                f"{place} makes a Python or NumPy number of a tensor that depends on what is tuned or trained, so that "
-                "its derivative is lost: compute with the tensor itself"
-            )
+            return f"{place} {LOST}"
         tried: set[tuple[type[Function], str]] = set()
         for function, args, place in applications:
             if (function, place) not in tried:
@@ -274,22 +263,6 @@ class _Inspection:
                 if fault is not None:
                     return f"autograd.Function {function.__name__!r} in {place}: {fault}"
         return None
-
-    def _conversion_that_matters(
-        self, noting: Callable[[Conversions], Tensor], value: Tensor, places: Sequence[str]
-    ) -> str | None:
-        """The place of the first conversion whose number the loss depends on, so that another makes another loss."""
-
-        def is_other(moved: Container[int]) -> bool | None:
-            try:
-                with self._sites.watched():
-                    return not _is_same(noting(Conversions(self._sites.here, moved)), value)
-            except Exception:
-                return None  # such as an assertion about a number
-
-        if not places or bool(value.isnan()) or is_other(range(len(places))) is False:
-            return None
-        return next((place for index, place in enumerate(places[:_MOST_CONVERSIONS]) if is_other([index])), None)
 
     def _fault_of_forward(self, plain: Training, pure: bool) -> str | None:
         try:
@@ -424,10 +397,6 @@ def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _subclasses(subclass)
 
 
-def _constant_loss(loss: Tensor, passed: Passed) -> Tensor:
-    return constant(loss)
-
-
 def _leaves(loss: Tensor) -> list[Tensor]:
     """Tensors that require a gradient and that a loss depends on."""
     found, seen, left = [], set(), [loss.grad_fn]
@@ -447,11 +416,6 @@ def _reason(error: Exception, line: str) -> str:
     overwritten = "inplace operation" in str(error)
     remedy = "; what is overwritten is needed: write out of place, or clone first" if overwritten else ""
     return f" ({in_one_line(error)}{f', at {line}' if line else ''}{remedy})"
-
-
-def _is_same(value: Tensor, other: Tensor) -> bool:
-    """Whether two losses are of the same computation: to the bit on a CPU, to rounding where sums have no order."""
-    return torch.equal(value, other) if value.device.type == "cpu" else bool(are_replayed(value, other))
 
 
 def _is_near(value: Tensor, other: Tensor) -> bool:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from tune_hypergrad.curves import base_names, split_name, window_at
-from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.conversions import StepMode
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.keeping import Room, Stretch, plan_stretch
 from tune_hypergrad.hypergradients.kept_states import KeptStates
 from tune_hypergrad.hypergradients.memory import allocated
+from tune_hypergrad.hypergradients.replays import refuse_another_step
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.step_graph import (
     Pulled,
     StepGraph,
-    StepMode,
     adjoint_step,
     differentiable,
     pull_back,
@@ -51,10 +51,6 @@ def checkpoint_interval(steps: int) -> int:
 def states_only(steps: int, *, all_of_them: bool) -> Room:
     """Room for every state of a run, or for about twice the root of their number, and for no graphs."""
     return Room(steps if all_of_them else 2 * checkpoint_interval(steps), 1)
-
-
-class NotReplayedError(InputError):
-    """A training step that was run again was another one."""
 
 
 class ReverseRun(HypergradientRun):
@@ -347,33 +343,3 @@ def spread(steps: Sequence[int], interval: int) -> list[int]:
         if not chosen or step - chosen[-1] >= interval:
             chosen.append(step)
     return chosen
-
-
-def refuse_another_step(steps: Sequence[int], first: Tensor, again: Tensor) -> None:
-    """Refuse to differentiate steps that are not those that were trained with.
-
-    Args:
-        steps: which ones.
-        first: their losses on the way there, shape [steps], or [steps, S] of S runs at once.
-        again: their losses on the way back, of that shape.
-
-    Raises:
-        NotReplayedError: they differ.
-    """
-    differ = ~are_replayed(first, again)
-    if bool(differ.any()):
-        position = tuple(differ.nonzero()[0].tolist())
-        raise NotReplayedError(
-            f"training step {steps[position[0]]} was another one when it was run again (a loss of "
-            f"{float(again[position]):.6g}, not {float(first[position]):.6g}): something in the data or the model "
-            "draws from a generator of its own, counts calls or caches; draw from torch's, NumPy's or Python's global "
-            "generators, or set differentiation='forward'"
-        )
-
-
-def are_replayed(first: Tensor, again: Tensor) -> Tensor:
-    """Which losses are those of the same steps, elementwise: to a few last bits on a CPU, to rounding on other devices,
-    where sums are added up in another order at every call."""
-    precision = torch.finfo(again.dtype).eps
-    relative, absolute = (16 * precision, 0.0) if again.device.type == "cpu" else (1e-3, 16 * precision)
-    return torch.isclose(again, first, rtol=relative, atol=absolute, equal_nan=True)

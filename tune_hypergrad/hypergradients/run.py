@@ -14,6 +14,7 @@ from torch import Tensor
 from tune_hypergrad.budget import Cost
 from tune_hypergrad.curves import KNOTS, base_names, split_name
 from tune_hypergrad.errors import InputError, NoDerivativeError
+from tune_hypergrad.hypergradients.conversions import evaluation_conversions_judged
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.sites import line_of
@@ -250,7 +251,8 @@ class HypergradientRun(ABC):
 
     def _segment_gradient(self, state: State, end: int) -> Evaluation:
         """The validation loss with its gradients at the end of a segment; kept if it is the final one."""
-        evaluation = self._evaluate_at_end(state, end)
+        with evaluation_conversions_judged(self.loop, state):
+            evaluation = self._evaluate_at_end(state, end)
         self.cost += self.loop.costs.evaluation("val", self.val_examples, gradient=True)
         if end == self.loop.steps:
             self._evaluate_final(state, evaluation)

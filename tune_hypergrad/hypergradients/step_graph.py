@@ -11,22 +11,19 @@ goes back through it is the same either way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tune_hypergrad.hypergradients.conversions import StepMode, step_conversions_judged
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, Training, changed, mean_training, versions_of
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
 from tune_hypergrad.hypergradients.partial_update import step_blocks
 from tune_hypergrad.hypergradients.state import Buffers, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
-
-StepMode = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
-"""Makes what a training step runs in, of the tensors that the step may overwrite."""
 
 
 class BatchGraph(NamedTuple):
@@ -204,7 +201,8 @@ def _batch_graph(
         kept = {name: after[name] if name in moved or name in written else state.buffers[name] for name in after}
         return BatchGraph(constant(loss), gradient, without, named, moved, kept, {*moved, *written}, passed.within)
 
-    with torch.enable_grad():
+    mode = mode or differentiable
+    with torch.enable_grad(), step_conversions_judged(loop, state, h, step, number, mode):
         buffers = {**copies, **{name: buffer.clone() for name, buffer in moved.items()}}
         versions = versions_of(copies)
         batch = loop.batches.of_step(step, number, again=again)
@@ -216,7 +214,7 @@ def _batch_graph(
             step,
             differentiate,
             number=number,
-            mode=mode or differentiable,
+            mode=mode,
         )
 
 

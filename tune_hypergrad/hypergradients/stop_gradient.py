@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any
 from weakref import ref
@@ -27,7 +28,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from tune_hypergrad.errors import NoDerivativeError
+from tune_hypergrad.errors import NoDerivativeError, in_one_line
 from tune_hypergrad.hypergradients.in_place import SET_DATA, call_of, may_write
 from tune_hypergrad.hypergradients.overwriting import SavedTensors
 from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
@@ -95,9 +96,6 @@ class Conversions:
             another one, it depends on them.
     """
 
-    present: Conversions | None = None
-    """The conversions that are noted now; None where none are."""
-
     def __init__(self, where: Callable[[], str], moved: Container[int] = ()) -> None:
         self._where, self._moved = where, moved
         self.places: list[str] = []
@@ -105,16 +103,20 @@ class Conversions:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """For the body, note conversions in programs that run under the modes of this module."""
-        Conversions.present = self
+        before = _noting.set(self)
         try:
             yield
         finally:
-            Conversions.present = None
+            _noting.reset(before)
 
     def note(self, result: Any) -> Any:
         """Note a conversion; returns its result, a little off where it is one of those to be moved."""
         self.places.append(self._where())
         return _moved(result) if len(self.places) - 1 in self._moved else result
+
+
+_noting: ContextVar[Conversions | None] = ContextVar("conversions", default=None)
+"""What notes conversions now."""
 
 
 class StopGradient(Function):
@@ -293,6 +295,7 @@ class ForwardStops(Substituting):
             {
                 **further,
                 **dict.fromkeys(DETACHING, stop),
+                **{function: _noting_all(function) for function in (*_CONVERSIONS, *_REBUILDING)},
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: partial(_hook_within, ref(self)),
                 SET_DATA: partial(_set_data, stop, nullcontext),
@@ -421,8 +424,8 @@ def _refuse_inference_mode() -> None:
 
 def _of_constant(function: Callable[..., Any]) -> Callable[..., Any]:
     def converted(tensor: Tensor, *args: Any, **keywords: Any) -> Any:
-        result = function(constant(tensor), *args, **keywords)
-        return Conversions.present.note(result) if Conversions.present and tensor.requires_grad else result
+        result, noting = function(constant(tensor), *args, **keywords), _noting.get()
+        return noting.note(result) if noting is not None and tensor.requires_grad else result
 
     return converted
 
@@ -432,10 +435,29 @@ def _rebuilding(function: Callable[..., Any]) -> Callable[..., Any]:
         data = args[1:] if function is Tensor.new_tensor else args
         converts = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((data, keywords)))
         cut = tree_map(lambda leaf: constant(leaf) if isinstance(leaf, Tensor) else leaf, (args, keywords))
-        result = function(*cut[0], **cut[1])
-        return Conversions.present.note(result) if Conversions.present and converts else result
+        result, noting = function(*cut[0], **cut[1]), _noting.get()
+        return noting.note(result) if noting is not None and converts else result
 
     return rebuilt
+
+
+def _noting_all(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A conversion that is noted of any floating tensor, since under transforms of `torch.func` none says whether it
+    has a history."""
+
+    def converted(*args: Any, **keywords: Any) -> Any:
+        try:
+            result, noting = function(*args, **keywords), _noting.get()
+        except RuntimeError as error:
+            raise NoDerivativeError(
+                f"forward mode cannot make a Python or NumPy number of a tensor here ({in_one_line(error)}): leave "
+                "that out, or set differentiation='reverse'"
+            ) from error
+        if noting is None or not any(isinstance(leaf, Tensor) and may_have_history(leaf) for leaf in tree_leaves(args)):
+            return result
+        return noting.note(result)
+
+    return converted
 
 
 def _moved(result: Any) -> Any:
