@@ -364,6 +364,29 @@ class TestKeptGraphs:
         assert graphs in (8, 9, 10)
         assert 0.7 * limit < most <= limit + size  # and the step at work
 
+    @pytest.mark.parametrize(("optimizer", "kept"), [("sgd", True), ("adam", False)])
+    def test_updates_graphs_that_take_next_to_no_memory_are_kept_too(self, optimizer: str, kept: bool) -> None:
+        """Plain SGD saves nothing that is not in the states anyway; Adam several vectors a step."""
+        problem = make_problem(lambda: nn.Sequential(nn.Linear(4, 3000), nn.Tanh(), nn.Linear(3000, 3)), batch_size=12)
+        values = {"lr": double(0.1, 0.2)}
+
+        def found(keeps_updates: bool | None) -> Any:
+            run = hypergradient_run(make_loop(problem, 6, optimizer), values, differentiation="reverse")
+            run._keeps_updates = keeps_updates  # type: ignore[attr-defined]
+            with run.loop.running():
+                run.advance(6)
+                if keeps_updates is None:
+                    graphs = run._graphs.values()  # type: ignore[attr-defined]
+                    assert len(graphs) == 6 and all((graph.update is not None) == kept for graph in graphs)
+                run.advance(6)
+            return run.result()
+
+        either = found(None)
+        for keeps_updates in (False, True):
+            other = found(keeps_updates)
+            assert other.val_loss == either.val_loss and other.cost == either.cost
+            assert torch.equal(other.hypergradients["lr"], either.hypergradients["lr"])
+
     def test_graphs_that_are_larger_than_was_planned_with(self) -> None:
         """As of longer texts in later batches: fewer are kept."""
         loop = make_loop(make_problem(batch_size=12), 9)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tune_hypergrad.curves import base_names, split_name, window_at
 from tune_hypergrad.hypergradients.conversions import StepMode
-from tune_hypergrad.hypergradients.inner_loop import InnerLoop
+from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Training
 from tune_hypergrad.hypergradients.keeping import Room, Stretch, plan_stretch
 from tune_hypergrad.hypergradients.kept_states import KeptStates
 from tune_hypergrad.hypergradients.memory import allocated
@@ -32,6 +32,7 @@ from tune_hypergrad.hypergradients.step_graph import (
     differentiable,
     pull_back,
     step_graph,
+    take_with_graph,
 )
 
 _MISCOUNTED = 1 << 12
@@ -39,6 +40,8 @@ _MISCOUNTED = 1 << 12
 _MOST_BETWEEN, _SHARES = 16, 32
 """Steps of which one graph is measured, at the most, and in how many parts at the least the memory for graphs is filled
 between two measurements: glibc takes a tenth of a millisecond to say what it has given."""
+_LITTLE = 0.02
+"""What the graph of an update may take to be kept, as a part of what the graph of its gradient is planned with."""
 _COMPARED_TOGETHER = 64
 """Steps between two comparisons on a device that has to be waited for."""
 
@@ -87,6 +90,7 @@ class ReverseRun(HypergradientRun):
         self._held = 0.0  # bytes of all of them
         self._size = self._room.graph  # of the last one that was measured
         self._between = max(1, min(_MOST_BETWEEN, self._room.graphs(0) // _SHARES))  # steps of which one is measured
+        self._keeps_updates: bool | None = None  # with them; None: not known yet
         self._again: set[int] = set()  # steps whose graphs were made on the way back
         self._losses: list[Tensor] = []  # of the steps on the way there
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
@@ -133,14 +137,33 @@ class ReverseRun(HypergradientRun):
                 taken = (allocated(loop.device) or 0) - (before or 0)
                 self._size = max(self._room.graph, taken - _MISCOUNTED + self._room.state)
             if graph.changed <= loop.moving:
-                if keeps_graph:
-                    self._keep(step, graph)
                 training = graph.training
-                return loop.stepped(state, training, h, step), training.loss
+                if not keeps_graph:
+                    return loop.stepped(state, training, h, step), training.loss
+                after, graph = self._take(graph, training, step)
+                self._keep(step, graph)
+                return after, training.loss
             # what has begun to change has to be known before there is a graph of it
         if number >= stretch.graphs_from:
             self._kept[step] = state
         return loop.take_step(state, {name: value.detach() for name, value in h.items()}, step, again=True)
+
+    def _take(self, graph: StepGraph, training: Training, step: int) -> tuple[State, StepGraph]:
+        """The state after the step of a graph that is kept, and the graph, with that of the update where it takes next
+        to no memory: then it is not made again on the way back."""
+        loop = self.loop
+        if self._keeps_updates is False:
+            return loop.stepped(graph.state, training, graph.h, step), graph
+        before = allocated(loop.device) if self._keeps_updates is None else None
+        after, whole = take_with_graph(loop, graph, training, step)
+        if self._keeps_updates is None:
+            taken = (
+                (allocated(loop.device) or 0)
+                - (before or 0)
+                - sum(each.nbytes for each in (after.params, *after.slots))
+            )
+            self._keeps_updates = before is not None and taken <= _LITTLE * self._room.graph
+        return after, whole if self._keeps_updates else graph
 
     def _without_last(self, stretch: Stretch, steps: int) -> Stretch:
         """A stretch of so many steps after which something else is run before they are gone back through. Where no

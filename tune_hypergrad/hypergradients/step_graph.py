@@ -21,7 +21,7 @@ from tune_hypergrad.hypergradients.conversions import StepMode, step_conversions
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, Training, changed, mean_training, versions_of
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
-from tune_hypergrad.hypergradients.partial_update import step_blocks
+from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.state import Buffers, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
 
@@ -53,14 +53,25 @@ class BatchGraph(NamedTuple):
         return Training(self.loss, constant(self.gradient), self.without_gradient, after)
 
 
+class UpdateGraph(NamedTuple):
+    """The graph of an optimizer's update."""
+
+    leaves: tuple[Tensor, ...]
+    """The weights, the gradient and the slots before it, each of shape [P]."""
+    after: tuple[Tensor, ...]
+    """The weights and slots after it, each of shape [P], with a history."""
+
+
 class StepGraph(NamedTuple):
-    """A training step of which only the optimizer's update is left to make."""
+    """The graph of a training step's gradient."""
 
     state: State
     """Before the step."""
     h: dict[str, Tensor]
     """The tuned hyperparameters' values in force: leaves."""
     batches: tuple[BatchGraph, ...]
+    update: UpdateGraph | None = None
+    """That of its update, where it has been kept; else the update is made anew."""
 
     @property
     def training(self) -> Training:
@@ -114,12 +125,24 @@ def step_graph(
     return StepGraph(state, h, tuple(batches))
 
 
+def take_with_graph(loop: InnerLoop, graph: StepGraph, training: Training, step: int) -> tuple[State, StepGraph]:
+    """The state after the step of a graph, whose `training` this is, to the bit that of `loop.stepped`; and the graph
+    with that of the update."""
+    update = _update_graph(loop, graph.state, training.gradient, training.without_gradient, graph.h, step)
+    params, *slots = map(constant, update.after)
+    counts = counted(graph.state.counts, training.without_gradient)
+    return State(params, tuple(slots), training.buffers, counts), graph._replace(update=update)
+
+
 def pull_back(
     loop: InnerLoop, graph: StepGraph, step: int, adjoint: tuple[Tensor, ...], buffer_adjoint: Buffers
 ) -> Pulled:
     """Go back through a step, and use its graph up; arguments as for `adjoint_step`."""
-    mean = graph.training
-    update = _through_update(loop, graph.state, mean.gradient, mean.without_gradient, graph.h, step, adjoint)
+    kept = graph.update
+    if kept is None:
+        mean = graph.training
+        kept = _update_graph(loop, graph.state, mean.gradient, mean.without_gradient, graph.h, step)
+    update = _through_update(kept, graph.h, adjoint)
     return _through_batches(loop, reversed(graph.batches), len(graph.batches), graph.h, update, buffer_adjoint)
 
 
@@ -150,7 +173,7 @@ def adjoint_step(
     # their mean gradient has to be known before any of them is gone back through
     parts = list(loop.trainings(state, h, step, again=True))
     mean = mean_training(parts)
-    update = _through_update(loop, state, mean.gradient, mean.without_gradient, h, step, adjoint)
+    update = _through_update(_update_graph(loop, state, mean.gradient, mean.without_gradient, h, step), h, adjoint)
     before = [state.buffers, *(part.buffers for part in parts[:-1])]
     graphs = (
         _batch_graph(loop, state._replace(buffers=before[number]), h, step, number, False, mode)
@@ -168,22 +191,26 @@ class _ThroughUpdate(NamedTuple):
     to_h: dict[str, Tensor]
 
 
-def _through_update(
+def _update_graph(
     loop: InnerLoop,
     state: State,
     gradient: Tensor,
     without_gradient: frozenset[int],
     h: dict[str, Tensor],
     step: int,
-    adjoint: tuple[Tensor, ...],
-) -> _ThroughUpdate:
-    leaves = [constant(tensor).requires_grad_() for tensor in (state.params, gradient, *state.slots)]
+) -> UpdateGraph:
+    leaves = tuple(constant(tensor).requires_grad_() for tensor in (state.params, gradient, *state.slots))
     blocks = step_blocks(state.counts, without_gradient)
     with torch.enable_grad():
-        updated, slots = loop.update(leaves[0], leaves[1], tuple(leaves[2:]), h, step, blocks)
-    to_params, to_gradient, *rest = _products((updated, *slots), [*leaves, *h.values()], adjoint)
+        params, slots = loop.update(leaves[0], leaves[1], leaves[2:], h, step, blocks)
+    return UpdateGraph(leaves, (params, *slots))
+
+
+def _through_update(graph: UpdateGraph, h: dict[str, Tensor], adjoint: tuple[Tensor, ...]) -> _ThroughUpdate:
+    found = _products(graph.after, [*graph.leaves, *h.values()], adjoint)
+    to_params, to_gradient, *to_slots = found[: len(graph.leaves)]
     return _ThroughUpdate(
-        to_params, to_gradient, tuple(rest[: len(slots)]), dict(zip(h, rest[len(slots) :], strict=True))
+        to_params, to_gradient, tuple(to_slots), dict(zip(h, found[len(graph.leaves) :], strict=True))
     )
 
 
