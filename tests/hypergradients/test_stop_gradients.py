@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ from engine_problems import MODES, TOKENS, Values, differentiate, double, make_l
 from torch import Tensor
 from torch_loops import SGD, assert_exact
 
-from tune_hypergrad import InputError
-from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
+from tune_hypergrad import InputError, hypergradient
+from tune_hypergrad.hypergradients import InnerLoop, Optimizer, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.step_graph import adjoint_step
@@ -561,3 +562,95 @@ def test_in_evaluation_alone_detach_in_place_is_none() -> None:
         return h if net.training else detached_in_place(net, h)
 
     assert_exact(make_problem(between(in_evaluation, middle=square)))
+
+
+def under_no_grad(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    with torch.no_grad():
+        scale = p.norm() / g.norm()
+    return p - h["lr"] * scale * g, slots
+
+
+@torch.no_grad()
+def all_under_no_grad(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    after = p.clone()
+    after.sub_(h["lr"] * (p.norm() / g.norm()) * g)
+    return after, slots
+
+
+def detached(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    return p - h["lr"] * (p.norm() / g.norm()).detach() * g, slots
+
+
+def by_data(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    return p - h["lr"] * g / (1 + p.data**2), slots
+
+
+def elementwise_detached(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    mean = 0.5 * slots[0] + g
+    return p - h["lr"] * torch.tanh(mean.detach() * p), (mean,)
+
+
+def by_item(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    return p - h["lr"] * (p.norm() / g.norm()).item() * g, slots
+
+
+def by_item_later(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    return by_item(p, g, slots, h, step) if step > 2 else under_no_grad(p, g, slots, h, step)
+
+
+def logging(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    NORMS.append(float(g.norm()))
+    assert NORMS[-1] > 0
+    return under_no_grad(p, g, slots, h, step)
+
+
+NORMS: list[float] = []
+
+
+class TestRulesOfOptimizers:
+    """What a rule of one's own does without gradients is part of the step all the same."""
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(
+        "rule", [under_no_grad, all_under_no_grad, detached, by_data, elementwise_detached, logging]
+    )
+    def test_against_differences_of_the_rule_itself(self, rule: Any, mode: str) -> None:
+        rule_of = Optimizer("own", rule, ("mean",), {"lr": 0.1})
+        values = {"lr": double(0.1, 0.05)}
+        found = differentiate(make_loop(optimizer=rule_of), values, mode)  # type: ignore[arg-type]
+        loop = make_loop()
+        for window in range(2):
+            losses = []
+            for sign in (1, -1):
+                rates = values["lr"].clone()
+                rates[window] += sign * 1e-6
+                losses.append(plain_loss(loop, rule, rates))
+            assert float(found.hypergradients["lr"][window]) == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("rule", [by_item, by_item_later])
+    def test_numbers_are_refused(self, rule: Any, mode: str) -> None:
+        with pytest.raises(InputError) as caught:
+            hypergradient(
+                make_problem(),
+                {"lr": double(0.1)},
+                steps=5,
+                optimizer=Optimizer("own", rule, (), {"lr": 0.1}),
+                differentiation=mode,
+                check=False,
+            )
+        line = by_item.__code__.co_firstlineno + 1
+        assert re.match(
+            rf"in the update of training step \d, test_stop_gradients.py:{line} `return p", str(caught.value)
+        )
+
+
+def plain_loss(loop: Any, rule: Any, rates: Tensor) -> float:
+    """The validation loss after a loop of training steps by hand, with the rule as it is."""
+    state = loop.initial_state()
+    params, mean = state.params, torch.zeros_like(state.params)
+    with loop.running():
+        for step in range(5):
+            gradient = loop.training(state._replace(params=params), {}, step).gradient
+            params, (mean,) = rule(params, gradient, (mean,), {"lr": rates[2 * step // 5]}, step)
+        return float(loop.evaluate(state._replace(params=params)).loss)

@@ -19,7 +19,8 @@ from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.memory import PeakOfTensors
 from tune_hypergrad.hypergradients.optimizers import OPTIMIZERS, Slots, guarded_sqrt, sgd
 from tune_hypergrad.hypergradients.partial_update import step_blocks
-from tune_hypergrad.hypergradients.update_derivative import Point, _watch, update_with_tangents
+from tune_hypergrad.hypergradients.stop_gradient import TangentsWithoutStops
+from tune_hypergrad.hypergradients.update_derivative import Point, _mode, _watch, update_with_tangents
 
 COLUMNS = 3
 TUNED = {
@@ -58,7 +59,8 @@ def by_jvp(
     for column in range(len(tangents[0])):
         dparams, dgradient, *dslots = (tangent[column] for tangent in tangents)
         of_h = {name: each[column] for name, each in dh.items()}
-        after, moved = jvp(update, tuple(point[:4]), (dparams, dgradient, tuple(dslots), of_h))
+        with TangentsWithoutStops():
+            after, moved = jvp(update, tuple(point[:4]), (dparams, dgradient, tuple(dslots), of_h))
         columns.append(moved)
     return after, [torch.stack(each) for each in zip(*columns, strict=True)]
 
@@ -87,7 +89,8 @@ def assert_same(
 
 
 def is_linear(loop: InnerLoop, values: Mapping[str, float]) -> bool:
-    return _watch(loop, point_of(loop, values, (3,) * 4, frozenset()), list(values)).factors is not None
+    with _mode(loop):
+        return _watch(loop, point_of(loop, values, (3,) * 4, frozenset()), list(values)).factors is not None
 
 
 class TestEveryOptimizer:
@@ -194,7 +197,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "clamped": descending(lambda p, g, h: g.clamp(-0.5, 0.5)),
     "absolute": descending(lambda p, g, h: g.abs() * p),
     "chosen": descending(lambda p, g, h: torch.where(g > 0, g, h["beta"] * p)),
-    "stopped": descending(lambda p, g, h: g.detach() + p),
+    "without gradients": descending(ungraded),
     "with a constant": descending(lambda p, g, h: g + torch.ones(p.shape, dtype=p.dtype)),
     "with a number": descending(lambda p, g, h: g + h["beta"]),
 }
@@ -205,7 +208,6 @@ OTHERS: dict[str, Rule] = {
     "of the first": descending(lambda p, g, h: g + p[..., :1]),
     "cumulated": descending(lambda p, g, h: g.cumsum(-1)),
     "with a derivative of its own": descending(lambda p, g, h: Doubled.apply(g)),  # type: ignore[no-untyped-call]
-    "without gradients": descending(ungraded),
     "by a value": descending(lambda p, g, h: g if float(g.max()) > 0 else 2 * g),
     "of vectors only": descending(lambda p, g, h: g * torch.dot(p, g)),
     "with noise": descending(lambda p, g, h: g + torch.randn(p.shape, dtype=p.dtype)),
@@ -237,9 +239,13 @@ class TestRulesOfOnesOwn:
         assert_same(make_loop(optimizer=own("belief", belief, ("mean", "square"))), OWN)
 
     def test_linear_ones_are_known(self) -> None:
-        rules = [descending(lambda p, g, h: -g / (1 + h["beta"]) - 2 * p), descending(lambda p, g, h: p + g * h["lr"])]
-        for rule in rules:
-            loop = make_loop(optimizer=own("linear", rule))
+        directions: list[Callable[[Tensor, Tensor, Any], Tensor]] = [
+            lambda p, g, h: -g / (1 + h["beta"]) - 2 * p,
+            lambda p, g, h: p + g * h["lr"],
+            lambda p, g, h: g.detach() + p.data,  # an update has no stop-gradients
+        ]
+        for direction in directions:
+            loop = make_loop(optimizer=own("linear", descending(direction)))
             assert is_linear(loop, OWN)
             assert_same(loop, OWN)
 

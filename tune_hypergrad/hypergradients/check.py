@@ -266,7 +266,8 @@ class _Comparison:
             try:
                 val_loss, found = self._run(mode)
             except Exception as error:
-                wrong[mode] = f"{mode} mode fails after the first step ({in_one_line(error)}){self._named_culprit}"
+                fault = f"{mode} mode fails after the first step ({in_one_line(error)}){self._named_culprit}"
+                wrong[mode] = str(error) if isinstance(error, InputError) else fault  # which says what and where
                 continue
             if _differ(val_loss, self._loss):
                 wrong[mode] = (

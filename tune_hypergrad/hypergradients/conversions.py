@@ -16,10 +16,16 @@ import torch
 from torch import Tensor
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.optimizers import Slots, is_built_in
 from tune_hypergrad.hypergradients.replays import is_same
 from tune_hypergrad.hypergradients.sites import Sites, running_line
 from tune_hypergrad.hypergradients.state import State
-from tune_hypergrad.hypergradients.stop_gradient import Conversions, constant
+from tune_hypergrad.hypergradients.stop_gradient import (
+    Conversions,
+    TangentsWithoutStops,
+    WithoutStops,
+    constant,
+)
 
 if TYPE_CHECKING:
     from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed
@@ -33,6 +39,8 @@ LOST = (
 
 Noting = Callable[[Conversions], Tensor]
 """Computes a loss while its conversions are noted, and some of them moved."""
+Update = Callable[[Sequence[Tensor], dict[str, Tensor]], tuple[Tensor, Slots]]
+"""Gives weights and slots after an optimizer's update, by weights, gradient and slots, and by hyperparameters."""
 StepMode = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
 """Makes what a training step runs in, of the tensors that the step may overwrite."""
 
@@ -79,10 +87,8 @@ def step_conversions_judged(
     Raises:
         InputError: the loss depends on a conversion.
     """
-    taken = step + 1
-    again = taken & (taken - 1) == 0 or taken == loop.steps
     noting = partial(noted_training_loss, loop, state, h, step, number, mode)
-    with _judged(loop, f"training step {step}", noting, again=again):
+    with _judged(loop, f"training step {step}", noting, again=_is_looked_at(loop, step)):
         yield
 
 
@@ -96,6 +102,41 @@ def evaluation_conversions_judged(loop: InnerLoop, state: State) -> Iterator[Non
     """
     with _judged(loop, "evaluation", partial(noted_validation_loss, loop, state), again=True):
         yield
+
+
+@contextmanager
+def update_differentiated(
+    loop: InnerLoop, step: int, update: Update, vectors: Sequence[Tensor], h: dict[str, Tensor], *, by_tangents: bool
+) -> Iterator[None]:
+    """For the body, which differentiates an optimizer's update, rules of a person's own have no stop-gradients: what
+    they compute under `no_grad` or behind `detach` is part of the step. Those of this package have none.
+
+    Args:
+        loop: whose update it is.
+        step: which step's.
+        update: gives weights and slots after it, of `vectors` and `h`.
+        vectors: weights, gradient and slots, each of shape [P].
+        h: the tuned hyperparameters' values in force, 0-dim.
+        by_tangents: whether the body is one of forward mode.
+
+    Raises:
+        InputError: what the rule gives depends on a conversion.
+    """
+    if is_built_in(loop.optimizer):
+        yield
+        return
+    noting = partial(_noted_update, update, vectors, h)
+    mode = TangentsWithoutStops() if by_tangents else WithoutStops({})
+    with _judged(loop, f"the update of training step {step}", noting, again=_is_looked_at(loop, step)), mode:
+        yield
+
+
+def _noted_update(update: Update, vectors: Sequence[Tensor], h: dict[str, Tensor], conversions: Conversions) -> Tensor:
+    leaves = [constant(vector).requires_grad_() for vector in vectors]
+    of_h = {name: constant(value).requires_grad_() for name, value in h.items()}
+    with torch.enable_grad(), conversions.noted(), WithoutStops({}):
+        params, slots = update(leaves, of_h)
+    return torch.cat([constant(each) for each in (params, *slots)])
 
 
 @contextmanager
@@ -114,6 +155,12 @@ def _judged(loop: InnerLoop, what: str, noting: Noting, *, again: bool) -> Itera
     if place is not None:
         raise InputError(f"in {what}, {place} {LOST}")
     loop.harmless_conversions.update(noted.places)
+
+
+def _is_looked_at(loop: InnerLoop, step: int) -> bool:
+    """Whether a step is one of those whose conversions are judged whatever was before: 0, 1, 3, 7, ..., the last."""
+    taken = step + 1
+    return taken & (taken - 1) == 0 or taken == loop.steps
 
 
 def noted_validation_loss(loop: InnerLoop, state: State, conversions: Conversions) -> Tensor:

@@ -25,7 +25,7 @@ from torch.func import grad, jvp, vmap
 
 from tune_hypergrad.curves import base_names, first_step_of, split_name, window_at
 from tune_hypergrad.errors import InputError
-from tune_hypergrad.hypergradients.conversions import step_conversions_judged
+from tune_hypergrad.hypergradients.conversions import step_conversions_judged, update_differentiated
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, as_real, has_derivatives
 from tune_hypergrad.hypergradients.normalisation import instance_norm
@@ -196,21 +196,24 @@ class ForwardRun(HypergradientRun):
     ) -> tuple[Tensor, Slots]:
         """`_update` of any optimizer."""
 
-        def update(params: Tensor, gradient: Tensor, slots: Slots, h: dict[str, Tensor]) -> Any:
-            return self.loop.move(params, gradient, slots, h, point.step, point.blocks)
+        loop, h = self.loop, dict(point.h)
+
+        def update(vectors: Sequence[Tensor], h: dict[str, Tensor]) -> tuple[Tensor, Slots]:
+            return loop.move(vectors[0], vectors[1], tuple(vectors[2:]), h, point.step, point.blocks)
 
         def update_tangent(*tangents: Any) -> Any:
-            return jvp(update, (point.params, point.gradient, point.slots, point.h), tangents)
+            return jvp(update, (point.vectors, h), tangents)
 
         batched = vmap(update_tangent, out_dims=(None, 0))  # type: ignore[arg-type]
-        for start in range(0, len(tangents[0]), self.columns_at_once):
-            chunk = slice(start, start + self.columns_at_once)
-            dparams, dgradient, *dslots = (tangent[chunk] for tangent in tangents)
-            of_h = {name: each[chunk] for name, each in dh.items()}
-            (params, slots), after = batched(dparams, dgradient, tuple(dslots), of_h)
-            # in place: these are views of what is kept
-            for tangent, found in zip((dparams, *dslots), (after[0], *after[1]), strict=True):
-                tangent.copy_(found)
+        with update_differentiated(loop, point.step, update, point.vectors, h, by_tangents=True):
+            for start in range(0, len(tangents[0]), self.columns_at_once):
+                chunk = slice(start, start + self.columns_at_once)
+                of_vectors = tuple(tangent[chunk] for tangent in tangents)
+                of_h = {name: each[chunk] for name, each in dh.items()}
+                (params, slots), after = batched(of_vectors, of_h)
+                # in place: these are views of what is kept
+                for tangent, found in zip((of_vectors[0], *of_vectors[2:]), (after[0], *after[1]), strict=True):
+                    tangent.copy_(found)
         return params, slots
 
     def _selection(self, step: int) -> dict[str, Tensor]:

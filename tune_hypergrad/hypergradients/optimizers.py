@@ -28,8 +28,8 @@ Update = Callable[[Tensor, Tensor, Slots, Scalars, Any], tuple[Tensor, Slots]]
 class Optimizer(NamedTuple):
     """An inner optimizer: its update equation and what the update needs.
 
-    The update is a pure function of torch operations. Unlike in a model, what it computes under `no_grad` or behind
-    `detach`, or as numbers, is not differentiated; the check before the first run refuses such a rule.
+    The update is a pure function of torch operations. What it computes under `no_grad` or behind `detach` is part of
+    the step, and differentiated; a Python or NumPy number of a tensor that what it gives depends on is refused.
     """
 
     name: str

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tune_hypergrad.hypergradients.conversions import StepMode, step_conversions_judged
+from tune_hypergrad.hypergradients.conversions import StepMode, step_conversions_judged, update_differentiated
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, Training, changed, mean_training, versions_of
 from tune_hypergrad.hypergradients.normalisation import IN_TRAINING
+from tune_hypergrad.hypergradients.optimizers import Slots
 from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
 from tune_hypergrad.hypergradients.state import Buffers, State
 from tune_hypergrad.hypergradients.stop_gradient import DifferentiableStops, constant, through_stops
@@ -201,8 +202,12 @@ def _update_graph(
 ) -> UpdateGraph:
     leaves = tuple(constant(tensor).requires_grad_() for tensor in (state.params, gradient, *state.slots))
     blocks = step_blocks(state.counts, without_gradient)
-    with torch.enable_grad():
-        params, slots = loop.update(leaves[0], leaves[1], leaves[2:], h, step, blocks)
+
+    def update(vectors: Sequence[Tensor], h: dict[str, Tensor]) -> tuple[Tensor, Slots]:
+        return loop.update(vectors[0], vectors[1], tuple(vectors[2:]), h, step, blocks)
+
+    with torch.enable_grad(), update_differentiated(loop, step, update, leaves, h, by_tangents=False):
+        params, slots = update(leaves, h)
     return UpdateGraph(leaves, (params, *slots))
 
 

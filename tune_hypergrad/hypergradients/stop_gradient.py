@@ -295,7 +295,7 @@ class ForwardStops(Substituting):
             {
                 **further,
                 **dict.fromkeys(DETACHING, stop),
-                **{function: _noting_all(function) for function in (*_CONVERSIONS, *_REBUILDING)},
+                **NOTED_OF_ALL,
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: partial(_hook_within, ref(self)),
                 SET_DATA: partial(_set_data, stop, nullcontext),
@@ -313,7 +313,7 @@ class ForwardStops(Substituting):
 
 class WithoutStops(Substituting):
     """While entered, there are no stop-gradients, and hooks of tensors see only backward passes that a program begins
-    itself: for the gradient of a validation loss."""
+    itself: for the gradient of a validation loss, and of an optimizer's update."""
 
     def __init__(self, further: Substitutes) -> None:
         self._saved = SavedTensors()
@@ -347,6 +347,14 @@ class WithoutStops(Substituting):
 
     def accumulates(self) -> None:
         _refuse_backward()
+
+
+class TangentsWithoutStops(Substituting):
+    """While entered, tangents pass what stops gradients: for an optimizer's update in forward mode. They pass `no_grad`
+    by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__({**dict.fromkeys(DETACHING, _identity), **NOTED_OF_ALL})
 
 
 def _set_data(
@@ -458,6 +466,10 @@ def _noting_all(function: Callable[..., Any]) -> Callable[..., Any]:
         return noting.note(result)
 
     return converted
+
+
+NOTED_OF_ALL: Substitutes = {function: _noting_all(function) for function in (*_CONVERSIONS, *_REBUILDING)}
+"""Substitutes that note conversions to numbers under transforms of `torch.func`."""
 
 
 def _moved(result: Any) -> Any:

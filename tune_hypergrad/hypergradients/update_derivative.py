@@ -14,6 +14,7 @@ numbers give; else they are vectors, which backward passes give for one part of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.linear_maps import Coefficient, Plan, Terms, add, assign, planned, reduced
-from tune_hypergrad.hypergradients.optimizers import Slots
+from tune_hypergrad.hypergradients.optimizers import Slots, is_built_in
 from tune_hypergrad.hypergradients.partial_update import Block
 from tune_hypergrad.hypergradients.products import is_of_torch
+from tune_hypergrad.hypergradients.stop_gradient import WithoutStops
 from tune_hypergrad.randomness import preserved_generators
 
 PART = 1 << 17
@@ -95,7 +97,7 @@ def update_with_tangents(
     rates = {name: each.tolist() for name, each in dh.items()}
     by = [name for name, each in rates.items() if any(each)]
     try:
-        with preserved_generators(), torch._C.DisableTorchFunction():  # modes look at what the program does
+        with preserved_generators(), _mode(loop):
             watched = _watch(loop, point, by)
     except Exception:  # what fails on a few numbers may not on all
         return None
@@ -117,6 +119,12 @@ def update_with_tangents(
         parts.append(derivative.after)
     params, *rest = (torch.cat(each) for each in zip(*parts, strict=True))
     return params, tuple(rest)
+
+
+def _mode(loop: InnerLoop) -> AbstractContextManager[Any]:
+    """What an update is differentiated in: those of this package without the modes that look at what a program does,
+    which take time; those of a person's own without stop-gradients."""
+    return torch._C.DisableTorchFunction() if is_built_in(loop.optimizer) else WithoutStops({})
 
 
 def _move(tangents: Sequence[Tensor], derivative: _Derivative, rates: Mapping[str, Sequence[float]]) -> None:
@@ -235,8 +243,7 @@ class _Watch(TorchDispatchMode):
         nested = bool(kwargs) or any(isinstance(each, list | tuple) for each in args)
         of_weights = [_is_of_weights(leaf) for leaf in (tree_leaves((args, kwargs)) if nested else args)]
         if any(of_weights):
-            # what a rule does without gradients has no derivative, whatever it gives
-            self.elementwise &= (torch.Tag.pointwise in func.tags or func in _SAME) and torch.is_grad_enabled()
+            self.elementwise &= torch.Tag.pointwise in func.tags or func in _SAME
             self.linear &= _LINEAR.get(func, _never)(*of_weights)
         elif any(_is_of_weights(leaf) for leaf in tree_leaves(found)):
             self.linear = False  # a constant
@@ -282,7 +289,7 @@ def _of_part(loop: InnerLoop, point: Point, part: slice, by: Sequence[str], at_r
     leaves = [each[part].detach().requires_grad_() for each in point.vectors]
     h = {name: value.detach().requires_grad_(name in by) for name, value in point.h.items()}
     shapes = _shapes_within(loop.sizes, part)
-    with torch.enable_grad():
+    with torch.enable_grad(), _mode(loop):
         params, slots = loop.move(leaves[0], leaves[1], tuple(leaves[2:]), h, point.step, point.blocks, shapes=shapes)
     outputs = (params, *slots)
     with torch._C.DisableTorchFunction():
