@@ -101,7 +101,7 @@ NOT_OF_ONE_LOSS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "hooked operation": hooked_operation,
     "overwritten": overwritten,
     "ascended": ascended,
-    "number by keyword": lambda net, h: torch.tensor(data=h.mean()) * torch.tanh(net.middle(h)) * h,
+    "number by keyword": lambda net, h: (torch.tensor(data=h.mean()) > -9) * torch.tanh(net.middle(h)) * h,
 }
 
 

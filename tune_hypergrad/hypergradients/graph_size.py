@@ -19,13 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tune_hypergrad.hypergradients.conversions import StepMode
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.findings import recall
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Training, TrainingSettings
 from tune_hypergrad.hypergradients.lasting import LastingMode
 from tune_hypergrad.hypergradients.memory import allocated
 from tune_hypergrad.hypergradients.state import Hyperparameters, State
-from tune_hypergrad.hypergradients.step_graph import Pulled, adjoint_step, differentiable, pull_back, step_graph
+from tune_hypergrad.hypergradients.step_graph import (
+    Pulled,
+    StepGraph,
+    adjoint_step,
+    differentiable,
+    pull_back,
+    step_graph,
+)
 from tune_hypergrad.problem import Problem
 
 _MOVED = 0.01
@@ -88,16 +96,13 @@ class _Trial:
         loop, state = self._loop, self._loop.initial_state()
         plain = loop.training(state, self._leaves(0), 0)
         moving = frozenset(loop.moving)
-        with _without_collections():
-            before = allocated(loop.device)
-            graph = step_graph(loop, state, self._leaves(0), 0, mode=self._mode)
-            after = allocated(loop.device)
+        graph, first = self._measured(state, 0, mode=self._mode)
         training, held = graph.training, _attributes(loop.modules)
-        others = self._at_other_weights(state)
+        others, second = self._at_other_weights(state)
         # gradients that are 0 at the initial weights, behind a last layer of zeros, are the same either way
         same = _is_same(plain, training) and _is_same(*others)
         same = same or loop.device.type != "cpu"
-        if before is None or after is None:
+        if first is None or second is None:
             return GraphSize(inf, same, moving)
         cotangents = [self._drawn(tensor) for tensor in (state.params, *state.slots)]
         of_buffers = {name: self._drawn(buffer) for name, buffer in graph.batches[-1].moved.items()}
@@ -106,17 +111,26 @@ class _Trial:
         if self._deferred.seen and not _are_same(held, _attributes(loop.modules)):
             return GraphSize(inf, same, moving)
         anew = adjoint_step(loop, state, self._leaves(0), 0, tuple(cotangents), of_buffers)
-        size = float(max(after - before, training.gradient.nbytes))
+        size = float(max(min(first, second), training.gradient.nbytes))  # the first has what is made once for all
         return GraphSize(size if _agree(kept, anew, loop.device) else inf, same, moving)
 
-    def _at_other_weights(self, state: State) -> tuple[Training, Training]:
-        """Another training step, from other weights, without a graph and with one; and an evaluation."""
+    def _measured(self, state: State, step: int, mode: StepMode | None = None) -> tuple[StepGraph, int | None]:
+        """A step's graph, and bytes that it takes, where somebody says."""
+        with _without_collections():
+            before = allocated(self._loop.device)
+            graph = step_graph(self._loop, state, self._leaves(step), step, mode=mode)
+            after = allocated(self._loop.device)
+        return graph, None if before is None or after is None else after - before
+
+    def _at_other_weights(self, state: State) -> tuple[tuple[Training, Training], int | None]:
+        """Another training step, from other weights, without a graph and with one, and the bytes of that; and an
+        evaluation."""
         loop = self._loop
         moved = state._replace(params=state.params + _MOVED * self._drawn(state.params))
         plain = loop.training(moved, self._leaves(1), 1)
-        training = step_graph(loop, moved, self._leaves(1), 1).training
+        graph, size = self._measured(moved, 1)
         loop.evaluate(moved, gradient=True, examples=loop.problem.eval_batch_size)
-        return plain, training
+        return (plain, graph.training), size
 
     def _leaves(self, step: int) -> dict[str, Tensor]:
         of_step = self._loop.scalars(self._values, step)
