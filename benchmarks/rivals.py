@@ -13,8 +13,8 @@ Contenders:
 - by hand: the obvious loop of `torch.func.functional_call` and `torch.autograd.grad(create_graph=True)`;
 - higher 0.2.1 and torchopt (MetaSGD, MetaAdam), each by the Python of an environment of its own: `--python NAME=PATH`;
 - betty-ml 0.1.1, likewise, with as many terms of a Neumann series at the end of the run as `NEUMANN_TERMS`. It has no
-  hypergradient of a run: what it finds, by as many strengths of weight decay, of a loss that has them, holds where
-  training has come to its end, whatever the learning rates were.
+  hypergradient of a run: what it finds holds where training has come to its end, whatever the learning rates were. It
+  is by as many strengths of weight decay in the loss, of which no more than there are weight tensors act.
 
 Data are made up. Each figure is measured in a process of its own, which after a short run of each first times a plain
 loop of `torch.optim` over as many steps, then the contender, twice, as in a search, then the loop again: process time

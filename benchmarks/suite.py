@@ -1,6 +1,6 @@
 """All benchmarks of what the package costs, one after another, in one file and one table.
 
-    python benchmarks/suite.py [--quick] [--only rivals fds ...] [--out suite.json] [--rivals DIR] [--data-dir DATA]
+    python benchmarks/suite.py [--quick] [--only lenet fds ...] [--out suite.json] [--rivals DIR] [--data-dir DATA]
 
 Each runs in a process of its own, with one thread. Its figures go into `--out` as they are there, and what is there, of
 the same command, is not run again: the suite goes on where it was stopped, also after a benchmark failed. `--quick`
@@ -163,7 +163,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that all work")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="BENCHMARK")
     parser.add_argument("--out", type=Path, default=Path("suite.json"), help="where the figures are kept")
-    parser.add_argument("--rivals", type=Path, metavar="DIR", help="environments of higher and torchopt, or for them")
+    parser.add_argument("--rivals", type=Path, metavar="DIR", help="environments of the others, or for them")
     parser.add_argument("--data-dir", type=Path, metavar="DATA", help="folder with Fashion-MNIST, for fds")
     options = parser.parse_args(given)
     rivals = "" if options.rivals is None else f"--environments {shlex.quote(str(options.rivals))}"

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_problems import FEATURES, MODES, data, double, make_problem
+from engine_problems import FEATURES, MODES, data, double, make_loop, make_problem
 from test_runs import Examples
 from torch import Tensor, nn
 from torch_loops import SGD, assert_exact
 
 from tune_hypergrad import InputError, hypergradient
+from tune_hypergrad.hypergradients import hypergradient_run
 from tune_hypergrad.hypergradients.conversions import LOST
 
 STEPS = 6
@@ -148,3 +149,89 @@ def test_of_a_tuned_value_that_begins_late() -> None:
     assert min(seen) < threshold
     with pytest.raises(InputError, match=r"in training step \d+, test_conversions.py:\d+ `return loss .*" + LOST):
         found()
+
+
+class Keeping(nn.Module):
+    """Keeps a count, a log and a generator of its own, and does something else by them."""
+
+    def __init__(self, noisy: bool) -> None:
+        super().__init__()
+        self.inner, self.outer, self.noisy = nn.Linear(4, 6), nn.Linear(6, 3), noisy
+        self.count, self.log, self.generator = 0, list[float](), torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        if self.training:
+            self.count += 1
+            if self.count > 6:
+                self.log.append(h.norm().item())
+                if self.noisy:
+                    h = h + 0.1 * torch.randn(6, generator=self.generator, dtype=h.dtype)
+        return self.outer(h * 2 if self.count > 13 else h)
+
+
+@pytest.mark.parametrize(("noisy", "mode"), [(False, "reverse"), (False, "forward"), (True, "forward")])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_model_that_keeps_something_is_trained_as_if_nobody_looked(noisy: bool, mode: str, columns: int) -> None:
+    values = {"lr": torch.full((columns,), 0.1, dtype=torch.float64)}
+    loop = make_loop(make_problem(lambda: Keeping(noisy)), 16)
+    plain = make_loop(make_problem(lambda: Keeping(noisy)), 16)
+    run = hypergradient_run(loop, values, differentiation=mode, check=False)
+    counted = loop.model.count  # type: ignore[attr-defined]
+    with loop.running():
+        run.advance(run.length)
+    with plain.running():
+        loss = plain.evaluate(plain.run(values)).loss
+    assert run.result().val_loss == pytest.approx(loss, rel=1e-12)
+    log: Any = loop.model.log
+    assert loop.model.count == counted + 16 and len(log) == 16 - 6
+
+
+def until_it_converges(net: Any, h: Tensor) -> Tensor:
+    z = torch.zeros_like(h)
+    for _ in range(200):
+        after = torch.tanh(0.3 * z + h)
+        change, z = (after - z).norm().item(), after
+        if change < 1e-9:
+            break
+    return z
+
+
+def under_assertions(net: Any, h: Tensor) -> Tensor:
+    LOGGED.extend(part.norm().item() for part in h.repeat(6, 1))
+    assert abs(h.softmax(1).sum().item() - len(h)) < 1e-6
+    return h * 0.9
+
+
+@pytest.mark.parametrize("later", [until_it_converges, under_assertions])
+def test_limits_and_assertions_are_no_harm(later: Callable[..., Tensor]) -> None:
+    assert_exact(problem(later), steps=STEPS)
+
+
+def test_one_of_many_numbers_is_found() -> None:
+    def behind_a_log(net: Any, h: Tensor) -> Tensor:
+        LOGGED.extend(part.norm().item() for part in h.repeat(40, 1))
+        return h / h.norm().item()
+
+    message = refusal(problem(behind_a_log), "reverse")
+    assert f"test_conversions.py:{behind_a_log.__code__.co_firstlineno + 2} `return h / h.norm().item()`" in message
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "settings", [{"seed": [0, 1]}, {"horizon": 2}, {"clip_norm": 0.1}], ids=["seeds", "horizon", "clip"]
+)
+def test_with_other_settings(settings: dict[str, Any], mode: str) -> None:
+    assert LOST in refusal(problem(scaled_by_number), mode, **settings)
+    hypergradient(problem(logged), SGD, steps=STEPS, differentiation=mode, check=False, **settings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_accumulated_batches_and_in_a_batch_of_evaluation_alone(mode: str) -> None:
+    assert LOST in refusal(problem(scaled_by_number, accumulate=3), mode)
+
+    def in_the_last_batch(net: Any, h: Tensor) -> Tensor:
+        return h / h.norm().item() if not net.training and len(h) == 2 else h
+
+    message = refusal(problem(in_the_last_batch, eval_batch_size=4), mode)
+    assert message.startswith("in evaluation, the model (Later)")

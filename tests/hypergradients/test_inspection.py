@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -413,12 +413,28 @@ class TestModes:
         [with_middle(own_generator, generator=torch.Generator), with_middle(counting, calls=lambda: 0)],
         ids=["generator", "counter"],
     )
-    def test_forward_mode_runs_such_steps_once(self, model: Callable[[], nn.Module]) -> None:
-        """However many columns it carries; others it carries in parts."""
-        values = {"lr": double(*[0.1, 0.2] * 3), "weight_decay": double(*[0.01, 0.05] * 3)}
-        assert_exact(make_problem(model), values, 6, modes=("forward",), fixed={"momentum": 0.6})
-        loop = make_loop(make_problem(model), 6)
-        run = ForwardRun(loop, values)
+    def test_forward_mode_runs_such_steps_as_if_once(self, model: Callable[[], nn.Module]) -> None:
+        """However many columns it carries, at once or in parts."""
+        settings: dict[str, Any] = {"fixed": {"momentum": 0.6}}
+        found = assert_exact(make_problem(model), self.MANY_COLUMNS, 6, modes=("forward",), **settings)["forward"]
+        run = ForwardRun(make_loop(make_problem(model), 6, **settings), self.MANY_COLUMNS, columns_at_once=5)
+        with run.loop.running():
+            run.advance(run.length)
+        assert run.result().val_loss == found.val_loss
+        for name, value in run.result().hypergradients.items():
+            torch.testing.assert_close(value, found.hypergradients[name])
+
+    MANY_COLUMNS: ClassVar = {"lr": double(*[0.1, 0.2] * 3), "weight_decay": double(*[0.01, 0.05] * 3)}
+
+    def test_what_is_counted_outside_of_the_model_is_seen(self) -> None:
+        calls: list[int] = []
+
+        def counting_outside(net: Any, h: Tensor) -> Tensor:
+            calls.append(1)
+            return h * (1 + 0.1 * len(calls))
+
+        run = ForwardRun(make_loop(make_problem(with_middle(counting_outside)), 6), self.MANY_COLUMNS)
+        loop = run.loop
         with loop.running(), pytest.raises(InputError, match="was another one when it was run again for further tang"):
             run.advance(run.length)
 

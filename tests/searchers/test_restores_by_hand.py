@@ -336,3 +336,16 @@ def test_trials_that_rays_older_file_has_forgotten_are_among_those_asked_for(kin
     simulation.run()
     evaluated = [run for run in simulation.ray.searchers[-1].result().get_all_runs() if run.loss is not None]
     assert len(evaluated) == WORK[kind]
+
+
+def test_in_another_experiment_none_of_them_is(monkeypatch, tmp_path):
+    simulation = Simulation("rs", "alone", monkeypatch, tmp_path, random.Random(1))
+    assert simulation.ray.ask()
+    simulation.ray.end(next(iter(simulation.ray.live())))
+    (tmp_path / "searcher-state-1.pkl").write_bytes(simulation.ray.save(tmp_path)[1])
+    monkeypatch.setattr(restorable, "calling_searchers", list)  # as where a person calls it
+    search = INNER["rs"]()
+    search.restore_from_dir(str(tmp_path))
+    simulation.ray = FakeRay(search, WORK["rs"])
+    simulation.run()
+    assert len(simulation.ray.trials) == WORK["rs"]

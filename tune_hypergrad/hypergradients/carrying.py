@@ -96,7 +96,9 @@ class _Trial:
 
     def _is_right_in_turn(self, batched: tuple[Tensor, Tensor]) -> bool:
         try:
-            found = products_in_turn(self._loop, self._state, self._h, self._directions, self._of_h, 0, 0)
+            found = products_in_turn(
+                self._loop, self._loop.batches.of_step(0), self._state, self._h, self._directions, self._of_h, 0, 0
+            )
         except Exception:  # there is the other way
             return False
         return found is not None and self._agree(batched, (found.gradient, found.tangents))

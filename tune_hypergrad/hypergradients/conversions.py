@@ -1,8 +1,8 @@
 """Whether a loss depends on Python or NumPy numbers that a program makes of tensors, so that derivatives are lost.
 
-A number that is only logged, or compared, does no harm. One that the loss depends on shows when it is moved a little:
-then the loss is another one. What the first training step does is inspected before a run; a run itself looks at what
-later steps do.
+A number that is only logged, or compared with a limit, does no harm. One that the loss depends on shows when it is
+moved a little: then the loss is another one. What the first training step does is inspected before a run; a run itself
+looks at what later steps do.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.attributes import attributes_kept
+from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.optimizers import Slots, is_built_in
 from tune_hypergrad.hypergradients.replays import is_same
 from tune_hypergrad.hypergradients.sites import Sites, running_line
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.hypergradients.stop_gradient import (
+    MOVED,
     Conversions,
     TangentsWithoutStops,
     WithoutStops,
@@ -30,12 +34,12 @@ from tune_hypergrad.hypergradients.stop_gradient import (
 if TYPE_CHECKING:
     from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed
 
-_MOST_CONVERSIONS = 100
 LOST = (
     "makes a Python or NumPy number of a tensor that depends on what is tuned or trained, so that its derivative is "
     "lost: compute with the tensor itself"
 )
-
+_MOST_RUNS = 64
+"""Times that a loss is computed again, at the most, to find the number that it depends on."""
 
 Noting = Callable[[Conversions], Tensor]
 """Computes a loss while its conversions are noted, and some of them moved."""
@@ -45,31 +49,59 @@ StepMode = Callable[[Iterable[Tensor]], AbstractContextManager[Any]]
 """Makes what a training step runs in, of the tensors that the step may overwrite."""
 
 
-def place_that_matters(noting: Noting, value: Tensor, places: Sequence[str], sites: Sites) -> str | None:
-    """The place of the first conversion whose number a loss depends on, so that another makes another loss.
+def place_that_matters(noting: Noting, first: Tensor, places: Sequence[str], sites: Sites) -> str | None:
+    """The place of the first conversion that a loss depends on: that makes it another loss when it is moved up, and
+    when it is moved down. A number that is compared with a limit may do one of both.
 
     Args:
-        noting: computes the loss again.
-        value: the loss.
+        noting: computes the loss again, from the same state of the program.
+        first: the loss.
         places: of the conversions in it.
         sites: the program's.
-    """
 
-    def is_other(moved: Container[int]) -> bool | None:
+    Returns:
+        None where there is none, or where none has been found in some tries.
+    """
+    runs = 0
+
+    def computed(moved: Container[int] = (), by: float = 0.0) -> Tensor | None:
+        nonlocal runs
+        runs += 1
         try:
             with sites.watched():
-                return not is_same(noting(Conversions(sites.here, moved)), value)
+                return noting(Conversions(sites.here, moved, by))
         except Exception:
             return None  # such as an assertion about a number
 
-    if not places or bool(value.isnan().any()) or is_other(range(len(places))) is False:
+    def is_other(moved: Container[int], by: float) -> bool | None:
+        loss = computed(moved, by)
+        return None if loss is None else not is_same(loss, first)
+
+    def found_in(among: range) -> int | None:
+        """The first of some conversions, which are halved as long as anything changes."""
+        if not among or runs >= _MOST_RUNS:
+            return None
+        up, down = (is_other(among, by) for by in (MOVED, -MOVED))
+        if up is False and down is False:
+            return None
+        if len(among) == 1:
+            return among[0] if up and down else None
+        middle = len(among) // 2
+        earlier = found_in(among[:middle])
+        return found_in(among[middle:]) if earlier is None else earlier
+
+    if bool(first.isnan().any()):
         return None
-    return next((place for index, place in enumerate(places[:_MOST_CONVERSIONS]) if is_other([index])), None)
+    found = found_in(range(len(places)))
+    if found is None:
+        return None
+    again = computed()  # what differs from run to run anyway tells nothing
+    return places[found] if again is not None and is_same(again, first) else None
 
 
 @contextmanager
 def step_conversions_judged(
-    loop: InnerLoop, state: State, h: dict[str, Tensor], step: int, number: int, mode: StepMode
+    loop: InnerLoop, state: State, h: dict[str, Tensor], batch: Batch, step: int, number: int, mode: StepMode
 ) -> Iterator[None]:
     """For the body, in which a step's batch is differentiated, see to it that its loss depends on no conversion.
 
@@ -80,6 +112,7 @@ def step_conversions_judged(
         loop: what is trained; entered.
         state: before the batch.
         h: the tuned hyperparameters' values in force, 0-dim.
+        batch: the training batch.
         step: which one.
         number: which of the step's batches.
         mode: what a training step runs in whose gradient is differentiated.
@@ -87,20 +120,20 @@ def step_conversions_judged(
     Raises:
         InputError: the loss depends on a conversion.
     """
-    noting = partial(noted_training_loss, loop, state, h, step, number, mode)
+    noting = partial(noted_training_loss, loop, state, h, batch, step, number, mode)
     with _judged(loop, f"training step {step}", noting, again=_is_looked_at(loop, step)):
         yield
 
 
 @contextmanager
-def evaluation_conversions_judged(loop: InnerLoop, state: State) -> Iterator[None]:
-    """For the body, in which a validation loss is differentiated at some weights, see to it that it depends on no
-    conversion.
+def evaluation_conversions_judged(loop: InnerLoop, end: int, evaluate: Callable[[], Evaluation]) -> Iterator[None]:
+    """For the body, which does what `evaluate` does with the weights after `end` steps, see to it that the validation
+    loss depends on no conversion.
 
     Raises:
         InputError: it depends on one.
     """
-    with _judged(loop, "evaluation", partial(noted_validation_loss, loop, state), again=True):
+    with _judged(loop, "evaluation", partial(noted_evaluation, evaluate), again=_is_looked_at(loop, end - 1)):
         yield
 
 
@@ -145,16 +178,29 @@ def _judged(loop: InnerLoop, what: str, noting: Noting, *, again: bool) -> Itera
     noted = Conversions(running_line)
     with noted.noted():
         yield
-    if not noted.places or (loop.harmless_conversions.issuperset(noted.places) and not again):
+    if not noted.places or (loop.judged_lines.issuperset(noted.places) and not again):
         return
-    sites = Sites(loop.model)
-    first = Conversions(sites.here)
-    with sites.watched():
-        value = noting(first)
-    place = place_that_matters(noting, value, first.places, sites)
+    sites, lines = Sites(loop.model), set[str]()
+
+    def where() -> str:
+        lines.add(running_line())
+        return sites.here()
+
+    first = Conversions(where)
+
+    def from_the_same_state(conversions: Conversions) -> Tensor:
+        with attributes_kept(loop.stateful):
+            return noting(conversions)
+
+    try:
+        with sites.watched():
+            value = from_the_same_state(first)
+    except Exception:
+        return  # such as of a program that counts its calls
+    place = place_that_matters(from_the_same_state, value, first.places, sites)
     if place is not None:
         raise InputError(f"in {what}, {place} {LOST}")
-    loop.harmless_conversions.update(noted.places)
+    loop.judged_lines |= lines
 
 
 def _is_looked_at(loop: InnerLoop, step: int) -> bool:
@@ -163,18 +209,18 @@ def _is_looked_at(loop: InnerLoop, step: int) -> bool:
     return taken & (taken - 1) == 0 or taken == loop.steps
 
 
-def noted_validation_loss(loop: InnerLoop, state: State, conversions: Conversions) -> Tensor:
-    """The validation loss of some examples, of shape [] in double precision, with its conversions noted while it is
+def noted_evaluation(evaluate: Callable[[], Evaluation], conversions: Conversions) -> Tensor:
+    """The loss of an evaluation, of shape [] in double precision, with its conversions noted while it is
     differentiated."""
-    examples = min(len(loop.batches.split("val")), loop.problem.eval_batch_size)
     with conversions.noted():
-        return torch.tensor(loop.evaluate(state, gradient=True, examples=examples).loss, dtype=torch.float64)
+        return torch.tensor(evaluate().loss, dtype=torch.float64)
 
 
 def noted_training_loss(
     loop: InnerLoop,
     state: State,
     h: dict[str, Tensor],
+    batch: Batch,
     step: int,
     number: int,
     mode: StepMode,
@@ -187,18 +233,17 @@ def noted_training_loss(
         loop: what is trained; entered.
         state: before the batch.
         h: the tuned hyperparameters' values in force, 0-dim.
+        batch: the training batch.
         step: which one.
         number: which of the step's batches.
         mode: what a training step runs in whose gradient is differentiated.
         conversions: notes them.
     """
-    leaves = {name: value.detach().requires_grad_() for name, value in h.items()}
-    named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
-    moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
+    of_h = {name: value.detach().requires_grad_() for name, value in h.items()}
+    named, moved = loop.leaves(state)
     buffers = {**loop.copies(state.buffers), **{name: buffer.clone() for name, buffer in moved.items()}}
-    batch = loop.batches.of_step(step, number)
     with torch.enable_grad(), conversions.noted():
-        return loop.at_training_loss(named, buffers, leaves, batch, step, _constant_loss, number=number, mode=mode)
+        return loop.at_training_loss(named, buffers, of_h, batch, step, _constant_loss, number=number, mode=mode)
 
 
 def _constant_loss(loss: Tensor, passed: Passed) -> Tensor:

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.curves import base_names, first_step_of, split_name, window_at
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.attributes import attributes_of
 from tune_hypergrad.hypergradients.conversions import step_conversions_judged, update_differentiated
 from tune_hypergrad.hypergradients.fused_batch_norm import fused_batch_norm
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, as_real, has_derivatives
@@ -255,22 +257,32 @@ class ForwardRun(HypergradientRun):
         """The training gradient of one of a step's batches, which begins with these buffers, and its tangents, as
         `_gradient_tangents` gives them."""
         state = self.state._replace(buffers=buffers)
-        with step_conversions_judged(self.loop, state, h, step, number, differentiable):
-            return self._tangents_from(state, h, dparams, dh, step, number)
+        batch = self.loop.batches.of_step(step, number)
+        with step_conversions_judged(self.loop, state, h, batch, step, number, differentiable):
+            return self._tangents_of_batch(batch, state, h, dparams, dh, step, number)
 
-    def _tangents_from(
-        self, state: State, h: dict[str, Tensor], dparams: Tensor, dh: dict[str, Tensor], step: int, number: int
+    def _tangents_of_batch(
+        self,
+        batch: Batch,
+        state: State,
+        h: dict[str, Tensor],
+        dparams: Tensor,
+        dh: dict[str, Tensor],
+        step: int,
+        number: int,
     ) -> _Differentiated:
-        """`_tangents_on`, whatever numbers the program makes of tensors."""
+        """`_tangents_on`, of the batch itself."""
         loop, buffers = self.loop, state.buffers
+        put_back = attributes_of(loop.stateful)
         if self.in_turn:
-            products = products_in_turn(loop, state, h, dparams, dh, step, number)
+            products = products_in_turn(loop, batch, state, h, dparams, dh, step, number)
             if products is not None:
                 return products
+            put_back()  # as if the batch had been run but once
         still = {n: buffer for n, buffer in buffers.items() if n not in loop.moving and has_derivatives(buffer)}
         found: _Differentiated | None
         try:
-            found, after = self._differentiate(buffers, h, dparams, dh, step, number)
+            found, after = self._differentiate(batch, buffers, h, dparams, dh, step, number)
             moved_late = loop.note_changes(still, found[3])
         except RuntimeError:
             if not still:
@@ -279,7 +291,8 @@ class ForwardRun(HypergradientRun):
             loop.moving |= set(still)
             found, moved_late = None, True
         if moved_late:
-            again, after = self._differentiate(buffers, h, dparams, dh, step, number)
+            put_back()
+            again, after = self._differentiate(batch, buffers, h, dparams, dh, step, number)
             if found is not None:
                 _refuse_another_step(step, found[0], again[0])
             found = again
@@ -290,6 +303,7 @@ class ForwardRun(HypergradientRun):
 
     def _differentiate(
         self,
+        batch: Batch,
         buffers: Buffers,
         h: dict[str, Tensor],
         dparams: Tensor,
@@ -299,7 +313,7 @@ class ForwardRun(HypergradientRun):
     ) -> tuple[_Differentiated, Buffers]:
         """The training gradient of one of a step's batches and its tangents, as `_tangents_on` gives them, and the
         tangents of the buffers afterwards."""
-        loop, state, batch = self.loop, self.state, self.loop.batches.of_step(step, number)
+        loop, state = self.loop, self.state
         of_loss = [name for name in h if name in loop.problem.loss_hyperparameters]
         moved = {name: buffers[name] for name in loop.differentiated(buffers)}
         others = {name: buffer for name, buffer in buffers.items() if name not in moved}
@@ -328,7 +342,10 @@ class ForwardRun(HypergradientRun):
         gradient = state.params
         chunks: list[tuple[Tensor, Buffers]] = []
         first = gradient
+        put_back = attributes_of(loop.stateful)
         for start in range(0, len(dparams), self.columns_at_once):
+            if start:
+                put_back()
             chunk = slice(start, min(start + self.columns_at_once, len(dparams)))
             given = {name: before[name][chunk] for name in moved}
             (gradient, _), tangents, buffers = batched(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tune_hypergrad.hypergradients.attributes import OF_EVERY_MODULE
 from tune_hypergrad.hypergradients.conversions import StepMode
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.findings import recall
@@ -38,8 +39,6 @@ from tune_hypergrad.problem import Problem
 
 _MOVED = 0.01
 """How far the weights of the other step are from the initial ones."""
-_OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
 
 
 class GraphSize(NamedTuple):
@@ -179,7 +178,7 @@ def _attributes(modules: Iterable[nn.Module]) -> dict[tuple[int, str], list[tupl
         (number, name): [(leaf, leaf._version if isinstance(leaf, Tensor) else 0) for leaf in tree_leaves(value)]
         for number, module in enumerate(modules)
         for name, value in vars(module).items()
-        if name not in _OWN
+        if name not in OF_EVERY_MODULE
     }
 
 

@@ -249,8 +249,8 @@ class InnerLoop:
         self.costs = LoopCosts(self.batches)
         self.captured: CapturedSteps | None = None
         """Steps that are replayed, where `capture_steps` has found that they can be."""
-        self.harmless_conversions: set[str] = set()
-        """Lines of the program that make numbers of tensors on which no loss has been seen to depend."""
+        self.judged_lines: set[str] = set()
+        """Lines of the program that make numbers of tensors, on which no loss was found to depend."""
         self.replaying: AbstractContextManager[Any] = nullcontext()
         """What passes through the model run in, while `running`; not all else, since it sees every call of torch."""
         self._evaluator = Evaluator(self)
@@ -441,6 +441,19 @@ class InnerLoop:
         self.knows_moving = True
         kept = {name: after[name].detach() if name in self.moving else buffer for name, buffer in state.buffers.items()}
         return Training(loss, gradient, without, kept)
+
+    @property
+    def stateful(self) -> list[Any]:
+        """Objects of the program that a training step or an evaluation calls, and that may keep something."""
+        called = (self.problem.forward, self.problem.loss, self.problem.train_loss)
+        objects = [each for each in called if hasattr(each, "__dict__") and not isinstance(each, type | nn.Module)]
+        return [*self._modules, *objects]
+
+    def leaves(self, state: State) -> tuple[dict[str, Tensor], Buffers]:
+        """The trainable parameters, and the buffers that are differentiated, by name, as leaves of a graph."""
+        named = {name: p.detach().requires_grad_() for name, p in self.unflatten(state.params).items()}
+        moved = {name: state.buffers[name].detach().requires_grad_() for name in self.differentiated(state.buffers)}
+        return named, moved
 
     def copies(self, buffers: Buffers) -> Buffers:
         """Copies of buffers, which a pass through the model may overwrite; frozen parameters that it never has are not

@@ -21,12 +21,13 @@ from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.hypergradients.conversions import (
     LOST,
     Noting,
+    noted_evaluation,
     noted_training_loss,
-    noted_validation_loss,
     place_that_matters,
 )
 from tune_hypergrad.hypergradients.derivatives import fault_of
 from tune_hypergrad.hypergradients.double_precision import DoublePrecision, in_double_precision
+from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop, Passed, Training
 from tune_hypergrad.hypergradients.narrowing import culprit
@@ -201,7 +202,10 @@ class _Inspection:
                 )
 
     def _fault_of_training(self) -> str | None:
-        return self._fault_of(partial(noted_training_loss, self._loop, self._state, self._h, 0, 0, differentiable))
+        batch = self._loop.batches.of_step(0)
+        return self._fault_of(
+            partial(noted_training_loss, self._loop, self._state, self._h, batch, 0, 0, differentiable)
+        )
 
     def _fault_of_evaluation(self) -> str | None:
         versions = self._data_versions()
@@ -216,13 +220,15 @@ class _Inspection:
             raise InputError(_WRITES_TO_DATA)
         same = torch.equal(plain, recording) or bool(plain.isnan())
         return (None if same else self._fault_of_differing()) or self._fault_of(
-            partial(noted_validation_loss, self._loop, self._state)
+            partial(noted_evaluation, self._evaluation)
         )
 
     def _evaluate(self, gradient: bool) -> Tensor:
+        return torch.tensor(self._evaluation(gradient).loss, dtype=torch.float64)
+
+    def _evaluation(self, gradient: bool = True) -> Evaluation:
         examples = min(len(self._loop.batches.split("val")), self._loop.problem.eval_batch_size)
-        loss = self._loop.evaluate(self._state, gradient=gradient, examples=examples).loss
-        return torch.tensor(loss, dtype=torch.float64)
+        return self._loop.evaluate(self._state, gradient=gradient, examples=examples)
 
     def _fault_of_differing(self) -> str | None:
         """Why evaluations of the same weights differ, unless it is by rounding."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves
 
+from tune_hypergrad.batches import Batch
 from tune_hypergrad.errors import NoDerivativeError
 from tune_hypergrad.hypergradients import convolution, normalisation
 from tune_hypergrad.hypergradients.convolution import CONVOLUTIONS
@@ -58,6 +59,7 @@ class Products(NamedTuple):
 
 def products_in_turn(
     loop: InnerLoop,
+    batch: Batch,
     state: State,
     h: dict[str, Tensor],
     dparams: Tensor,
@@ -70,7 +72,8 @@ def products_in_turn(
 
     Args:
         loop: what is trained; entered.
-        state: before the batch.
+        batch: the training batch.
+        state: before it.
         h: the tuned hyperparameters' values in force, 0-dim.
         dparams: tangents of the weights, shape [k, P].
         dh: tangents of the hyperparameters, each of shape [k].
@@ -110,7 +113,6 @@ def products_in_turn(
 
     with torch.enable_grad():
         versions = versions_of(buffers)
-        batch = loop.batches.of_step(step, number)
         leaves = {**h, **of_loss}
         try:
             return loop.at_training_loss(named, buffers, leaves, batch, step, differentiate, number=number, mode=mode)

@@ -152,7 +152,7 @@ class ReverseRun(HypergradientRun):
         """The state after the step of a graph that is kept, and the graph, with that of the update where it takes next
         to no memory: then it is not made again on the way back."""
         loop = self.loop
-        if self._keeps_updates is False:
+        if self._keeps_updates is False or len(graph.batches) > 1:  # whose mean gradient would be kept with it
             return loop.stepped(graph.state, training, graph.h, step), graph
         before = allocated(loop.device) if self._keeps_updates is None else None
         after, whole = take_with_graph(loop, graph, training, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite, nan
 from typing import Any
 
@@ -251,8 +252,9 @@ class HypergradientRun(ABC):
 
     def _segment_gradient(self, state: State, end: int) -> Evaluation:
         """The validation loss with its gradients at the end of a segment; kept if it is the final one."""
-        with evaluation_conversions_judged(self.loop, state):
-            evaluation = self._evaluate_at_end(state, end)
+        evaluate = partial(self._evaluate_at_end, state, end)
+        with evaluation_conversions_judged(self.loop, end, evaluate):
+            evaluation = evaluate()
         self.cost += self.loop.costs.evaluation("val", self.val_examples, gradient=True)
         if end == self.loop.steps:
             self._evaluate_final(state, evaluation)

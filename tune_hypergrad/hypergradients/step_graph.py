@@ -222,8 +222,7 @@ def _through_update(graph: UpdateGraph, h: dict[str, Tensor], adjoint: tuple[Ten
 def _batch_graph(
     loop: InnerLoop, state: State, h: dict[str, Tensor], step: int, number: int, again: bool, mode: StepMode | None
 ) -> BatchGraph:
-    named = {name: p.detach().requires_grad_() for name, p in loop.unflatten(state.params).items()}
-    moved = {name: state.buffers[name].detach().requires_grad_() for name in loop.differentiated(state.buffers)}
+    named, moved = loop.leaves(state)
     copies = loop.copies({name: buffer for name, buffer in state.buffers.items() if name not in moved})
 
     def differentiate(loss: Tensor, passed: Passed) -> BatchGraph:
@@ -233,11 +232,10 @@ def _batch_graph(
         kept = {name: after[name] if name in moved or name in written else state.buffers[name] for name in after}
         return BatchGraph(constant(loss), gradient, without, named, moved, kept, {*moved, *written}, passed.within)
 
-    mode = mode or differentiable
-    with torch.enable_grad(), step_conversions_judged(loop, state, h, step, number, mode):
+    mode, batch = mode or differentiable, loop.batches.of_step(step, number, again=again)
+    with torch.enable_grad(), step_conversions_judged(loop, state, h, batch, step, number, mode):
         buffers = {**copies, **{name: buffer.clone() for name, buffer in moved.items()}}
         versions = versions_of(copies)
-        batch = loop.batches.of_step(step, number, again=again)
         return loop.at_training_loss(
             named,
             {name: buffers[name] for name in state.buffers},

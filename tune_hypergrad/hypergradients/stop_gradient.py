@@ -87,6 +87,10 @@ def of_first_pass(hook: Callable[..., Any]) -> Callable[..., Any]:
     return seeing
 
 
+MOVED = 1e-3
+"""How far numbers are moved, up and down, to see whether a loss depends on them: as a part of them."""
+
+
 class Conversions:
     """Floating tensors with a history that a program makes Python or NumPy numbers of: no derivative follows there.
 
@@ -94,10 +98,11 @@ class Conversions:
         where: gives the place in the program.
         moved: which of the conversions, counted from 0, give numbers that are a little off. Where the loss then is
             another one, it depends on them.
+        by: how far, as a part of the number, and of 0 itself.
     """
 
-    def __init__(self, where: Callable[[], str], moved: Container[int] = ()) -> None:
-        self._where, self._moved = where, moved
+    def __init__(self, where: Callable[[], str], moved: Container[int] = (), by: float = 0.0) -> None:
+        self._where, self._moved, self._by = where, moved, by
         self.places: list[str] = []
 
     @contextmanager
@@ -112,7 +117,7 @@ class Conversions:
     def note(self, result: Any) -> Any:
         """Note a conversion; returns its result, a little off where it is one of those to be moved."""
         self.places.append(self._where())
-        return _moved(result) if len(self.places) - 1 in self._moved else result
+        return _moved(result, self._by) if len(self.places) - 1 in self._moved else result
 
 
 _noting: ContextVar[Conversions | None] = ContextVar("conversions", default=None)
@@ -472,12 +477,12 @@ NOTED_OF_ALL: Substitutes = {function: _noting_all(function) for function in (*_
 """Substitutes that note conversions to numbers under transforms of `torch.func`."""
 
 
-def _moved(result: Any) -> Any:
-    """A number, or numbers, changed by a little; what is not floating stays as it is."""
+def _moved(result: Any, by: float) -> Any:
+    """A number, or numbers, changed by a part of it, and 0 by so much; what is not floating stays as it is."""
     if isinstance(result, list):
-        return [_moved(each) for each in result]
+        return [_moved(each, by) for each in result]
     floating = isinstance(result, float | complex) or (hasattr(result, "dtype") and "float" in str(result.dtype))
-    return result * 1.001 + 0.001 if floating else result
+    return result * (1 + by) + by * (result == 0) if floating else result
 
 
 NOTED: Substitutes = {

@@ -250,7 +250,9 @@ class RestorableSearch(Searcher, Generic[Work]):
             return  # of what ran nothing is known, or only its wrappers know: the first look will tell
         known = set(saved.get(_TRIALS, trials))
         lost = self._unknown_to_ray(searchers, trials)
-        forgotten = frozenset(known - trials.keys() - self._running.keys() - set(lost))
+        # in another experiment they are none of those asked for
+        same = bool(calling_searchers())
+        forgotten = frozenset(known - trials.keys() - self._running.keys() - set(lost) if same else ())
         new = sorted(trials.keys() - known, key=lambda trial_id: trials[trial_id].number)
         # whether a trial that has failed is run again, only Ray's loop will tell
         self.replay(searchers, trials, new, certain=calling_loop() is None)
