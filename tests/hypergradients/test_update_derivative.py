@@ -302,6 +302,26 @@ class TestRuns:
         other = differentiate(make_loop(problem, **given), values, horizon=horizon)
         assert_close(found.hypergradients, other.hypergradients, 1e-10)
 
+    @pytest.mark.parametrize(("optimizer", "alike"), [("sgd", True), ("nesterov", True), ("adam", False)])
+    @pytest.mark.parametrize("weight_decay", [0.01, (0.01, 0.02, 0.03)])
+    def test_rules_that_do_the_same_in_later_steps_are_watched_once(
+        self, optimizer: str, alike: bool, weight_decay: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[int] = []
+
+        def counting(loop: InnerLoop, point: Point, by: Sequence[str]) -> Any:
+            calls.append(point.step)
+            return _watch(loop, point, by)
+
+        monkeypatch.setattr(update_derivative, "_watch", counting)
+        loop = make_loop(make_problem(), 12, optimizer, fixed={"weight_decay": weight_decay})
+        values = {"lr": double(0.1, 0.05)}
+        found = differentiate(loop, values)
+        windows = {0, 1, 6} | ({4, 8} if isinstance(weight_decay, tuple) else set())
+        assert set(calls) == (windows if alike else set(range(12)))
+        monkeypatch.setattr(forward, "update_with_tangents", lambda *arguments, **more: None)
+        assert_close(found.hypergradients, differentiate(loop, values).hypergradients, 1e-10)
+
     def test_a_rule_that_is_not_elementwise(self) -> None:
         def normalised(params: Tensor, gradient: Tensor, slots: Slots, h: Any, step: Any) -> tuple[Tensor, Slots]:
             return sgd(params, gradient / (gradient**2).sum().sqrt(), slots, h, step)

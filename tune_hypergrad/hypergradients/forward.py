@@ -39,7 +39,7 @@ from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.step_graph import differentiable
 from tune_hypergrad.hypergradients.stop_gradient import ForwardStops
 from tune_hypergrad.hypergradients.substitution import FORWARD_DIFFERENTIABLE, Substitutes
-from tune_hypergrad.hypergradients.update_derivative import Point, may_be_elementwise, update_with_tangents
+from tune_hypergrad.hypergradients.update_derivative import Known, Point, may_be_elementwise, update_with_tangents
 
 COLUMNS_AT_ONCE = 4
 """Columns that are carried at once where no limit of memory is given: more need more memory, fewer repeat the gradient
@@ -104,6 +104,7 @@ class ForwardRun(HypergradientRun):
         self._in_use = 0
         self.tangent_params = torch.zeros(len(self.columns), loop.size, device=loop.device, dtype=loop.dtype)
         self.tangent_slots = tuple(torch.zeros_like(self.tangent_params) for _ in loop.slots)
+        self._watched: Known = {}
         # whether `update_with_tangents` is right; None: it is not known yet
         self._by_derivative = None if may_be_elementwise(loop) else False
         self.tangent_buffers: Buffers = {}  # of those that training has moved, each of shape [columns, *its own]
@@ -173,7 +174,9 @@ class ForwardRun(HypergradientRun):
             return self.loop.move(*point)
         if self._by_derivative is None:
             self._by_derivative = self._try_derivative(point)
-        found = update_with_tangents(self.loop, point, tangents, dh, at_rest=at_rest) if self._by_derivative else None
+        found = None
+        if self._by_derivative:
+            found = update_with_tangents(self.loop, point, tangents, dh, at_rest=at_rest, known=self._watched)
         return found or self._update_in_chunks(point, tangents, dh)
 
     def _try_derivative(self, point: Point) -> bool:

@@ -13,7 +13,7 @@ numbers give; else they are vectors, which backward passes give for one part of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -37,6 +37,9 @@ _SHORT = 1 << 15
 """Numbers up to which columns are moved at once: of longer ones, the vectors of one stay in the cache."""
 _FEWEST = 2
 """Columns from which on coefficients that are vectors are worth their backward passes."""
+_ALIKE = ("sgd", "nesterov")
+"""Optimizers of this package whose rule does the same in all steps but the first."""
+_MOST_KNOWN = 64
 _EACH = 2
 """Weights of each parameter that an update is watched on."""
 
@@ -79,7 +82,13 @@ def may_be_elementwise(loop: InnerLoop) -> bool:
 
 
 def update_with_tangents(
-    loop: InnerLoop, point: Point, tangents: Sequence[Tensor], dh: Mapping[str, Tensor], *, at_rest: bool
+    loop: InnerLoop,
+    point: Point,
+    tangents: Sequence[Tensor],
+    dh: Mapping[str, Tensor],
+    *,
+    at_rest: bool,
+    known: Known | None = None,
 ) -> tuple[Tensor, Slots] | None:
     """Weights and slots after the update, with their tangents moved in place; or None, with nothing done, where the
     update is not elementwise in the weights, or a `jvp` of it is no dearer: for one column of what is not linear, and
@@ -91,6 +100,7 @@ def update_with_tangents(
         tangents: of weights, gradient and slots, each of shape [k, P]; the gradient's may be overwritten.
         dh: tangents of the hyperparameters, each of shape [k].
         at_rest: whether all `tangents` are 0.
+        known: what has been watched of this loop's update so far; more is added to it.
     """
     if not may_be_elementwise(loop):
         return None
@@ -98,7 +108,7 @@ def update_with_tangents(
     by = [name for name, each in rates.items() if any(each)]
     try:
         with preserved_generators(), _mode(loop):
-            watched = _watch(loop, point, by)
+            watched = _recalled(loop, point, by, {} if known is None else known)
     except Exception:  # what fails on a few numbers may not on all
         return None
     if not watched.elementwise:
@@ -161,6 +171,29 @@ class _Watched(NamedTuple):
     factors: Tensor | None = None
     """Where it is a sum of weights, gradient and slots with factors that do not depend on them and are the same for all
     weights: the factors a_ij, shape [1, i, j], and after them their derivatives by hyperparameters; in float64."""
+
+
+Known = dict[Hashable, _Watched]
+"""What updates do to a few numbers, by all that it depends on."""
+
+
+def _recalled(loop: InnerLoop, point: Point, by: Sequence[str], known: Known) -> _Watched:
+    """`_watch`, once for the same values of hyperparameters where a rule does nothing else in later steps than in the
+    second."""
+    optimizer = loop.optimizer
+    if not (is_built_in(optimizer) and optimizer.name in _ALIKE):
+        return _watch(loop, point, by)
+    values: dict[str, Any] = {**loop.values.of_update, **loop.values.fixed_at(point.step), **point.h}
+    key = (
+        tuple(by),
+        tuple((name, float(value)) for name, value in values.items()),
+        tuple((min(block.taken, 1), block.members) for block in point.blocks),
+    )
+    if key not in known:
+        if len(known) >= _MOST_KNOWN:  # of curves, no two steps are the same
+            known.clear()
+        known[key] = _watch(loop, point, by)
+    return known[key]
 
 
 @lru_cache(maxsize=16)
