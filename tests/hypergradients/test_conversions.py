@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_problems import FEATURES, MODES, data, double, make_loop, make_problem
@@ -14,6 +18,7 @@ from torch_loops import SGD, assert_exact
 
 from tune_hypergrad import InputError, hypergradient
 from tune_hypergrad.hypergradients import hypergradient_run
+from tune_hypergrad.hypergradients.attributes import attributes_kept
 from tune_hypergrad.hypergradients.conversions import LOST
 
 STEPS = 6
@@ -235,3 +240,45 @@ def test_in_accumulated_batches_and_in_a_batch_of_evaluation_alone(mode: str) ->
 
     message = refusal(problem(in_the_last_batch, eval_batch_size=4), mode)
     assert message.startswith("in evaluation, the model (Later)")
+
+
+def test_what_objects_hold_is_put_back() -> None:
+    held = SimpleNamespace(
+        count=1, log=[1.0], seen={"a"}, cache={"x": 2}, last=deque([3], maxlen=2), data=list(range(20_000)), gone=None
+    )
+    log, cache = held.log, held.cache
+    with attributes_kept([held]):
+        held.count += 1
+        held.log.append(2.0)
+        held.seen.add("b")
+        held.cache = {}
+        held.last.append(4)
+        held.last.append(5)
+        held.new = 7
+        held.data.append(0)
+        del held.gone
+    assert not hasattr(held, "new") and held.gone is None and held.count == 1
+    assert held.log is log == [1.0] and held.cache is cache == {"x": 2}
+    assert held.seen == {"a"} and list(held.last) == [3] and held.last.maxlen == 2
+    assert len(held.data) == 20_001, "data are left alone"
+
+
+def draws(held: Any) -> list[float]:
+    return [
+        float(torch.rand(1, generator=held.torchs)),
+        held.pythons.random(),
+        float(held.numpys.random()),
+        float(held.old.rand()),
+    ]
+
+
+def test_generators_go_on_where_they_were() -> None:
+    held = SimpleNamespace(
+        torchs=torch.Generator().manual_seed(1),
+        pythons=random.Random(2),
+        numpys=np.random.default_rng(3),
+        old=np.random.RandomState(4),
+    )
+    with attributes_kept([held]):
+        first = draws(held)
+    assert draws(held) == first

@@ -15,6 +15,8 @@ from torch import nn
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
+_MOST_HELD = 10_000
+"""Entries of containers that are put back; larger ones are data."""
 
 
 def attributes_of(objects: Iterable[Any]) -> Callable[[], None]:
@@ -57,7 +59,7 @@ def _undoing(value: Any) -> Callable[[], object] | None:
         bits = value.bit_generator if isinstance(value, np.random.Generator) else value._bit_generator
         inner = copy.deepcopy(bits.state)
         return lambda: setattr(bits, "state", inner)
-    if isinstance(value, list | deque | set | dict):
+    if isinstance(value, list | deque | set | dict) and len(value) <= _MOST_HELD:
         return _undoing_container(value, copy.copy(value))
     return None
 

@@ -345,7 +345,7 @@ class ForwardRun(HypergradientRun):
         gradient = state.params
         chunks: list[tuple[Tensor, Buffers]] = []
         first = gradient
-        put_back = attributes_of(loop.stateful)
+        put_back = attributes_of(loop.stateful if len(dparams) > self.columns_at_once else ())
         for start in range(0, len(dparams), self.columns_at_once):
             if start:
                 put_back()
