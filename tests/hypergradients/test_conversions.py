@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from tune_hypergrad import InputError, hypergradient
 from tune_hypergrad.hypergradients import hypergradient_run
 from tune_hypergrad.hypergradients.attributes import attributes_kept
 from tune_hypergrad.hypergradients.conversions import LOST
+from tune_hypergrad.hypergradients.forward import ForwardRun
 
 STEPS = 6
 LOGGED: list[float] = []
@@ -282,3 +284,86 @@ def test_generators_go_on_where_they_were() -> None:
     with attributes_kept([held]):
         first = draws(held)
     assert draws(held) == first
+
+
+def balanced(output: Tensor, target: Tensor) -> Tensor:
+    loss, size = nn.functional.cross_entropy(output, target), (output**2).mean()
+    return loss + loss.item() / size.item() * size
+
+
+def normalised(output: Tensor, target: Tensor) -> Tensor:
+    losses = nn.functional.cross_entropy(output, target, reduction="none")
+    weights = losses.tolist()
+    return sum(weight / sum(weights) * loss for weight, loss in zip(weights, losses, strict=True))  # type: ignore[return-value]
+
+
+def normalised_in_numpy(output: Tensor, target: Tensor) -> Tensor:
+    losses = nn.functional.cross_entropy(output, target, reduction="none")
+    weights = losses.detach().numpy()
+    return (torch.from_numpy(weights / weights.sum()) * losses).sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", [balanced, normalised, normalised_in_numpy])
+def test_ratios_of_numbers(loss: Callable[..., Tensor], mode: str) -> None:
+    """In single precision, in which a common factor leaves them to the bit what they are."""
+    given = make_problem(dtype=torch.float32, train_loss=loss)
+    with pytest.raises(InputError, match=LOST):
+        hypergradient(given, {"lr": torch.tensor([0.1])}, steps=3, differentiation=mode, check=False)
+
+
+def test_a_choice_by_a_number_is_no_harm() -> None:
+    def largest(output: Tensor, target: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(output, target, reduction="none")
+        return losses.mean() + losses[losses == losses.max().item()].sum()
+
+    assert_exact(make_problem(train_loss=largest), steps=STEPS)
+
+
+class Refusing(dict):  # type: ignore[type-arg]
+    """Is filled once, as outputs of models are."""
+
+    def update(self, *arguments: Any, **keywords: Any) -> None:
+        raise TypeError("no update")
+
+    def __copy__(self) -> Refusing:
+        raise TypeError("no copy")
+
+
+def test_containers_that_refuse_to_be_changed() -> None:
+    held = SimpleNamespace(output=Refusing({"logits": 1}), meter=Meter(), array=np.zeros(3))
+    output = held.output
+    with attributes_kept([held]):
+        del held.output["logits"]
+        held.meter.count += 1
+        held.meter.log.append(1)
+        held.array += 1
+    assert held.output is output and dict(output) == {"logits": 1}
+    assert held.meter.count == 0 and not held.meter.log and not held.array.any()
+
+
+class Meter:
+    """Counts, and is a loss by its method."""
+
+    def __init__(self) -> None:
+        self.count, self.log = 0, list[int]()
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        self.count += 1
+        loss = nn.functional.cross_entropy(output, target)
+        LOGGED.append(loss.item())
+        return loss * (1 + 0.1 * self.count)
+
+    __call__ = loss
+
+
+@pytest.mark.parametrize("of_meter", [lambda meter: meter, lambda meter: meter.loss, partial])
+def test_losses_that_count_are_called_as_if_once(of_meter: Callable[[Meter], Any]) -> None:
+    meter = Meter()
+    loop = make_loop(make_problem(train_loss=of_meter(meter), loss=nn.functional.cross_entropy), STEPS)
+    run = ForwardRun(loop, {"lr": double(*[0.1] * 6)}, columns_at_once=2)
+    meter.count = 0
+    with loop.running():
+        for step in range(STEPS):
+            run.advance(1)
+            assert meter.count == step + 1

@@ -77,6 +77,12 @@ def place_that_matters(noting: Noting, first: Tensor, places: Sequence[str], sit
         loss = computed(moved, by)
         return None if loss is None else not is_same(loss, first)
 
+    def leaps(among: range) -> bool:
+        """Whether the loss changes as much by much less, as where something is chosen by the number."""
+        losses = [computed(among, by) for by in (MOVED, MOVED / 10)]
+        much, little = (0.0 if loss is None else float((loss - first).abs().max()) for loss in losses)
+        return little > much / 2
+
     def found_in(among: range) -> int | None:
         """The first of some conversions, which are halved as long as anything changes."""
         if not among or runs >= _MOST_RUNS:
@@ -85,7 +91,7 @@ def place_that_matters(noting: Noting, first: Tensor, places: Sequence[str], sit
         if up is False and down is False:
             return None
         if len(among) == 1:
-            return among[0] if up and down else None
+            return among[0] if up and down and not leaps(among) else None
         middle = len(among) // 2
         earlier = found_in(among[:middle])
         return found_in(among[middle:]) if earlier is None else earlier

@@ -445,9 +445,7 @@ class InnerLoop:
     @property
     def stateful(self) -> list[Any]:
         """Objects of the program that a training step or an evaluation calls, and that may keep something."""
-        called = (self.problem.forward, self.problem.loss, self.problem.train_loss)
-        objects = [each for each in called if hasattr(each, "__dict__") and not isinstance(each, type | nn.Module)]
-        return [*self._modules, *objects]
+        return [*self._modules, self.problem.forward, self.problem.loss, self.problem.train_loss]
 
     def leaves(self, state: State) -> tuple[dict[str, Tensor], Buffers]:
         """The trainable parameters, and the buffers that are differentiated, by name, as leaves of a graph."""

@@ -20,6 +20,7 @@ from functools import partial, wraps
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,6 +88,8 @@ def of_first_pass(hook: Callable[..., Any]) -> Callable[..., Any]:
     return seeing
 
 
+_BETWEEN_NUMBERS, _BETWEEN_ELEMENTS = 0.6180339887, 0.7548776662
+"""Steps, of which no few come back to 1, by which the parts that numbers are moved by differ."""
 MOVED = 1e-3
 """How far numbers are moved, up and down, to see whether a loss depends on them: as a part of them."""
 
@@ -98,7 +101,7 @@ class Conversions:
         where: gives the place in the program.
         moved: which of the conversions, counted from 0, give numbers that are a little off. Where the loss then is
             another one, it depends on them.
-        by: how far, as a part of the number, and of 0 itself.
+        by: about how far, as a part of the number, and of 0 itself.
     """
 
     def __init__(self, where: Callable[[], str], moved: Container[int] = (), by: float = 0.0) -> None:
@@ -117,7 +120,8 @@ class Conversions:
     def note(self, result: Any) -> Any:
         """Note a conversion; returns its result, a little off where it is one of those to be moved."""
         self.places.append(self._where())
-        return _moved(result, self._by) if len(self.places) - 1 in self._moved else result
+        number = len(self.places) - 1
+        return _moved(result, self._by, number) if number in self._moved else result
 
 
 _noting: ContextVar[Conversions | None] = ContextVar("conversions", default=None)
@@ -477,12 +481,23 @@ NOTED_OF_ALL: Substitutes = {function: _noting_all(function) for function in (*_
 """Substitutes that note conversions to numbers under transforms of `torch.func`."""
 
 
-def _moved(result: Any, by: float) -> Any:
-    """A number, or numbers, changed by a part of it, and 0 by so much; what is not floating stays as it is."""
+def _moved(result: Any, by: float, number: float) -> Any:
+    """A number, or numbers, each changed by a part of its own of it, half to one and a half times `by`, so that ratios
+    change too; and 0 by so much. What is not floating stays as it is."""
     if isinstance(result, list):
-        return [_moved(each, by) for each in result]
+        return [_moved(each, by, number + (place + 1) * _BETWEEN_ELEMENTS) for place, each in enumerate(result)]
     floating = isinstance(result, float | complex) or (hasattr(result, "dtype") and "float" in str(result.dtype))
-    return result * (1 + by) + by * (result == 0) if floating else result
+    if not floating:
+        return result
+    elements = np.arange(np.size(result) if not isinstance(result, Tensor) else result.numel()) * _BETWEEN_ELEMENTS
+    parts: Any = by * (0.5 + (number * _BETWEEN_NUMBERS + elements) % 1)
+    if isinstance(result, float | complex):
+        parts = float(parts[0])
+    elif isinstance(result, Tensor):
+        parts = torch.from_numpy(parts).to(result).reshape(result.shape)
+    else:
+        parts = parts.reshape(np.shape(result)).astype(result.dtype)
+    return result * (1 + parts) + parts * (result == 0)
 
 
 NOTED: Substitutes = {
