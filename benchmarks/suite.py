@@ -7,7 +7,7 @@ the same command, is not run again: the suite goes on where it was stopped, also
 takes small sizes, whose figures say little; they are kept apart from the others. The table is Markdown, of all that the
 file holds.
 
-- lenet, long, mlp, wrn: ours beside a loop by hand, higher, torchopt and betty-ml, where `--rivals` has their
+- lenet, long, mlp, wrn, wrn-long: ours beside a loop by hand, higher, torchopt and betty-ml, where `--rivals` has their
   environments (`rivals.py`);
 - forward: forward mode's ways beside a loop of double backward (`hypergradient_cost.py`), and reverse mode;
 - layout: images with their channels last (`layout_cost.py`);
@@ -56,7 +56,7 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "lenet": Benchmark(
         "rivals.py",
-        "--models lenet --steps 20 100 --counts 1 9 --repeats 2",
+        "--models lenet --steps 20 100 --counts 1 9 1000 --repeats 2",
         "--models lenet --steps 10 --counts 9 --repeats 1",
     ),
     "long": Benchmark(
@@ -71,8 +71,13 @@ BENCHMARKS = {
     ),
     "wrn": Benchmark(
         "rivals.py",
-        "--models wrn --steps 20 --counts 1 --repeats 2",
+        "--models wrn --steps 20 100 --counts 1 9 1000 --repeats 1",
         "--models wrn --steps 4 --counts 1 --repeats 1",
+    ),
+    "wrn-long": Benchmark(
+        "rivals.py",
+        "--models wrn --steps 400 --counts 1 --repeats 1",
+        "--models wrn --steps 6 --counts 1 --repeats 1",
     ),
     "forward": Benchmark(
         "hypergradient_cost.py",

@@ -1,6 +1,7 @@
 """Drivers that die between the uploads of Ray's state files: nobody waits for ever, nothing is lost."""
 
 import signal
+import time
 from collections import Counter
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 DEATHS = [
     (kept_back, after)
-    for after in (3, 9)
+    for after in (1, 4)
     for kept_back in (
         (TRIALS_STATE,),
         (SEARCHER_STATE,),
@@ -25,13 +26,26 @@ DEATHS = [
         (SEARCHER_STATE, GENERATOR_STATE),
     )
 ]
-"""What does not reach the storage any more, and after how many snapshots."""
+"""What does not reach the storage any more, and after how many trials."""
 
 
 class DieInTime(Callback):
-    """Ends the driver's loop when its file system has died."""
+    """Lets the file system die after some trials have ended, and with it the driver's loop."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        self.left -= 1
+        if self.left <= 0:
+            DEATH.strike()
 
     def on_step_end(self, iteration, trials, **info):
+        if not DEATH.near:
+            return
+        waited_until = time.monotonic() + 1  # for the upload of this step's snapshot, which another may have held up
+        while not DEATH.due and time.monotonic() < waited_until:
+            time.sleep(0.01)
         if DEATH.due:
             raise RuntimeError("the driver has died")
 
@@ -53,8 +67,8 @@ def within(seconds):
 
 
 def die(kind, folder, files, kept_back, after):
-    """Run an experiment until its file system dies."""
-    DEATH.plan(kept_back, after)
+    """Run an experiment, with a snapshot in each step of Ray's loop, until its file system dies."""
+    DEATH.plan(kept_back)
     tuner = tune.Tuner(
         Counted,
         param_space={"runs": str(folder / "runs")},
@@ -64,7 +78,7 @@ def die(kind, folder, files, kept_back, after):
             storage_path=str(folder),
             storage_filesystem=files,
             verbose=0,
-            callbacks=[DieInTime()],
+            callbacks=[DieInTime(after)],
         ),
     )
     with pytest.raises(Exception, match="the driver has died"):
@@ -77,8 +91,9 @@ def test_a_driver_that_dies_between_two_files(
     ray_session, tmp_path, monkeypatch, record_property, kind, kept_back, after
 ):
     files, found = PyFileSystem(MortalFiles()), restored_search(monkeypatch)
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
     die(kind, tmp_path, files, kept_back, after)
-    DEATH.plan((), 0)
+    DEATH.plan(())
     with within(120):
         restored = tune.Tuner.restore(str(tmp_path / "run"), Counted, storage_filesystem=files)
         grid = restored.fit()

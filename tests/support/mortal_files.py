@@ -1,5 +1,6 @@
 """A file system that stops to take files in the middle; importing it costs a worker as little as can be."""
 
+import math
 import os
 import threading
 from collections import Counter
@@ -14,10 +15,24 @@ class Death:
     """When this process's file system stops to take what."""
 
     def __init__(self):
-        self.lock, self.kept_back, self.after, self.written, self.due = threading.Lock(), (), 0, Counter(), False
+        self.lock = threading.Lock()
+        self.plan(())
 
-    def plan(self, kept_back, after):
-        self.kept_back, self.after, self.written, self.due = kept_back, after, Counter(), False
+    def plan(self, kept_back):
+        """From the snapshot after `strike` on, files of these kinds are lost; after it, all are."""
+        with self.lock:
+            self.kept_back, self.last, self.written, self.due = kept_back, math.inf, Counter(), False
+
+    def strike(self):
+        """Let the snapshot that has begun be the last whole one, if there is one."""
+        with self.lock:
+            if self.last == math.inf and self.written:
+                self.last = max(self.written.values())
+
+    @property
+    def near(self):
+        """Whether the last whole snapshot has begun; never without a plan, so never in an experiment that is restored."""
+        return bool(self.kept_back) and self.last < math.inf
 
     def takes(self, name):
         """Whether a file of this name still reaches the storage."""
@@ -26,9 +41,9 @@ class Death:
             if kind is None or not self.kept_back:
                 return not self.due
             self.written[kind] += 1
-            dies = self.written[kind] > self.after
+            dies = self.written[kind] > self.last
             self.due = self.due or dies
-            return not dies or (kind not in self.kept_back and self.written[kind] == self.after + 1)
+            return not dies or (kind not in self.kept_back and self.written[kind] == self.last + 1)
 
 
 DEATH = Death()
