@@ -1,6 +1,6 @@
 """What a hypergradient costs beside a person's own training loop, in time and memory, on models of five kinds.
 
-    python benchmarks/pipeline_cost.py [--turns 3] [--models bert gpt2 resnet lstm recommender]
+    python benchmarks/pipeline_cost.py [--turns 3] [--models bert gpt2 resnet lstm recommender] [--json FILE]
 
 Models: BERT-tiny and GPT-2-tiny of transformers (two layers of width 128; AdamW), a ResNet-18 on pictures of 32 x 32
 that are flipped and shifted as they are read (SGD), a language model of two LSTM layers (Adam) and a recommender with
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from figures import Figure, figure, with_json, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -295,22 +296,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    with_json(parser)
     parser.add_argument("--growth-of", nargs=2, metavar=("MODEL", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.growth_of:
         print_growth(*options.growth_of)
         return
-    memory = f"memory in MiB: {' / '.join(CONTENDERS)}"
-    print(markdown_table(("model", "weights", "steps", "loop, ms a step", *MODES, memory), []))
+    in_memory = f"memory in MiB: {' / '.join(CONTENDERS)}"
+    print(markdown_table(("model", "weights", "steps", "loop, ms a step", *MODES, in_memory), []))
+    figures: list[Figure] = []
     for name in options.models:
         title, make, steps = MODELS[name]
         weights = sum(parameter.numel() for parameter in make(1).model().parameters())
         times = ratios(name, options.turns)
         shown = [with_range(times[mode], ".2f") for mode in MODES]
-        grown = " / ".join(f"{growth(name, contender):.0f}" for contender in CONTENDERS)
-        cells = (title, f"{weights:,}", f"{steps}", f"{statistics.median(times['loop']):.1f}", *shown, grown)
+        grown = {contender: growth(name, contender) for contender in CONTENDERS}
+        memory = " / ".join(f"{mebibytes:.0f}" for mebibytes in grown.values())
+        cells = (title, f"{weights:,}", f"{steps}", f"{statistics.median(times['loop']):.1f}", *shown, memory)
         print(markdown_row(cells), flush=True)
+        figures += [figure(f"{title}, {mode}", times[mode], "plain loops") for mode in MODES]
+        figures += [figure(f"{title}, {contender}", mebibytes, "MiB") for contender, mebibytes in grown.items()]
+    write(options.json, figures)
 
 
 if __name__ == "__main__":

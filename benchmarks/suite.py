@@ -9,6 +9,7 @@ file holds.
 
 - lenet, long, mlp, wrn, wrn-long: ours beside a loop by hand, higher, torchopt and betty-ml, where `--rivals` has their
   environments (`rivals.py`);
+- pipelines: a transformer, an LSTM and others beside a person's own loop (`pipeline_cost.py`);
 - forward: forward mode's ways beside a loop of double backward (`hypergradient_cost.py`), and reverse mode;
 - layout: images with their channels last (`layout_cost.py`);
 - fds: ten outer steps of FDS from end to end (`fds_end_to_end.py`);
@@ -79,6 +80,7 @@ BENCHMARKS = {
         "--models wrn --steps 400 --counts 1 --repeats 1",
         "--models wrn --steps 6 --counts 1 --repeats 1",
     ),
+    "pipelines": Benchmark("pipeline_cost.py", "--turns 2", "--models recommender --turns 1"),
     "forward": Benchmark(
         "hypergradient_cost.py",
         "--quick --only forward reverse",
@@ -95,7 +97,7 @@ BENCHMARKS = {
         "--max-budget 3 --seconds 0.05 --evaluations 1 --repetitions 1 --limit 20 --nodes 1",
     ),
     "ray": Benchmark("ray_overhead.py", "", "--trials 2 --reports 4 --rounds 1"),
-    "ledger": Benchmark("compare_scale.py", "--results 2500 5000", "--accounts 2 --results 20"),
+    "ledger": Benchmark("compare_scale.py", "--results 2500 5000 10000", "--accounts 2 --results 20"),
 }
 
 

@@ -31,7 +31,7 @@ class Death:
 
     @property
     def near(self):
-        """Whether the last whole snapshot has begun; never without a plan, so never in an experiment that is restored."""
+        """Whether the last whole snapshot has begun; not without a plan, as where it is restored."""
         return bool(self.kept_back) and self.last < math.inf
 
     def takes(self, name):

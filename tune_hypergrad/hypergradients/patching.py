@@ -1,4 +1,4 @@
-"""Attributes of torch's classes that are others while anybody needs them."""
+"""Attributes of torch's classes and modules that are others while anybody needs them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 class Patch:
-    """An attribute of a class that is another one while it is entered, from whichever threads and in whatever order.
+    """An attribute of a class or module, another one while this is entered, by whichever threads in whatever order.
 
     Args:
-        owner: the class.
+        owner: the class or the module.
         name: of the attribute.
         replacement: makes, of the attribute as it was, what takes its place. That is there for all threads: it has to
             find out whether the one that calls it has entered.
     """
 
-    def __init__(self, owner: type, name: str, replacement: Callable[[Any], Any]) -> None:
+    def __init__(self, owner: Any, name: str, replacement: Callable[[Any], Any]) -> None:
         self._owner, self._name, self._replacement = owner, name, replacement
         self._lock, self._entered = Lock(), 0
         self._own: dict[str, Any] = {}

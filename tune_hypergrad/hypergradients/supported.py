@@ -19,6 +19,7 @@ from tune_hypergrad.hypergradients.node_hooks import nodes_hooked_for_first_pass
 from tune_hypergrad.hypergradients.packing import packed_without_loss
 from tune_hypergrad.hypergradients.sites import called
 from tune_hypergrad.hypergradients.substitution import REPLAYABLE, Substitutes, Substituting
+from tune_hypergrad.hypergradients.unseen_writes import all_writes_seen
 
 _DROPOUT_OF_LAYER = list(inspect.signature(F.multi_head_attention_forward).parameters).index("dropout_p")
 
@@ -110,6 +111,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[Substituting]:
         sdpa_kernel(SDPBackend.MATH),
         _without_fused_recurrence(model, lambda layer: True),
         nodes_hooked_for_first_pass(partial(_refuse_backward_hooks, model)),
+        all_writes_seen(),
         packed_without_loss(),
     ):
         yield Substituting(REPLAYABLE)
