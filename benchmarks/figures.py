@@ -14,7 +14,7 @@ class Figure(NamedTuple):
     """What was measured once or several times."""
 
     name: str
-    """Of what it is, unique within the benchmark."""
+    """Of what it is, unique among the benchmark's figures of the same unit."""
     figure: float
     """The median."""
     spread: tuple[float, float] | None

@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -303,7 +304,8 @@ CONTENDERS: dict[str, Callable[[Task], Tensor]] = {
 def measure(contender: str, model: str, steps: int, count: int) -> dict[str, float]:
     """Time and memory of one contender in this process, which gets no more memory than is free now."""
     torch.set_num_threads(1)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
     work, adam = CONTENDERS[contender], contender.endswith("Adam")
     short, task = Task(model, SHORT, count), Task(model, steps, count)
@@ -342,8 +344,9 @@ def measured_apart(python: str, *arguments: object) -> dict[str, float] | str:
         return f"more than {SECONDS} s"
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        short = done.returncode < 0 or any(sign in done.stderr for sign in OUT_OF_MEMORY)
-        return "more memory than is free" if short else (lines[-1] if lines else "failed")
+        if done.returncode == -signal.SIGKILL or any(sign in done.stderr for sign in OUT_OF_MEMORY):
+            return "more memory than is free"
+        return lines[-1] if lines else f"failed with {done.returncode}"
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 

@@ -590,6 +590,19 @@ def elementwise_detached(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) ->
     return p - h["lr"] * torch.tanh(mean.detach() * p), (mean,)
 
 
+def by_overwritten_data(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    m = g.clone()
+    m.data = p.tanh() * g
+    return p - h["lr"] * m, slots
+
+
+def by_copy(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
+    m = g.clone()
+    with torch.no_grad():
+        m.copy_(p.norm() * g)
+    return p - h["lr"] * m, slots
+
+
 def by_item(p: Tensor, g: Tensor, slots: Any, h: Any, step: Any) -> Any:
     return p - h["lr"] * (p.norm() / g.norm()).item() * g, slots
 
@@ -612,7 +625,17 @@ class TestRulesOfOptimizers:
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize(
-        "rule", [under_no_grad, all_under_no_grad, detached, by_data, elementwise_detached, logging]
+        "rule",
+        [
+            under_no_grad,
+            all_under_no_grad,
+            detached,
+            by_data,
+            by_overwritten_data,
+            by_copy,
+            elementwise_detached,
+            logging,
+        ],
     )
     def test_against_differences_of_the_rule_itself(self, rule: Any, mode: str) -> None:
         rule_of = Optimizer("own", rule, ("mean",), {"lr": 0.1})

@@ -37,6 +37,7 @@ class Patch:
             with self._lock:
                 self._entered -= 1
                 if not self._entered:
-                    delattr(self._owner, self._name)
-                    for name, attribute in self._own.items():
-                        setattr(self._owner, name, attribute)
+                    if self._name in self._own:
+                        setattr(self._owner, self._name, self._own[self._name])
+                    else:
+                        delattr(self._owner, self._name)

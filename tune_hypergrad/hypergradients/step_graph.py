@@ -212,7 +212,8 @@ def _update_graph(
 
 
 def _through_update(graph: UpdateGraph, h: dict[str, Tensor], adjoint: tuple[Tensor, ...]) -> _ThroughUpdate:
-    found = _products(graph.after, [*graph.leaves, *h.values()], adjoint)
+    with through_stops():  # what a rule has overwritten by way of `.data` is behind one
+        found = _products(graph.after, [*graph.leaves, *h.values()], adjoint)
     to_params, to_gradient, *to_slots = found[: len(graph.leaves)]
     return _ThroughUpdate(
         to_params, to_gradient, tuple(to_slots), dict(zip(h, found[len(graph.leaves) :], strict=True))

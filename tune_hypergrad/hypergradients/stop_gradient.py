@@ -33,7 +33,6 @@ from tune_hypergrad.errors import NoDerivativeError, in_one_line
 from tune_hypergrad.hypergradients.in_place import SET_DATA, call_of, may_write
 from tune_hypergrad.hypergradients.overwriting import SavedTensors
 from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
-from tune_hypergrad.hypergradients.unseen_writes import SET_MEMORY
 
 DETACHING: tuple[Any, ...] = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 """Functions of one tensor that give the tensor without its history."""
@@ -240,7 +239,6 @@ class DifferentiableStops(Substituting):
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: _hook_of_first_pass,
                 SET_DATA: partial(_set_data, stop, torch.enable_grad),
-                SET_MEMORY: partial(_set_memory, stop, torch.enable_grad),
                 _SET_REQUIRES_GRAD: _require_gradient,
                 F.gumbel_softmax: partial(_gumbel_softmax, stop),
                 F.embedding: partial(_embedding, stop),
@@ -310,7 +308,6 @@ class ForwardStops(Substituting):
                 **dict.fromkeys(_DETACHING_IN_PLACE, _refuse_in_place),
                 Tensor.register_hook: partial(_hook_within, ref(self)),
                 SET_DATA: partial(_set_data, stop, nullcontext),
-                SET_MEMORY: partial(_set_memory, stop, nullcontext),
                 F.gumbel_softmax: partial(_gumbel_softmax, stop),
                 F.embedding: partial(_embedding, stop),
             }
@@ -339,7 +336,6 @@ class WithoutStops(Substituting):
                 F.gumbel_softmax: partial(_gumbel_softmax, _identity),
                 F.embedding: _trained_embedding,
                 SET_DATA: partial(_set_data, _identity, nullcontext),
-                SET_MEMORY: partial(_set_memory, _identity, nullcontext),
                 _SET_GRAD_ENABLED: _enable_gradients,
                 _SET_REQUIRES_GRAD: _require_gradient,
             }
@@ -367,7 +363,13 @@ class TangentsWithoutStops(Substituting):
     by themselves."""
 
     def __init__(self) -> None:
-        super().__init__({**dict.fromkeys(DETACHING, _identity), **NOTED_OF_ALL})
+        super().__init__(
+            {
+                **dict.fromkeys(DETACHING, _identity),
+                **NOTED_OF_ALL,
+                SET_DATA: partial(_set_data, _identity, nullcontext),
+            }
+        )
 
 
 def _set_data(
@@ -380,20 +382,6 @@ def _set_data(
         raise NoDerivativeError("an assignment to .data that changes a tensor's shape or type has no derivative")
     with recording():
         _overwrite(tensor, stop(value))
-
-
-def _set_memory(
-    stop: Callable[[Tensor], Tensor],
-    recording: Callable[[], AbstractContextManager[Any]],
-    tensor: Tensor,
-    *source: Any,
-    **further: Any,
-) -> Tensor:
-    """Take the place of `Tensor.set_`: of a tensor like it, it is an assignment to `.data`."""
-    if not (source and isinstance(source[0], Tensor)) or len(source) + len(further) > 1:
-        return SET_MEMORY(tensor, *source, **further)  # type: ignore[no-any-return]  # a storage, as of what is unpickled
-    _set_data(stop, recording, tensor, source[0])
-    return tensor
 
 
 def _hook_within(

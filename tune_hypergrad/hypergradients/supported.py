@@ -16,10 +16,10 @@ from torch.nn.modules import module as modules
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.node_hooks import nodes_hooked_for_first_pass
+from tune_hypergrad.hypergradients.other_memory import other_memory_refused
 from tune_hypergrad.hypergradients.packing import packed_without_loss
 from tune_hypergrad.hypergradients.sites import called
 from tune_hypergrad.hypergradients.substitution import REPLAYABLE, Substitutes, Substituting
-from tune_hypergrad.hypergradients.unseen_writes import all_writes_seen
 
 _DROPOUT_OF_LAYER = list(inspect.signature(F.multi_head_attention_forward).parameters).index("dropout_p")
 
@@ -111,7 +111,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[Substituting]:
         sdpa_kernel(SDPBackend.MATH),
         _without_fused_recurrence(model, lambda layer: True),
         nodes_hooked_for_first_pass(partial(_refuse_backward_hooks, model)),
-        all_writes_seen(),
+        other_memory_refused(),
         packed_without_loss(),
     ):
         yield Substituting(REPLAYABLE)
