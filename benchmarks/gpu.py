@@ -1,16 +1,18 @@
 """What the engine does on a GPU: exactness, steps one by one and replayed, memory, processes, the papers' figures.
 
-    python benchmarks/gpu.py [--out gpu.json] [--limit-s 520] [--piece NAME ...] [--data-dir DIR]
+    python benchmarks/gpu.py [--out gpu.json] [--limit-s 400] [--piece NAME ...] [--data-dir DIR]
 
 It works in pieces: `machine`, `exactness`, `capture`, `steps`, `forward`, `memory`, `processes`, `figure1` (the first
 outer step of the recipe's search), `fds-fig1` and `fds-fig4` (the recipes, at `--scale`). A piece has parts. What is
 done stands in the file, and the same command goes on with the rest until `--limit-s` is over (exit status 3: there is
-more to do). A part that has begun is finished, which takes a minute or two; recipes stop in between. When all is done,
+more to do). A part that has begun is finished, which takes a minute or two; recipes stop in between. A part that fails,
+or is not captured where it should be, is put down as that, and tried again where `--piece` names it. When all is done,
 the tables are written into `docs/gpu.md`, between the markers; with `--quick` or on a CPU only into what `--docs` says.
 
 Milliseconds are medians over rounds in which the ways take turns, with the range, by CUDA events (on a CPU by the
-clock). `figure1` is timed without replays and with them, as a job of the recipe would be. Without CIFAR-10 in
-`--data-dir`, data of its shape are made up. `--quick` is for trying the script out: small batches, few steps.
+clock). All is computed without TF32 and with deterministic convolutions, as the recipes are; `figure1` is timed without
+replays and with them, as a job of the recipe would be. Without CIFAR-10 in `--data-dir`, data of its shape are made up.
+`--quick` is for trying the script out: small batches, few steps.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,9 +36,10 @@ import torch
 from torch import nn
 
 from tune_hypergrad import Problem
+from tune_hypergrad.errors import in_one_line
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.capture import RECORDERS
-from tune_hypergrad.hypergradients.captured_steps import CapturedSteps, try_capture
+from tune_hypergrad.hypergradients.captured_steps import WORTHWHILE_STEPS, CapturedSteps, try_capture
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.step_graph import adjoint_step
 from tune_hypergrad.problems.cifar import FOLDER, TEST_BATCHES, TRAIN_BATCHES
@@ -43,7 +47,7 @@ from tune_hypergrad.problems.models import lenet5_grey
 from tune_hypergrad.problems.wide_resnet import wrn_16_1
 from tune_hypergrad.recipes import RECIPES
 from tune_hypergrad.recipes.jobs import Place
-from tune_hypergrad.recipes.training import Experiment, differentiate
+from tune_hypergrad.recipes.training import Experiment, differentiated
 from tune_hypergrad.wording import markdown_table, with_range
 
 HERE = Path(__file__).resolve()
@@ -54,6 +58,7 @@ NOT_CAPTURED = "not captured: no CUDA"
 VALUES = {"lr": torch.full((2,), 0.01), "momentum": torch.tensor([0.5]), "weight_decay": torch.tensor([1e-4])}
 PROCESSES = (1, 2, 4, 6)
 WAYS = ("eager", "captured")
+MODES = ("forward", "reverse", "checkpointed_reverse")
 _SECONDS_LEFT = 60.0  # for a recipe to be begun
 
 
@@ -63,7 +68,18 @@ class Network(NamedTuple):
     batch: int
 
 
+def normalised_mlp() -> nn.Module:
+    """With a batch normalisation of vectors."""
+    return nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 10))
+
+
 NETWORKS = {"LeNet": Network(lenet5_grey, (1, 28, 28), 128), "WRN-16-1": Network(wrn_16_1, (3, 32, 32), 256)}
+EXACT = {
+    "LeNet": Network(lenet5_grey, (1, 28, 28), 128),
+    "MLP with BatchNorm1d": Network(normalised_mlp, (32,), 64),
+    "WRN-16-1": Network(wrn_16_1, (3, 32, 32), 4),
+    "WRN-16-1, channels last": Network(wrn_16_1, (3, 32, 32), 4),
+}
 
 
 @dataclass
@@ -85,8 +101,8 @@ class Bench:
     def rounds(self) -> int:
         return 2 if self.quick else 9
 
-    def problem(self, network: str, dtype: torch.dtype = torch.float32) -> Problem:
-        model, shape, batch = NETWORKS[network]
+    def problem(self, network: Network, dtype: torch.dtype = torch.float32) -> Problem:
+        model, shape, batch = network
         batch = 8 if self.quick else batch
         generator = torch.Generator().manual_seed(0)
         x, y = torch.randn(4 * batch, *shape, generator=generator), torch.randint(10, (4 * batch,), generator=generator)
@@ -110,37 +126,56 @@ class Bench:
 
 
 def machine(bench: Bench) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if bench.on_gpu else "no GPU: a CPU"
     today = date.today().isoformat()
-    return {"device": device, "date": today, "torch": torch.__version__, "CUDA": torch.version.cuda}
+    data = "CIFAR-10" if has_cifar(bench.data_dir) else "made-up data in place of CIFAR-10"
+    return {"date": today, "torch": torch.__version__, "CUDA": torch.version.cuda, "data": data}
 
 
-def exactness(bench: Bench, mode: str, way: str) -> dict[str, float]:
-    """The largest difference of float64 hypergradients from those of a CPU without replays, over the largest one."""
-    steps = 6 if bench.quick else 120
-    problem = bench.problem("LeNet", torch.float64)
-    found = {}
-    for device in (bench.device, "cpu"):
-        loop = InnerLoop(problem, TrainingSettings(steps, device=device, capture=way == "captured" and device != "cpu"))
+def refuse_uncaptured(way: str, reason: str) -> None:
+    """Fail where steps should have been captured, and `reason` says that they were not."""
+    if way == "captured" and "steps are captured" not in reason:
+        raise RuntimeError(f"not captured ({reason})")
+
+
+def exactness(bench: Bench, network: str, mode: str) -> dict[str, float | str]:
+    """By way, the largest difference of float64 hypergradients from those of a CPU, over the largest one."""
+    steps = 6 if bench.quick else WORTHWHILE_STEPS
+    problem, last = bench.problem(EXACT[network], torch.float64), "channels last" in network
+
+    def differentiated_on(device: str, way: str) -> dict[str, torch.Tensor]:
+        settings = TrainingSettings(steps, device=device, capture=way == "captured", channels_last=last)
+        loop = InnerLoop(problem, settings)
         run = hypergradient_run(loop, VALUES, differentiation=mode)
         with loop.running():
             run.advance(run.length)
-        found[device] = {name: value.cpu() for name, value in run.hypergradients.items()}
-    pairs = [(found[bench.device][name], value) for name, value in found["cpu"].items()]
-    return {"difference": max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)}
+        refuse_uncaptured(way, run.reason)
+        return {name: value.cpu() for name, value in run.hypergradients.items()}
+
+    on_cpu = differentiated_on("cpu", "eager")
+
+    def difference(way: str) -> float | str:
+        try:
+            found = differentiated_on(bench.device, way)
+        except RuntimeError as error:
+            return in_one_line(error)
+        return max(float((found[name] - value).abs().max() / value.abs().max()) for name, value in on_cpu.items())
+
+    # no step of forward mode is captured
+    return {way: difference(way) for way in WAYS if way == "eager" or (bench.on_gpu and mode != "forward")}
 
 
 def capture(bench: Bench, network: str) -> dict[str, str]:
     """What the check says of a network's steps."""
     if not bench.on_gpu:
         return {"said": NOT_CAPTURED}
-    reason = try_capture(bench.problem(network), TrainingSettings(200, device=bench.device), VALUES, RECORDERS["cuda"])
+    problem, settings = bench.problem(NETWORKS[network]), TrainingSettings(200, device=bench.device)
+    reason = try_capture(problem, settings, VALUES, RECORDERS["cuda"])
     return {"said": "captured" if reason is None else f"not captured: {reason}"}
 
 
 def steps(bench: Bench, network: str) -> dict[str, list[float]]:
     """Milliseconds of training and adjoint steps, by step and way, of every round."""
-    loop = InnerLoop(bench.problem(network), TrainingSettings(1000, device=bench.device))
+    loop = InnerLoop(bench.problem(NETWORKS[network]), TrainingSettings(1000, device=bench.device))
     values = {name: loop.values.placed(name, v) for name, v in VALUES.items()}
     times = 2 if bench.quick else 20
     with loop.running():
@@ -161,6 +196,8 @@ def steps(bench: Bench, network: str) -> dict[str, list[float]]:
             ways["adjoint captured"] = lambda: captured.adjoint_step(loop, state, h, 2, adjoint, buffers)
         for work in ways.values():
             bench.timed(work, 3)
+        if bench.on_gpu and captured.reason is not None:
+            raise RuntimeError(f"not captured ({captured.reason})")
         found: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(bench.rounds):
             for way, work in ways.items():
@@ -171,7 +208,7 @@ def steps(bench: Bench, network: str) -> dict[str, list[float]]:
 def forward(bench: Bench, network: str) -> dict[str, list[float]]:
     """Milliseconds of a step of forward mode with all four columns."""
     rounds, times = bench.rounds, 1 if bench.quick else 5
-    loop = InnerLoop(bench.problem(network), TrainingSettings(2 * (rounds + 1) * times, device=bench.device))
+    loop = InnerLoop(bench.problem(NETWORKS[network]), TrainingSettings(2 * (rounds + 1) * times, device=bench.device))
     with loop.running():
         run = ForwardRun(loop, dict(VALUES))
         run.advance((rounds + 1) * times)  # the second window of the learning rate has opened
@@ -182,12 +219,14 @@ def memory(bench: Bench, network: str, way: str) -> dict[str, float]:
     """The most memory that a hypergradient by reverse mode has taken, in MiB."""
     if not bench.on_gpu:
         return {}
-    loop = InnerLoop(bench.problem(network), TrainingSettings(120, device=bench.device, capture=way == "captured"))
+    settings = TrainingSettings(120, device=bench.device, capture=way == "captured")
+    loop = InnerLoop(bench.problem(NETWORKS[network]), settings)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run = hypergradient_run(loop, VALUES, differentiation="reverse")
     with loop.running():
         run.advance(run.length)
+    refuse_uncaptured(way, run.reason)
     return {
         "allocated": torch.cuda.max_memory_allocated() / 2**20,
         "reserved": torch.cuda.max_memory_reserved() / 2**20,
@@ -196,6 +235,7 @@ def memory(bench: Bench, network: str, way: str) -> dict[str, float]:
 
 def processes(bench: Bench, count: int, way: str) -> dict[str, float]:
     """Training steps of LeNets a second, of some processes at once, together."""
+    leave_memory(bench)
     seconds = 1 if bench.quick else 8
     command = [sys.executable, str(HERE), "--worker", way, "--seconds", str(seconds), "--device", bench.device]
     command += ["--quick"] if bench.quick else []
@@ -205,7 +245,7 @@ def processes(bench: Bench, count: int, way: str) -> dict[str, float]:
     try:
         for worker in workers:
             if _stream(worker.stdout).readline().strip() != "ready":
-                raise SystemExit(f"a process of {count} has failed")
+                raise RuntimeError(f"a process of {count} has failed")
         for worker in workers:  # all have warmed up
             _stream(worker.stdin).write("go\n")
             _stream(worker.stdin).flush()
@@ -216,6 +256,12 @@ def processes(bench: Bench, count: int, way: str) -> dict[str, float]:
             worker.wait()
 
 
+def leave_memory(bench: Bench) -> None:
+    """Leave what this process has no use for to others."""
+    if bench.on_gpu:
+        torch.cuda.empty_cache()
+
+
 def _stream(stream: Any) -> Any:
     assert stream is not None
     return stream
@@ -223,7 +269,7 @@ def _stream(stream: Any) -> Any:
 
 def work(bench: Bench, way: str, seconds: float) -> None:
     """A process of `processes`."""
-    loop = InnerLoop(bench.problem("LeNet"), TrainingSettings(100_000, device=bench.device))
+    loop = InnerLoop(bench.problem(NETWORKS["LeNet"]), TrainingSettings(100_000, device=bench.device))
     if way == "captured":
         loop.captured = CapturedSteps(loop, RECORDERS["cuda"](loop.device))
     values = {name: loop.values.placed(name, v) for name, v in VALUES.items()}
@@ -241,6 +287,8 @@ def work(bench: Bench, way: str, seconds: float) -> None:
 
     with loop.running(plain=True):
         take(inf, 10)
+        if loop.captured is not None and loop.captured.reason is not None:
+            raise SystemExit(f"not captured ({loop.captured.reason})")
         print("ready", flush=True)
         sys.stdin.readline()
         begun = time.perf_counter()
@@ -255,13 +303,15 @@ def figure1(bench: Bench, way: str) -> dict[str, Any]:
     experiment = Experiment("digits", 64, 500) if bench.quick else settings.experiment
     data = None if bench.quick else str(data_of(bench))
     place = Place(data, bench.device, bench.folder / f"figure1-{way}.pt", inf, capture=way == "captured")
-    begun = time.perf_counter()
-    found = differentiate(place, experiment=experiment, values=values, epochs=settings.first_epochs, seed=0)
-    return {"seconds": time.perf_counter() - begun, "val_loss": found["val_loss"], "lr": found["hypergradients"]["lr"]}
+    loop = experiment.loop(place, settings.first_epochs, 0)
+    found = differentiated(place, loop, values)
+    refuse_uncaptured(way, found.reason)
+    return {"seconds": place.seconds, "val_loss": found.val_loss, "lr": found.hypergradients["lr"].tolist()}
 
 
 def recipe(bench: Bench, name: str) -> dict[str, Any] | None:
     """A whole recipe, which goes on where it was stopped; None where it is not done."""
+    leave_memory(bench)
     left = bench.end - time.monotonic()
     out = bench.folder / name
     seconds = out.with_suffix(".seconds")
@@ -278,15 +328,19 @@ def recipe(bench: Bench, name: str) -> dict[str, Any] | None:
     if ended.returncode == 130:
         return None
     if ended.returncode:
-        raise SystemExit(f"reproduce {name}: {ended.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"reproduce {name}: {ended.stderr.strip().splitlines()[-1]}")
     return {"seconds": spent, "scale": bench.scale}
+
+
+def has_cifar(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (FOLDER, "cifar-10-python.tar.gz"))
 
 
 def data_of(bench: Bench) -> Path:
     """Where CIFAR-10, or something of its shape, is."""
-    if any((bench.data_dir / name).exists() for name in (FOLDER, "cifar-10-python.tar.gz")):
+    if has_cifar(bench.data_dir):
         return bench.data_dir
-    made = bench.folder / "made-up"
+    made = Path(tempfile.gettempdir()) / "tune_hypergrad-made-up"
     if not (made / FOLDER / TEST_BATCHES[-1]).exists():
         (made / FOLDER).mkdir(parents=True, exist_ok=True)
         draws, size = np.random.default_rng(0), 10_000
@@ -300,11 +354,10 @@ def data_of(bench: Bench) -> Path:
 
 def parts(bench: Bench) -> dict[str, Callable[[], Mapping[str, Any] | None]]:
     """Everything that is measured, by piece and part."""
-    modes = ("forward", "reverse", "checkpointed_reverse")
     ways = WAYS if bench.on_gpu else WAYS[:1]
     made: dict[str, Callable[[], Mapping[str, Any] | None]] = {"machine": lambda: machine(bench)}
-    made |= {f"exactness/{m}/{w}": lambda m=m, w=w: exactness(bench, m, w) for m in modes for w in ways}  # type: ignore[misc]
-    made.pop("exactness/forward/captured", None)  # no step of forward mode is
+    exact = [(name, mode) for name in EXACT for mode in MODES if mode == "reverse" or not name.startswith("WRN")]
+    made |= {f"exactness/{n}/{m}": lambda n=n, m=m: exactness(bench, n, m) for n, m in exact}  # type: ignore[misc]
     for piece in (capture, steps, forward):
         made |= {f"{piece.__name__}/{n}": lambda p=piece, n=n: p(bench, n) for n in NETWORKS}  # type: ignore[misc]
     made |= {f"memory/{n}/{w}": lambda n=n, w=w: memory(bench, n, w) for n in NETWORKS for w in ways}  # type: ignore[misc]
@@ -322,17 +375,23 @@ def tables(found: Mapping[str, Any]) -> str:
 
     def of(key: str, name: str, form: str) -> str:
         value = found.get(key, {}).get(name)
+        if "failed" in found.get(key, {}):
+            return "failed"
+        if isinstance(value, str):
+            return value
         if value is None:
             return NOT_CAPTURED if host["CUDA"] is None and "captured" in f"{key} {name}" else "-"
         return with_range(value, form) if isinstance(value, list) else f"{value:{form}}"
 
-    head = f"{host['device']}, torch {host['torch']}, CUDA {host['CUDA']}, {host['date']}."
-    modes = [key.split("/")[1] for key in found if key.startswith("exactness/") and key.endswith("/eager")]
-    exact = [[mode, *(of(f"exactness/{mode}/{way}", "difference", ".1e") for way in WAYS)] for mode in modes]
+    devices = dict.fromkeys(each["device"] for each in found.values())
+    head = f"{' and '.join(devices)}, torch {host['torch']}, CUDA {host['CUDA']}, {host['date']}, {host['data']}."
+    exact = [
+        [*key.split("/")[1:], *(of(key, way, ".1e") for way in WAYS)] for key in found if key.startswith("exactness/")
+    ]
     kinds = [f"{kind} {way}" for kind in ("training", "adjoint") for way in WAYS]
     step = [
         [
-            f"{name}, {found[f'capture/{name}']['said']}" if name in NETWORKS else name,
+            f"{name}, {found[f'capture/{name}'].get('said', 'failed')}",
             *(of(f"steps/{name}", kind, ".2f") for kind in kinds),
             of(f"forward/{name}", "step", ".2f"),
         ]
@@ -344,15 +403,18 @@ def tables(found: Mapping[str, Any]) -> str:
     searches = [["the first outer step of Figure 1", *(of(f"figure1/{way}", "seconds", ".1f") for way in WAYS)]]
     for name in ("fds-fig1", "fds-fig4"):
         if name in found:
-            searches.append([f"`reproduce {name} --scale {found[name]['scale']:g}`", "-", of(name, "seconds", ".0f")])
+            scale = found[name].get("scale", "")
+            searches.append([f"`reproduce {name} --scale {scale}`", "-", of(name, "seconds", ".0f")])
     sections: list[tuple[str, Sequence[str], list[list[str]]]] = [
-        ("Difference of float64 hypergradients from a CPU's, relative:", ("mode", *WAYS), exact),
+        ("Difference of float64 hypergradients from a CPU's, relative:", ("network", "mode", *WAYS), exact),
         ("Milliseconds a step:", ("network", *kinds, "forward mode"), step),
         ("MiB allocated at the most in a hypergradient of 120 steps:", ("network", *WAYS), taken),
         ("Training steps of LeNets a second, in all processes together:", ("processes", *WAYS), beside),
         ("Seconds:", ("search", *WAYS), searches),
     ]
-    return "\n\n".join([head, *(f"{title}\n\n{markdown_table(heads, rows)}" for title, heads, rows in sections)])
+    shown = [f"{title}\n\n{markdown_table(heads, rows)}" for title, heads, rows in sections]
+    failed = [f"- {key}: {each['failed']}" for key, each in found.items() if "failed" in each]
+    return "\n\n".join([head, *shown, *(["Failed:\n\n" + "\n".join(failed)] if failed else [])])
 
 
 def write_docs(path: Path, found: Mapping[str, Any]) -> None:
@@ -366,7 +428,7 @@ def write_docs(path: Path, found: Mapping[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine on a GPU, in pieces that go on where they were stopped.")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="what is done; beside it, a folder")
-    parser.add_argument("--limit-s", type=float, default=520.0)
+    parser.add_argument("--limit-s", type=float, default=400.0)
     parser.add_argument("--piece", nargs="+", default=[], help="pieces, or parts such as steps/LeNet; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
@@ -377,6 +439,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True  # as the recipes' processes
     end, folder = time.monotonic() + given.limit_s, given.out.with_suffix("")
     bench = Bench(given.device, given.quick, given.data_dir, folder, given.scale, end)
     if given.worker:
@@ -387,14 +450,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for key, measure in todo.items():
         wanted = not given.piece or any(key == piece or key.startswith(f"{piece}/") for piece in given.piece)
-        if key in found or not wanted:
+        again = bool(given.piece) and "failed" in found.get(key, {})
+        if (key in found and not again) or not wanted:
             continue
         if time.monotonic() > end:
             break
-        begun, result = time.monotonic(), measure()
+        begun = time.monotonic()
+        try:
+            result = measure()
+        except Exception as error:  # the others do not depend on it
+            result = {"failed": in_one_line(error)}
         if result is None:
             break
-        found[key] = result
+        found[key] = {**result, "device": torch.cuda.get_device_name() if bench.on_gpu else "no GPU: a CPU"}
         given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
         print(f"{key}: {time.monotonic() - begun:.0f} s", flush=True)
     if not all(key in found for key in todo):

@@ -9,7 +9,8 @@ Contenders:
 
 - tune_hypergrad: with kept graphs (`max_memory` as is, a quarter of what is free), with memory for the states alone,
   and with about the root of their number (`checkpointed_reverse`), of a problem that has been checked, as in a search;
-  and with kept graphs for the first time, the check against plain training included;
+  and with kept graphs for the first time, the check against plain training included; if asked for, with every graph,
+  whatever memory that takes, as the others;
 - by hand: the obvious loop of `torch.func.functional_call` and `torch.autograd.grad(create_graph=True)`;
 - higher 0.2.1 and torchopt (MetaSGD, MetaAdam), each by the Python of an environment of its own: `--python NAME=PATH`;
 - betty-ml 0.1.1, likewise, with as many terms of a Neumann series at the end of the run as `NEUMANN_TERMS`. It has no
@@ -52,6 +53,7 @@ SECONDS = 1200
 OUT_OF_MEMORY = "can't allocate memory", "MemoryError", "std::bad_alloc"
 PACKAGES = {"higher": "higher==0.2.1", "torchopt": "torchopt==0.7.3", "betty": "betty-ml==0.1.1"}
 NEUMANN_TERMS, DECAY = 10, 1e-3
+EVERY_GRAPH = "every graph"
 
 
 def mlp() -> nn.Module:
@@ -155,7 +157,7 @@ def ours(keeping: str, *, first: bool = False) -> Callable[[Task], Tensor]:
         if first or task.factory not in PROBLEMS:
             PROBLEMS[task.factory] = Problem(task.factory, (task.x, task.y), task.val, batch_size=task.batch)
         state = 2 * 4 * sum(parameter.numel() for parameter in task.factory().parameters())
-        memory = {"kept graphs": None, "states": 1.1 * task.steps * state, "root of the states": None}[keeping]
+        memory = {EVERY_GRAPH: "1TB", "states": 1.1 * task.steps * state}.get(keeping)
         mode = "checkpointed_reverse" if keeping == "root of the states" else "reverse"
         values = {"lr": task.rates().detach()}
         return hypergradient(  # type: ignore[no-any-return]
@@ -291,7 +293,10 @@ def by_betty(task: Task) -> Tensor:
 
 
 CONTENDERS: dict[str, Callable[[Task], Tensor]] = {
-    **{f"tune_hypergrad, {keeping}": ours(keeping) for keeping in ("kept graphs", "states", "root of the states")},
+    **{
+        f"tune_hypergrad, {keeping}": ours(keeping)
+        for keeping in ("kept graphs", EVERY_GRAPH, "states", "root of the states")
+    },
     "tune_hypergrad, kept graphs, with its check": ours("kept graphs", first=True),
     "by hand": by_hand,
     "higher": by_higher,
@@ -415,7 +420,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--steps", nargs="+", type=int, default=[20, 100, 400])
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 9, 1000])
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    usual = [name for name in CONTENDERS if not name.endswith(EVERY_GRAPH)]
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=usual)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="a rival's Python")
     parser.add_argument("--environments", type=Path, help="where to make, or find, environments of the rivals")

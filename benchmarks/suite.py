@@ -7,8 +7,8 @@ the same command, is not run again: the suite goes on where it was stopped, also
 takes small sizes, whose figures say little; they are kept apart from the others. The table is Markdown, of all that the
 file holds.
 
-- lenet, long, mlp, wrn, wrn-long: ours beside a loop by hand, higher, torchopt and betty-ml, where `--rivals` has their
-  environments (`rivals.py`);
+- lenet, long, mlp, wrn, wrn-long, wrn-graphs: ours beside a loop by hand, higher, torchopt and betty-ml, where
+  `--rivals` has their environments (`rivals.py`);
 - pipelines: a transformer, an LSTM and others beside a person's own loop (`pipeline_cost.py`);
 - forward: forward mode's ways beside a loop of double backward (`hypergradient_cost.py`), and reverse mode;
 - layout: images with their channels last (`layout_cost.py`);
@@ -79,6 +79,11 @@ BENCHMARKS = {
         "rivals.py",
         "--models wrn --steps 400 --counts 1 --repeats 1",
         "--models wrn --steps 6 --counts 1 --repeats 1",
+    ),
+    "wrn-graphs": Benchmark(
+        "rivals.py",
+        "--models wrn --steps 100 --counts 1 --repeats 2 --contenders 'tune_hypergrad, every graph' higher 'by hand'",
+        "--models wrn --steps 5 --counts 1 --repeats 1 --contenders 'tune_hypergrad, every graph'",
     ),
     "pipelines": Benchmark("pipeline_cost.py", "--turns 2", "--models recommender --turns 1"),
     "forward": Benchmark(

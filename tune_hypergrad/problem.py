@@ -24,7 +24,7 @@ from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.figures import QuotientsOf, as_mean, detached, is_accumulating, is_of_whole_split, part_of
 from tune_hypergrad.groups import GroupsOf, refuse_form
 from tune_hypergrad.objective import Objective, Parameters, strengths
-from tune_hypergrad.randomness import preserved_generators, seed_everything
+from tune_hypergrad.randomness import seed_everything, seeded_generators
 from tune_hypergrad.reading import Loading
 from tune_hypergrad.regularisers import Regulariser, Strength
 from tune_hypergrad.sampling import examples_of, own_sampler, refuse_unreadable
@@ -443,8 +443,7 @@ class Problem:
         """
         if self._is_checked:
             return
-        with preserved_generators():
-            seed_everything(0)
+        with seeded_generators(0):
             model = _attempt("model()", self.model)
             if not isinstance(model, nn.Module):
                 raise InputError(f"model() gave a {type(model).__name__}, not a torch.nn.Module")

@@ -25,9 +25,9 @@ def fold_seed(*parts: int) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators (call inside `preserved_generators`)."""
-    # torch.manual_seed keeps a traceback for every kind of device that is not there: a millisecond each time
+    # torch keeps a traceback for every kind of device that is not there, or not started yet: a millisecond each time
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
@@ -37,11 +37,33 @@ def seed_everything(seed: int) -> None:
 def preserved_generators() -> Iterator[None]:
     """Give Python's, NumPy's and torch's global generators back as they were on entry."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # asking a GPU for its generator would start CUDA on it
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
+    had_cuda = torch.cuda.is_initialized()  # asking a GPU for its generator would start it
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if had_cuda else []):
             yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if torch.cuda.is_initialized() and not had_cuda:
+            _seed_gpus_as_the_host()
+
+
+@contextmanager
+def seeded_generators(seed: int) -> Iterator[None]:
+    """For the body, which may be the first to use a GPU, seed all global generators; afterwards they are as they
+    were."""
+    may_start_cuda = torch.cuda.is_available() and not torch.cuda.is_initialized()
+    try:
+        with preserved_generators():
+            seed_everything(seed)
+            if may_start_cuda:
+                torch.cuda.manual_seed_all(seed)
+            yield
+    finally:
+        if may_start_cuda:
+            _seed_gpus_as_the_host()
+
+
+def _seed_gpus_as_the_host() -> None:
+    """Seed the generators of GPUs as they are when these are started."""
+    torch.cuda.manual_seed_all(torch.initial_seed())

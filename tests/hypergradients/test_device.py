@@ -13,11 +13,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
 
-from tune_hypergrad import Problem
+from tune_hypergrad import Problem, check_problem
+from tune_hypergrad.data import Split
 from tune_hypergrad.hypergradients import OPTIMIZERS, InnerLoop
+from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import TrainingSettings
+from tune_hypergrad.hypergradients.loop_batches import LoopBatches
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.hypergradients.step_graph import adjoint_step
 from tune_hypergrad.regularisers import (
@@ -190,6 +194,54 @@ def test_nothing_is_made_on_the_host() -> None:
             with NothingFromTheHost(), Watch() as watch:
                 loop.take_step(state, loop.scalars(values(loop), 2), 2)
         assert not watch.found and watch.operations > 100
+
+
+def test_the_order_of_a_data_set_is_read_on_the_host() -> None:
+    """A GPU's would have to be waited for at every batch."""
+
+    class Pairs(Dataset[tuple[Tensor, Tensor]]):
+        def __len__(self) -> int:
+            return len(IMAGES)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return IMAGES[index], LABELS[index]
+
+    def batches(train: Any) -> LoopBatches:
+        return loop_on_meta(Problem(convolutional, train, (IMAGES, LABELS), batch_size=8)).batches
+
+    of_data_set, of_tensors = batches(Pairs()), batches((IMAGES, LABELS))
+    assert of_data_set.indices(1).device.type == "cpu" and of_tensors.indices(1).device.type == "meta"
+    assert of_data_set.sample("train", 0, 4).device.type == "cpu"
+    assert of_data_set.of_step(1)[0].device.type == of_tensors.of_step(1)[0].device.type == "meta"
+
+
+def test_several_runs_have_one_copy_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[str] = []
+    to = Split.to
+
+    def noted(split: Split, *arguments: Any) -> Split:
+        placed.append(split.name)
+        return to(split, *arguments)
+
+    monkeypatch.setattr(Split, "to", noted)
+    loop = EnsembleLoop(PROBLEMS["convolutional"](), TrainingSettings(steps=8), [1, 2, 3])
+    assert sorted(placed) == ["train", "val"]
+    assert all(member.batches.train is loop.batches.train for member in loop.members)
+
+
+def test_values_are_on_the_device_before_a_step_is_inspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups' values are laid out as one vector, which the host's could not be multiplied with."""
+    given: dict[str, Tensor] = {}
+
+    def note(loop: InnerLoop, values: dict[str, Tensor], modes: Any) -> dict[str, str]:
+        given.update(values)
+        return dict.fromkeys(modes, "not on this device")
+
+    monkeypatch.setattr("tune_hypergrad.hypergradients.check.inspect", note)
+    monkeypatch.setattr(Problem, "check", lambda self: None)  # which takes numbers
+    problem = PROBLEMS["convolutional"](groups={"last": "6.*"})
+    assert not check_problem(problem, device="meta").ok
+    assert "lr/last" in given and {value.device.type for value in given.values()} == {"meta"}
 
 
 def test_the_watch_finds_what_waits() -> None:

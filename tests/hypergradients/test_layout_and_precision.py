@@ -186,6 +186,36 @@ class TestTF32:
         differentiate(make_loop(make_problem(loss=loss), 2), SGD)
         assert set(seen) == {before}
 
+    @pytest.mark.parametrize("allowed", [False, True])
+    @pytest.mark.parametrize("by_old_switch", [False, True])
+    def test_recurrent_networks(self, allowed: bool, by_old_switch: bool) -> None:
+        """They run without fused kernels, which have switches, too."""
+        drawn = torch.randn(12, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x, y = drawn[..., :2], drawn[..., 2:]
+        cudnn = torch.backends.cudnn
+        seen: set[tuple[bool, ...]] = set()
+        before, own = (cudnn.enabled, cudnn.deterministic, torch.backends.mkldnn.enabled), cudnn.allow_tf32
+
+        class Recurrent(nn.LSTM):
+            def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+                seen.add((cudnn.enabled, cudnn.deterministic, torch.backends.mkldnn.enabled))
+                return super().forward(x)[0]  # type: ignore[no-any-return]
+
+        def model() -> nn.Module:
+            return Recurrent(2, 3, batch_first=True).double()
+
+        problem = Problem(model, (x, y), (x, y), loss=F.mse_loss, batch_size=4)
+        try:
+            if by_old_switch:
+                cudnn.allow_tf32 = not own
+            found = hypergradient(problem, {"lr": torch.tensor([0.1])}, steps=3, tf32=allowed, check=False)
+        finally:
+            cudnn.allow_tf32 = own
+        expected = hypergradient(problem, {"lr": torch.tensor([0.1])}, steps=3)
+        assert torch.equal(found.hypergradients["lr"], expected.hypergradients["lr"])
+        assert (cudnn.enabled, cudnn.deterministic, torch.backends.mkldnn.enabled) == before
+        assert seen == {before, (False, before[1], False)}
+
     def test_they_are_given_back_after_an_error(self) -> None:
         before = _switches()
         with pytest.raises(ZeroDivisionError), tf32(not _is_on(before)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,9 +16,31 @@ from torch_loops import SGD, assert_exact
 
 from tune_hypergrad import InputError, Problem
 from tune_hypergrad.errors import NoDerivativeError
+from tune_hypergrad.hypergradients import in_force
 from tune_hypergrad.hypergradients.other_memory import other_memory_refused
 
 Write = Callable[[Tensor, Tensor], Any]
+
+
+def test_is_refused_in_the_threads_of_a_gpus_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, found = torch.ones(2, requires_grad=True), list[Any]()
+
+    def set_there() -> None:
+        try:
+            found.append(torch.zeros(2).set_(source))
+        except NoDerivativeError as error:
+            found.append(str(error))
+
+    def run_in_a_thread() -> None:
+        thread = Thread(target=set_there)
+        thread.start()
+        thread.join()
+
+    with other_memory_refused():
+        run_in_a_thread()  # which is another program's
+        monkeypatch.setattr(in_force, "_within_backward_pass", lambda: True)
+        run_in_a_thread()
+    assert isinstance(found[0], Tensor) and "without its history" in found[1]
 
 
 class Scaled(nn.Module):

@@ -46,7 +46,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.groups import group_name
 from tune_hypergrad.hypergradients import get_optimizer
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.randomness import preserved_generators, seed_everything
+from tune_hypergrad.randomness import seeded_generators
 from tune_hypergrad.schedules import Schedule
 
 _CHANGE_THE_STEP = (
@@ -72,8 +72,7 @@ def problem_from_lightning(
 ) -> Problem:
     """The training that `trainer.fit(module(**arguments), datamodule)` is; see `Problem.from_lightning`."""
     _refuse_trainer(trainer)
-    with preserved_generators():
-        seed_everything(0)
+    with seeded_generators(0):
         loaders = _loaders(datamodule)
         steps = _steps(trainer, loaders["train"])
         known = NoTrainer({"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps, **steps})

@@ -40,7 +40,7 @@ from tune_hypergrad.bridges.replay import replay
 from tune_hypergrad.defaults import TrainingDefaults
 from tune_hypergrad.errors import InputError, in_one_line
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.randomness import preserved_generators, seed_everything
+from tune_hypergrad.randomness import seeded_generators
 from tune_hypergrad.schedules import Schedule
 
 _IGNORED = -100
@@ -59,8 +59,7 @@ def problem_from_transformers(
 ) -> Problem:
     """The training that `transformers.Trainer` makes of these arguments; see `Problem.from_transformers`."""
     _refuse(args, eval_dataset)
-    with preserved_generators():
-        seed_everything(0)
+    with seeded_generators(0):
         model = _Factory(model_init, args)()
         collator = _collator(model, args, data_collator)
         loader = partial(DataLoader, collate_fn=collator)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -37,15 +39,18 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capturing_stream(device, get_ident())
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         with torch.cuda.device(self._device):
             self._warm_up(function)
-            graph = torch.cuda.CUDAGraph()
-            # other threads, which read data into pinned memory, may go on
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = function()
+            graph, present = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # other threads, which read data into pinned memory, may go on
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    outputs = function()
+            finally:  # a capture that fails leaves its stream in use
+                torch.cuda.set_stream(present)
         return outputs, graph.replay
 
     def _warm_up(self, function: Callable[[], Any]) -> None:
@@ -61,6 +66,12 @@ class CudaGraphs:
                         function()
         finally:  # what the function reads may be let go of
             present.wait_stream(self._stream)
+
+
+@cache
+def _capturing_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for all captures of a thread: libraries keep a workspace for each."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

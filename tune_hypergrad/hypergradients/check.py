@@ -136,7 +136,8 @@ def check_problem(
         loop = InnerLoop(problem, settings)
         values = usual_values(loop) if hyperparameters is None else dict(hyperparameters)
         check_values(loop, values)
-        refusals = inspect(InnerLoop(problem.independent(), settings), values, modes)
+        placed = {name: loop.values.placed(name, value) for name, value in values.items()}
+        refusals = inspect(InnerLoop(problem.independent(), settings), placed, modes)
     except InputError as error:
         return ProblemCheck(False, str(error))
     except Exception as error:
@@ -246,8 +247,9 @@ class _Comparison:
     """Modes against differences of plain training, in double precision."""
 
     def __init__(self, problem: Problem, settings: TrainingSettings, values: Hyperparameters) -> None:
-        self._problem, self._settings, self._values = problem, settings, values
+        self._problem, self._settings = problem, settings
         self._loop = self._fresh_loop()
+        self._values = {name: self._loop.values.placed(name, value) for name, value in values.items()}
         self._differences: dict[tuple[str, int, float], float] = {}
         with self._loop.running():
             self._batches = [
@@ -298,7 +300,7 @@ class _Comparison:
         if not isfinite(self._loss):
             return "the run diverges in its first steps"
         with self._loop.running():
-            if self._plain_loss(self._values) != self._loss:
+            if _differ(self._plain_loss(self._values), self._loss):
                 return "no two trainings are the same"
             nudged = self._plain_loss(self._values, nudge=_NUDGE)
         if _differ(nudged, self._loss):

@@ -20,7 +20,6 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients.attributes import attributes_kept
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.optimizers import Slots, is_built_in
-from tune_hypergrad.hypergradients.replays import is_same
 from tune_hypergrad.hypergradients.sites import Sites, running_line
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.hypergradients.stop_gradient import (
@@ -40,6 +39,9 @@ LOST = (
 )
 _MOST_RUNS = 64
 """Times that a loss is computed again, at the most, to find the number that it depends on."""
+_TIMES_THE_SAME = 3
+"""Times that a loss has to be the same before another one is put down to a number: on a GPU, sums may be added up in
+another order each time."""
 
 Noting = Callable[[Conversions], Tensor]
 """Computes a loss while its conversions are noted, and some of them moved."""
@@ -75,7 +77,7 @@ def place_that_matters(noting: Noting, first: Tensor, places: Sequence[str], sit
 
     def is_other(moved: Container[int], by: float) -> bool | None:
         loss = computed(moved, by)
-        return None if loss is None else not is_same(loss, first)
+        return None if loss is None else not torch.equal(loss, first)
 
     def leaps(among: range) -> bool:
         """Whether the loss changes as much by much less, as where something is chosen by the number."""
@@ -101,8 +103,8 @@ def place_that_matters(noting: Noting, first: Tensor, places: Sequence[str], sit
     found = found_in(range(len(places)))
     if found is None:
         return None
-    again = computed()  # what differs from run to run anyway tells nothing
-    return places[found] if again is not None and is_same(again, first) else None
+    again = [computed() for _ in range(_TIMES_THE_SAME)]  # what differs from run to run anyway tells nothing
+    return places[found] if all(loss is not None and torch.equal(loss, first) for loss in again) else None
 
 
 @contextmanager

@@ -53,10 +53,8 @@ class EnsembleBatches(LoopBatches):
     """
 
     def __init__(self, problem: Problem, steps: int, seed: int, members: Sequence[LoopBatches]) -> None:
-        super().__init__(problem, steps, seed, members[0].device, members[0].dtype)
+        super().__init__(problem, steps, seed, members[0].device, members[0].dtype, members[0])
         self._members = members
-        for member in members:
-            member.share(self)
 
     def of_step(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
         """The runs' training batches `number` of `step`: leaves of shape [S, b, ...]."""
@@ -94,7 +92,7 @@ class EnsembleLoop(InnerLoop):
         check_seeds(seeds)
         super().__init__(problem, replace(settings, seed=seeds[0]))
         self.seeds = tuple(seeds)
-        self.members = tuple(InnerLoop(problem, replace(settings, seed=seed)) for seed in seeds)
+        self.members = tuple(InnerLoop(problem, replace(settings, seed=seed), data=self.batches) for seed in seeds)
         """The runs' own inner loops."""
         for member in self.members:
             member.moving = self.moving  # one set, to which either adds

@@ -45,7 +45,7 @@ from tune_hypergrad.hypergradients.tensor_cores import tf32
 from tune_hypergrad.modules import parts_in_evaluation, set_training
 from tune_hypergrad.objective import Prediction
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything
+from tune_hypergrad.randomness import fold_seed, preserved_generators, seed_everything, seeded_generators
 
 if TYPE_CHECKING:
     from tune_hypergrad.hypergradients.captured_steps import CapturedSteps
@@ -176,11 +176,16 @@ class InnerLoop:
     Methods are pure functions of their arguments: the modules that the problem's factory made serve as templates for
     functional calls only. Losses that are modules are copied, and trained with the model.
 
+    Args:
+        problem: what is trained.
+        settings: how.
+        data: the batches of another inner loop of the problem, whose data this one reads.
+
     Raises:
         InputError: the model has a module the engine cannot differentiate, or no trainable parameter.
     """
 
-    def __init__(self, problem: Problem, settings: TrainingSettings) -> None:
+    def __init__(self, problem: Problem, settings: TrainingSettings, *, data: LoopBatches | None = None) -> None:
         self.source, self.settings = problem, settings
         self.findings: dict[Any, Any] = {}  # of the derivatives, where the problem cannot remember them
         self.optimizer = get_optimizer(settings.optimizer)
@@ -193,8 +198,7 @@ class InnerLoop:
         """Names of a state's slots: the optimizer's, and the average of the weights where there is one."""
         self.validated = 0 if judged is None else 1 + self.slots.index(judged)
         """Position in `(params, *slots)` of the weights that evaluations judge."""
-        with preserved_generators():
-            seed_everything(fold_seed(settings.seed, INITIALISATION))
+        with seeded_generators(fold_seed(settings.seed, INITIALISATION)):
             self.model: nn.Module = problem.model()
         if settings.device is not None:
             self.model.to(settings.device)
@@ -235,7 +239,7 @@ class InnerLoop:
         set_training(self.model, self.in_evaluation)
         self.moving = _running_statistics(self.model)
         """Names of the buffers and frozen parameters that training has been seen to change."""
-        self.batches = LoopBatches(self.problem, settings.steps, settings.seed, self.device, self.dtype)
+        self.batches = LoopBatches(self.problem, settings.steps, settings.seed, self.device, self.dtype, data)
         self.values = LoopValues(
             self.problem,
             self.optimizer,

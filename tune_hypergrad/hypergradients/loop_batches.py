@@ -31,21 +31,37 @@ class LoopBatches:
         seed: of the run: it draws the order of examples and what data sets draw.
         device: where training happens.
         dtype: of its floating tensors.
+        data: those of another run of the same problem; this one reads what that one reads, by its workers.
     """
 
-    def __init__(self, problem: Problem, steps: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        steps: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        data: LoopBatches | None = None,
+    ) -> None:
         self.problem, self.device, self.dtype = problem, device, dtype
         self._steps, self._seed = steps, seed
-        self.train, self.val, self.test = (
-            None if split is None else split.to(device, dtype)  # type: ignore[union-attr]
-            for split in (problem.train, problem.val, problem.test)
-        )
-        splits = {"train": self.train, "val": self.val, "test": self.test}
-        self._readers = {
-            name: Reader(split, pin=device.type == "cuda") for name, split in splits.items() if split is not None
-        }
+        if data is None:
+            self.train, self.val, self.test = (
+                None if split is None else split.to(device, dtype)  # type: ignore[union-attr]
+                for split in (problem.train, problem.val, problem.test)
+            )
+            splits = {"train": self.train, "val": self.val, "test": self.test}
+            self._readers = {
+                name: Reader(split, pin=device.type == "cuda") for name, split in splits.items() if split is not None
+            }
+        else:
+            self.train, self.val, self.test, self._readers = data.train, data.val, data.test, data._readers
         self._orders: dict[str, tuple[int, Tensor]] = {}  # of the present epoch, by split
-        self._begin_reading()
+        # no circle: what holds the data goes when the last run that reads it does, not when garbage is collected
+        own = ref(self)
+        end = steps * problem.accumulate
+        self._training_data = BatchesAhead(self._readers["train"], lambda draw: _alive(own).tasks(draw), end)
+        self._validation_data: dict[int, BatchesAhead] = {}  # by batch size
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -54,18 +70,6 @@ class LoopBatches:
             for reader in self._readers.values():
                 stack.enter_context(reader.opened())
             yield
-
-    def share(self, other: LoopBatches) -> None:
-        """Let this run read what another run of the same problem reads, by that run's workers."""
-        self.train, self.val, self.test, self._readers = other.train, other.val, other.test, other._readers
-        self._begin_reading()
-
-    def _begin_reading(self) -> None:
-        # no circle: what holds the data goes when the last run that reads it does, not when garbage is collected
-        own = ref(self)
-        end = self._steps * self.problem.accumulate
-        self._training_data = BatchesAhead(self._readers["train"], lambda draw: _alive(own).tasks(draw), end)
-        self._validation_data: dict[int, BatchesAhead] = {}  # by batch size
 
     def of_step(self, step: int, number: int = 0, *, again: bool = False) -> Batch:
         """Training batch `number` of `step`, a function of (seed, step, number) only; `again`: it will be asked for
@@ -157,7 +161,7 @@ class LoopBatches:
             stream = _ORDER if which == "train" else _VALIDATION_ORDER
             sampler = self.problem.sampler if which == "train" else None
             order = epoch_order(len(self.split(which)), sampler, fold_seed(self._seed, stream, epoch))
-            known = self._orders[which] = epoch, order.to(self.device)
+            known = self._orders[which] = epoch, self._placed(which, order)
         return known[1]
 
     def sample(self, which: str, draw: int, examples: int | None) -> Tensor | None:
@@ -166,7 +170,12 @@ class LoopBatches:
         if examples is None or examples >= len(split):
             return None
         generator = torch.Generator().manual_seed(fold_seed(self._seed, VALIDATION, draw))
-        return torch.randperm(len(split), generator=generator)[:examples].to(self.device)
+        return self._placed(which, torch.randperm(len(split), generator=generator)[:examples])
+
+    def _placed(self, which: str, indices: Tensor) -> Tensor:
+        """Indices of a split's examples where these are: a data set's are read by the host, which would have to wait
+        for a GPU's."""
+        return indices if self.split(which).tensors is None else indices.to(self.device)
 
 
 def _alive(own: ReferenceType[LoopBatches]) -> LoopBatches:

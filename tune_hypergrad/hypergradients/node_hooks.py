@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from torch.autograd import Function
 from torch.utils import hooks as torch_hooks
 
+from tune_hypergrad.hypergradients.in_force import InForce
 from tune_hypergrad.hypergradients.patching import Patch
 from tune_hypergrad.hypergradients.stop_gradient import of_first_pass
 
-_REFUSE_MODULE_HOOKS: ContextVar[Callable[[], None] | None] = ContextVar("refuse_module_hooks", default=None)
-"""Of the innermost body that this thread is in; None where it is in none."""
+_REFUSE_MODULE_HOOKS: InForce[Callable[[], None] | None] = InForce("refuse_module_hooks", None)
+"""Of the innermost body; None where there is none."""
 
 
 @contextmanager
@@ -29,18 +29,13 @@ def nodes_hooked_for_first_pass(refuse_module_hooks: Callable[[], None]) -> Iter
         refuse_module_hooks: called where a module is about to register one for a backward hook of its own. Such a hook
             stays on the module from one step to the next, so that no step before it can be run again.
     """
-    before = _REFUSE_MODULE_HOOKS.get()
-    with _PATCH.entered():
-        _REFUSE_MODULE_HOOKS.set(refuse_module_hooks)
-        try:
-            yield
-        finally:
-            _REFUSE_MODULE_HOOKS.set(before)
+    with _PATCH.entered(), _REFUSE_MODULE_HOOKS.set_to(refuse_module_hooks):
+        yield
 
 
 def _registering(register: Callable[[Any, Callable[..., Any]], Any]) -> Any:
     def registering(registered: Any, hook: Callable[..., Any]) -> Any:
-        refuse = _REFUSE_MODULE_HOOKS.get()
+        refuse = _REFUSE_MODULE_HOOKS.value
         if refuse is None:
             return register(registered, hook)
         if getattr(hook, "__module__", None) == torch_hooks.__name__:

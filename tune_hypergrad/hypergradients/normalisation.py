@@ -313,10 +313,11 @@ class _Evaluated(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, var, weight = ctx.saved_tensors
-        gx, by_normal, by_shift = torch.ops.aten.native_batch_norm_backward(
-            gy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
-        )
         r = torch.rsqrt(var + ctx.eps)
+        # the statistics as those of a batch, too: a GPU's kernel for channels that are last in memory wants them
+        gx, by_normal, by_shift = torch.ops.aten.native_batch_norm_backward(
+            gy, x, weight, mean, var, mean, r, False, ctx.eps, [True, True, True]
+        )
         scale = r if weight is None else weight * r
         by_mean, by_var = -scale * by_shift, -0.5 * scale * r * by_normal
         needs_weight, needs_bias = ctx.needs_input_grad[3:5]

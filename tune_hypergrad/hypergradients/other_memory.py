@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tune_hypergrad.errors import NoDerivativeError
+from tune_hypergrad.hypergradients.in_force import InForce
 from tune_hypergrad.hypergradients.lasting import GRAD_FN
 from tune_hypergrad.hypergradients.patching import Patch
 
-_REFUSING = ContextVar("refusing", default=False)
-"""Whether this thread is in the body of `other_memory_refused`."""
+_REFUSING = InForce("refusing", False)
+"""Whether this is in the body of `other_memory_refused`."""
 
 
 @contextmanager
@@ -25,18 +25,13 @@ def other_memory_refused() -> Iterator[None]:
 
     A bare storage does not say whose it is: what is made with one counts as a constant.
     """
-    before = _REFUSING.get()
-    with _SETTING.entered(), _EXCHANGING.entered():
-        _REFUSING.set(True)
-        try:
-            yield
-        finally:
-            _REFUSING.set(before)
+    with _SETTING.entered(), _EXCHANGING.entered(), _REFUSING.set_to(True):
+        yield
 
 
 def _setting(set_memory: Any) -> Any:
     def setting(tensor: Tensor, *source: Any, **further: Any) -> Any:
-        if _REFUSING.get():
+        if _REFUSING.value:
             for given in (*source, *further.values()):
                 if isinstance(given, Tensor) and (given.requires_grad or is_functorch_wrapped_tensor(given)):
                     raise NoDerivativeError("set_() takes the memory of a tensor without its history: use copy_()")
@@ -48,7 +43,7 @@ def _setting(set_memory: Any) -> Any:
 def _exchanging(exchange: Callable[[Tensor, Tensor], None]) -> Any:
     def exchanging(one: Tensor, other: Tensor) -> None:
         """Called when classes and attributes have been exchanged: tensors that are half exchanged are of no use."""
-        is_refused = _REFUSING.get() and any(
+        is_refused = _REFUSING.value and any(
             is_functorch_wrapped_tensor(each) or GRAD_FN(each) is not None for each in (one, other)
         )
         exchange(one, other)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 from weakref import ref
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tune_hypergrad.errors import InputError
+from tune_hypergrad.hypergradients.in_force import InForce
 from tune_hypergrad.hypergradients.patching import Patch
 from tune_hypergrad.hypergradients.sites import running_line
 
@@ -32,8 +32,8 @@ class TrustedHooks(saved_tensors_hooks):
     __enter__ = saved_tensors_hooks.__enter__  # torch's, not what `packed_without_loss` puts in its place
 
 
-_IS_COMPARED: ContextVar[bool] = ContextVar("is_compared", default=False)
-"""Whether this thread is where hooks are compared."""
+_IS_COMPARED = InForce("is_compared", False)
+"""Whether this is where hooks are compared."""
 
 
 @contextmanager
@@ -43,18 +43,13 @@ def packed_without_loss() -> Iterator[None]:
     Raises:
         InputError: in the backward pass, which names the line that uses the hooks.
     """
-    before = _IS_COMPARED.get()
-    with _PATCH.entered():
-        _IS_COMPARED.set(True)
-        try:
-            yield
-        finally:
-            _IS_COMPARED.set(before)
+    with _PATCH.entered(), _IS_COMPARED.set_to(True):
+        yield
 
 
 def _entering(enter: Callable[[saved_tensors_hooks], None]) -> Callable[[saved_tensors_hooks], None]:
     def entering(hooks: saved_tensors_hooks) -> None:
-        enter(_compared(hooks, running_line()) if _IS_COMPARED.get() else hooks)
+        enter(_compared(hooks, running_line()) if _IS_COMPARED.value else hooks)
 
     return entering
 

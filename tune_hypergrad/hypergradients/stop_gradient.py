@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any
 from weakref import ref
@@ -30,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from tune_hypergrad.errors import NoDerivativeError, in_one_line
+from tune_hypergrad.hypergradients.in_force import InForce
 from tune_hypergrad.hypergradients.in_place import SET_DATA, call_of, may_write
 from tune_hypergrad.hypergradients.overwriting import SavedTensors
 from tune_hypergrad.hypergradients.substitution import Substitutes, Substituting
@@ -111,11 +111,8 @@ class Conversions:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """For the body, note conversions in programs that run under the modes of this module."""
-        before = _noting.set(self)
-        try:
+        with _noting.set_to(self):
             yield
-        finally:
-            _noting.reset(before)
 
     def note(self, result: Any) -> Any:
         """Note a conversion; returns its result, a little off where it is one of those to be moved."""
@@ -124,7 +121,7 @@ class Conversions:
         return _moved(result, self._by, number) if number in self._moved else result
 
 
-_noting: ContextVar[Conversions | None] = ContextVar("conversions", default=None)
+_noting: InForce[Conversions | None] = InForce("conversions", None)
 """What notes conversions now."""
 
 
@@ -447,7 +444,7 @@ def _refuse_inference_mode() -> None:
 
 def _of_constant(function: Callable[..., Any]) -> Callable[..., Any]:
     def converted(tensor: Tensor, *args: Any, **keywords: Any) -> Any:
-        result, noting = function(constant(tensor), *args, **keywords), _noting.get()
+        result, noting = function(constant(tensor), *args, **keywords), _noting.value
         return noting.note(result) if noting is not None and tensor.requires_grad else result
 
     return converted
@@ -458,7 +455,7 @@ def _rebuilding(function: Callable[..., Any]) -> Callable[..., Any]:
         data = args[1:] if function is Tensor.new_tensor else args
         converts = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((data, keywords)))
         cut = tree_map(lambda leaf: constant(leaf) if isinstance(leaf, Tensor) else leaf, (args, keywords))
-        result, noting = function(*cut[0], **cut[1]), _noting.get()
+        result, noting = function(*cut[0], **cut[1]), _noting.value
         return noting.note(result) if noting is not None and converts else result
 
     return rebuilt
@@ -470,7 +467,7 @@ def _noting_all(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def converted(*args: Any, **keywords: Any) -> Any:
         try:
-            result, noting = function(*args, **keywords), _noting.get()
+            result, noting = function(*args, **keywords), _noting.value
         except RuntimeError as error:
             raise NoDerivativeError(
                 f"forward mode cannot make a Python or NumPy number of a tensor here ({in_one_line(error)}): leave "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -104,8 +104,8 @@ def twice_differentiable(model: nn.Module) -> Iterator[Substituting]:
 
     Attention takes the math kernel; recurrent networks run without oneDNN and cuDNN, whose fused kernels have no
     forward-mode or second derivatives. In the mode, dropout draws the same mask with and without tangents; cross
-    entropy has a derivative by its label smoothing. Hooks of nodes see the pass to the training gradient only,
-    and what hooks pack for backward has to come back as it was.
+    entropy has a derivative by its label smoothing. Hooks of nodes see the pass to the training gradient only, what
+    hooks pack for backward has to come back as it was, and tensors get no other memory where a history would be lost.
     """
     with (
         sdpa_kernel(SDPBackend.MATH),
@@ -133,11 +133,18 @@ def once_differentiable(model: nn.Module) -> Iterator[Substituting]:
 @contextmanager
 def _without_fused_recurrence(model: nn.Module, applies: Callable[[nn.RNNBase], bool]) -> Iterator[None]:
     """Run the body without oneDNN and cuDNN where the model has recurrent layers that this applies to."""
-    with ExitStack() as stack:
-        if any(isinstance(module, nn.RNNBase) and applies(module) for module in model.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    if not any(isinstance(module, nn.RNNBase) and applies(module) for module in model.modules()):
         yield
+        return
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:  # not by their `flags`, which set all other switches to defaults
+            library.enabled = False
+        yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled
 
 
 def _attention_that_replays(

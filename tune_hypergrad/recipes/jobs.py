@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from tune_hypergrad.errors import InputError, in_one_line
+from tune_hypergrad.hypergradients.memory import set_processes
 from tune_hypergrad.wording import duration
 
 Results = Mapping[str, Any]
@@ -221,7 +222,10 @@ def run_jobs(
 
     if not open_jobs():
         return True
-    with _signals_set(stop), ProcessPoolExecutor(resources.processes, context, _prepare, (stop,)) as pool:
+    with (
+        _signals_set(stop),
+        ProcessPoolExecutor(resources.processes, context, _prepare, (stop, resources.processes)) as pool,
+    ):
         while True:
             stopping = stop.is_set() or time.time() >= resources.stop_at
             for job in [] if stopping else open_jobs():
@@ -286,11 +290,14 @@ def _checkpoint_of(name: str, folder: Path) -> Path:
     return folder / CHECKPOINTS / f"{name.replace('/', '-')}.pt"
 
 
-def _prepare(stop: Event) -> None:
-    """Set a worker process up: one thread, exact convolutions, and no life after its parent's."""
+def _prepare(stop: Event, processes: int) -> None:
+    """Set one of some worker processes up: one thread, exact convolutions, its share of the memory, and no life after
+    its parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells when to stop
     _STOP.append(stop)
     torch.set_num_threads(1)
+    for device_type in ("cpu", "cuda"):
+        set_processes(device_type, processes)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -22,6 +22,7 @@ from tune_hypergrad.errors import InputError, UnsuitedError
 from tune_hypergrad.groups import ungrouped
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.loop_values import EMA
+from tune_hypergrad.hypergradients.memory import set_processes
 from tune_hypergrad.hypergradients.optimizers import Optimizer, get_optimizer
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.problem import Problem
@@ -209,6 +210,7 @@ class ProblemTrainable(tune.Trainable):
         resources = getattr(self.trial_resources, "required_resources", {}) or {}
         cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
         torch.set_num_threads(max(1, int(cpus)))
+        _share_memory(cpus, gpus)
         self._devices = gpus or max(1, cpus)
         if gpus and not torch.cuda.is_available():
             raise InputError(
@@ -297,6 +299,16 @@ def split_config(
     rest = ungrouped({name: value for name, value in config.items() if name not in taken})
     made = replace(settings, **overrides)
     return changed, replace(made, seed=fold_seed(made.seed, repeat)) if repeat else made, rest
+
+
+def _share_memory(cpus: float, gpus: float) -> None:
+    """Have runs of this process leave memory to as many trials of its size as there is room for on its node, and on its
+    GPU."""
+    kind, granted = ("GPU", gpus) if gpus else ("CPU", cpus)
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes()} if ray.is_initialized() else {}
+    there = nodes.get(ray.get_runtime_context().get_node_id(), {}).get(kind, 0.0) if nodes else 0.0
+    set_processes("cpu", max(1, int(there // granted)) if granted else 1)
+    set_processes("cuda", max(1, int(1 / gpus)) if gpus else 1)
 
 
 def _steps_within(epochs: Any, steps_per_epoch: int) -> int:

@@ -52,7 +52,8 @@ class InnerRunSettings(TrialSettings):
     """Validation examples per segment's gradient, drawn anew for each; None is the whole split."""
     max_memory: float | str | None = None
     """Memory that one trial may use for its derivatives: bytes, or such as "500MB" or "2GiB" (see `hypergradient`);
-    None is a quarter of what is free when a run begins."""
+    None is a quarter of what is free when a run begins, or, where its node or GPU has room for more than three trials,
+    the trial's part of three quarters."""
     offload: float | str | None = None
     """States that may be kept beyond that in temporary files, or, those of a GPU, in the host's memory (see
     `hypergradient`): as `max_memory`; None is none."""

@@ -1,0 +1,55 @@
+"""What is in force for the thread that trains, and in backward passes, of which GPUs' parts have threads of their own.
+
+Autograd hands modes on to these threads, but no context variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class InForce(Generic[T]):
+    """A value that is in force for a body, in the thread that runs it and in backward passes.
+
+    Args:
+        name: what it is called.
+        otherwise: what is in force where no thread runs a body.
+    """
+
+    def __init__(self, name: str, otherwise: T) -> None:
+        self._own: ContextVar[T] = ContextVar(name)
+        self._otherwise = otherwise
+        self._of_all: list[T] = []  # of the bodies that threads run now, in the order in which they have begun
+
+    @property
+    def value(self) -> T:
+        """That of the innermost body that this thread runs; within a backward pass, of the body begun last in any
+        thread, if this one runs none."""
+        if (own := self._own.get(_NOTHING)) is not _NOTHING:
+            return own  # type: ignore[return-value]
+        return (self._otherwise, *self._of_all)[-1] if _within_backward_pass() else self._otherwise
+
+    @contextmanager
+    def set_to(self, value: T) -> Iterator[None]:
+        """For the body, have another value in force."""
+        before = self._own.set(value)
+        self._of_all.append(value)
+        try:
+            yield
+        finally:
+            self._of_all.remove(value)
+            self._own.reset(before)
+
+
+_NOTHING: object = object()
+
+
+def _within_backward_pass() -> bool:
+    return bool(torch._C._current_graph_task_id() >= 0)
