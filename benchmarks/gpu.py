@@ -66,6 +66,7 @@ class Network(NamedTuple):
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]
     batch: int
+    channels_last: bool = False
 
 
 def normalised_mlp() -> nn.Module:
@@ -75,10 +76,10 @@ def normalised_mlp() -> nn.Module:
 
 NETWORKS = {"LeNet": Network(lenet5_grey, (1, 28, 28), 128), "WRN-16-1": Network(wrn_16_1, (3, 32, 32), 256)}
 EXACT = {
-    "LeNet": Network(lenet5_grey, (1, 28, 28), 128),
+    "LeNet": NETWORKS["LeNet"],
     "MLP with BatchNorm1d": Network(normalised_mlp, (32,), 64),
     "WRN-16-1": Network(wrn_16_1, (3, 32, 32), 4),
-    "WRN-16-1, channels last": Network(wrn_16_1, (3, 32, 32), 4),
+    "WRN-16-1, channels last": Network(wrn_16_1, (3, 32, 32), 4, channels_last=True),
 }
 
 
@@ -102,7 +103,7 @@ class Bench:
         return 2 if self.quick else 9
 
     def problem(self, network: Network, dtype: torch.dtype = torch.float32) -> Problem:
-        model, shape, batch = network
+        model, shape, batch, _ = network
         batch = 8 if self.quick else batch
         generator = torch.Generator().manual_seed(0)
         x, y = torch.randn(4 * batch, *shape, generator=generator), torch.randint(10, (4 * batch,), generator=generator)
@@ -137,12 +138,13 @@ def refuse_uncaptured(way: str, reason: str) -> None:
         raise RuntimeError(f"not captured ({reason})")
 
 
-def exactness(bench: Bench, network: str, mode: str) -> dict[str, float | str]:
-    """By way, the largest difference of float64 hypergradients from those of a CPU, over the largest one."""
+def exactness(bench: Bench, network: str, mode: str, way: str) -> dict[str, float]:
+    """The largest difference of float64 hypergradients from those of a CPU without replays, over the largest one."""
     steps = 6 if bench.quick else WORTHWHILE_STEPS
-    problem, last = bench.problem(EXACT[network], torch.float64), "channels last" in network
+    problem = bench.problem(EXACT[network], torch.float64)
 
     def differentiated_on(device: str, way: str) -> dict[str, torch.Tensor]:
+        last = EXACT[network].channels_last
         settings = TrainingSettings(steps, device=device, capture=way == "captured", channels_last=last)
         loop = InnerLoop(problem, settings)
         run = hypergradient_run(loop, VALUES, differentiation=mode)
@@ -151,17 +153,8 @@ def exactness(bench: Bench, network: str, mode: str) -> dict[str, float | str]:
         refuse_uncaptured(way, run.reason)
         return {name: value.cpu() for name, value in run.hypergradients.items()}
 
-    on_cpu = differentiated_on("cpu", "eager")
-
-    def difference(way: str) -> float | str:
-        try:
-            found = differentiated_on(bench.device, way)
-        except RuntimeError as error:
-            return in_one_line(error)
-        return max(float((found[name] - value).abs().max() / value.abs().max()) for name, value in on_cpu.items())
-
-    # no step of forward mode is captured
-    return {way: difference(way) for way in WAYS if way == "eager" or (bench.on_gpu and mode != "forward")}
+    found, on_cpu = differentiated_on(bench.device, way), differentiated_on("cpu", "eager")
+    return {"difference": max(float((found[name] - v).abs().max() / v.abs().max()) for name, v in on_cpu.items())}
 
 
 def capture(bench: Bench, network: str) -> dict[str, str]:
@@ -170,7 +163,8 @@ def capture(bench: Bench, network: str) -> dict[str, str]:
         return {"said": NOT_CAPTURED}
     problem, settings = bench.problem(NETWORKS[network]), TrainingSettings(200, device=bench.device)
     reason = try_capture(problem, settings, VALUES, RECORDERS["cuda"])
-    return {"said": "captured" if reason is None else f"not captured: {reason}"}
+    refuse_uncaptured("captured", "steps are captured" if reason is None else reason)
+    return {"said": "captured"}
 
 
 def steps(bench: Bench, network: str) -> dict[str, list[float]]:
@@ -244,8 +238,9 @@ def processes(bench: Bench, count: int, way: str) -> dict[str, float]:
     ]
     try:
         for worker in workers:
-            if _stream(worker.stdout).readline().strip() != "ready":
-                raise RuntimeError(f"a process of {count} has failed")
+            said = _stream(worker.stdout).readline().strip()
+            if said != "ready":
+                raise RuntimeError(f"a process of {count} has failed: {said}")
         for worker in workers:  # all have warmed up
             _stream(worker.stdin).write("go\n")
             _stream(worker.stdin).flush()
@@ -287,9 +282,8 @@ def work(bench: Bench, way: str, seconds: float) -> None:
 
     with loop.running(plain=True):
         take(inf, 10)
-        if loop.captured is not None and loop.captured.reason is not None:
-            raise SystemExit(f"not captured ({loop.captured.reason})")
-        print("ready", flush=True)
+        refused = None if loop.captured is None else loop.captured.reason
+        print("ready" if refused is None else f"not captured ({refused})", flush=True)
         sys.stdin.readline()
         begun = time.perf_counter()
         taken = take(begun + seconds)
@@ -303,6 +297,7 @@ def figure1(bench: Bench, way: str) -> dict[str, Any]:
     experiment = Experiment("digits", 64, 500) if bench.quick else settings.experiment
     data = None if bench.quick else str(data_of(bench))
     place = Place(data, bench.device, bench.folder / f"figure1-{way}.pt", inf, capture=way == "captured")
+    place.checkpoint.unlink(missing_ok=True)  # of a try that failed
     loop = experiment.loop(place, settings.first_epochs, 0)
     found = differentiated(place, loop, values)
     refuse_uncaptured(way, found.reason)
@@ -328,7 +323,7 @@ def recipe(bench: Bench, name: str) -> dict[str, Any] | None:
     if ended.returncode == 130:
         return None
     if ended.returncode:
-        raise RuntimeError(f"reproduce {name}: {ended.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"reproduce {name}: {(ended.stderr.strip().splitlines() or [str(ended.returncode)])[-1]}")
     return {"seconds": spent, "scale": bench.scale}
 
 
@@ -356,8 +351,15 @@ def parts(bench: Bench) -> dict[str, Callable[[], Mapping[str, Any] | None]]:
     """Everything that is measured, by piece and part."""
     ways = WAYS if bench.on_gpu else WAYS[:1]
     made: dict[str, Callable[[], Mapping[str, Any] | None]] = {"machine": lambda: machine(bench)}
-    exact = [(name, mode) for name in EXACT for mode in MODES if mode == "reverse" or not name.startswith("WRN")]
-    made |= {f"exactness/{n}/{m}": lambda n=n, m=m: exactness(bench, n, m) for n, m in exact}  # type: ignore[misc]
+    exact = [
+        (network, mode, way)
+        for network in EXACT
+        for mode in MODES
+        for way in ways
+        # no step of forward mode is captured; a WRN takes a CPU some time
+        if (mode, way) != ("forward", "captured") and (mode == "reverse" or not network.startswith("WRN"))
+    ]
+    made |= {f"exactness/{n}/{m}/{w}": lambda n=n, m=m, w=w: exactness(bench, n, m, w) for n, m, w in exact}  # type: ignore[misc]
     for piece in (capture, steps, forward):
         made |= {f"{piece.__name__}/{n}": lambda p=piece, n=n: p(bench, n) for n in NETWORKS}  # type: ignore[misc]
     made |= {f"memory/{n}/{w}": lambda n=n, w=w: memory(bench, n, w) for n in NETWORKS for w in ways}  # type: ignore[misc]
@@ -377,16 +379,16 @@ def tables(found: Mapping[str, Any]) -> str:
         value = found.get(key, {}).get(name)
         if "failed" in found.get(key, {}):
             return "failed"
-        if isinstance(value, str):
-            return value
         if value is None:
             return NOT_CAPTURED if host["CUDA"] is None and "captured" in f"{key} {name}" else "-"
         return with_range(value, form) if isinstance(value, list) else f"{value:{form}}"
 
     devices = dict.fromkeys(each["device"] for each in found.values())
     head = f"{' and '.join(devices)}, torch {host['torch']}, CUDA {host['CUDA']}, {host['date']}, {host['data']}."
+    compared = dict.fromkeys(tuple(key.split("/")[1:3]) for key in found if key.startswith("exactness/"))
     exact = [
-        [*key.split("/")[1:], *(of(key, way, ".1e") for way in WAYS)] for key in found if key.startswith("exactness/")
+        [network, mode, *(of(f"exactness/{network}/{mode}/{way}", "difference", ".1e") for way in WAYS)]
+        for network, mode in compared
     ]
     kinds = [f"{kind} {way}" for kind in ("training", "adjoint") for way in WAYS]
     step = [
@@ -448,23 +450,25 @@ def main() -> None:
     found: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
     todo = parts(bench)
     folder.mkdir(parents=True, exist_ok=True)
+    named = [key for key in todo if any(key == piece or key.startswith(f"{piece}/") for piece in given.piece)]
+    found = {key: each for key, each in found.items() if key not in named or "failed" not in each}
     for key, measure in todo.items():
-        wanted = not given.piece or any(key == piece or key.startswith(f"{piece}/") for piece in given.piece)
-        again = bool(given.piece) and "failed" in found.get(key, {})
-        if (key in found and not again) or not wanted:
+        if key in found or (given.piece and key not in named):
             continue
         if time.monotonic() > end:
             break
         begun = time.monotonic()
         try:
             result = measure()
-        except Exception as error:  # the others do not depend on it
+        except Exception as error:
             result = {"failed": in_one_line(error)}
         if result is None:
             break
         found[key] = {**result, "device": torch.cuda.get_device_name() if bench.on_gpu else "no GPU: a CPU"}
         given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
         print(f"{key}: {time.monotonic() - begun:.0f} s", flush=True)
+        if "failed" in result and bench.on_gpu:
+            torch.cuda.synchronize()  # raises what would make all others fail as well: the next call goes on
     if not all(key in found for key in todo):
         print("there is more to do: the same command goes on")
         raise SystemExit(MORE)

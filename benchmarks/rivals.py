@@ -53,7 +53,7 @@ SECONDS = 1200
 OUT_OF_MEMORY = "can't allocate memory", "MemoryError", "std::bad_alloc"
 PACKAGES = {"higher": "higher==0.2.1", "torchopt": "torchopt==0.7.3", "betty": "betty-ml==0.1.1"}
 NEUMANN_TERMS, DECAY = 10, 1e-3
-EVERY_GRAPH = "every graph"
+EVERY_GRAPH, ROOT = "every graph", "root of the states"
 
 
 def mlp() -> nn.Module:
@@ -157,8 +157,8 @@ def ours(keeping: str, *, first: bool = False) -> Callable[[Task], Tensor]:
         if first or task.factory not in PROBLEMS:
             PROBLEMS[task.factory] = Problem(task.factory, (task.x, task.y), task.val, batch_size=task.batch)
         state = 2 * 4 * sum(parameter.numel() for parameter in task.factory().parameters())
-        memory = {EVERY_GRAPH: "1TB", "states": 1.1 * task.steps * state}.get(keeping)
-        mode = "checkpointed_reverse" if keeping == "root of the states" else "reverse"
+        limits = {"kept graphs": None, EVERY_GRAPH: "1TB", "states": 1.1 * task.steps * state, ROOT: None}
+        mode = "checkpointed_reverse" if keeping == ROOT else "reverse"
         values = {"lr": task.rates().detach()}
         return hypergradient(  # type: ignore[no-any-return]
             PROBLEMS[task.factory],
@@ -166,7 +166,7 @@ def ours(keeping: str, *, first: bool = False) -> Callable[[Task], Tensor]:
             steps=task.steps,
             fixed={"momentum": MOMENTUM},
             differentiation=mode,
-            max_memory=memory,
+            max_memory=limits[keeping],
         ).hypergradients["lr"]
 
     return found
@@ -293,10 +293,7 @@ def by_betty(task: Task) -> Tensor:
 
 
 CONTENDERS: dict[str, Callable[[Task], Tensor]] = {
-    **{
-        f"tune_hypergrad, {keeping}": ours(keeping)
-        for keeping in ("kept graphs", EVERY_GRAPH, "states", "root of the states")
-    },
+    **{f"tune_hypergrad, {keeping}": ours(keeping) for keeping in ("kept graphs", EVERY_GRAPH, "states", ROOT)},
     "tune_hypergrad, kept graphs, with its check": ours("kept graphs", first=True),
     "by hand": by_hand,
     "higher": by_higher,

@@ -113,7 +113,9 @@ def compare(
     ] = None,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="What a trial may keep for hypergradients, as 2GiB. [default: a quarter of what is free]"),
+        typer.Option(
+            help="What a trial may keep for hypergradients, as 2GiB. [default: at most a quarter of what is free]"
+        ),
     ] = None,
     space: Annotated[
         str | None,

@@ -51,7 +51,7 @@ def preserved_generators() -> Iterator[None]:
 @contextmanager
 def seeded_generators(seed: int) -> Iterator[None]:
     """For the body, which may be the first to use a GPU, seed all global generators; afterwards they are as they
-    were."""
+    were. Those of a GPU that nobody has used before are then seeded as the host's."""
     may_start_cuda = torch.cuda.is_available() and not torch.cuda.is_initialized()
     try:
         with preserved_generators():
@@ -60,7 +60,7 @@ def seeded_generators(seed: int) -> Iterator[None]:
                 torch.cuda.manual_seed_all(seed)
             yield
     finally:
-        if may_start_cuda:
+        if may_start_cuda and not torch.cuda.is_initialized():  # else it has been done
             _seed_gpus_as_the_host()
 
 

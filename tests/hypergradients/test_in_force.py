@@ -1,6 +1,7 @@
 """What is in force in a thread's body is so in the threads of its backward passes, and nowhere else."""
 
-from threading import Thread
+from threading import Thread, current_thread, main_thread
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def in_a_thread(call):
 @pytest.fixture
 def autograds_thread(monkeypatch):
     """Other threads are as those in which autograd runs a GPU's backward passes."""
-    monkeypatch.setattr(in_force, "_within_backward_pass", lambda: True)
+    monkeypatch.setattr(in_force, "_is_autograds_thread", lambda: True)
 
 
 def test_a_body_has_its_value_and_afterwards_what_was_before():
@@ -60,19 +61,55 @@ def test_a_body_that_says_otherwise_is_heard_in_its_own_thread(autograds_thread)
         assert in_a_thread(lambda: held.value) is None
 
 
-def test_torch_tells_a_backward_pass():
-    found = []
+class Watching(torch.autograd.Function):
+    """Notes, in a backward pass, what a function gives."""
 
-    class Watching(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+    found: ClassVar[list] = []
 
-        @staticmethod
-        def backward(ctx, gradient):
-            found.append(in_force._within_backward_pass())
-            return gradient
+    @staticmethod
+    def forward(ctx, x, look):
+        ctx.look = look
+        return x.clone()
 
-    Watching.apply(torch.ones(1, requires_grad=True)).sum().backward()
-    assert found == [True]
-    assert not in_force._within_backward_pass()
+    @staticmethod
+    def backward(ctx, gradient):
+        Watching.found.append(ctx.look())
+        return gradient, None
+
+
+class Again(torch.autograd.Function):
+    """Begins another backward pass in its own, which autograd gives other threads from some depth on."""
+
+    @staticmethod
+    def forward(ctx, x, depth, look):
+        ctx.depth, ctx.look = depth, look
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            x = torch.ones(1, requires_grad=True)
+            inner = Again.apply(x, ctx.depth - 1, ctx.look) if ctx.depth else Watching.apply(x, ctx.look)
+            loss = inner.sum()
+        loss.backward()
+        return gradient, None, None
+
+
+def backward(function, *arguments):
+    Watching.found.clear()
+    function.apply(torch.ones(1, requires_grad=True), *arguments).sum().backward()
+    return list(Watching.found)
+
+
+def test_a_backward_pass_that_another_thread_begins_is_its_own():
+    held = InForce("held", 0)
+    with held.set_to(1):
+        assert backward(Watching, lambda: held.value) == [1]
+        assert in_a_thread(lambda: backward(Watching, lambda: held.value)) == [0]
+
+
+def test_threads_that_autograd_starts_have_the_value():
+    held = InForce("held", 0)
+    with held.set_to(1):
+        assert backward(Again, 100, lambda: (held.value, current_thread() is main_thread())) == [(1, False)]
+    assert backward(Again, 100, lambda: held.value) == [0]

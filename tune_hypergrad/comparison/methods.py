@@ -84,8 +84,8 @@ class Task:
     tf32: bool | None = None
     """Whether float32 products and convolutions may run on a GPU's TF32 tensor cores; None is as torch is set."""
     max_memory: float | str | None = None
-    """What a trial may keep for hypergradients: bytes, or such as "2GiB"; None is a quarter of what is free when it
-    begins. What it keeps it does not compute again, so that it costs less."""
+    """What a trial may keep for hypergradients: bytes, or such as "2GiB"; None is at most a quarter of what is free
+    when it begins. What it keeps it does not compute again, so that it costs less."""
     seed: int = 0
     """Seed of the method's searcher and of its trials; 0 by default."""
     min_epochs: float | None = None

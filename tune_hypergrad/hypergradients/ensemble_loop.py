@@ -53,7 +53,7 @@ class EnsembleBatches(LoopBatches):
     """
 
     def __init__(self, problem: Problem, steps: int, seed: int, members: Sequence[LoopBatches]) -> None:
-        super().__init__(problem, steps, seed, members[0].device, members[0].dtype, members[0])
+        super().__init__(problem, steps, seed, members[0].device, members[0].dtype, data=members[0])
         self._members = members
 
     def of_step(self, step: int, number: int = 0, *, again: bool = False) -> Batch:

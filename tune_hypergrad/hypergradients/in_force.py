@@ -5,6 +5,7 @@ Autograd hands modes on to these threads, but no context variables.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 class InForce(Generic[T]):
-    """A value that is in force for a body, in the thread that runs it and in backward passes.
+    """A value that is in force for a body, in the thread that runs it and in the threads of its backward passes.
 
     Args:
         name: what it is called.
@@ -30,26 +31,28 @@ class InForce(Generic[T]):
 
     @property
     def value(self) -> T:
-        """That of the innermost body that this thread runs; within a backward pass, of the body begun last in any
-        thread, if this one runs none."""
+        """That of the innermost body that this thread runs; in a thread of autograd's, of the body begun last in any
+        thread."""
         if (own := self._own.get(_NOTHING)) is not _NOTHING:
             return own  # type: ignore[return-value]
-        return (self._otherwise, *self._of_all)[-1] if _within_backward_pass() else self._otherwise
+        return (self._otherwise, *self._of_all)[-1] if _is_autograds_thread() else self._otherwise
 
     @contextmanager
     def set_to(self, value: T) -> Iterator[None]:
         """For the body, have another value in force."""
-        before = self._own.set(value)
+        before = self._own.get(_NOTHING)
+        self._own.set(value)
         self._of_all.append(value)
         try:
             yield
         finally:
             self._of_all.remove(value)
-            self._own.reset(before)
+            self._own.set(before)  # type: ignore[arg-type]
 
 
 _NOTHING: object = object()
 
 
-def _within_backward_pass() -> bool:
-    return bool(torch._C._current_graph_task_id() >= 0)
+def _is_autograds_thread() -> bool:
+    """Whether a backward pass runs in this thread, which Python has not started."""
+    return torch._C._current_graph_task_id() >= 0 and isinstance(threading.current_thread(), threading._DummyThread)

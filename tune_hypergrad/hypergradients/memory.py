@@ -6,7 +6,7 @@ import weakref
 from functools import cache
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,27 +28,26 @@ _UNITS = {"": 1, "b": 1} | {
 """Bytes by unit, in small letters."""
 
 
-class _Processes:
-    """How many processes like this one there may be at once, by type of device: a property of the process, as torch's
-    number of threads is."""
-
-    by_device: ClassVar[dict[str, int]] = {}
+_PROCESSES: dict[str, int] = {}
+"""How many processes like this one there may be at once, by type of device: a property of the process, as torch's
+number of threads is."""
 
 
 def set_processes(device_type: str, count: int) -> None:
     """Say how many processes like this one may share the memory of a device; without, few do."""
-    _Processes.by_device[device_type] = count
+    _PROCESSES[device_type] = count
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes on `device` that one run may take: a quarter of what is free, and less where so many processes share it
     that they would take more than three quarters (see `set_processes`)."""
     free = _free_on_gpu(device) if device.type == "cuda" else _available()
-    return int(free * min(_SHARE, _SHARE_OF_ALL / _Processes.by_device.get(device.type, 1)))
+    return int(free * min(_SHARE, _SHARE_OF_ALL / _PROCESSES.get(device.type, 1)))
 
 
 def _free_on_gpu(device: torch.device) -> int:
-    """What nobody has, and what this process keeps without having use for it."""
+    """What nobody has, and what this process keeps without having use for it; what a recording keeps is counted, too,
+    which makes no difference between runs."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -18,7 +18,7 @@ from tune_hypergrad.hypergradients.patching import Patch
 from tune_hypergrad.hypergradients.stop_gradient import of_first_pass
 
 _REFUSE_MODULE_HOOKS: InForce[Callable[[], None] | None] = InForce("refuse_module_hooks", None)
-"""Of the innermost body; None where there is none."""
+"""That of `nodes_hooked_for_first_pass`, if what runs is within it."""
 
 
 @contextmanager

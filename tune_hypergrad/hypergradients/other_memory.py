@@ -16,7 +16,7 @@ from tune_hypergrad.hypergradients.lasting import GRAD_FN
 from tune_hypergrad.hypergradients.patching import Patch
 
 _REFUSING = InForce("refusing", False)
-"""Whether this is in the body of `other_memory_refused`."""
+"""Whether what runs is within `other_memory_refused`."""
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class TrustedHooks(saved_tensors_hooks):
 
 
 _IS_COMPARED = InForce("is_compared", False)
-"""Whether this is where hooks are compared."""
+"""Whether what runs is within `packed_without_loss`."""
 
 
 @contextmanager

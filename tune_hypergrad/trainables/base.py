@@ -302,13 +302,18 @@ def split_config(
 
 
 def _share_memory(cpus: float, gpus: float) -> None:
-    """Have runs of this process leave memory to as many trials of its size as there is room for on its node, and on its
-    GPU."""
-    kind, granted = ("GPU", gpus) if gpus else ("CPU", cpus)
+    """Have runs of this process leave memory to as many trials of its size as have room on its node, and on its GPU."""
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes()} if ray.is_initialized() else {}
-    there = nodes.get(ray.get_runtime_context().get_node_id(), {}).get(kind, 0.0) if nodes else 0.0
-    set_processes("cpu", max(1, int(there // granted)) if granted else 1)
-    set_processes("cuda", max(1, int(1 / gpus)) if gpus else 1)
+    there = nodes.get(ray.get_runtime_context().get_node_id(), {}) if nodes else {}
+    granted = {"CPU": cpus, "GPU": gpus}
+    on_node = min((_how_many(there.get(kind, 0.0), size) for kind, size in granted.items() if size), default=1)
+    set_processes("cpu", on_node)
+    set_processes("cuda", min(on_node, _how_many(1.0, gpus)) if gpus else 1)
+
+
+def _how_many(whole: float, size: float) -> int:
+    """Parts of a size that a whole has, at least 1, whatever rounding does to fractions."""
+    return max(1, int(whole / size + 1e-9))
 
 
 def _steps_within(epochs: Any, steps_per_epoch: int) -> int:
