@@ -91,10 +91,11 @@ def part_of(value: Any, quotients: QuotientsOf, what: str) -> Part:
 def figure(parts: list[tuple[Part, int]]) -> Tensor:
     """The figure of a split, made of its batches' parts and their numbers of examples: shape []."""
     shares, divisor = weights(parts)
-    return (
-        torch.stack([share * part.total.double() for (part, _), share in zip(parts, shares, strict=True)]).sum()
-        / divisor
-    )
+    totals = [part.total for part, _ in parts]
+    # a measure may give a number for one batch, which is on the host, and a tensor for another
+    device = next((total.device for total in totals if total.device.type != "cpu"), totals[0].device)
+    terms = [share * total.to(device).double() for total, share in zip(totals, shares, strict=True)]
+    return torch.stack(terms).sum() / divisor
 
 
 def weights(parts: list[tuple[Part, int]]) -> tuple[list[float], float]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from comparisons import HandMade
 
 from tune_hypergrad import compare, problems
@@ -49,6 +50,26 @@ class WorksMore(Works):
     def inner(self):
         self.clock.pass_by(100)
         super().inner()
+
+
+def test_what_a_gpu_still_does_is_of_the_phase_that_has_launched_it(monkeypatch):
+    clock, launched = Clock(), []
+
+    def synchronize():
+        clock.pass_by(sum(launched))
+        launched.clear()
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    stopwatch = Stopwatch(clock)
+    with stopwatch.phase("outer"):
+        launched.append(5)
+        with stopwatch.phase("inner"):
+            launched.append(2)
+        launched.append(1)
+    stopwatch.turn_to("waiting")
+    clock.pass_by(3)
+    assert stopwatch.taken() == {"outer": 6, "inner": 2, "waiting": 3}
 
 
 PHASES = {"outer": ((Works, "outer"),), "inner": ((Works, "inner"), (Works, "fails"))}

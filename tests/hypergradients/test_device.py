@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from self_tuning import FIXED, INITIAL, TUNED, regularised_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -17,11 +18,16 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad import Problem, check_problem
 from tune_hypergrad.data import Split
+from tune_hypergrad.figures import Part, figure
 from tune_hypergrad.hypergradients import OPTIMIZERS, InnerLoop
 from tune_hypergrad.hypergradients.ensemble_loop import EnsembleLoop
 from tune_hypergrad.hypergradients.forward import ForwardRun
 from tune_hypergrad.hypergradients.inner_loop import TrainingSettings
+from tune_hypergrad.hypergradients.keeping import Room
+from tune_hypergrad.hypergradients.kept_states import KeptStates
 from tune_hypergrad.hypergradients.loop_batches import LoopBatches
+from tune_hypergrad.hypergradients.reverse import ReverseRun
+from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import State
 from tune_hypergrad.hypergradients.step_graph import adjoint_step
 from tune_hypergrad.regularisers import (
@@ -36,6 +42,7 @@ from tune_hypergrad.regularisers import (
     Saturation,
     WeightDecay,
 )
+from tune_hypergrad.stn.self_tuning_run import SelfTuningRun, SelfTuningSettings
 
 META = torch.device("meta")
 IMAGES, LABELS = torch.randn(64, 1, 8, 8), torch.randint(3, (64,))
@@ -242,6 +249,59 @@ def test_values_are_on_the_device_before_a_step_is_inspected(monkeypatch: pytest
     problem = PROBLEMS["convolutional"](groups={"last": "6.*"})
     assert not check_problem(problem, device="meta").ok
     assert "lr/last" in given and {value.device.type for value in given.values()} == {"meta"}
+
+
+def leaves_of(value: Any) -> list[Tensor]:
+    """The tensors in something's attributes."""
+    return [leaf for leaf in tree_leaves(list(vars(value).values())) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "offloaded"])
+def test_a_run_that_is_restored_on_another_device_goes_on_there(kind: str) -> None:
+    """As from a node without a GPU."""
+
+    def begun(device: str) -> HypergradientRun:
+        loop = InnerLoop(PROBLEMS["convolutional"](), TrainingSettings(steps=8, device=device))
+        tuned = {"lr": torch.full((4,), 0.1), "weight_decay": torch.full((1,), 0.1)}
+        if kind == "forward":
+            return ForwardRun(loop, tuned)
+        return ReverseRun(loop, tuned, room=Room(1 << 30, 1, states_offloaded=4 * (kind == "offloaded")))
+
+    run = begun("cpu")
+    with run.loop.running():
+        run.advance(5 if kind == "forward" else 11)
+    saved = run.state_dict()
+    assert any(leaf.device.type == "cpu" for leaf in leaves_of(run))
+    elsewhere = begun("meta")
+    if isinstance(elsewhere, ReverseRun):  # files are for what has numbers
+        elsewhere._kept = KeptStates()
+    elsewhere.load_state_dict(saved)
+    kept = [elsewhere._kept[step] for step in elsewhere._kept] if isinstance(elsewhere, ReverseRun) else []
+    assert bool(kept) == (kind != "forward")
+    found = [*leaves_of(elsewhere), *(leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor))]
+    assert found and {leaf.device.type for leaf in found if leaf.ndim} == {"meta"}
+
+
+def test_self_tuning_that_is_restored_on_another_device_goes_on_there() -> None:
+    def begun(device: str) -> SelfTuningRun:
+        loop = InnerLoop(regularised_problem(), TrainingSettings(steps=8, fixed=FIXED, device=device))
+        return SelfTuningRun(loop, TUNED, SelfTuningSettings("stn", INITIAL, warm_up=0.0))
+
+    run = begun("cpu")
+    with run.loop.running():
+        run.advance(4)
+        run.judge()
+    elsewhere = begun("meta")
+    elsewhere.load_state_dict(run.state_dict())
+    assert elsewhere.position == 4 and elsewhere._path.device == META
+    found = tree_leaves([elsewhere._weights, elsewhere._slots, elsewhere._hyper_slots, elsewhere.incumbent])
+    assert {leaf.device.type for leaf in found if isinstance(leaf, Tensor)} == {"meta"}
+
+
+def test_figures_of_numbers_and_of_tensors_there_make_one() -> None:
+    parts = [(Part(torch.tensor(0.5), None), 2), (Part(torch.tensor(0.5, device=META), None), 3)]
+    assert figure(parts).device == figure(parts[::-1]).device == META
+    assert figure(parts[:1]).device.type == "cpu"
 
 
 def test_the_watch_finds_what_waits() -> None:

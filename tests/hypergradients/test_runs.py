@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from math import inf, isqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +22,11 @@ from torch.utils.data import Dataset
 
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop, hypergradient_run
+from tune_hypergrad.hypergradients.forward import ForwardRun
+from tune_hypergrad.hypergradients.hypergradient import advance
+from tune_hypergrad.hypergradients.keeping import Room
 from tune_hypergrad.hypergradients.modes import Work, cheapest
+from tune_hypergrad.hypergradients.replays import NotReplayedError
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
 from tune_hypergrad.outer import Descent, OnlineRun
@@ -498,3 +502,32 @@ def test_a_loop_and_its_data_go_when_the_last_run_does(mode: str) -> None:
         assert [each() for each in left] == [None, None, None]
     finally:
         gc.enable()
+
+
+class TakesMemory(ReverseRun):
+    """A run whose third step fails with something in memory."""
+
+    held: ClassVar[list[Any]] = []
+
+    def _advance_one(self) -> None:
+        if self.position == 2:
+            working = torch.ones(1)
+            self.held.append(weakref.ref(working))
+            raise NotReplayedError("another step")
+        super()._advance_one()
+
+
+def test_a_run_that_begins_instead_has_the_memory_of_the_one_that_cannot_go_on() -> None:
+    loop, values = make_loop(make_problem(), 4), {"lr": double(0.1)}
+    run = TakesMemory(loop, values, room=Room(1 << 30, 1))
+    found: list[Any] = []
+
+    def begin() -> HypergradientRun:
+        found.extend((TakesMemory.held[-1](), len(run._kept), run.cost.steps))
+        return ForwardRun(loop, values)
+
+    with loop.running():
+        assert advance(run, 2, begin) is run and len(run._kept) == 2
+        other = advance(run, 2, begin)
+    assert found == [None, 0, 2]
+    assert isinstance(other, ForwardRun) and other.cost.steps == 2

@@ -1,6 +1,8 @@
 """The trainables, driven by hand without a Ray cluster: results, costs, exact restores, reuse, errors."""
 
+import gc
 import random
+import weakref
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -146,6 +148,24 @@ def test_a_reused_actor_does_what_a_fresh_one_does(case):
     again = run_to_end(reused)
     assert [repr(ours(r)) for r in again] == [repr(ours(r)) for r in fresh]
     assert again[0]["cost/wall_seconds"] < again[-1]["cost/wall_seconds"]
+
+
+def test_a_reused_actor_lets_go_of_the_trial_before_first(case, monkeypatch):
+    """Its memory would be taken for used where the next one is planned."""
+    trainable, config, settings = case
+    trial = make(trainable, config, **settings)
+    trial.train()
+    names = [name for name in ("run", "online", "_state") if hasattr(trial, name)]
+    loop, alive, begin = weakref.ref(trial.loop), [], type(trial).begin
+
+    def begun(self, *arguments):
+        gc.collect()
+        alive.append((loop(), [hasattr(self, name) for name in names]))
+        begin(self, *arguments)
+
+    monkeypatch.setattr(type(trial), "begin", begun)
+    assert trial.reset(config)
+    assert alive == [(None, [False] * len(names))] and names
 
 
 def test_global_generators_are_left_as_found(case):

@@ -29,7 +29,7 @@ from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.keeping import Room
 from tune_hypergrad.hypergradients.replays import NotReplayedError
 from tune_hypergrad.hypergradients.reverse import ReverseRun
-from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun
+from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, begun_instead
 from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
 from tune_hypergrad.hypergradients.step_graph import adjoint_step
 from tune_hypergrad.hypergradients.verification import EXAMPLES
@@ -156,7 +156,7 @@ class EnsembleRun(ReverseRun):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
-        self._of_members = {name: windows.clone() for name, windows in saved["of_members"].items()}
+        self._of_members = self._own_copies(saved["of_members"])
         self._finals = [Evaluation(*final) for final in saved["finals"]]
 
 
@@ -260,6 +260,10 @@ class RunsInTurn(HypergradientRun):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "together": False, "runs": [run.state_dict() for run in self._runs]}
 
+    def let_go(self) -> None:
+        for run in self._runs:
+            run.let_go()
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         while len(self._runs) < len(saved["runs"]):
             self._runs.append(self._begin(self.loop.members[len(self._runs)]))
@@ -307,12 +311,10 @@ def advance_together(run: EnsembleRun, units: int, begin: Callable[[], Hypergrad
     """
     try:
         run.advance(units)
+        return run
     except NotTogetherError as error:
         remember_apart(run.loop, run.hyperparameters, str(error))
-        other = begin()
-        other.cost += run.cost
-        return other
-    return run
+    return begun_instead(run, begin)  # when the error has let go of what the failed step had made
 
 
 class Togetherness(NamedTuple):

@@ -332,7 +332,7 @@ class _Pass:
         try:
             return self._measure(name, output, target, quotients)
         except Exception:
-            return Part(torch.full((), torch.nan, device=self._loop.device), None)
+            return Part(torch.tensor(torch.nan), None)
 
     def _keep(self, output: Any, target: Any, examples: int) -> None:
         name = min(self._whole)

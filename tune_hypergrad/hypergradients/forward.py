@@ -397,9 +397,9 @@ class ForwardRun(HypergradientRun):
         super().load_state_dict(saved)
         # as it was begun, whatever memory is free now: sums in another order are rounded otherwise
         self.columns_at_once, self.in_turn = saved["columns"]
-        self.tangent_params, *slots = (tangent.clone() for tangent in saved["tangents"])
+        self.tangent_params, *slots = (tangent.to(self.loop.device, copy=True) for tangent in saved["tangents"])
         self.tangent_slots = tuple(slots)
-        self.tangent_buffers = {name: tangents.clone() for name, tangents in saved["buffer_tangents"].items()}
+        self.tangent_buffers = self._own_copies(saved["buffer_tangents"])
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

@@ -34,7 +34,13 @@ from tune_hypergrad.hypergradients.modes import (
 from tune_hypergrad.hypergradients.optimizers import Optimizer
 from tune_hypergrad.hypergradients.replays import NotReplayedError
 from tune_hypergrad.hypergradients.reverse import ReverseRun
-from tune_hypergrad.hypergradients.run import HypergradientResult, HypergradientRun, check_values, refuse_underivable
+from tune_hypergrad.hypergradients.run import (
+    HypergradientResult,
+    HypergradientRun,
+    begun_instead,
+    check_values,
+    refuse_underivable,
+)
 from tune_hypergrad.hypergradients.state import Hyperparameters
 from tune_hypergrad.hypergradients.verification import refusal_of, remember
 from tune_hypergrad.problem import Problem
@@ -215,14 +221,12 @@ def advance(run: HypergradientRun, units: int, begin: Callable[[], Hypergradient
     """
     try:
         run.advance(units)
+        return run
     except NotReplayedError as error:
         if begin is None:
             raise
         remember(run.loop, run.hyperparameters, "reverse", str(error))
-        other = begin()
-        other.cost += run.cost
-        return other
-    return run
+    return begun_instead(run, begin)
 
 
 def hypergradient_run(

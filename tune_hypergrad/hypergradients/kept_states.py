@@ -29,12 +29,16 @@ class KeptStates(MutableMapping[int, State]):
     def __init__(self, offloaded: int = 0) -> None:
         self._offloaded = offloaded
         self._here: dict[int, State] = {}
-        self._away: dict[int, Callable[[], State]] = {}
+        self._away: dict[int, Callable[[torch.device | None], State]] = {}
         self._constant: Buffers = {}  # buffers that states share, as of the first state
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __getitem__(self, step: int) -> State:
-        return self._away[step]() if step in self._away else self._here[step]
+        return self._away[step](None) if step in self._away else self._here[step]
+
+    def saved(self, step: int) -> State:
+        """The state before a step, to be saved: not brought to the device if it is kept elsewhere."""
+        return self._away[step](torch.device("cpu")) if step in self._away else self._here[step]
 
     def __setitem__(self, step: int, state: State) -> None:
         self.discard(step)
@@ -75,7 +79,7 @@ class KeptStates(MutableMapping[int, State]):
         """How many of those after the first step and up to this one are in memory."""
         return sum(0 < step <= until for step in self._here)
 
-    def _put_away(self, step: int, state: State) -> Callable[[], State]:
+    def _put_away(self, step: int, state: State) -> Callable[[torch.device | None], State]:
         self._constant = self._constant or dict(state.buffers)
         own = {name: buffer for name, buffer in state.buffers.items() if buffer is not self._constant.get(name)}
         tensors = [state.params, *state.slots, *own.values()]
@@ -84,14 +88,14 @@ class KeptStates(MutableMapping[int, State]):
         constant = {name: self._constant[name] for name in state.buffers if name not in own}
         order = list(state.buffers)
 
-        def state_again() -> State:
-            params, *others = get()
+        def state_again(device: torch.device | None) -> State:
+            params, *others = get(device)
             buffers = {**constant, **dict(zip(names, others[slots:], strict=True))}
             return State(params, tuple(others[:slots]), {name: buffers[name] for name in order}, counts)
 
         return state_again
 
-    def _in_file(self, step: int, tensors: Tensors) -> Callable[[], Tensors]:
+    def _in_file(self, step: int, tensors: Tensors) -> Callable[[torch.device | None], Tensors]:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="tune_hypergrad-")
         file = self._file(step)
@@ -102,14 +106,14 @@ class KeptStates(MutableMapping[int, State]):
                 f"states cannot be kept in {file.parent} ({in_one_line(error)}): let TMPDIR name another place, or "
                 "give less to offload"
             ) from error
-        return lambda: torch.load(file, weights_only=True)
+        return lambda device: torch.load(file, map_location=device, weights_only=True)
 
     def _file(self, step: int) -> Path:
         assert self._folder is not None
         return Path(self._folder.name) / f"{step}.pt"
 
 
-def _in_host(tensors: Tensors) -> Callable[[], Tensors]:
-    device = tensors[0].device
+def _in_host(tensors: Tensors) -> Callable[[torch.device | None], Tensors]:
+    own = tensors[0].device
     copies = [torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor) for tensor in tensors]
-    return lambda: [copy.to(device, non_blocking=True) for copy in copies]
+    return lambda device: [copy.to(device or own, non_blocking=True) for copy in copies]

@@ -24,7 +24,7 @@ from tune_hypergrad.hypergradients.kept_states import KeptStates
 from tune_hypergrad.hypergradients.memory import allocated
 from tune_hypergrad.hypergradients.replays import refuse_another_step
 from tune_hypergrad.hypergradients.run import HypergradientRun
-from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State
+from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State, on_device
 from tune_hypergrad.hypergradients.step_graph import (
     Pulled,
     StepGraph,
@@ -296,9 +296,7 @@ class ReverseRun(HypergradientRun):
 
     def _give_up(self) -> None:
         """Do not go back through the run, which diverged or is rejected."""
-        self._kept.clear()
-        self._forget_graphs()
-        self.loop.batches.forget()
+        self.let_go()
         self._forget_hypergradients()
         self.position = self.length - 1
 
@@ -306,7 +304,9 @@ class ReverseRun(HypergradientRun):
         super().reject()
         self._kept.clear()
 
-    def _forget_graphs(self) -> None:
+    def let_go(self) -> None:
+        super().let_go()
+        self._kept.clear()
         self._graphs, self._sizes, self._held, self._again = {}, {}, 0.0, set()
 
     def _state_before(self, step: int) -> State:
@@ -338,11 +338,11 @@ class ReverseRun(HypergradientRun):
             self._refuse_another_run()
         # about sqrt(T) states and no graph: the rest is trained again on demand, to the same bits
         steps = spread(sorted({*self._graphs, *self._kept}), checkpoint_interval(self.loop.steps))
-        kept = {step: tuple(self._kept[step] if step in self._kept else self._graphs[step].state) for step in steps}
+        states = {step: self._kept.saved(step) if step in self._kept else self._graphs[step].state for step in steps}
         losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
         return {
             **super().state_dict(),
-            "kept": kept,
+            "kept": {step: tuple(state) for step, state in states.items()},
             "by_step": {name: values.clone() for name, values in self.by_step.items()},
             "losses": losses,
             "adjoint": self._adjoint,
@@ -351,12 +351,14 @@ class ReverseRun(HypergradientRun):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
-        self._kept.clear()
-        self._kept.update({step: State(*state) for step, state in saved["kept"].items()})
-        self._forget_graphs()
-        self.by_step = {name: values.clone() for name, values in saved["by_step"].items()}
-        self._losses = list(saved["losses"])
-        self._adjoint, self._buffer_adjoint = tuple(saved["adjoint"]), dict(saved["buffer_adjoint"])
+        device = self.loop.device
+        self.let_go()
+        for step, state in saved["kept"].items():  # one by one: where there is room for few, the others are put away
+            self._kept[step] = State(*on_device(state, device))
+        self.by_step = self._own_copies(saved["by_step"])
+        self._losses = list(saved["losses"].to(device))
+        self._adjoint = tuple(on_device(saved["adjoint"], device))
+        self._buffer_adjoint = on_device(dict(saved["buffer_adjoint"]), device)
 
 
 def spread(steps: Sequence[int], interval: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite, nan
@@ -19,7 +19,7 @@ from tune_hypergrad.hypergradients.conversions import evaluation_conversions_jud
 from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.sites import line_of
-from tune_hypergrad.hypergradients.state import Hyperparameters, State
+from tune_hypergrad.hypergradients.state import Hyperparameters, State, on_device
 
 
 @dataclass(frozen=True)
@@ -236,10 +236,18 @@ class HypergradientRun(ABC):
         """Continue from a `state_dict` of a run of the same inner loop, mode and horizon; `saved` stays as it is."""
         self.position, self.reason = saved["position"], saved["reason"]
         self.loop.moving |= set(saved["moving"])
-        self.hyperparameters = dict(saved["hyperparameters"])
-        self.hypergradients = {name: values.clone() for name, values in saved["hypergradients"].items()}
-        self.state, self.cost = State(*saved["state"]), Cost(**saved["cost"])
+        self.hyperparameters = {name: self.loop.values.placed(name, v) for name, v in saved["hyperparameters"].items()}
+        self.hypergradients = self._own_copies(saved["hypergradients"])
+        self.state, self.cost = State(*on_device(saved["state"], self.loop.device)), Cost(**saved["cost"])
         self.final = None if saved["final"] is None else Evaluation(*saved["final"])
+
+    def _own_copies(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Saved tensors by name, where the run is, to be written to."""
+        return {name: values.to(self.loop.device, copy=True) for name, values in saved.items()}
+
+    def let_go(self) -> None:
+        """Let go of what is kept for derivatives: the run is not advanced any more."""
+        self.loop.batches.forget()
 
     def _jacobians(self) -> dict[str, Tensor]:
         """Derivative of each step's value by the tuned numbers of curves, by flat name: float64 on the CPU, shape [T,
@@ -275,3 +283,11 @@ class HypergradientRun(ABC):
         self.final = Evaluation(evaluation.loss, evaluation.metrics)
         if self.rejected:
             self._forget_hypergradients()
+
+
+def begun_instead(run: HypergradientRun, begin: Callable[[], HypergradientRun]) -> HypergradientRun:
+    """A run in place of one that cannot go on, whose cost it bears, and whose memory it has."""
+    run.let_go()
+    other = begin()
+    other.cost += run.cost
+    return other

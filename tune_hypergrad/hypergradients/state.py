@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+T = TypeVar("T")
 
 Hyperparameters = dict[str, Tensor]
 """Flat name to values: `lr` of shape [N], for N windows of steps/N inner steps each, or a curve's numbers, such as
@@ -26,3 +30,8 @@ class State(NamedTuple):
     differentiated like weights."""
     counts: tuple[int, ...] = ()
     """Number of optimizer steps that every parameter has taken: fewer than the run where it had no gradient in some."""
+
+
+def on_device(tree: T, device: torch.device) -> T:
+    """A structure of tensors, such as a saved state, with all of them on a device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)  # type: ignore[no-any-return]

@@ -144,7 +144,9 @@ class TunedHyperparameters:
         `per_example`, one draw serves all examples."""
         shape = (examples, len(self))
         noise = torch.randn(shape, generator=generator, dtype=self.log_scales.dtype, device=generator.device)
-        noise = noise.to(self.log_scales.device)
+        if self.log_scales.device.type == "cuda" and noise.device.type == "cpu":
+            noise = noise.pin_memory()  # else the copy would wait for all that has been launched
+        noise = noise.to(self.log_scales.device, non_blocking=True)
         return torch.where(self._per_example, noise, noise[:1]) * self.log_scales.exp()
 
     @property

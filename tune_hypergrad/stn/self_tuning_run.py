@@ -24,7 +24,7 @@ from tune_hypergrad.hypergradients.evaluation import Evaluation
 from tune_hypergrad.hypergradients.inner_loop import InnerLoop
 from tune_hypergrad.hypergradients.optimizers import get_optimizer, initial_slots
 from tune_hypergrad.hypergradients.partial_update import counted, step_blocks
-from tune_hypergrad.hypergradients.state import State
+from tune_hypergrad.hypergradients.state import State, on_device
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.stn.buffers import load_buffers
 from tune_hypergrad.stn.convert import SelfTuningNetwork, responding_layers, self_tuning
@@ -205,7 +205,9 @@ class SelfTuningRun:
         self._hyper_optimizer = get_optimizer(settings.hyper_optimizer)
         unconstrained = torch.cat([self.tuned.unconstrained, self.tuned.log_scales]).detach()
         self._hyper_slots = initial_slots(self._hyper_optimizer, unconstrained)
-        self._path = torch.empty(loop.steps, len(self.tuned) + len(loop.values.fixed_names), dtype=torch.float64)
+        # values at every step: those that are tuned where they are, so that no step waits for them
+        self._path = torch.empty(loop.steps, len(self.tuned), dtype=torch.float64, device=loop.device)
+        self._fixed_path = torch.empty(loop.steps, len(loop.values.fixed_names), dtype=torch.float64)
         self.position = 0
         """Number of training steps taken."""
         self.val_steps = 0
@@ -270,7 +272,7 @@ class SelfTuningRun:
     def history(self) -> dict[str, tuple[float, ...]]:
         """Values of all hyperparameters, fixed ones too, at every training step so far: what a plain training run
         replays."""
-        taken = self._path[: self.position].T.tolist()
+        taken = self._whole_path().T.tolist()
         names = (*self.tuned.definitions, *self.loop.values.fixed_names)
         return {name: tuple(values) for name, values in zip(names, taken, strict=True)}
 
@@ -316,7 +318,7 @@ class SelfTuningRun:
             "buffers": {name: buffer.clone() for name, buffer in self.network.model.named_buffers()},
             "tuned": (self.tuned.unconstrained.detach().clone(), self.tuned.log_scales.detach().clone()),
             "hyper_slots": self._hyper_slots,
-            "path": self._path[: self.position].clone(),
+            "path": self._whole_path(),
             "incumbent": None if self.incumbent is None else tuple(self.incumbent),
             "cost": dict(vars(self.cost)),
         }
@@ -330,12 +332,19 @@ class SelfTuningRun:
             load_buffers(self.network.model, saved["buffers"])
             self.tuned.unconstrained.copy_(saved["tuned"][0])
             self.tuned.log_scales.copy_(saved["tuned"][1])
-        self._slots = [tuple(slots) for slots in saved["slots"]]
+        self._slots = [tuple(slots) for slots in on_device(saved["slots"], self.loop.device)]
         self._counts = [tuple(counts) for counts in saved["counts"]]
-        self._hyper_slots = tuple(saved["hyper_slots"])
-        self._path[: self.position] = saved["path"]
-        self.incumbent = None if saved["incumbent"] is None else Incumbent(*saved["incumbent"])
+        self._hyper_slots = tuple(on_device(saved["hyper_slots"], self.loop.device))
+        self._path[: self.position] = saved["path"][:, : len(self.tuned)]
+        self._fixed_path[: self.position] = saved["path"][:, len(self.tuned) :]
+        incumbent = on_device(saved["incumbent"], self.loop.device)
+        self.incumbent = None if incumbent is None else Incumbent(*incumbent)
         self.cost = Cost(**saved["cost"])
+
+    def _whole_path(self) -> Tensor:
+        """Values at every step so far, tuned ones before fixed ones: float64 on the CPU, shape [position, n]."""
+        tuned, fixed = self._path[: self.position], self._fixed_path[: self.position]
+        return torch.cat([tuned.cpu(), fixed], 1)
 
     def _used_elsewhere(self) -> tuple[str, ...]:
         """Layers that cannot respond, since the model uses their weights in other places."""
@@ -348,7 +357,8 @@ class SelfTuningRun:
     def _train(self) -> None:
         loop, step = self.loop, self.position
         fixed = loop.values.fixed_at(step)
-        self._path[step] = torch.tensor([*self.values.values(), *fixed.values()], dtype=torch.float64)
+        self._path[step] = torch.stack([value.detach() for value in self.tuned.values().values()])
+        self._fixed_path[step] = torch.tensor(list(fixed.values()), dtype=torch.float64)
         self.network.train()
         count = loop.problem.batches_in(step)
         gradients = _mean_gradients([self._training_gradients(fixed, step, number) for number in range(count)])

@@ -33,6 +33,8 @@ from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
 _OF_SEARCHERS = (PROMOTED_FROM, TRIAL_INDEX)  # in a trial's config, but neither settings nor hyperparameters
 _STATE_FILE = "state.pt"
+_OF_TRIALS = ("run", "online", "loop", "_state")
+"""Attributes in which trainables have what takes memory."""
 
 
 @dataclass(frozen=True)
@@ -226,9 +228,18 @@ class ProblemTrainable(tune.Trainable):
         """Begin another trial in the same actor, from its config."""
         self._seconds = self._uncharged = 0.0
         self._last: dict[str, Any] = {}
+        self._let_go()
         self.problem, settings, hyperparameters = split_config(self._problem, self._settings, new_config)
         self.begin(settings, hyperparameters)
         return True
+
+    def _let_go(self) -> None:
+        """Let go of the trial before, whose memory would be taken for used, and give a GPU's free memory back to others
+        on it."""
+        for name in _OF_TRIALS:
+            vars(self).pop(name, None)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def step(self) -> dict[str, Any]:
         """Work up to the next result: flat scalars, with the cost so far."""
@@ -252,9 +263,8 @@ class ProblemTrainable(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
         """Continue from what `save_checkpoint` wrote."""
-        # tensors go back to where they were: the outer loop's stay on the CPU when the inner loop's are on a GPU
-        place = None if torch.cuda.is_available() else "cpu"
-        saved = torch.load(Path(checkpoint) / _STATE_FILE, weights_only=True, map_location=place)
+        # to the host, whatever device they are from: runs have theirs where they train
+        saved = torch.load(Path(checkpoint) / _STATE_FILE, weights_only=True, map_location="cpu")
         self._seconds, last = saved["seconds"], saved["last"]
         self._last = last["result"] if last["of"] == self.trial_id else {}  # other trials go on from its end
         self.load_state_dict(saved["trial"])
@@ -268,6 +278,8 @@ class ProblemTrainable(tune.Trainable):
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what has been launched before is charged
         begun = time.perf_counter()
         yield
         self._uncharged += time.perf_counter() - begun

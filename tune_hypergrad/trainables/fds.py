@@ -172,7 +172,8 @@ class FDS(ProblemTrainable):
         steps = self.settings.steps if proposal.steps is None else proposal.steps
         training = self.settings.training(fixed=self._fixed, device=self.device, seed=seed, steps=steps)
         problem = split_anew(self.problem, seed) if self.settings.new_splits else self.problem
-        self.loop = InnerLoop(problem, training)
+        before = getattr(self, "loop", None)
+        self.loop = InnerLoop(problem, training, data=before.batches if before and problem is before.source else None)
         return self.settings.make_run(self.loop, proposal.values, reject_above=proposal.reject_above)
 
     @property

@@ -12,7 +12,7 @@ from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import InnerLoop
 from tune_hypergrad.hypergradients.captured_steps import capture_steps
 from tune_hypergrad.hypergradients.run import check_values
-from tune_hypergrad.hypergradients.state import State
+from tune_hypergrad.hypergradients.state import State, on_device
 from tune_hypergrad.hypergradients.verification import check_training
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.results import Position, evaluation_results
@@ -102,4 +102,5 @@ class FixedSchedule(ContinuesPromoted, ProblemTrainable):  # type: ignore[misc]
         return {"step": self._step, "state": tuple(self._state), "spent": dict(vars(self._spent))}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self._step, self._state, self._spent = saved["step"], State(*saved["state"]), Cost(**saved["spent"])
+        self._state = State(*on_device(saved["state"], self.loop.device))
+        self._step, self._spent = saved["step"], Cost(**saved["spent"])

@@ -143,13 +143,15 @@ class Dispatching(tune.Trainable):
         return saved_as(None, {})
 
     def cleanup(self) -> None:
-        """Stop the inner trainable, as the trial ends."""
-        self._inner.stop()
+        """Stop the inner trainable, as the trial ends, if one has been made."""
+        if "_inner" in vars(self):
+            self._inner.stop()
         if self._stopwatch is not None:
             self._stopwatch.close()
 
     def _make(self, config: dict[str, Any]) -> None:
         self._method = config[PORTFOLIO]["method"]
+        vars(self).pop("_inner", None)  # what it has in memory goes before another one is made
         self._inner = self._trainables[self._method](config=self._own(config), storage=storage_of(self))
         self._begin()
 

@@ -56,8 +56,6 @@ class Stopwatch:
         try:
             yield
         finally:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # else what was launched here would be waited for elsewhere
             self._turn()
             self._open.pop()
 
@@ -101,6 +99,8 @@ class Stopwatch:
         return noting
 
     def _turn(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what one phase has launched is not waited for in the next
         now = self._clock()
         if self._open:
             self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
