@@ -1,8 +1,10 @@
 """One trainable for all methods: driven by hand, and in one run with trials of classes and functions."""
 
 import copy
+import gc
 import math
 import tempfile
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -153,6 +155,36 @@ def test_an_inner_one_that_cannot_be_reset_is_made_anew():
     first, second = Counted.made
     assert first.stopped and second.configs == [{"refuses": True}]
     assert trial.train()["training_iteration"] == 1
+
+
+def test_one_of_another_method_begins_when_the_one_before_is_gone():
+    trial, found = make(), []
+    Counted.made.clear()  # it holds them
+    before = weakref.ref(trial._inner)
+
+    class Third(Counted):
+        def setup(self, config):
+            found.append(before())
+            super().setup(config)
+
+    trial._trainables["b"] = Third
+    gc.disable()
+    try:
+        reset(trial, config_of("b"))
+    finally:
+        gc.enable()
+    assert found == [None] and isinstance(trial._inner, Third)
+
+
+def test_one_that_cannot_begin_leaves_nothing_to_stop():
+    class Failing(Counted):
+        def setup(self, config):
+            raise ValueError("no")
+
+    trial = make({"a": Counted, "b": Failing})
+    with pytest.raises(ValueError, match="no"):
+        reset(trial, config_of("b"))
+    trial.stop()
 
 
 def test_stopping_reaches_the_inner_one():

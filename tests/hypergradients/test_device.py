@@ -4,6 +4,7 @@ The device is torch's `meta`, which any machine has: it computes shapes, refuses
 passes by.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tune_hypergrad.hypergradients.inner_loop import TrainingSettings
 from tune_hypergrad.hypergradients.keeping import Room
 from tune_hypergrad.hypergradients.kept_states import KeptStates
 from tune_hypergrad.hypergradients.loop_batches import LoopBatches
+from tune_hypergrad.hypergradients.replays import NotReplayedError
 from tune_hypergrad.hypergradients.reverse import ReverseRun
 from tune_hypergrad.hypergradients.run import HypergradientRun
 from tune_hypergrad.hypergradients.state import State
@@ -280,6 +282,44 @@ def test_a_run_that_is_restored_on_another_device_goes_on_there(kind: str) -> No
     assert bool(kept) == (kind != "forward")
     found = [*leaves_of(elsewhere), *(leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor))]
     assert found and {leaf.device.type for leaf in found if leaf.ndim} == {"meta"}
+
+
+def test_what_no_step_changes_is_there_once_when_it_is_restored() -> None:
+    def frozen() -> nn.Module:
+        model = convolutional()
+        model[0].requires_grad_(False)
+        return model
+
+    def begun(device: str) -> ReverseRun:
+        problem = Problem(frozen, (IMAGES, LABELS), (IMAGES, LABELS), batch_size=8)
+        loop = InnerLoop(problem, TrainingSettings(steps=8, device=device))
+        return ReverseRun(loop, {"lr": torch.full((1,), 0.1)}, room=Room(1 << 30, 1))
+
+    run, elsewhere = begun("cpu"), begun("meta")
+    with run.loop.running():
+        run.advance(9)
+    elsewhere.load_state_dict(run.state_dict())
+    states = [elsewhere.state, *(elsewhere._kept[step] for step in elsewhere._kept)]
+    assert len(states) > 2
+    assert len({id(state.buffers["0.weight"]) for state in states}) == 1
+    assert len({id(state.buffers["1.running_mean"]) for state in states}) == len(states)
+
+
+@pytest.mark.parametrize("trained_on", ["cpu", "cuda"])
+def test_a_run_that_was_trained_elsewhere_is_the_same_to_rounding(trained_on: str) -> None:
+    def begun() -> ReverseRun:
+        loop = InnerLoop(PROBLEMS["convolutional"](), TrainingSettings(steps=8))
+        return ReverseRun(loop, {"lr": torch.full((1,), 0.1)}, room=Room(1 << 30, 1))
+
+    run, restored = begun(), begun()
+    with run.loop.running():
+        run.advance(9)
+    saved = run.state_dict()
+    assert saved["trained_on"] == "cpu"
+    restored.load_state_dict({**saved, "losses": saved["losses"] * (1 + 1e-5), "trained_on": trained_on})
+    with restored.loop.running(), nullcontext() if trained_on == "cuda" else pytest.raises(NotReplayedError):
+        restored.advance(restored.length)
+    assert restored.done == (trained_on == "cuda")
 
 
 def test_self_tuning_that_is_restored_on_another_device_goes_on_there() -> None:

@@ -29,6 +29,13 @@ def test_the_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     found = json.loads(out.read_text())
     assert found["machine"] == first["machine"] and len(found) > 10
+    out.write_text(json.dumps({**found, "steps/LeNet": {"failed": "no memory", "device": "no GPU: a CPU"}}))
+    assert run().returncode == 0
+    assert "- steps/LeNet: no memory" in page.read_text()
+    assert run("--piece", "steps/LeNet", "--limit-s", "0").returncode == 3, "it is to be done again"
+    assert run("--piece", "steps").returncode == 0
+    assert "no memory" not in page.read_text()
+    found = json.loads(out.read_text())
     text = page.read_text()
     assert "not captured: no CUDA" in text and "no GPU: a CPU" in text
     assert text.startswith("# GPUs") and text.endswith((REPOSITORY / "docs" / "gpu.md").read_text()[-100:])

@@ -21,7 +21,7 @@ def in_a_thread(call):
 @pytest.fixture
 def autograds_thread(monkeypatch):
     """Other threads are as those in which autograd runs a GPU's backward passes."""
-    monkeypatch.setattr(in_force, "_is_autograds_thread", lambda: True)
+    monkeypatch.setattr(in_force, "_may_be_autograds_thread", lambda: True)
 
 
 def test_a_body_has_its_value_and_afterwards_what_was_before():

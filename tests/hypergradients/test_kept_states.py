@@ -49,6 +49,19 @@ class TestKeptStates:
             assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
             assert all(torch.equal(found.buffers[name], buffer) for name, buffer in state.buffers.items())
 
+    def test_what_is_saved_is_not_brought_to_the_device(self) -> None:
+        kept, asked = KeptStates(offloaded=1), list[torch.device | None]()
+        kept[0], kept[3] = made(0, torch.zeros(1)), made(3, torch.zeros(1))
+        get = kept._away[0]
+
+        def noting(device: torch.device | None) -> State:
+            asked.append(device)
+            return get(device)
+
+        kept._away[0] = noting
+        assert torch.equal(kept.saved(0).params, kept[0].params) and kept.saved(3) is kept[3]
+        assert asked == [torch.device("cpu"), None]
+
     def test_room_is_used_again(self, folder: Path) -> None:
         kept, still = KeptStates(offloaded=1), torch.zeros(1)
         for step in range(5):

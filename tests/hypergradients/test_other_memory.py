@@ -38,7 +38,7 @@ def test_is_refused_in_the_threads_of_a_gpus_backward_pass(monkeypatch: pytest.M
 
     with other_memory_refused():
         run_in_a_thread()  # which is another program's
-        monkeypatch.setattr(in_force, "_is_autograds_thread", lambda: True)
+        monkeypatch.setattr(in_force, "_may_be_autograds_thread", lambda: True)
         run_in_a_thread()
     assert isinstance(found[0], Tensor) and "without its history" in found[1]
 

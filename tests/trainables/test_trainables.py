@@ -22,6 +22,7 @@ from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.outer import RobustSearch
 from tune_hypergrad.randomness import fold_seed
 from tune_hypergrad.space import Range
+from tune_hypergrad.trainables.fds import FDSSettings
 
 SCHEDULE = Schedule({"lr": (0.1, 0.3, 0.05), "momentum": (0.5,), "l2": (1e-3,)})
 SPACE = {"lr": schedule(tune.uniform(0, 1), windows=3), "momentum": tune.uniform(0, 0.9), "l2": 1e-3}
@@ -155,17 +156,19 @@ def test_a_reused_actor_lets_go_of_the_trial_before_first(case, monkeypatch):
     trainable, config, settings = case
     trial = make(trainable, config, **settings)
     trial.train()
-    names = [name for name in ("run", "online", "_state") if hasattr(trial, name)]
     loop, alive, begin = weakref.ref(trial.loop), [], type(trial).begin
 
     def begun(self, *arguments):
-        gc.collect()
-        alive.append((loop(), [hasattr(self, name) for name in names]))
+        alive.append(loop())
         begin(self, *arguments)
 
     monkeypatch.setattr(type(trial), "begin", begun)
-    assert trial.reset(config)
-    assert alive == [(None, [False] * len(names))] and names
+    gc.disable()
+    try:
+        assert trial.reset(config)
+    finally:
+        gc.enable()
+    assert alive == [None]
 
 
 def test_global_generators_are_left_as_found(case):
@@ -231,6 +234,31 @@ def test_an_ensemble_is_charged_for_all_its_seeds():
     result = run_to_end(make(InnerRun, SCHEDULE.to_config(), reports=1, differentiation="reverse", ensemble=3))[-1]
     assert result["cost/steps"] == 3 * STEPS and result["cost/examples"] == 3 * STEPS * 8
     assert result["cost/gradients"] == pytest.approx(3 * (EVALUATION + RUN))
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_a_run_of_fds_begins_when_the_one_before_has_let_go_and_reads_its_data(mode, monkeypatch):
+    settings = {"space": SPACE, "reports": 1, "outer_steps": 2, "differentiation": mode}
+    kept, modes, make_run = [], set(), FDSSettings.make_run
+
+    def made(self, loop, *arguments, **named):
+        if hasattr(trial, "run"):
+            kept.append(
+                trial.run.tangent_params.numel() if trial.run.differentiation == "forward" else len(trial.run._kept)
+            )
+            modes.add(trial.run.differentiation)
+        return make_run(self, loop, *arguments, **named)
+
+    trial = make(FDS, **settings)
+    first = trial.loop
+    monkeypatch.setattr(FDSSettings, "make_run", made)
+    run_to_end(trial)
+    assert set(kept) == {0} and mode in modes
+    assert trial.loop is not first and trial.loop.batches.train is first.batches.train
+    other = make(FDS, **settings, new_splits=True)
+    first = other.loop
+    run_to_end(other)
+    assert other.loop.batches.train is not first.batches.train
 
 
 def test_cost_of_fds_is_that_of_its_inner_runs():

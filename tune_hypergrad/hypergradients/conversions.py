@@ -39,7 +39,7 @@ LOST = (
 )
 _MOST_RUNS = 64
 """Times that a loss is computed again, at the most, to find the number that it depends on."""
-_TIMES_THE_SAME = 3
+_TIMES_AGAIN = 3
 """Times that a loss has to be another one with a number that is moved, and the same without, before it is put down to
 that number: on a GPU, sums may be added up in another order each time."""
 
@@ -101,9 +101,9 @@ def place_that_matters(noting: Noting, first: Tensor, places: Sequence[str], sit
     if bool(first.isnan().any()):
         return None
     found = found_in(range(len(places)))
-    if found is None or not all(is_other((found,), by) for by in (MOVED, -MOVED) for _ in range(_TIMES_THE_SAME)):
+    if found is None or not all(is_other((found,), by) for by in (MOVED, -MOVED) for _ in range(_TIMES_AGAIN)):
         return None
-    again = [computed() for _ in range(_TIMES_THE_SAME)]  # what differs from run to run anyway tells nothing
+    again = [computed() for _ in range(_TIMES_AGAIN)]  # what differs from run to run anyway tells nothing
     return places[found] if all(loss is not None and torch.equal(loss, first) for loss in again) else None
 
 

@@ -393,6 +393,10 @@ class ForwardRun(HypergradientRun):
             "buffer_tangents": {name: tangents.clone() for name, tangents in self.tangent_buffers.items()},
         }
 
+    def let_go(self) -> None:
+        super().let_go()
+        self.tangent_params, self.tangent_slots, self.tangent_buffers = self.tangent_params[:0].clone(), (), {}
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
         # as it was begun, whatever memory is free now: sums in another order are rounded otherwise

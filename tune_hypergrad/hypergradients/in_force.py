@@ -35,7 +35,7 @@ class InForce(Generic[T]):
         thread."""
         if (own := self._own.get(_NOTHING)) is not _NOTHING:
             return own  # type: ignore[return-value]
-        return (self._otherwise, *self._of_all)[-1] if _is_autograds_thread() else self._otherwise
+        return (self._otherwise, *self._of_all)[-1] if _may_be_autograds_thread() else self._otherwise
 
     @contextmanager
     def set_to(self, value: T) -> Iterator[None]:
@@ -47,12 +47,13 @@ class InForce(Generic[T]):
             yield
         finally:
             self._of_all.remove(value)
-            self._own.set(before)  # type: ignore[arg-type]
+            self._own.set(before)  # type: ignore[arg-type]  # not by its token, which another context would refuse
 
 
 _NOTHING: object = object()
 
 
-def _is_autograds_thread() -> bool:
-    """Whether a backward pass runs in this thread, which Python has not started."""
+def _may_be_autograds_thread() -> bool:
+    """Whether a backward pass runs in this thread, which Python has not started: one of autograd's, or of a program
+    that has threads of its own."""
     return torch._C._current_graph_task_id() >= 0 and isinstance(threading.current_thread(), threading._DummyThread)

@@ -46,8 +46,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_on_gpu(device: torch.device) -> int:
-    """What nobody has, and what this process keeps without having use for it; what a recording keeps is counted, too,
-    which makes no difference between runs."""
+    """What nobody has, and what this process keeps without having use for it. What it keeps for recordings counts as
+    free, though it has use for it."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

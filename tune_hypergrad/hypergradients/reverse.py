@@ -24,7 +24,7 @@ from tune_hypergrad.hypergradients.kept_states import KeptStates
 from tune_hypergrad.hypergradients.memory import allocated
 from tune_hypergrad.hypergradients.replays import refuse_another_step
 from tune_hypergrad.hypergradients.run import HypergradientRun
-from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State, on_device
+from tune_hypergrad.hypergradients.state import Buffers, Hyperparameters, State, on_device, state_on
 from tune_hypergrad.hypergradients.step_graph import (
     Pulled,
     StepGraph,
@@ -93,6 +93,7 @@ class ReverseRun(HypergradientRun):
         self._keeps_updates: bool | None = None  # with them; None: not known yet
         self._again: set[int] = set()  # steps whose graphs were made on the way back
         self._losses: list[Tensor] = []  # of the steps on the way there
+        self._trained_on = loop.device.type  # on which these were taken
         self._replayed: list[tuple[int, Tensor, Tensor]] = []  # steps with their losses then and now
         self._mode: StepMode = differentiable
         self.by_step: dict[str, Tensor] = {
@@ -179,13 +180,13 @@ class ReverseRun(HypergradientRun):
         states = self._kept.in_memory(step) * room.state
         while len(self._graphs) > 1 and states + self._held > room.memory:
             first = min(self._graphs)
-            self._kept[first] = self._let_go(first).state
+            self._kept[first] = self._take_out(first).state
             states += room.state
             if first in self._again:  # it would have been charged with the way back
                 self._again.remove(first)
                 self.cost += self.loop.costs.step(first)
 
-    def _let_go(self, step: int) -> StepGraph:
+    def _take_out(self, step: int) -> StepGraph:
         """A graph that is kept no longer."""
         self._held -= self._sizes.pop(step)
         return self._graphs.pop(step)
@@ -248,7 +249,7 @@ class ReverseRun(HypergradientRun):
             self._train_again(step + 1)
         kept = step in self._graphs and step not in self._again
         self.cost += self.loop.costs.adjoint_step(kept=kept, lean=lean)
-        graph = self._let_go(step) if step in self._graphs else None
+        graph = self._take_out(step) if step in self._graphs else None
         self._again.discard(step)
         if graph is not None:
             state, pulled = graph.state, pull_back(self.loop, graph, step, self._adjoint, self._buffer_adjoint)
@@ -292,7 +293,8 @@ class ReverseRun(HypergradientRun):
         if not replayed:
             return
         steps, first, again = zip(*replayed, strict=True)
-        refuse_another_step(steps, torch.stack(first), torch.stack(again))
+        elsewhere = self._trained_on != self.loop.device.type
+        refuse_another_step(steps, torch.stack(first), torch.stack(again), elsewhere=elsewhere)
 
     def _give_up(self) -> None:
         """Do not go back through the run, which diverged or is rejected."""
@@ -345,6 +347,7 @@ class ReverseRun(HypergradientRun):
             "kept": {step: tuple(state) for step, state in states.items()},
             "by_step": {name: values.clone() for name, values in self.by_step.items()},
             "losses": losses,
+            "trained_on": self._trained_on,
             "adjoint": self._adjoint,
             "buffer_adjoint": dict(self._buffer_adjoint),
         }
@@ -353,8 +356,11 @@ class ReverseRun(HypergradientRun):
         super().load_state_dict(saved)
         device = self.loop.device
         self.let_go()
+        # what no step changes is there once
+        buffers = {id(buffer): self.state.buffers[name] for name, buffer in State(*saved["state"]).buffers.items()}
         for step, state in saved["kept"].items():  # one by one: where there is room for few, the others are put away
-            self._kept[step] = State(*on_device(state, device))
+            self._kept[step] = state_on(device, state, buffers)
+        self._trained_on = saved.get("trained_on", device.type)
         self.by_step = self._own_copies(saved["by_step"])
         self._losses = list(saved["losses"].to(device))
         self._adjoint = tuple(on_device(saved["adjoint"], device))

@@ -246,7 +246,7 @@ class HypergradientRun(ABC):
         return {name: values.to(self.loop.device, copy=True) for name, values in saved.items()}
 
     def let_go(self) -> None:
-        """Let go of what is kept for derivatives: the run is not advanced any more."""
+        """Let go of what is kept for derivatives: the run goes on from a saved state only, or not at all."""
         self.loop.batches.forget()
 
     def _jacobians(self) -> dict[str, Tensor]:

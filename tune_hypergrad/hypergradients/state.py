@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,3 +36,10 @@ class State(NamedTuple):
 def on_device(tree: T, device: torch.device) -> T:
     """A structure of tensors, such as a saved state, with all of them on a device."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)  # type: ignore[no-any-return]
+
+
+def state_on(device: torch.device, saved: Iterable[Any], known: Mapping[int, Tensor]) -> State:
+    """A saved state on a device. `known` has buffers that are there already, by the ids of those that were saved."""
+    params, slots, buffers, counts = State(*saved)
+    there = {name: known.get(id(buffer), buffer).to(device) for name, buffer in buffers.items()}
+    return State(params.to(device), on_device(slots, device), there, counts)

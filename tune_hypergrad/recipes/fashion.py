@@ -18,7 +18,7 @@ from tune_hypergrad.budget import Cost
 from tune_hypergrad.data import Split
 from tune_hypergrad.hypergradients import InnerLoop, TrainingSettings
 from tune_hypergrad.hypergradients.evaluation import Evaluation
-from tune_hypergrad.hypergradients.state import State
+from tune_hypergrad.hypergradients.state import State, on_device
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.networks import simple_cnn
 from tune_hypergrad.randomness import fold_seed
@@ -160,7 +160,7 @@ def train(place: Place, *, settings: Settings, values: Mapping[str, float], seed
     state, step, cost = (
         (loop.initial_state(), 0, Cost())
         if saved is None
-        else (State(*saved["state"]), saved["step"], Cost(**saved["cost"]))
+        else (State(*on_device(saved["state"], loop.device)), saved["step"], Cost(**saved["cost"]))
     )
 
     def work() -> None:

@@ -58,10 +58,10 @@ class Place:
     _begun: float = field(default=0.0, init=False)
 
     def load(self) -> Any:
-        """The state that an earlier call left, tensors on the device; None where there is none. `seconds` count on."""
+        """The state that an earlier call left, tensors on the host; None where there is none. `seconds` count on."""
         kept: dict[str, Any] = {"seconds": 0.0, "state": None}
         if self.checkpoint.exists():
-            kept = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            kept = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         self._begun = time.monotonic() - kept["seconds"]
         return kept["state"]
 

@@ -12,7 +12,7 @@ import torch
 from tune_hypergrad import problems
 from tune_hypergrad.hypergradients import HypergradientResult, InnerLoop, TrainingSettings, hypergradient_run
 from tune_hypergrad.hypergradients.captured_steps import capture_steps
-from tune_hypergrad.hypergradients.state import State
+from tune_hypergrad.hypergradients.state import State, on_device
 from tune_hypergrad.problem import Problem
 from tune_hypergrad.problems.splits import split_anew, with_val
 from tune_hypergrad.recipes.jobs import Place
@@ -174,7 +174,7 @@ def retrain(
     loop.values.check_names(tensors)
     capture_steps(loop, tensors, plain=True)
     saved = place.load() or {"step": 0, "moving": [], "state": loop.initial_state()}
-    step, state = saved["step"], State(*saved["state"])
+    step, state = saved["step"], State(*on_device(saved["state"], loop.device))
     loop.moving |= set(saved["moving"])
 
     def work() -> None:

@@ -33,8 +33,6 @@ from tune_hypergrad.trainables.promoted import PROMOTED_FROM
 
 _OF_SEARCHERS = (PROMOTED_FROM, TRIAL_INDEX)  # in a trial's config, but neither settings nor hyperparameters
 _STATE_FILE = "state.pt"
-_OF_TRIALS = ("run", "online", "loop", "_state")
-"""Attributes in which trainables have what takes memory."""
 
 
 @dataclass(frozen=True)
@@ -222,21 +220,24 @@ class ProblemTrainable(tune.Trainable):
         whole = problem.get() if isinstance(problem, Stored) else problem
         self._problem = whole.with_workers_up_to(max(1, int(cpus)))
         self._settings = settings
+        self._of_trial: set[str] = set()  # names of what trials set
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in the same actor, from its config."""
         self._seconds = self._uncharged = 0.0
         self._last: dict[str, Any] = {}
-        self._let_go()
+        self._let_go_of_trial()
         self.problem, settings, hyperparameters = split_config(self._problem, self._settings, new_config)
+        before = set(vars(self))
         self.begin(settings, hyperparameters)
+        self._of_trial = set(vars(self)) - before
         return True
 
-    def _let_go(self) -> None:
-        """Let go of the trial before, whose memory would be taken for used, and give a GPU's free memory back to others
-        on it."""
-        for name in _OF_TRIALS:
+    def _let_go_of_trial(self) -> None:
+        """Let go of what the trial before has begun with, whose memory would be taken for used, and give a GPU's free
+        memory back to others on it."""
+        for name in self._of_trial:
             vars(self).pop(name, None)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

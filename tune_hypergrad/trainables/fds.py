@@ -172,8 +172,12 @@ class FDS(ProblemTrainable):
         steps = self.settings.steps if proposal.steps is None else proposal.steps
         training = self.settings.training(fixed=self._fixed, device=self.device, seed=seed, steps=steps)
         problem = split_anew(self.problem, seed) if self.settings.new_splits else self.problem
-        before = getattr(self, "loop", None)
-        self.loop = InnerLoop(problem, training, data=before.batches if before and problem is before.source else None)
+        before: HypergradientRun | None = getattr(self, "run", None)
+        data = None
+        if before is not None:
+            before.let_go()
+            data = before.loop.batches if before.loop.source is problem else None  # which is on the device already
+        self.loop = InnerLoop(problem, training, data=data)
         return self.settings.make_run(self.loop, proposal.values, reject_above=proposal.reject_above)
 
     @property
