@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 import ray.cloudpickle as pickle
 from pyarrow.fs import FileSelector, FileSystem
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train._internal.session import _TrainingResult
 from ray.train._internal.storage import StorageContext
 from ray.tune import Checkpoint, RunConfig, Trainable, Tuner
 from ray.tune.execution.cluster_info import _is_ray_cluster
 from ray.tune.experiment import Trial
+
+from tune_hypergrad.hypergradients.patching import Patch
 
 SEARCHER_FILES = "searcher-state-*.pkl"
 """Names of the files in which searchers save themselves, one for each session, named by when that began."""
@@ -46,6 +50,19 @@ def run_config_of(tuner: Tuner) -> RunConfig:
 def cluster_grows() -> bool:
     """Whether the session's cluster starts nodes when they are asked for, so that those it has are not all."""
     return _is_ray_cluster() or ray._private.state.state.get_cluster_config() is not None
+
+
+def _as_deaths(handle: Callable[..., None]) -> Callable[..., None]:
+    def handling(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        killed = isinstance(exception, OutOfMemoryError)
+        handle(manager, tracked_actor_task, RayActorError(error_msg=str(exception)) if killed else exception)
+
+    return handling
+
+
+KILLS_ARE_DEATHS = Patch(RayActorManager, "_actor_task_failed", _as_deaths)
+"""While entered, an actor that Ray kills for want of memory has died, as by any other signal: its trial fails, and is
+tried again. Ray itself takes it for an error of its own, and ends the whole experiment."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 import torch
 from paths import PYTHONPATH
 from ray import tune
+from ray.air.execution._internal import event_manager
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import Callback
 from ray.tune.search import Repeater
 from self_tuning import regularised_problem
@@ -304,15 +307,33 @@ class KillTrials(Callback):
             os.kill(result["pid"], signal.SIGKILL)
 
 
+class LowOnMemory:
+    """Stands for Ray where it has killed what dies for want of memory."""
+
+    def __getattr__(self, name):
+        return getattr(ray, name)
+
+    def get(self, future):
+        try:
+            return ray.get(future)
+        except RayActorError as error:
+            raise OutOfMemoryError("the node was low on memory") from error
+
+
 @pytest.mark.slow
-def test_killed_trials_go_on_and_what_is_done_twice_is_counted_apart(ray_session, tmp_path):
+@pytest.mark.parametrize("for_memory", [False, True])
+def test_killed_trials_go_on_and_what_is_done_twice_is_counted_apart(ray_session, tmp_path, for_memory, monkeypatch):
+    if for_memory:
+        monkeypatch.setattr(event_manager, "ray", LowOnMemory())
     comparison = compare(
         tiny_problem(), ["fds", "hd"], budget="120e", **QUICK, callbacks=[KillTrials(tmp_path)], out=tmp_path / "out"
     )
     check(comparison)
     assert len(list(tmp_path.glob("killed-*"))) == 3
     assert set(comparison.accounts["reason"]) <= {"budget spent", "search ended"}
-    assert (comparison.trials["status"] == "retried").sum() == 3
+    retried = comparison.trials[comparison.trials["status"] == "retried"]
+    assert len(retried) == 3
+    assert retried["error"].str.contains("the node was low on memory").all() == for_memory
     for log in comparison.folder.glob("trials/*/result.json"):
         own = comparison.results[comparison.results["id"] == log.parent.name.split("_")[1]]
         lines = map(json.loads, log.read_text().splitlines())

@@ -67,7 +67,7 @@ from tune_hypergrad.comparison.telling.report import write_report
 from tune_hypergrad.errors import InputError
 from tune_hypergrad.hypergradients import Optimizer
 from tune_hypergrad.problem import Problem
-from tune_hypergrad.ray_internals import put_snapshot_back, run_config_of, saved_searcher
+from tune_hypergrad.ray_internals import KILLS_ARE_DEATHS, put_snapshot_back, run_config_of, saved_searcher
 from tune_hypergrad.schedules import Schedule
 
 COMMAND_FILE = "command.json"
@@ -260,6 +260,7 @@ def run_plan(
             if storage:
                 stack.enter_context(storage_for(trials, begun))
             stack.enter_context(cluster_session(address, pending=WAITING * plan.kinds))
+            stack.enter_context(KILLS_ARE_DEATHS.entered())
             plan.check_resources()
             if not resume:
                 stack.enter_context(new_file(folder / LEDGER_FILE, _BESIDE_LEDGER, begun))
