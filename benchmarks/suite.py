@@ -11,6 +11,7 @@ file holds.
   `--rivals` has their environments (`rivals.py`);
 - pipelines: a transformer, an LSTM and others beside a person's own loop (`pipeline_cost.py`);
 - forward: forward mode's ways beside a loop of double backward (`hypergradient_cost.py`), and reverse mode;
+- parts: where the time of reverse mode goes (`reverse_parts.py`);
 - layout: images with their channels last (`layout_cost.py`);
 - fds: ten outer steps of FDS from end to end (`fds_end_to_end.py`);
 - ensemble: several seeds beside one run (`ensemble_cost.py`);
@@ -91,6 +92,7 @@ BENCHMARKS = {
         "--quick --only forward reverse",
         "--only forward --networks MLP LeNet --columns 4 --repetitions 1",
     ),
+    "parts": Benchmark("reverse_parts.py", "", "--models lenet --steps 4 --turns 1"),
     "layout": Benchmark("layout_cost.py", "", "--models lenet --steps 8 --turns 1"),
     "fds": Benchmark("fds_end_to_end.py", "", "--steps 8 --outer 2 --grow 2"),
     "ensemble": Benchmark("ensemble_cost.py", "", '--networks "digits MLP" --seeds 2 --repetitions 1'),

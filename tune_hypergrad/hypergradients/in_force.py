@@ -9,11 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+_NOTHING = object()
 
 
 class InForce(Generic[T]):
@@ -25,7 +26,7 @@ class InForce(Generic[T]):
     """
 
     def __init__(self, name: str, otherwise: T) -> None:
-        self._own: ContextVar[T] = ContextVar(name)
+        self._own: ContextVar[Any] = ContextVar(name, default=_NOTHING)
         self._otherwise = otherwise
         self._of_all: list[T] = []  # of the bodies that threads run now, in the order in which they have begun
 
@@ -33,24 +34,22 @@ class InForce(Generic[T]):
     def value(self) -> T:
         """That of the innermost body that this thread runs; in a thread of autograd's, of the body begun last in any
         thread."""
-        if (own := self._own.get(_NOTHING)) is not _NOTHING:
-            return own  # type: ignore[return-value]
+        own: T = self._own.get()
+        if own is not _NOTHING:
+            return own
         return (self._otherwise, *self._of_all)[-1] if _may_be_autograds_thread() else self._otherwise
 
     @contextmanager
     def set_to(self, value: T) -> Iterator[None]:
         """For the body, have another value in force."""
-        before = self._own.get(_NOTHING)
+        before = self._own.get()
         self._own.set(value)
         self._of_all.append(value)
         try:
             yield
         finally:
             self._of_all.remove(value)
-            self._own.set(before)  # type: ignore[arg-type]  # not by its token, which another context would refuse
-
-
-_NOTHING: object = object()
+            self._own.set(before)  # not by its token, which another context would refuse
 
 
 def _may_be_autograds_thread() -> bool:
